@@ -1,0 +1,50 @@
+"""Methods: tensors in, tensors out. Importing this package registers every method, and the loader of exports."""
+
+import importlib
+import pkgutil
+
+from rankfront.methods._errors import InputError, check_choice, nearest
+from rankfront.methods._method import (
+    DENSE,
+    DENSE_OPTION,
+    Factors,
+    Grid,
+    Method,
+    Option,
+    Prepared,
+    Site,
+    Weight,
+    get_method,
+    method_names,
+    register,
+    source_of,
+)
+from rankfront.methods._statistics import Statistics
+from rankfront.methods._storage import Cost, Storage
+from rankfront.methods._weighting import Gram
+
+__all__ = [
+    "DENSE",
+    "DENSE_OPTION",
+    "Cost",
+    "Factors",
+    "Gram",
+    "Grid",
+    "InputError",
+    "Method",
+    "Option",
+    "Prepared",
+    "Site",
+    "Statistics",
+    "Storage",
+    "Weight",
+    "check_choice",
+    "get_method",
+    "method_names",
+    "nearest",
+    "register",
+    "source_of",
+]
+
+for _module in pkgutil.iter_modules(__path__):  # a new method is a new file: nothing to add here
+    importlib.import_module(f"{__name__}.{_module.name}")

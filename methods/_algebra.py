@@ -1,0 +1,58 @@
+"""Every numerical guard in one place: symmetric eigendecompositions, roots, signs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRAM_RIDGE = 1e-8  # of the mean diagonal; keeps the null space of a singular Gram in a defined order
+DIAGONAL_FLOOR = 1e-6  # of the mean weight; dead inputs keep a place (methods: FWSVD, ASVD)
+
+
+def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,), largest first and clamped at zero, and eigenvectors (k, k) of a symmetric matrix.
+
+    Computed in fp64 whatever comes in: a Gram squares the singular values, and fp32 would lose half of them.
+    Raises ValueError where the matrix is not finite.
+    """
+    work = matrix.double()
+    if not torch.isfinite(work).all():
+        raise ValueError(f"a matrix of shape {tuple(matrix.shape)} has values that are not finite")
+    values, vectors = torch.linalg.eigh((work + work.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def regularise(gram: Tensor) -> Tensor:
+    """C + ε(tr C / n) I in fp64, (n, n), with ε = `GRAM_RIDGE`; the identity where C is zero.
+
+    Directions that calibration never saw then weigh a little instead of nothing, so that among them the
+    weight's own energy decides, as in plain SVD.
+    """
+    work = gram.double()
+    mean = work.diagonal().mean()
+    scale = torch.where(mean > 0, mean * GRAM_RIDGE, torch.ones_like(mean))
+    return work + scale * torch.eye(len(work), dtype=work.dtype, device=work.device)
+
+
+def floor_diagonal(weights: Tensor) -> Tensor:
+    """d + ε·mean(d) in fp64, (n,), with ε = `DIAGONAL_FLOOR`; ones where d is zero."""
+    work = weights.double()
+    if not torch.isfinite(work).all() or (work < 0).any():
+        raise ValueError(f"diagonal weights of length {len(work)} must be finite and not negative")
+    mean = work.mean()
+    return work + torch.where(mean > 0, mean * DIAGONAL_FLOOR, torch.ones_like(mean))
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """S with S Sᵀ = C and S = Sᵀ, (n, n), by eigendecomposition: no Cholesky that a singular C could break."""
+    values, vectors = eigh_descending(matrix)
+    return (vectors * values.sqrt()) @ vectors.T
+
+
+def fix_signs(columns: Tensor) -> Tensor:
+    """Each column's sign chosen so that its entry of largest magnitude is positive; (m, k) to (m, k).
+
+    An eigenvector's sign is the library's whim; fixing it makes factors reproducible across machines.
+    """
+    peaks = columns.gather(0, columns.abs().argmax(0, keepdim=True))
+    return columns * torch.where(peaks < 0, -1.0, 1.0).to(columns.dtype)

@@ -1,0 +1,115 @@
+"""The low-rank family under any one-sided metric: W ≈ left · right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._algebra import eigh_descending, fix_signs
+from rankfront.methods._errors import InputError
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site
+from rankfront.methods._metric import Metric
+from rankfront.methods._statistics import Statistics
+from rankfront.methods._storage import Storage, break_even_rank, low_rank_storage
+from rankfront.methods._weighting import Weighting
+
+
+def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """U (m, k) and σ² (k,) of W S = U Σ Vᵀ, k = min(m, n), for W (m, n), in fp64.
+
+    The best rank-r approximation under ‖(W − Ŵ) S‖_F is U_r Σ_r V_rᵀ S⁻¹ = U_r (U_rᵀ W), so U is all that is
+    needed: no inverse, and a singular S does no harm. U comes from eigh(W S Sᵀ Wᵀ) where m ≤ n and otherwise
+    from W S V with V of eigh(Sᵀ Wᵀ W S), made orthonormal by QR, which keeps small directions apart.
+
+    Source: SVD-LLM (2403.07378) Theorem 3.2 gives the optimum; the projection form is Eckart-Young applied to W S.
+    """
+    work = weight.double()
+    out_features, in_features = work.shape
+    if out_features <= in_features:
+        energy, basis = eigh_descending(weighting.sandwich(work))
+    else:
+        scaled = weighting.times_root(work)
+        energy, right = eigh_descending(scaled.T @ scaled)
+        basis = torch.linalg.qr(scaled @ right).Q
+    return fix_signs(basis), energy
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Ŵ = left · right with left (m, r) and right (r, n), the rank-r minimiser of ‖(W − Ŵ) S‖_F.
+
+    Nested: the first r components of one preparation are the optimum at rank r. Preparing keeps components up
+    to break-even rank (or up to the largest rank asked for), with the norm of each component shared equally
+    between its two sides, so that factors survive narrow float formats.
+    """
+
+    name: str
+    paper: str
+    weighting: Metric
+    family: str = "low rank"
+    nested: bool = True
+
+    @property
+    def metric(self) -> str:
+        return self.weighting.name
+
+    @property
+    def formula(self) -> str:
+        return f"Ŵ = U_r U_rᵀ W, W S = U Σ Vᵀ, {self.weighting.formula}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.weighting.needs
+
+    def refuses(self, site: Site) -> str | None:
+        if len(site.weights) != 1:
+            return "it treats one weight at a time"
+        if site.weights[0].kind == "embedding" and self.needs:
+            return f"an embedding table's inputs are token ids, which have no {', '.join(self.needs)} statistics"
+        return None
+
+    def options(self, site: Site, grid: Grid) -> dict[float, Option]:
+        if self.refuses(site):
+            return {}
+        weight = site.weights[0]
+        m, n, step = weight.out_features, weight.in_features, grid.rank_multiple
+        largest = break_even_rank(m, n) // step * step
+        if largest == 0:
+            return {}
+        ranks = {keep: step * round(keep * m * n / (m + n) / step) for keep in grid.keep}
+        return {keep: Option.of(self.name, rank=min(max(rank, step), largest)) for keep, rank in ranks.items()}
+
+    def storage(self, site: Site, option: Option) -> Storage:
+        weight = site.weights[0]
+        return low_rank_storage(weight.out_features, weight.in_features, int(option["rank"]))
+
+    def prepare(
+        self, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], options: Sequence[Option]
+    ) -> Prepared:
+        (weight,) = weights.values()
+        weighting = self.weighting.weigh(statistics["weight"]) if self.needs else self.weighting.weigh(Statistics(0))
+        basis, energy = weighted_subspace(weight, weighting)
+        kept = max([break_even_rank(*weight.shape), *(int(option["rank"]) for option in options)])
+        left = basis[:, :kept]  # (m, k)
+        right = left.T @ weight.double()  # (k, n)
+        balance = right.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return {
+            "left": (left * balance).T.float().contiguous(),  # (k, m): slicing a level reads one run of memory
+            "right": (right / balance[:, None]).float().contiguous(),
+            "energy": energy.float(),
+        }
+
+    def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
+        rank = int(option["rank"])
+        available = len(prepared["right"])
+        if rank > available:
+            raise InputError(f"rank {rank} was asked of {available} prepared components: rebuild the factor store")
+        left, right = prepared["left"][:rank].T, prepared["right"][:rank]
+        storage = low_rank_storage(left.shape[0], right.shape[1], rank)
+        return {"weight": Factors("low-rank", {"left": left, "right": right}, {"rank": rank}, storage)}
+
+    def error(self, prepared: Prepared, option: Option) -> float:
+        return float(prepared["energy"][int(option["rank"]) :].double().sum())

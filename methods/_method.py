@@ -1,0 +1,193 @@
+"""What a method is: sites, levels, options, the Method protocol and the registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from rankfront.methods._errors import InputError, check_choice
+from rankfront.methods._statistics import Statistics
+from rankfront.methods._storage import Storage, dense_storage
+
+Value = int | float | str
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One matrix W (out_features, in_features) of the model, y = W x + b.
+
+    Attributes:
+        role: what a method calls it; "weight" where the site has just one.
+        path: the module it belongs to.
+        out_features: m. For an embedding table, the size of the vocabulary: its rows are tokens.
+        in_features: n. For an embedding table, the width of the model.
+        kind: "linear", or "embedding" for an untied table, whose inputs are token ids.
+        tied: other modules that read the same matrix and follow whatever happens to it.
+    """
+
+    role: str
+    path: str
+    out_features: int
+    in_features: int
+    kind: Literal["linear", "embedding"] = "linear"
+    tied: tuple[str, ...] = ()
+
+    @property
+    def storage(self) -> Storage:
+        return dense_storage(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The smallest unit that gets a treatment of its own: one weight, or a few treated jointly."""
+
+    name: str
+    weights: tuple[Weight, ...]
+
+    @property
+    def storage(self) -> Storage:
+        """What the site stores while dense."""
+        return sum((weight.storage for weight in self.weights), Storage(0))
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return frozenset(weight.role for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class Option:
+    """(method, level): one choice for one site. ``level`` is sorted by name, so equal options are equal."""
+
+    method: str
+    level: tuple[tuple[str, Value], ...] = ()
+
+    @classmethod
+    def of(cls, method: str, **level: Value) -> Option:
+        return cls(method, tuple(sorted(level.items())))
+
+    def __getitem__(self, name: str) -> Value:
+        return dict(self.level)[name]
+
+    @property
+    def label(self) -> str:
+        """``svd-llm rank=64``, or ``dense``."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.level)])
+
+
+DENSE_OPTION = Option(DENSE)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which levels a study asks for.
+
+    Attributes:
+        keep: kept fractions of a site, each in (0, 1).
+        rank_multiple: ranks are multiples of this.
+    """
+
+    keep: tuple[float, ...]
+    rank_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise InputError("space.keep is empty: name at least one kept fraction between 0 and 1")
+        bad = [keep for keep in self.keep if not 0 < keep < 1]
+        if bad:
+            raise InputError(f"space.keep holds {bad}: kept fractions lie strictly between 0 and 1 (1 is `dense`)")
+        if self.rank_multiple < 1:
+            raise InputError(f"space.rank_multiple is {self.rank_multiple}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A compressed weight as it is stored and run.
+
+    Attributes:
+        kind: the key of the module in `layers.LAYERS`.
+        tensors: its parameters by name.
+        settings: what the module's shapes follow from beside (m, n), e.g. ``{"rank": 64}``.
+        storage: what exactly it stores.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, int]
+    storage: Storage
+
+
+Prepared = dict[str, Tensor]
+
+
+class Method(Protocol):
+    """A family with its metric, under a name users know. Pure functions of tensors.
+
+    ``nested`` says whether one preparation serves every level (low rank) or each level needs its own.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def paper(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def formula(self) -> str: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+    @property
+    def nested(self) -> bool: ...
+
+    def refuses(self, site: Site) -> str | None:
+        """Why this method cannot treat ``site``, or None where it can."""
+
+    def options(self, site: Site, grid: Grid) -> dict[float, Option]:
+        """Kept fraction asked for -> option; only options cheaper than dense."""
+
+    def storage(self, site: Site, option: Option) -> Storage:
+        """What ``option`` stores at ``site``, exactly."""
+
+    def prepare(
+        self, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], options: Sequence[Option]
+    ) -> Prepared:
+        """The expensive step, once per site: role -> W (m, n) and its statistics to named tensors."""
+
+    def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
+        """The cheap step: prepared tensors to each role's factors at one level."""
+
+    def error(self, prepared: Prepared, option: Option) -> float:
+        """‖(W − Ŵ) S‖²_F at ``option``, the predicted squared error in the method's own metric."""
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method under its name; raises ValueError where the name is taken."""
+    if method.name in _METHODS:
+        raise ValueError(f"a method named {method.name!r} is already registered: choose another name")
+    _METHODS[method.name] = method
+    return method
+
+
+def method_names() -> list[str]:
+    """Every registered name, in order of registration; `dense` is an option everywhere and not among them."""
+    return list(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``; `InputError` names the known ones and the nearest."""
+    check_choice("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def source_of(method: Method) -> str:
+    """The source text of the method's family, part of every cache key so that changed code is never reused."""
+    return inspect.getsource(inspect.getmodule(type(method)) or type(method))

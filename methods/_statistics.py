@@ -1,0 +1,40 @@
+"""What calibration measures for a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from rankfront.methods._weighting import Gram
+
+NEEDS = ("gram", "absolute", "fisher")
+T = TypeVar("T")
+
+
+@dataclass
+class Statistics:
+    """Sums over the calibration tokens t of one weight's inputs x_t (n,) and output gradients g_t (m,).
+
+    Weights that read the same input are handed the same `gram` object, so its root is computed once.
+    What no chosen method needs stays None.
+
+    Attributes:
+        tokens: how many tokens were seen.
+        gram: C = Σ_t x_t x_tᵀ, (n, n), uncentred.
+        absolute: Σ_t |x_t|, (n,).
+        fisher: f_j = Σ_t ‖g_t‖² x_tj², (n,): token-wise Fisher information, summed over outputs.
+    """
+
+    tokens: int
+    gram: Gram | None = None
+    absolute: Tensor | None = None
+    fisher: Tensor | None = None
+
+
+def collected(statistic: T | None, name: str) -> T:
+    """The statistic, or ValueError where calibration was not asked for it."""
+    if statistic is None:
+        raise ValueError(f"the statistic {name!r} was not collected: name it in the method's needs")
+    return statistic

@@ -1,0 +1,73 @@
+"""What a factorised weight costs: stored values, index bits, bytes. Every formula for cost is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do, so that a mask is never free
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What one weight (or one plan) stores: ``values`` numbers and ``index_bits`` bits of support."""
+
+    values: int
+    index_bits: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """values + ⌈index_bits / 16⌉, in stored values."""
+        return self.values - (-self.index_bits // INDEX_BITS_PER_PARAMETER)
+
+    def bytes(self, value_bytes: int) -> int:
+        """Bytes on disk when each value takes ``value_bytes`` bytes."""
+        return self.values * value_bytes - (-self.index_bits // 8)
+
+    def __add__(self, other: Storage) -> Storage:
+        return Storage(self.values + other.values, self.index_bits + other.index_bits)
+
+
+def dense_storage(out_features: int, in_features: int) -> Storage:
+    """mn values."""
+    return Storage(out_features * in_features)
+
+
+def low_rank_storage(out_features: int, in_features: int, rank: int) -> Storage:
+    """r(m + n) values: left (m, r) and right (r, n)."""
+    return Storage(rank * (out_features + in_features))
+
+
+def break_even_rank(out_features: int, in_features: int) -> int:
+    """The largest rank that stores less than the dense weight: the largest r with r(m + n) < mn."""
+    return (out_features * in_features - 1) // (out_features + in_features)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole plan costs, exactly.
+
+    Attributes:
+        values: stored parameters of the whole model, index bits counted at 16 bits a value.
+        dense_values: the same of the dense model.
+        block_values: those of the block-linear weights alone (embeddings and head left out).
+        dense_block_values: the same of the dense model.
+        bytes: tensor bytes on disk in the dtype the plan is exported in.
+        dense_bytes: the same of the dense model.
+    """
+
+    values: int
+    dense_values: int
+    block_values: int
+    dense_block_values: int
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def parameters(self) -> float:
+        """Kept fraction of the whole model's parameters, 1.0 = dense."""
+        return self.values / self.dense_values
+
+    @property
+    def block_parameters(self) -> float:
+        """Kept fraction of the block-linear parameters, the figure papers quote."""
+        return self.block_values / self.dense_block_values if self.dense_block_values else 1.0

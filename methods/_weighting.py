@@ -1,0 +1,66 @@
+"""Weightings S of ‖(W − Ŵ) S‖_F, as families use them: W S and W S Sᵀ Wᵀ, never an inverse."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+from rankfront.methods._algebra import floor_diagonal, regularise, symmetric_root
+
+
+class Weighting(Protocol):
+    """S as the families use it."""
+
+    def times_root(self, weight: Tensor) -> Tensor:
+        """W S, (m, n)."""
+
+    def sandwich(self, weight: Tensor) -> Tensor:
+        """W S Sᵀ Wᵀ, (m, m)."""
+
+
+class Unweighted:
+    """S = I."""
+
+    def times_root(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def sandwich(self, weight: Tensor) -> Tensor:
+        return weight @ weight.T
+
+
+class Diagonal:
+    """S = diag(√d), d (n,) floored so that no input weighs nothing."""
+
+    def __init__(self, squares: Tensor) -> None:
+        self.squares = floor_diagonal(squares)
+
+    def times_root(self, weight: Tensor) -> Tensor:
+        return weight * self.squares.sqrt()
+
+    def sandwich(self, weight: Tensor) -> Tensor:
+        return (weight * self.squares) @ weight.T
+
+
+class Gram:
+    """S = C^{1/2} for a Gram C (n, n), regularised once; its root is computed only if a family asks for it."""
+
+    def __init__(self, gram: Tensor) -> None:
+        self.raw = gram
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """C with its ridge, fp64."""
+        return regularise(self.raw)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """C^{1/2}, fp64."""
+        return symmetric_root(self.matrix)
+
+    def times_root(self, weight: Tensor) -> Tensor:
+        return weight @ self.root
+
+    def sandwich(self, weight: Tensor) -> Tensor:
+        return weight @ self.matrix @ weight.T

@@ -1,0 +1,106 @@
+"""One pass over token windows: negative log-likelihood, and divergence from a teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TEACHER_TOP_K = 1024  # of the vocabulary; the remainder's mass is kept as one more outcome (see Teacher)
+LOGITS_AT_ONCE = 2**27  # elements of a batch of logits, 512 MB in fp32
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model's next-token distributions, cut to their k likeliest tokens and the rest.
+
+    Attributes:
+        indices: the k likeliest tokens at each predicted position, (W, L - 1, k).
+        log_probabilities: theirs, (W, L - 1, k), natural logarithms.
+    """
+
+    indices: Tensor
+    log_probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over every predicted token, in nats.
+
+    Attributes:
+        loss: mean negative log-likelihood of the next token.
+        divergence: mean KL(dense ‖ compressed) of next-token distributions; NaN without a teacher.
+        tokens: how many tokens went through the model.
+    """
+
+    loss: float
+    divergence: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def batches(model: nn.Module, windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first window, ids (b, L), log-probabilities (b, L - 1, V) in fp32) for each batch of ``windows`` (W, L).
+
+    The batch is as large as `LOGITS_AT_ONCE` lets its logits be, at least one window.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    step = max(1, LOGITS_AT_ONCE // (windows.shape[1] * vocabulary))
+    for start in range(0, len(windows), step):
+        ids = windows[start : start + step].to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (b, L - 1, V)
+        yield start, ids, torch.log_softmax(logits.float(), dim=-1)
+
+
+@torch.inference_mode()
+def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> Scores:
+    """Score ``model`` on ``windows`` (W, L): each window on its own, its first token predicted from nothing.
+
+    With a teacher, KL(p ‖ q) = Σ_{i in top k} p_i (log p_i − log q_i) + p_rest (log p_rest − log q_rest), where
+    rest is the mass outside the teacher's k likeliest tokens. By the data-processing inequality this is at most
+    the full KL, and equal to it where k is the vocabulary.
+    """
+    loss = torch.zeros((), dtype=torch.float64)
+    divergence = torch.zeros((), dtype=torch.float64)
+    for start, ids, student in batches(model, windows):
+        loss -= student.gather(-1, ids[:, 1:, None]).double().sum().cpu()
+        if teacher is not None:
+            divergence += _divergence(student, teacher, start).cpu()
+    predicted = len(windows) * (windows.shape[1] - 1)
+    return Scores(
+        loss=float(loss) / predicted,
+        divergence=float(divergence) / predicted if teacher is not None else math.nan,
+        tokens=windows.numel(),
+    )
+
+
+def _divergence(student: Tensor, teacher: Teacher, start: int) -> Tensor:
+    """Σ over positions of the cut KL, for log-probabilities (b, L - 1, V) of the windows from ``start`` on."""
+    rows = slice(start, start + len(student))
+    p = teacher.log_probabilities[rows].to(student.device).double()  # (b, L - 1, k)
+    q = student.gather(-1, teacher.indices[rows].to(student.device).long()).double()  # (b, L - 1, k)
+    shared = (p.exp() * (p - q)).sum()
+    if p.shape[-1] == student.shape[-1]:
+        return shared
+    p_rest, q_rest = (-torch.expm1(t.logsumexp(-1).clamp_max(0)) for t in (p, q))
+    tiny = torch.finfo(torch.float32).tiny
+    return shared + (p_rest * (p_rest.clamp_min(tiny).log() - q_rest.clamp_min(tiny).log())).sum()
+
+
+@torch.inference_mode()
+def teach(model: nn.Module, windows: Tensor, top_k: int = TEACHER_TOP_K) -> Teacher:
+    """The teacher that ``model`` (dense) makes on ``windows`` (W, L)."""
+    indices, values = [], []
+    for _, _, log_probabilities in batches(model, windows):
+        top = log_probabilities.topk(min(top_k, log_probabilities.shape[-1]), dim=-1)
+        indices.append(top.indices.int().cpu())
+        values.append(top.values.cpu())
+    return Teacher(torch.cat(indices), torch.cat(values))

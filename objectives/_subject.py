@@ -1,0 +1,42 @@
+"""What objectives measure: a model with its plan applied, the dense one to compare with, tokens, exact cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from rankfront.methods import Cost
+from rankfront.objectives._clock import Clock
+from rankfront.objectives._scores import Scores, Teacher, score
+
+
+@dataclass
+class Subject:
+    """One model under measurement. Results that several objectives share are computed once.
+
+    Attributes:
+        model: with the plan applied, in evaluation mode.
+        dense: a context manager within which ``model`` runs dense.
+        windows: token ids (W, L) of the split that is scored.
+        teacher: the dense model's predictions on the same windows; None where no objective needs them.
+        cost: what the plan stores.
+        clock: where the seconds of each phase go.
+    """
+
+    model: nn.Module
+    dense: Callable[[], AbstractContextManager[None]]
+    windows: Tensor
+    teacher: Teacher | None
+    cost: Cost
+    clock: Clock
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Perplexity, and divergence where there is a teacher, from one pass over the windows."""
+        with self.clock.phase("evaluate"):
+            return score(self.model, self.windows, self.teacher)

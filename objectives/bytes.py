@@ -1,0 +1,24 @@
+"""Bytes: what the exported model's tensors take on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankfront.objectives._objective import register
+from rankfront.objectives._subject import Subject
+
+
+@register
+@dataclass(frozen=True)
+class Bytes:
+    """Tensor bytes in the safetensors files of the export, in the dtype the trial ran in."""
+
+    name = "bytes"
+    unit = "bytes"
+    measured = False
+
+    def value(self, subject: Subject) -> float:
+        return float(subject.cost.bytes)
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, dense

@@ -1,0 +1,27 @@
+"""Divergence: how far the compressed model's next-token distributions moved from the dense model's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rankfront.objectives._objective import register
+from rankfront.objectives._subject import Subject
+
+REFERENCE = math.log(10.0)  # nats a token, beside perplexity's factor of ten
+
+
+@register
+@dataclass(frozen=True)
+class Divergence:
+    """(1/N) Σ KL(dense ‖ compressed) over predicted tokens, on the teacher's top k tokens and the rest."""
+
+    name = "divergence"
+    unit = "nats/token"
+    measured = True
+
+    def value(self, subject: Subject) -> float:
+        return subject.scores.divergence
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, REFERENCE

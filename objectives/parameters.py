@@ -1,0 +1,40 @@
+"""Parameters kept, as fractions of dense: of the whole model, and of its block-linear weights alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankfront.objectives._objective import register
+from rankfront.objectives._subject import Subject
+
+
+@register
+@dataclass(frozen=True)
+class Parameters:
+    """Stored values of the exported model over the dense model's; index bits count at 16 bits a value."""
+
+    name = "parameters"
+    unit = "kept fraction"
+    measured = False
+
+    def value(self, subject: Subject) -> float:
+        return subject.cost.parameters
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, dense
+
+
+@register
+@dataclass(frozen=True)
+class BlockParameters:
+    """The same over the linear weights inside the blocks only, the fraction that papers quote."""
+
+    name = "block_parameters"
+    unit = "kept fraction"
+    measured = False
+
+    def value(self, subject: Subject) -> float:
+        return subject.cost.block_parameters
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, dense

@@ -1,0 +1,26 @@
+"""Perplexity: exp of the mean negative log-likelihood of the next token, in nats, on the split it is asked of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankfront.objectives._objective import register
+from rankfront.objectives._subject import Subject
+
+REFERENCE = 10.0  # times dense: a model ten times as perplexed as the dense one counts for nothing
+
+
+@register
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(−(1/N) Σ log q(token | what came before in its window))."""
+
+    name = "perplexity"
+    unit = "exp(nats/token)"
+    measured = True
+
+    def value(self, subject: Subject) -> float:
+        return subject.scores.perplexity
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return dense, REFERENCE * dense

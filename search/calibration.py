@@ -1,0 +1,189 @@
+"""Calibration: model + tokens -> statistics, window of blocks by window of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import Gram, Site, Statistics
+
+MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
+STATISTIC_BYTES = 4  # sums are kept in fp32
+BATCH_TOKENS = 2048  # tokens a forward pass takes at once
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class _Sums:
+    """Running sums of one input (shared by every weight that reads it) or of one weight."""
+
+    gram: Tensor | None = None
+    absolute: Tensor | None = None
+    fisher: Tensor | None = None
+
+
+@dataclass
+class _Recorder:
+    """Hooks on the sites' modules that add up what is needed."""
+
+    needs: frozenset[str]
+    groups: Mapping[str, str]  # module path -> path of the first module that reads the same input
+    sums: dict[str, _Sums] = field(default_factory=dict)
+
+    def attach(self, model: nn.Module, paths: Sequence[str]) -> list[Any]:
+        handles = []
+        for path in paths:
+            self.sums[path] = _Sums()
+            handles.append(model.get_submodule(path).register_forward_hook(self._hook(path)))
+        return handles
+
+    def _hook(self, path: str) -> Callable[..., None]:
+        sums, leads = self.sums[path], self.groups[path] == path
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            raw = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+            if leads and self.needs & {"gram", "absolute"}:
+                x = raw.float()
+                if "gram" in self.needs:
+                    sums.gram = _add(sums.gram, x.T @ x)
+                if "absolute" in self.needs:
+                    sums.absolute = _add(sums.absolute, x.abs().sum(0))
+            if "fisher" in self.needs:
+                output.register_hook(lambda gradient: self._gradient(sums, raw, gradient))
+
+        return hook
+
+    @staticmethod
+    def _gradient(sums: _Sums, x: Tensor, gradient: Tensor) -> None:
+        squares = gradient.flatten(0, -2).float().square().sum(1)  # (tokens,) ‖g_t‖²
+        sums.fisher = _add(sums.fisher, squares @ x.float().square())
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)
+
+
+def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor) -> dict[str, str]:
+    """Module path -> path of the first of the modules that read the very same tensor (q/k/v, gate/up).
+
+    Found by running ``ids`` (1, L) once and comparing the tensors themselves, so no names are assumed.
+    """
+    seen: dict[int, tuple[str, Tensor]] = {}
+    groups: dict[str, str] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            first, _ = seen.setdefault(id(inputs[0]), (path, inputs[0]))  # keeping the tensor keeps its id its own
+            groups[path] = first
+
+        return remember
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
+def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[str], limit: int) -> list[list[Site]]:
+    """Cut ``sites`` into runs whose statistics stay under ``limit`` bytes, at least one site each."""
+    passes: list[list[Site]] = [[]]
+    held = 0
+    counted: set[str] = set()
+    for site in sites:
+        size = 0
+        for weight in site.weights:
+            n = weight.in_features
+            lead = groups.get(weight.path, weight.path)
+            size += STATISTIC_BYTES * n * (1 + (n if "gram" in needs and lead not in counted else 0))
+            counted.add(lead)
+        if passes[-1] and held + size > limit:
+            passes.append([])
+            held = 0
+        passes[-1].append(site)
+        held += size
+    return passes
+
+
+def calibrate(
+    model: Any,
+    windows: Tensor,
+    sites: Sequence[Site],
+    needs: frozenset[str],
+    progress: Progress,
+    limit: int = MEMORY_LIMIT,
+) -> Iterator[tuple[Site, dict[str, Statistics]]]:
+    """(site, statistics by role) for every site that has inputs to measure, in order.
+
+    Runs ``windows`` (W, L) through the dense model once for each group of sites whose statistics fit under
+    ``limit`` bytes, and drops a group's statistics before the next pass. Gradients, where "fisher" is needed,
+    are those of the summed next-token cross-entropy with respect to each weight's output; no weight gradient
+    is ever formed. ``progress`` hears (windows done, windows in all).
+    """
+    device = next(model.parameters()).device
+    sites = [site for site in sites if all(weight.kind == "linear" for weight in site.weights)]
+    paths = [weight.path for site in sites for weight in site.weights]
+    groups = shared_inputs(model, paths, windows[:1, :8].to(device))
+    passes = _passes(sites, groups, needs, limit)
+    total = len(windows) * len(passes)
+    for number, chosen in enumerate(passes):
+        recorder = _Recorder(needs, _leaders_within(chosen, groups))
+        handles = recorder.attach(model, [weight.path for site in chosen for weight in site.weights])
+        try:
+            for done in _run(model, windows, gradients="fisher" in needs):
+                progress(number * len(windows) + done, total)
+        finally:
+            for handle in handles:
+                handle.remove()
+        yield from _hand_over(chosen, recorder, windows.numel())
+
+
+def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[str, str]:
+    """``groups`` cut to one pass: the first of a group in this pass leads it here."""
+    leaders: dict[str, str] = {}
+    return {
+        weight.path: leaders.setdefault(groups[weight.path], weight.path) for site in sites for weight in site.weights
+    }
+
+
+def _hand_over(
+    sites: Sequence[Site], recorder: _Recorder, tokens: int
+) -> Iterator[tuple[Site, dict[str, Statistics]]]:
+    grams: dict[str, Gram] = {}
+    for site in sites:
+        statistics = {}
+        for weight in site.weights:
+            lead = recorder.groups[weight.path]
+            shared, own = recorder.sums[lead], recorder.sums[weight.path]
+            if shared.gram is not None and lead not in grams:
+                grams[lead] = Gram(shared.gram)
+            statistics[weight.role] = Statistics(tokens, grams.get(lead), shared.absolute, own.fisher)
+        yield site, statistics
+
+
+def _run(model: Any, windows: Tensor, gradients: bool) -> Iterator[int]:
+    """Run the windows through the model, with a backward pass where asked; yields how many are done."""
+    device = next(model.parameters()).device
+    step = max(1, BATCH_TOKENS // windows.shape[1])
+    # Weights are frozen; a gradient that starts at the embedding's output reaches every linear's output.
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.detach().requires_grad_(gradients)
+    )
+    try:
+        for start in range(0, len(windows), step):
+            ids = windows[start : start + step].to(device)
+            with torch.set_grad_enabled(gradients):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                if gradients:
+                    targets = ids[:, 1:].flatten()
+                    nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").backward()
+            yield min(start + step, len(windows))
+    finally:
+        handle.remove()

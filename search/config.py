@@ -1,0 +1,236 @@
+"""The study file: TOML in, validated settings out. The only place where pydantic is used."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from rankfront.methods import Grid, InputError, check_choice, method_names, nearest
+from rankfront.objectives import make_objective
+from rankfront.search.sampler import SAMPLERS
+from rankfront.search.text import SPLITS, Split
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+MIN_WINDOW = 8  # tokens; shorter windows predict next to nothing
+
+
+def parse_duration(value: Any) -> float:
+    """Seconds from ``"10m"``, ``"1h30m"``, ``"90s"`` or a number of seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else []
+    if not parts or "".join(number + unit for number, unit in parts) != value:
+        raise ValueError(f"{value!r} is no duration: write 90s, 20m or 1h30m")
+    return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Strict):
+    """A bundled name, a hub id, a local folder or a .gguf file; what it is evaluated in and on."""
+
+    name: str = "smollm2-135m"
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class SplitConfig(Strict):
+    text: str = "pydoc"
+    windows: Annotated[int, Field(ge=1)]
+    part: tuple[float, float] = (0.0, 1.0)
+
+    @field_validator("part")
+    @classmethod
+    def _ordered(cls, part: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ValueError(f"part is {list(part)}: give [start, end] with 0 <= start < end <= 1")
+        return part
+
+
+class DataConfig(Strict):
+    """Window length in tokens, and what each split takes."""
+
+    length: Annotated[int, Field(ge=MIN_WINDOW)] = 512
+    calibrate: SplitConfig = SplitConfig(windows=64)
+    search: SplitConfig = SplitConfig(windows=16)
+    report: SplitConfig = SplitConfig(windows=32)
+
+    def splits(self) -> dict[str, Split]:
+        chosen = {name: getattr(self, name) for name in SPLITS}
+        return {name: Split(split.text, split.windows, split.part) for name, split in chosen.items()}
+
+
+Methods = Annotated[tuple[str, ...], Field(min_length=1)]
+Keep = tuple[float, ...]
+
+
+class RuleConfig(Strict):
+    """Narrower choices for the sites that ``match``; the last rule that matches wins, key by key."""
+
+    match: str
+    methods: Methods | None = None
+    keep: Keep | None = None
+
+
+class SpaceConfig(Strict):
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    methods: Methods = ("svd", "asvd", "fwsvd", "svd-llm")
+    keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    rank_multiple: int = 8
+    rule: tuple[RuleConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _known(self) -> SpaceConfig:
+        for names in (self.methods, *(rule.methods for rule in self.rule if rule.methods)):
+            for name in names:
+                check_choice("method", name, method_names())
+        for keep in (self.keep, *(rule.keep for rule in self.rule if rule.keep is not None)):
+            Grid(keep, self.rank_multiple)
+        return self
+
+
+class ResourcesConfig(Strict):
+    """What one trial takes, as Ray counts it."""
+
+    cpu: Annotated[float, Field(gt=0)] = 2
+    gpu: Annotated[float, Field(ge=0)] = 0
+
+
+class SearchConfig(Strict):
+    """The sampler, what it may spend, and how trials run.
+
+    ``groups`` ties the variables of general samplers: one (method, keep) pair for each kind of projection and
+    each of that many bands of depth; 0 gives every site variables of its own. ``anchors`` are the kept
+    fractions at which every method is measured uniformly before the sampler starts.
+    """
+
+    sampler: str = "tpe"
+    trials: Annotated[int, Field(ge=0)] = 32
+    time: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    seed: int = 0
+    workers: Annotated[int, Field(ge=0)] = 1
+    groups: Annotated[int, Field(ge=0)] = 4
+    anchors: tuple[float, ...] = (0.9, 0.7, 0.5)
+    storage: str | None = None
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("sampler")
+    @classmethod
+    def _sampler(cls, name: str) -> str:
+        check_choice("sampler", name, SAMPLERS)
+        return name
+
+    @field_validator("anchors")
+    @classmethod
+    def _anchors(cls, anchors: tuple[float, ...]) -> tuple[float, ...]:
+        bad = [keep for keep in anchors if not 0 < keep < 1]
+        if bad:
+            raise ValueError(f"anchors hold {bad}: kept fractions lie strictly between 0 and 1")
+        return anchors
+
+
+class StudyConfig(Strict):
+    """A whole study file."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    space: SpaceConfig = SpaceConfig()
+    objectives: dict[str, dict[str, Any]] = {"perplexity": {}, "parameters": {}}
+    search: SearchConfig = SearchConfig()
+
+    @field_validator("objectives")
+    @classmethod
+    def _two_or_more(cls, objectives: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in objectives.items():
+            make_objective(name, settings)
+        if len(objectives) < 2:
+            raise ValueError(
+                f"a front needs two or more objectives and there is {list(objectives) or 'none'}:"
+                " add a table such as [objectives.parameters]"
+            )
+        return objectives
+
+
+LIMITS = {"search": ("trials", "time", "workers", "resources")}
+
+
+def definition_of(config: StudyConfig) -> dict[str, Any]:
+    """What defines the trials of a study: everything but the limits, which may change between launches."""
+    data = config.model_dump(mode="json")
+    for key in LIMITS["search"]:
+        del data["search"][key]
+    return data
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """The study in the TOML file at ``path`` with ``KEY=VALUE`` overrides applied; `InputError` if invalid."""
+    if not path.is_file():
+        raise InputError(f"study file {str(path)!r} does not exist: name a TOML file, such as studies/demo.toml")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"study file {str(path)!r} is not valid TOML: {error}") from error
+    return make_config(data, overrides)
+
+
+def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> StudyConfig:
+    """A validated study from plain data; `InputError` with one line naming the first thing wrong."""
+    for override in overrides:
+        _override(data, override)
+    try:
+        return StudyConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_one_line(error.errors()[0])) from error
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {text!r} does not read as KEY=VALUE, such as search.trials=6")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    *parents, last = key.strip().split(".")
+    table = data
+    for name in parents:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {text!r}: {name!r} is a value, not a table")
+    table[last] = parsed
+
+
+def _one_line(error: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(error["loc"][:-1])
+        return f"unknown key {where!r} in the study{nearest(str(error['loc'][-1]), known)} (known: {', '.join(known)})"
+    message = error["msg"].removeprefix("Value error, ")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return message
+    if error["type"] == "missing":
+        return f"{where} is missing from the study"
+    given = error.get("input")
+    shown = f" (got {given!r})" if not isinstance(given, dict) and repr(given) not in message else ""
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the table at ``location`` may hold."""
+    model: Any = StudyConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = annotation if isinstance(annotation, type) else annotation.__args__[0]
+    return list(model.model_fields)

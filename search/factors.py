@@ -1,0 +1,147 @@
+"""The factor store: each (site, method) prepared once, kept on disk, memory-mapped, sliced at any level."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankfront.methods import Factors, InputError, Method, Option, Prepared, Site, Statistics, get_method, source_of
+from rankfront.methods import _algebra, _metric, _statistics, _weighting
+from rankfront.search import calibration
+
+KEY_LENGTH = 16  # hex digits of a cache key
+
+
+def cache_folder() -> Path:
+    """Where factors live between runs: ``$RANKFRONT_CACHE``, or ``~/.cache/rankfront``."""
+    return Path(os.environ.get("RANKFRONT_CACHE") or Path.home() / ".cache" / "rankfront")
+
+
+@cache
+def _shared_code() -> str:
+    """The source that every preparation depends on."""
+    return "".join(inspect.getsource(module) for module in (_algebra, _metric, _statistics, _weighting, calibration))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:KEY_LENGTH]
+
+
+class FactorStore:
+    """Prepared factors of one model on one calibration text.
+
+    A file per (site, method), or per (site, option) for methods that do not nest. The folder's name hashes
+    weights, the method's code, the factors' dtype and, for methods that need statistics, the calibration; so
+    what is found under it is what would be computed again. Files appear whole or not at all.
+    """
+
+    def __init__(self, fingerprint: str, calibration_hash: str, dtype: torch.dtype, root: Path | None = None) -> None:
+        self.root = root or cache_folder()
+        self.fingerprint = fingerprint
+        self.calibration_hash = calibration_hash
+        self.dtype = dtype
+        self._open: dict[Path, Prepared] = {}
+
+    def folder(self, method: Method) -> Path:
+        text = self.calibration_hash if method.needs else "no text"
+        key = _digest(self.fingerprint, text, str(self.dtype), source_of(method), repr(method), _shared_code())
+        return self.root / f"{method.name}-{key}"
+
+    def path(self, site: Site, option: Option) -> Path:
+        """The file that serves ``option`` at ``site``."""
+        method = get_method(option.method)
+        level = "" if method.nested else "." + _digest(option.label)
+        return self.folder(method) / f"{site.name}{level}.safetensors"
+
+    def missing(self, wanted: Mapping[Site, Iterable[Option]]) -> dict[Site, list[Option]]:
+        """Of the options wanted at each site, those that have no file yet."""
+        absent = {
+            site: [option for option in options if not self.path(site, option).is_file()]
+            for site, options in wanted.items()
+        }
+        return {site: options for site, options in absent.items() if options}
+
+    def prepare(
+        self,
+        site: Site,
+        options: Sequence[Option],
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+    ) -> None:
+        """Factor ``site`` for ``options`` and write what is missing."""
+        by_file: dict[Path, list[Option]] = {}
+        for option in options:
+            by_file.setdefault(self.path(site, option), []).append(option)
+        for path, served in by_file.items():
+            method = get_method(served[0].method)
+            prepared = method.prepare(weights, statistics, served)
+            self._write(path, {name: self._narrow(tensor) for name, tensor in prepared.items()})
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        """Matrices in the dtype they will run in; spectra and other vectors stay fp32."""
+        keep = tensor.ndim < 2 or not tensor.is_floating_point()
+        return (tensor if keep else tensor.to(self.dtype)).contiguous().cpu()
+
+    @staticmethod
+    def _write(path: Path, tensors: Prepared) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            save_file(tensors, partial, metadata={"crc32": _checksum(tensors)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, site: Site, option: Option) -> Prepared:
+        """The prepared tensors behind ``option``, memory-mapped; checked once per process.
+
+        Raises `InputError` naming the file where it is missing or corrupt.
+        """
+        path = self.path(site, option)
+        if path not in self._open:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+                    intact = (file.metadata() or {}).get("crc32") == _checksum(tensors)
+            except FileNotFoundError as error:
+                raise InputError(f"factor file {path} is missing: launch the study again to rebuild it") from error
+            except SafetensorError as error:
+                raise InputError(f"factor file {path} is corrupt ({error}): {REBUILD}") from error
+            if not intact:
+                raise InputError(f"factor file {path} is corrupt (its checksum differs): {REBUILD}")
+            self._open[path] = tensors
+        return self._open[path]
+
+    def factors(self, site: Site, option: Option) -> dict[str, Factors]:
+        """Role -> factors of ``option`` at ``site``."""
+        return get_method(option.method).truncate(self.load(site, option), option)
+
+    def clear(self, methods: Iterable[str]) -> None:
+        """Drop everything kept for ``methods`` on this model and text."""
+        for name in methods:
+            shutil.rmtree(self.folder(get_method(name)), ignore_errors=True)
+        self._open.clear()
+
+
+REBUILD = "rebuild it with `rankfront launch STUDY.toml --rebuild`"
+
+
+def _checksum(tensors: Prepared) -> str:
+    """CRC-32 over names and bytes, in order of name."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"

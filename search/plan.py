@@ -1,0 +1,101 @@
+"""Plan: site -> option for the whole model. Frozen, JSON, versioned, hashable; its cost is exact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rankfront.methods import DENSE, DENSE_OPTION, Cost, InputError, Option, Site, Storage, get_method
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which option each site takes. Sites that are not named stay dense.
+
+    Attributes:
+        choices: (site name, option), sorted by site, dense ones left out: equal plans are equal.
+        origin: what the plan belongs to: model, fingerprint, calibration hash, dtype.
+    """
+
+    choices: tuple[tuple[str, Option], ...]
+    origin: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+
+    @classmethod
+    def of(cls, choices: Mapping[str, Option], origin: Mapping[str, str] | None = None) -> Plan:
+        kept = sorted((site, option) for site, option in choices.items() if option.method != DENSE)
+        return cls(tuple(kept), tuple(sorted((origin or {}).items())))
+
+    @cached_property
+    def by_site(self) -> dict[str, Option]:
+        return dict(self.choices)
+
+    def option(self, site: str) -> Option:
+        """The option at ``site``; dense where the plan does not name it."""
+        return self.by_site.get(site, DENSE_OPTION)
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the choices: the same for equal plans."""
+        return hashlib.sha256(json.dumps(self._choices_json()).encode()).hexdigest()[:16]
+
+    def _choices_json(self) -> dict[str, dict[str, Any]]:
+        return {site: {"method": option.method, **dict(option.level)} for site, option in self.choices}
+
+    def to_json(self) -> str:
+        """One line: version, origin, and each treated site's method and level."""
+        return json.dumps({"version": VERSION, "origin": dict(self.origin), "sites": self._choices_json()})
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Read what `to_json` wrote; `InputError` naming ``where`` if it is not that."""
+        try:
+            data = json.loads(text)
+            version = data["version"]
+            choices = {
+                site: Option.of(**{"method": spec["method"]}, **{k: v for k, v in spec.items() if k != "method"})
+                for site, spec in data["sites"].items()
+            }
+            origin = {str(key): str(value) for key, value in data.get("origin", {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{where} is corrupt ({type(error).__name__}: {error}): export it again") from error
+        if version != VERSION:
+            raise InputError(f"{where} has version {version}, this rankfront reads {VERSION}: export it again")
+        return cls.of(choices, origin)
+
+
+def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> Cost:
+    """The exact cost of ``plan``.
+
+    Args:
+        plan: what each site takes.
+        sites: every site of the model -> whether it lies inside a block.
+        model_values: parameters of the dense model, each once.
+        value_bytes: bytes of one value in the dtype of the export.
+
+    Raises `InputError` where the plan names a site that the model does not have.
+    """
+    by_name = {site.name: site for site in sites}
+    unknown = [name for name in plan.by_site if name not in by_name]
+    if unknown:
+        raise InputError(f"the plan names {unknown[0]!r}, which this model does not have: it belongs to another model")
+    whole, block, dense_block = Storage(model_values), Storage(0), Storage(0)
+    for site, inside in sites.items():
+        option = plan.option(site.name)
+        stored = site.storage if option.method == DENSE else get_method(option.method).storage(site, option)
+        whole = whole + stored + Storage(-site.storage.values, -site.storage.index_bits)
+        if inside:
+            block, dense_block = block + stored, dense_block + site.storage
+    return Cost(
+        values=whole.parameters,
+        dense_values=model_values,
+        block_values=block.parameters,
+        dense_block_values=dense_block.parameters,
+        bytes=whole.bytes(value_bytes),
+        dense_bytes=Storage(model_values).bytes(value_bytes),
+    )

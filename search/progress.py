@@ -1,0 +1,76 @@
+"""What the terminal shows: bars for calibration and factorisation, then a live line of the search."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from rankfront.search.driver import Driver
+from rankfront.search.front import Row, front_of
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)  # kept fractions of the blocks at which the live line names the best so far
+PHASES = {"load": "load the model", "calibrate": "calibrate (windows)", "factor": "factor (sites)"}
+
+
+class Display:
+    """Draws on ``console`` while it is entered. Without a terminal it prints a line per finished trial instead."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.reported = 0
+
+    def __enter__(self) -> Display:
+        self.bars.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.__exit__(kind, error, trace)
+
+    def phase(self, name: str, done: int, total: int, status: str = "") -> None:
+        """Show ``done`` of ``total`` in a phase; the bar appears with its first call."""
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(PHASES.get(name, name), total=total, status=status)
+            if not self.console.is_terminal and name in PHASES:
+                self.console.print(f"{PHASES[name]} ...")
+        self.bars.update(self.tasks[name], completed=done, total=total, status=status)
+
+    def search(self, driver: Driver) -> None:
+        """The live line: trials done, front size, best at each budget, time left."""
+        rows = driver.rows()
+        status = _status(rows, list(driver.config.objectives), _left(driver))
+        self.phase("search (trials)", driver.spent, driver.config.search.trials, status)
+        if not self.console.is_terminal and driver.spent > self.reported:
+            self.reported = driver.spent
+            self.console.print(f"trial {driver.spent}/{driver.config.search.trials}  {status}", soft_wrap=True)
+
+
+def _left(driver: Driver) -> str:
+    limits = driver.config.search
+    return "" if limits.time is None else f"{max(0.0, limits.time - driver.elapsed) / 60:.0f} min left"
+
+
+def _status(rows: list[Row], objectives: list[str], left: str) -> str:
+    first = objectives[0]
+    complete = [row for row in rows if row.state == "complete"]
+    best = []
+    for budget in BUDGETS:
+        within = [row.values[first] for row in complete if row.attributes["block_parameters"] <= budget]
+        if within:
+            best.append(f"{budget:g}: {min(within):.4g}")
+    failed = sum(1 for row in rows if row.state == "failed" and row.counts)
+    parts = [f"front {len(front_of(rows))}", f"best {first} at keep {', '.join(best)}" if best else "", left]
+    return " · ".join(part for part in [*parts, f"{failed} failed" if failed else ""] if part)

@@ -1,0 +1,181 @@
+"""The space: which options each site may take, and the variables that samplers choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+import optuna
+
+from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, Site, get_method
+from rankfront.search.config import SpaceConfig
+from rankfront.search.model import Place
+from rankfront.search.plan import Plan
+
+DENSE_KEEP = 1.0
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one site may take: method -> kept fraction asked for -> option. Dense is always allowed."""
+
+    methods: tuple[str, ...]
+    keep: tuple[float, ...]
+    options: Mapping[tuple[str, float], Option]
+
+    def option(self, method: str, keep: float) -> Option:
+        """``method`` at the level nearest ``keep``; dense at 1.0 and where the method offers nothing here."""
+        if keep >= DENSE_KEEP:
+            return DENSE_OPTION
+        level = min(self.keep, key=lambda offered: abs(offered - keep))
+        return self.options.get((method, level), DENSE_OPTION)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One decision that a sampler takes for all of ``sites``: a method, and a kept fraction or dense."""
+
+    name: str
+    sites: tuple[str, ...]
+    choices: Choices
+
+    def suggest(self, trial: optuna.Trial) -> tuple[str, float]:
+        """(method, keep). Levels are suggested by their place in the sorted list, so that samplers see an order."""
+        levels = [*sorted(self.choices.keep), DENSE_KEEP]
+        keep = levels[trial.suggest_int(f"{self.name} keep", 0, len(levels) - 1)]
+        methods = self.choices.methods
+        method = trial.suggest_categorical(f"{self.name} method", methods) if len(methods) > 1 else methods[0]
+        return str(method), keep
+
+    def parameters(self, method: str, keep: float) -> dict[str, object]:
+        """What `suggest` would have to draw for (method, keep), to enqueue it; a keep between levels is rounded."""
+        levels = [*sorted(self.choices.keep), DENSE_KEEP]
+        place = len(levels) - 1 if keep >= DENSE_KEEP else min(range(len(levels) - 1), key=lambda i: abs(levels[i] - keep))
+        chosen: dict[str, object] = {f"{self.name} keep": place}
+        if len(self.choices.methods) > 1:
+            chosen[f"{self.name} method"] = method if method in self.choices.methods else self.choices.methods[0]
+        return chosen
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A uniform plan that every study measures first."""
+
+    method: str
+    keep: float
+
+    @property
+    def label(self) -> str:
+        return "dense" if self.keep >= DENSE_KEEP else f"{self.method} keep={self.keep:g}"
+
+
+class Space:
+    """Sites with their choices, under the study's patterns and rules.
+
+    Raises `InputError` where nothing is left to choose.
+    """
+
+    def __init__(self, sites: Mapping[Site, Place], config: SpaceConfig, groups: int) -> None:
+        self.sites = sites
+        self.config = config
+        self.groups = groups
+        chosen = [site for site, place in sites.items() if _included(site, place, config)]
+        if not chosen:
+            raise InputError(
+                f"the space is empty: include={list(config.include)}, exclude={list(config.exclude)} leave none of"
+                f" {len(sites)} sites, such as {next(iter(sites)).name!r}"
+            )
+        choices = {site: self._choices(site) for site in chosen}
+        self.choices = {site: found for site, found in choices.items() if found.options}
+        if not self.choices:
+            raise InputError(
+                f"the space is empty: no method in {list(config.methods)} offers a rank below break-even on multiples"
+                f" of {config.rank_multiple} at any of {len(chosen)} sites: lower space.rank_multiple"
+            )
+
+    def _choices(self, site: Site) -> Choices:
+        methods, keep = self.config.methods, self.config.keep
+        for rule in self.config.rule:
+            if fnmatchcase(site.name, rule.match):
+                methods, keep = rule.methods or methods, rule.keep or keep
+        grid = Grid(keep, self.config.rank_multiple)
+        offered = {name: get_method(name).options(site, grid) for name in methods}
+        options = {(name, level): option for name, found in offered.items() for level, option in found.items()}
+        return Choices(tuple(name for name in methods if offered[name]), keep, options)
+
+    @property
+    def methods(self) -> list[str]:
+        """Every method that some site may take."""
+        return sorted({name for choices in self.choices.values() for name in choices.methods})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Every statistic that some method needs."""
+        return frozenset(need for name in self.methods for need in get_method(name).needs)
+
+    def wanted(self) -> dict[Site, list[Option]]:
+        """Every option of every site, each once."""
+        return {site: sorted(set(choices.options.values()), key=lambda o: o.label) for site, choices in self.choices.items()}
+
+    @cached_property
+    def variables(self) -> list[Variable]:
+        """One variable per kind of projection and band of depth; one per site where ``groups`` is 0.
+
+        Sites of a group that differ in what they may choose (by a rule, say) get variables of their own.
+        """
+        depth = 1 + max((place.block for place in self.sites.values() if place.block is not None), default=0)
+        grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], list[Site]] = {}
+        for site, choices in self.choices.items():
+            name = site.name if self.groups == 0 else self._group(self.sites[site], depth)
+            grouped.setdefault((name, choices.methods, choices.keep), []).append(site)
+        seen: dict[str, int] = {}
+        variables = []
+        for (name, _, _), members in grouped.items():
+            seen[name] = seen.get(name, 0) + 1
+            label = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            variables.append(Variable(label, tuple(site.name for site in members), self.choices[members[0]]))
+        return variables
+
+    def _group(self, place: Place, depth: int) -> str:
+        if place.block is None:
+            return place.kind
+        band = place.block * self.groups // depth
+        return f"{place.kind} {band + 1}/{min(self.groups, depth)}"
+
+    def suggest(self, trial: optuna.Trial, origin: Mapping[str, str]) -> Plan:
+        """The plan that a sampler's draws for ``trial`` describe."""
+        by_name = {site.name: choices for site, choices in self.choices.items()}
+        options: dict[str, Option] = {}
+        for variable in self.variables:
+            method, keep = variable.suggest(trial)
+            options |= {name: by_name[name].option(method, keep) for name in variable.sites}
+        return Plan.of(options, origin)
+
+    def anchor_parameters(self, anchor: Anchor) -> dict[str, object]:
+        """The draws that give the same method and kept fraction everywhere, to enqueue so that samplers learn from it.
+
+        Where a site does not offer the method, its own first method stands in.
+        """
+        return {k: v for variable in self.variables for k, v in variable.parameters(anchor.method, anchor.keep).items()}
+
+    def anchors(self, budgets: Iterable[float]) -> list[Anchor]:
+        """Dense, then every method at every budget, each level of the space's grid once."""
+        found = [Anchor("dense", DENSE_KEEP)]
+        levels = sorted({min(self.config.keep, key=lambda k: abs(k - budget)) for budget in budgets}, reverse=True)
+        return found + [Anchor(method, keep) for keep in levels for method in self.methods]
+
+
+def _included(site: Site, place: Place, config: SpaceConfig) -> bool:
+    """Whether the patterns name ``site``; outside the blocks a bare wildcard is not enough."""
+    names = [site.name, *(path for weight in site.weights for path in weight.tied)]
+
+    def named(patterns: Iterable[str], accept: Callable[[str], bool]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns if accept(pattern) for name in names)
+
+    def literal(pattern: str) -> bool:
+        return bool(pattern.rpartition(".")[2].strip("*?"))
+
+    accept = (lambda pattern: True) if place.block is not None else literal
+    return named(config.include, accept) and not named(config.exclude, lambda pattern: True)

@@ -1,0 +1,168 @@
+"""The study: launch, resume, read. The Python face of rankfront."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from rich.console import Console
+
+from rankfront.methods import InputError
+from rankfront.search import front as fronts
+from rankfront.search.config import StudyConfig, load_config, make_config
+from rankfront.search.driver import Driver
+from rankfront.search.factors import cache_folder
+from rankfront.search.front import Constraint, Row
+from rankfront.search.model import load_tokenizer, pick_device, pick_dtype, resolve, set_threads
+from rankfront.search.progress import Display
+from rankfront.search.run import Run
+from rankfront.search.text import cut, hash_tokens
+from rankfront.search.trial import Resident, Setup, make_space, prepare_store
+
+RUNS = Path("runs")
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a launch: everything finished is kept."""
+
+
+@dataclass
+class Study:
+    """One search: its settings and its run folder.
+
+    ::
+
+        study = Study("studies/demo.toml")          # or a dictionary of the same shape
+        study.launch()
+        for row in study.front(): print(row.values, row.report)
+        study.export("small", study.best("block_parameters<=0.8"))
+    """
+
+    config: StudyConfig
+    run: Run
+
+    def __init__(self, config: StudyConfig | Mapping[str, Any] | str | Path, run: str | Path | None = None) -> None:
+        """Raises `InputError` where the settings are not valid."""
+        if isinstance(config, StudyConfig):
+            self.config, name = config, "study"
+        elif isinstance(config, Mapping):
+            self.config, name = make_config(dict(config)), "study"
+        else:
+            self.config, name = load_config(Path(config)), Path(config).stem
+        self.run = Run(Path(run) if run is not None else RUNS / name)
+
+    @classmethod
+    def open(cls, run: str | Path) -> Study:
+        """The study that was launched into a run folder."""
+        found = Run(Path(run))
+        return cls(found.definition().config, found.path)
+
+    # -- reading
+
+    def rows(self) -> list[Row]:
+        """Every trial, in order."""
+        return fronts.rows_of(self._optuna(), list(self.config.objectives))
+
+    def front(self, *constraints: str) -> list[Row]:
+        """The non-dominated trials that meet ``constraints``, best in the first objective first."""
+        parsed = [Constraint.parse(text) for text in constraints]
+        return [row for row in fronts.front_of(self.rows()) if all(constraint.holds(row) for constraint in parsed)]
+
+    def best(self, *constraints: str) -> Row:
+        """Of the complete trials that meet ``constraints``, the best in the first objective.
+
+        Raises `InputError` naming the closest trial where none does.
+        """
+        complete = [row for row in self.rows() if row.state == "complete"]
+        met = fronts.meeting(complete, [Constraint.parse(text) for text in constraints])
+        return min(met, key=lambda row: list(row.values.values()))
+
+    def trial(self, number: int) -> Row:
+        """One trial; `InputError` where it does not exist."""
+        rows = {row.number: row for row in self.rows()}
+        if number not in rows:
+            known = f"0 to {max(rows)}" if rows else "none yet"
+            raise InputError(f"run {str(self.run.path)!r} has no trial {number}: its trials are {known}")
+        return rows[number]
+
+    def knee(self) -> Row:
+        """The front member nearest to the ideal corner of the box."""
+        return fronts.knee(self.front(), self.box())
+
+    def box(self) -> fronts.Box:
+        """The box that hypervolume is measured in; `InputError` before the dense anchor is measured."""
+        dense = fronts.dense_row(self.rows())
+        if dense is None:
+            raise InputError(f"run {str(self.run.path)!r} has not measured the dense model yet: launch it first")
+        return fronts.box_of(self.config.objectives, dense)
+
+    def hypervolume(self) -> float:
+        """The share of the box that the front dominates."""
+        return fronts.hypervolume(self.front(), self.box())
+
+    def frame(self) -> pd.DataFrame:
+        """Every trial as one row of a pandas frame."""
+        return fronts.frame(self.rows())
+
+    def _optuna(self) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        return self.run.study(self.config)
+
+    # -- doing
+
+    def setup(self) -> Setup:
+        """Resolve the study on this machine: tokens, dtype, device, fingerprint."""
+        source = resolve(self.config.model.name)
+        earlier = self.run.definition().resolved if self.run.file.exists() else {}
+        device = pick_device(earlier.get("device", self.config.model.device))
+        dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
+        tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
+        return Setup(self.config, dtype, device, source.fingerprint, tokens, str(cache_folder().resolve()))
+
+    def launch(self, console: Console | None = None, address: str | None = None, rebuild: bool = False) -> None:
+        """Run the study until its limits are reached, or go on with it where an earlier launch stopped.
+
+        Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C.
+        """
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        display = Display(console or Console(stderr=True))
+        with self.run.lock(), display:
+            try:
+                self._launch(display, address, rebuild)
+            except KeyboardInterrupt as error:
+                raise Interrupted(f"stopped; every finished trial is kept in {self.run.path}") from error
+
+    def _launch(self, display: Display, address: str | None, rebuild: bool) -> None:
+        limits = self.config.search
+        set_threads(limits.resources.cpu)
+        setup = self.setup()
+        space = make_space(setup)
+        hashes = {f"tokens.{name}": hash_tokens(windows) for name, windows in setup.tokens.items()}
+        resolved = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
+        self.run.define(self.config, resolved)
+        if rebuild:
+            setup.store().clear(space.methods)
+        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search)
+        if driver.done:
+            return
+        prepare_store(setup, space, display.phase)
+        display.search(driver)
+        driver.begin()
+        try:
+            if limits.workers == 0:
+                resident = Resident(setup)
+                while not driver.done:
+                    job = driver.next()
+                    if job is not None:
+                        driver.finish(job, resident.run(job))
+            else:
+                from rankfront.search import workers  # ray is loaded only where it is used
+
+                workers.run(driver, setup, limits.workers, limits.resources, address)
+        finally:
+            driver.abandon()

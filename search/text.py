@@ -1,0 +1,121 @@
+"""Token windows: three disjoint splits, calibrate, search and report."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfront.methods import InputError
+
+SPLITS = ("calibrate", "search", "report")
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one split asks for: ``windows`` of a text, from the part (start, end) of it by position."""
+
+    text: str
+    windows: int
+    part: tuple[float, float] = (0.0, 1.0)
+
+
+def read_text(name: str) -> str:
+    """The text called ``name``: ``pydoc``, ``hub:NAME/CONFIG:SPLIT``, or a local file.
+
+    Raises `InputError` where there is no such text.
+    """
+    if name == "pydoc":
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for key in sorted(topics))
+    if name.startswith("hub:"):
+        return _hub_text(name)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"text {name!r} is no file: use 'pydoc', a text file's path, or 'hub:NAME/CONFIG:SPLIT'")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"text file {name!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error
+
+
+def _hub_text(name: str) -> str:
+    match = re.fullmatch(r"hub:(?P<name>.+)/(?P<config>[^/:]+):(?P<split>[^:]+)", name)
+    if match is None:
+        raise InputError(f"text {name!r} does not read as 'hub:NAME/CONFIG:SPLIT', such as 'hub:org/set/default:train'")
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"])
+    except Exception as error:  # noqa: BLE001 - datasets raises a different class for every cause; all are the user's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"text {name!r} cannot be loaded ({reason}): check the name, or use a local file") from error
+    if "text" not in rows.column_names:
+        raise InputError(f"text {name!r} has the columns {rows.column_names} and no 'text': export it to a file")
+    return "\n\n".join(rows["text"])
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Token ids (N,) of the whole text, no special tokens added."""
+    limit, tokenizer.model_max_length = tokenizer.model_max_length, int(1e30)  # windows are cut below; no warning
+    try:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    finally:
+        tokenizer.model_max_length = limit
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _first_token(tokenizer: Any) -> int | None:
+    """The token that every sequence of this tokenizer starts with (Gemma's BOS), or None."""
+    ids = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and ids[:1] == [bos] else None
+
+
+def cut(tokenizer: Any, splits: Mapping[str, Split], length: int) -> dict[str, Tensor]:
+    """Windows (W, length) for each split; windows of one text never overlap, whatever split they serve.
+
+    A text is laid out on one grid of windows; each split takes its own, spread evenly over what is free in its
+    part. Where the tokenizer starts every sequence with a token, each window starts with it. Raises
+    `InputError` with the counts where a text is too short.
+    """
+    first = _first_token(tokenizer)
+    stride = length - (first is not None)
+    tokens = {text: tokenize(tokenizer, read_text(text)) for text in sorted({split.text for split in splits.values()})}
+    taken: dict[str, set[int]] = {text: set() for text in tokens}
+    result = {}
+    # The most confined split chooses first, so that a part is not used up by one that could go elsewhere.
+    for name, split in sorted(splits.items(), key=lambda item: (item[1].part[1] - item[1].part[0], item[0])):
+        ids = tokens[split.text]
+        start, end = (round(fraction * len(ids)) for fraction in split.part)
+        free = [
+            index
+            for index in range(-(-start // stride), end // stride)
+            if index not in taken[split.text]
+        ]
+        if len(free) < split.windows:
+            raise InputError(
+                f"data.{name}: part {list(split.part)} of text {split.text!r} has {end - start:,} tokens"
+                f" ({len(free) * stride:,} in free windows of {length}, {len(taken[split.text])} windows taken by other splits),"
+                f" and {split.windows} windows need {split.windows * stride:,}: ask for fewer or shorter windows"
+            )
+        chosen = [free[(2 * i + 1) * len(free) // (2 * split.windows)] for i in range(split.windows)]
+        taken[split.text].update(chosen)
+        windows = torch.stack([ids[index * stride : (index + 1) * stride] for index in chosen])
+        if first is not None:
+            windows = torch.cat([torch.full((len(windows), 1), first), windows], dim=1)
+        result[name] = windows
+    return result
+
+
+def hash_tokens(windows: Tensor) -> str:
+    """A hash of token ids (W, L) and their shape."""
+    return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,247 @@
+"""A trial: plan -> compressed resident model -> objectives -> one flat record."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import DENSE, DENSE_OPTION, InputError, Option, Site, get_method
+from rankfront.methods.layers import replacement, set_module, weight_of
+from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
+from rankfront.search.calibration import calibrate
+from rankfront.search.config import StudyConfig
+from rankfront.search.factors import FactorStore
+from rankfront.search.model import DTYPES, Place, count_parameters, find_sites, load_model, resolve, skeleton
+from rankfront.search.plan import Plan, cost_of
+from rankfront.search.space import Space
+from rankfront.search.text import hash_tokens
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a worker needs to build its resident model, plain enough to send anywhere.
+
+    Attributes:
+        config: the validated study.
+        dtype, device: as resolved at the study's first launch.
+        fingerprint: hash of the weights.
+        tokens: split -> windows (W, L).
+        cache: folder of the factor store.
+    """
+
+    config: StudyConfig
+    dtype: str
+    device: str
+    fingerprint: str
+    tokens: dict[str, Tensor]
+    cache: str
+
+    def store(self) -> FactorStore:
+        text = f"{hash_tokens(self.tokens['calibrate'])} {self.dtype}"
+        return FactorStore(self.fingerprint, text, DTYPES[self.dtype], Path(self.cache))
+
+    def origin(self) -> dict[str, str]:
+        """What a plan of this study says it belongs to."""
+        calibration = hash_tokens(self.tokens["calibrate"])
+        return {"model": self.config.model.name, "fingerprint": self.fingerprint, "calibration": calibration, "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to measure: a trial's plan on the search split, or a front member's on the report split."""
+
+    kind: Literal["trial", "report"]
+    number: int
+    plan: Plan
+
+
+def make_space(setup: Setup) -> Space:
+    """The study's space, from the model's skeleton: no weights are read."""
+    sites = find_sites(skeleton(resolve(setup.config.model.name)))
+    return Space(sites, setup.config.space, setup.config.search.groups)
+
+
+def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
+    """Calibrate and factor whatever the store lacks for ``space``; False where nothing was missing.
+
+    Weights are factored as the checkpoint has them; calibration runs in the evaluation dtype.
+    """
+    store = setup.store()
+    missing = store.missing(space.wanted())
+    if not missing:
+        return False
+    source = resolve(setup.config.model.name)
+    progress("load", 0, 1)
+    weights_from = load_model(source, "auto" if source.gguf is None else torch.float32, setup.device)
+    dtype = DTYPES[setup.dtype]
+    same = next(weights_from.parameters()).dtype == dtype
+    model = weights_from if same else copy.deepcopy(weights_from).to(dtype)
+    progress("load", 1, 1)
+
+    done = 0
+
+    def factor(site: Site, statistics: dict[str, Any]) -> None:
+        nonlocal done
+        weights = {weight.role: weight_of(weights_from.get_submodule(weight.path)) for weight in site.weights}
+        store.prepare(site, missing[site], weights, statistics)
+        done += 1
+        progress("factor", done, len(missing))
+
+    needy = [site for site, options in missing.items() if any(get_method(o.method).needs for o in options)]
+    needs = frozenset(n for options in missing.values() for o in options for n in get_method(o.method).needs)
+    for site in missing.keys() - set(needy):
+        factor(site, {})
+    if needy:
+        windows = setup.tokens["calibrate"]
+        for site, statistics in calibrate(model, windows, needy, needs, lambda i, n: progress("calibrate", i, n)):
+            factor(site, statistics)
+    return True
+
+
+class Resident:
+    """A model that stays loaded and lives through many trials; only sites whose option changed are swapped."""
+
+    def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
+        self.setup = setup
+        self.model = load_model(resolve(setup.config.model.name), DTYPES[setup.dtype], setup.device)
+        self.sites: dict[Site, Place] = find_sites(self.model)
+        self.space = Space(self.sites, setup.config.space, setup.config.search.groups)
+        prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
+        self.store = setup.store()
+        self.dense_values = count_parameters(self.model)
+        self.dense_modules = {
+            path: self.model.get_submodule(path)
+            for site in self.sites
+            for weight in site.weights
+            for path in (weight.path, *weight.tied)
+        }
+        self.current: dict[str, Option] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self._teachers: dict[str, Teacher] = {}
+
+    def apply(self, plan: Plan) -> None:
+        """Make the model run ``plan``: only the sites whose option changed are touched."""
+        for site in self.sites:
+            option = plan.option(site.name)
+            if option != self.current.get(site.name, DENSE_OPTION):
+                self._swap(site, option)
+
+    def _swap(self, site: Site, option: Option) -> None:
+        device, dtype = self.setup.device, DTYPES[self.setup.dtype]
+        factors = {} if option.method == DENSE else self.store.factors(site, option)
+        for weight in site.weights:
+            paths = (weight.path, *weight.tied)
+            if option.method == DENSE:
+                modules = {path: self.dense_modules[path] for path in paths}
+                for path in paths:
+                    self.modules.pop(path, None)
+            else:
+                found = factors[weight.role]
+                shared = {
+                    name: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+                    for name, tensor in found.tensors.items()
+                }
+                modules = {path: replacement(self.dense_modules[path], found.kind, shared) for path in paths}
+                self.modules |= modules
+            for path, module in modules.items():
+                set_module(self.model, path, module)
+        self.current[site.name] = option
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within, the model runs dense; after, its plan again. Moves references only."""
+        try:
+            for path in self.modules:
+                set_module(self.model, path, self.dense_modules[path])
+            yield
+        finally:
+            for path, module in self.modules.items():
+                set_module(self.model, path, module)
+
+    def teacher(self, split: str) -> Teacher:
+        """The dense model's predictions on a split, computed once."""
+        if split not in self._teachers:
+            with self.dense():
+                self._teachers[split] = teach(self.model, self.setup.tokens[split])
+        return self._teachers[split]
+
+    def subject(self, plan: Plan, clock: Clock) -> Subject:
+        """``plan`` applied, ready for objectives on the search split."""
+        with clock.phase("apply"):
+            self.apply(plan)
+        inside = {site: place.block is not None for site, place in self.sites.items()}
+        cost = cost_of(plan, inside, self.dense_values, DTYPES[self.setup.dtype].itemsize)
+        teacher = None
+        if "divergence" in self.setup.config.objectives:
+            with clock.phase("teacher"):
+                teacher = self.teacher("search")
+        return Subject(self.model, self.dense, self.setup.tokens["search"], teacher, cost, clock)
+
+    def run(self, job: Job) -> Record:
+        """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception.
+
+        `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
+        """
+        try:
+            return self._report(job) if job.kind == "report" else self._trial(job)
+        except InputError:
+            raise
+        except (RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
+            self._recover()
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            return {"failure": f"{type(error).__name__}: {reason}"}
+
+    def _recover(self) -> None:
+        """Back to dense, with whatever the failed trial still held given back."""
+        self.apply(Plan(()))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _trial(self, job: Job) -> Record:
+        clock = Clock()
+        with clock.phase("total"):
+            subject = self.subject(job.plan, clock)
+            values = {
+                name: make_objective(name, settings).value(subject)
+                for name, settings in self.setup.config.objectives.items()
+            }
+            perplexity = subject.scores.perplexity
+        bad = {name: value for name, value in {**values, "perplexity": perplexity}.items() if not math.isfinite(value)}
+        if bad:
+            return {"failure": f"not finite: {', '.join(f'{name} is {value}' for name, value in bad.items())}"}
+        return {
+            "values": values,
+            "perplexity": perplexity,
+            "parameters": subject.cost.parameters,
+            "block_parameters": subject.cost.block_parameters,
+            "parameter_count": subject.cost.values,
+            "bytes": subject.cost.bytes,
+            "tokens": subject.scores.tokens,
+            "notes": subject.notes,
+            "seconds": clock.seconds,
+            "split": hash_tokens(self.setup.tokens["search"]),
+            "seed": self.setup.config.search.seed,
+        }
+
+    def _report(self, job: Job) -> Record:
+        clock = Clock()
+        with clock.phase("apply"):
+            self.apply(job.plan)
+        with clock.phase("evaluate"):
+            scores = score(self.model, self.setup.tokens["report"])
+        if not math.isfinite(scores.perplexity):
+            return {"failure": f"perplexity on the report split is {scores.perplexity}"}
+        return {"perplexity": scores.perplexity, "tokens": scores.tokens, "seconds": clock.seconds}
