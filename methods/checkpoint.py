@@ -10,7 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -38,7 +42,9 @@ class RankfrontConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         if version > CONFIG_VERSION:
-            raise InputError(f"the export has format {version=}, this rankfront reads up to {CONFIG_VERSION}: upgrade it")
+            raise InputError(
+                f"the export has format {version=}, this rankfront reads up to {CONFIG_VERSION}: upgrade it"
+            )
         self.quant_method = QUANT_METHOD
         self.modules = modules or {}
         self.tied = tied or {}

@@ -51,6 +51,7 @@ class LowRankEmbedding(nn.Module):
         self.left = _parameter(left)
         self.right = _parameter(right)
         self.num_embeddings, self.embedding_dim, self.rank = left.shape[0], right.shape[1], right.shape[0]
+        self.embed_scale: Tensor | None
         self.register_buffer("embed_scale", scale, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -100,7 +101,9 @@ def empty_replacement(dense: nn.Module, kind: str, settings: Mapping[str, int]) 
     rows, columns = weight.shape
     shapes = {"left": (rows, rank), "right": (rank, columns)}
     return replacement(
-        dense, kind, {name: torch.empty(shape, dtype=weight.dtype, device=weight.device) for name, shape in shapes.items()}
+        dense,
+        kind,
+        {name: torch.empty(shape, dtype=weight.dtype, device=weight.device) for name, shape in shapes.items()},
     )
 
 

@@ -8,7 +8,17 @@ from rankfront.objectives._objective import OBJECTIVES, Objective, make_objectiv
 from rankfront.objectives._scores import Scores, Teacher, score, teach
 from rankfront.objectives._subject import Subject
 
-__all__ = ["OBJECTIVES", "Clock", "Objective", "Scores", "Subject", "Teacher", "make_objective", "score", "teach"]
+__all__ = [
+    "OBJECTIVES",
+    "Clock",
+    "Objective",
+    "Scores",
+    "Subject",
+    "Teacher",
+    "make_objective",
+    "score",
+    "teach",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

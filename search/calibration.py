@@ -153,9 +153,7 @@ def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[st
     }
 
 
-def _hand_over(
-    sites: Sequence[Site], recorder: _Recorder, tokens: int
-) -> Iterator[tuple[Site, dict[str, Statistics]]]:
+def _hand_over(sites: Sequence[Site], recorder: _Recorder, tokens: int) -> Iterator[tuple[Site, dict[str, Statistics]]]:
     grams: dict[str, Gram] = {}
     for site in sites:
         statistics = {}

@@ -29,7 +29,12 @@ class Driver:
     """
 
     def __init__(
-        self, study: optuna.Study, config: StudyConfig, space: Space, origin: dict[str, str], listener: Listener
+        self,
+        study: optuna.Study,
+        config: StudyConfig,
+        space: Space,
+        origin: dict[str, str],
+        listener: Listener,
     ) -> None:
         self.study = study
         self.config = config
@@ -165,7 +170,9 @@ class Driver:
             self.study.set_user_attr(f"report {job.number}", {"failure": reason})
         self.listener(self)
         if self.dead >= MAX_DEAD:
-            raise WorkersDied(f"{self.dead} workers in a row died ({reason}): give a trial more memory, or use --workers 0")
+            raise WorkersDied(
+                f"{self.dead} workers in a row died ({reason}): give a trial more memory, or use --workers 0"
+            )
 
     def abandon(self) -> None:
         """Mark what still runs as interrupted; it is measured again at the next launch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import shutil
 import uuid
 import zlib
@@ -17,16 +16,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankfront.methods import Factors, InputError, Method, Option, Prepared, Site, Statistics, get_method, source_of
-from rankfront.methods import _algebra, _metric, _statistics, _weighting
+from rankfront.methods import (
+    Factors,
+    InputError,
+    Method,
+    Option,
+    Prepared,
+    Site,
+    Statistics,
+    _algebra,
+    _metric,
+    _statistics,
+    _weighting,
+    get_method,
+    source_of,
+)
 from rankfront.search import calibration
 
 KEY_LENGTH = 16  # hex digits of a cache key
-
-
-def cache_folder() -> Path:
-    """Where factors live between runs: ``$RANKFRONT_CACHE``, or ``~/.cache/rankfront``."""
-    return Path(os.environ.get("RANKFRONT_CACHE") or Path.home() / ".cache" / "rankfront")
 
 
 @cache
@@ -47,8 +54,8 @@ class FactorStore:
     what is found under it is what would be computed again. Files appear whole or not at all.
     """
 
-    def __init__(self, fingerprint: str, calibration_hash: str, dtype: torch.dtype, root: Path | None = None) -> None:
-        self.root = root or cache_folder()
+    def __init__(self, fingerprint: str, calibration_hash: str, dtype: torch.dtype, root: Path) -> None:
+        self.root = root
         self.fingerprint = fingerprint
         self.calibration_hash = calibration_hash
         self.dtype = dtype
@@ -56,7 +63,7 @@ class FactorStore:
 
     def folder(self, method: Method) -> Path:
         text = self.calibration_hash if method.needs else "no text"
-        key = _digest(self.fingerprint, text, str(self.dtype), source_of(method), repr(method), _shared_code())
+        key = _digest(self.fingerprint, text, str(self.dtype), source_of(method), method.formula, _shared_code())
         return self.root / f"{method.name}-{key}"
 
     def path(self, site: Site, option: Option) -> Path:
@@ -143,5 +150,5 @@ def _checksum(tensors: Prepared) -> str:
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"

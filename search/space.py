@@ -52,7 +52,9 @@ class Variable:
     def parameters(self, method: str, keep: float) -> dict[str, object]:
         """What `suggest` would have to draw for (method, keep), to enqueue it; a keep between levels is rounded."""
         levels = [*sorted(self.choices.keep), DENSE_KEEP]
-        place = len(levels) - 1 if keep >= DENSE_KEEP else min(range(len(levels) - 1), key=lambda i: abs(levels[i] - keep))
+        place = (
+            len(levels) - 1 if keep >= DENSE_KEEP else min(range(len(levels) - 1), key=lambda i: abs(levels[i] - keep))
+        )
         chosen: dict[str, object] = {f"{self.name} keep": place}
         if len(self.choices.methods) > 1:
             chosen[f"{self.name} method"] = method if method in self.choices.methods else self.choices.methods[0]
@@ -117,7 +119,9 @@ class Space:
 
     def wanted(self) -> dict[Site, list[Option]]:
         """Every option of every site, each once."""
-        return {site: sorted(set(choices.options.values()), key=lambda o: o.label) for site, choices in self.choices.items()}
+        return {
+            site: sorted(set(choices.options.values()), key=lambda o: o.label) for site, choices in self.choices.items()
+        }
 
     @cached_property
     def variables(self) -> list[Variable]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from rankfront.methods import InputError
 from rankfront.search import front as fronts
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.driver import Driver
-from rankfront.search.factors import cache_folder
+from rankfront.search.export import Format, Verified, export
 from rankfront.search.front import Constraint, Row
-from rankfront.search.model import load_tokenizer, pick_device, pick_dtype, resolve, set_threads
+from rankfront.search.model import cache_folder, load_tokenizer, pick_device, pick_dtype, resolve, set_threads
 from rankfront.search.progress import Display
 from rankfront.search.run import Run
 from rankfront.search.text import cut, hash_tokens
@@ -46,14 +47,22 @@ class Study:
     config: StudyConfig
     run: Run
 
-    def __init__(self, config: StudyConfig | Mapping[str, Any] | str | Path, run: str | Path | None = None) -> None:
-        """Raises `InputError` where the settings are not valid."""
+    def __init__(
+        self,
+        config: StudyConfig | Mapping[str, Any] | str | Path,
+        run: str | Path | None = None,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        """From a study file, a dictionary of the same shape or a validated config; ``overrides`` are KEY=VALUE.
+
+        The run folder is ``runs/<study file's name>`` unless named. Raises `InputError` where something is invalid.
+        """
         if isinstance(config, StudyConfig):
-            self.config, name = config, "study"
-        elif isinstance(config, Mapping):
-            self.config, name = make_config(dict(config)), "study"
+            config = config.model_dump(mode="json")
+        if isinstance(config, Mapping):
+            self.config, name = make_config(copy.deepcopy(dict(config)), overrides), "study"
         else:
-            self.config, name = load_config(Path(config)), Path(config).stem
+            self.config, name = load_config(Path(config), overrides), Path(config).stem
         self.run = Run(Path(run) if run is not None else RUNS / name)
 
     @classmethod
@@ -90,9 +99,10 @@ class Study:
             raise InputError(f"run {str(self.run.path)!r} has no trial {number}: its trials are {known}")
         return rows[number]
 
-    def knee(self) -> Row:
-        """The front member nearest to the ideal corner of the box."""
-        return fronts.knee(self.front(), self.box())
+    def knee(self, *constraints: str) -> Row:
+        """Of the front members that meet ``constraints``, the one nearest to the ideal corner of the box."""
+        met = fronts.meeting(self.front(), [Constraint.parse(text) for text in constraints])
+        return fronts.knee(met, self.box())
 
     def box(self) -> fronts.Box:
         """The box that hypervolume is measured in; `InputError` before the dense anchor is measured."""
@@ -114,6 +124,10 @@ class Study:
         return self.run.study(self.config)
 
     # -- doing
+
+    def export(self, out: str | Path, row: Row | None = None, form: Format = "factored") -> Verified:
+        """Write the model of ``row`` (by default the knee) to the new folder ``out``; see `export.export`."""
+        return export(self.setup(), row or self.knee(), Path(out), form)
 
     def setup(self) -> Setup:
         """Resolve the study on this machine: tokens, dtype, device, fingerprint."""

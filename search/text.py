@@ -43,7 +43,9 @@ def read_text(name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"text file {name!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from error
+        raise InputError(
+            f"text file {name!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
+        ) from error
 
 
 def _hub_text(name: str) -> str:
@@ -55,7 +57,7 @@ def _hub_text(name: str) -> str:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(match["name"], match["config"], split=match["split"])
-    except Exception as error:  # noqa: BLE001 - datasets raises a different class for every cause; all are the user's
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"text {name!r} cannot be loaded ({reason}): check the name, or use a local file") from error
     if "text" not in rows.column_names:
@@ -65,7 +67,10 @@ def _hub_text(name: str) -> str:
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids (N,) of the whole text, no special tokens added."""
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, int(1e30)  # windows are cut below; no warning
+    limit, tokenizer.model_max_length = (
+        tokenizer.model_max_length,
+        int(1e30),
+    )  # windows are cut below; no warning
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     finally:
@@ -96,16 +101,12 @@ def cut(tokenizer: Any, splits: Mapping[str, Split], length: int) -> dict[str, T
     for name, split in sorted(splits.items(), key=lambda item: (item[1].part[1] - item[1].part[0], item[0])):
         ids = tokens[split.text]
         start, end = (round(fraction * len(ids)) for fraction in split.part)
-        free = [
-            index
-            for index in range(-(-start // stride), end // stride)
-            if index not in taken[split.text]
-        ]
+        free = [index for index in range(-(-start // stride), end // stride) if index not in taken[split.text]]
         if len(free) < split.windows:
             raise InputError(
                 f"data.{name}: part {list(split.part)} of text {split.text!r} has {end - start:,} tokens"
-                f" ({len(free) * stride:,} in free windows of {length}, {len(taken[split.text])} windows taken by other splits),"
-                f" and {split.windows} windows need {split.windows * stride:,}: ask for fewer or shorter windows"
+                f" ({len(free) * stride:,} in free windows of {length},"
+                f" {len(taken[split.text])} windows taken by other splits), and {split.windows} windows need {split.windows * stride:,}: ask for fewer or shorter windows"
             )
         chosen = [free[(2 * i + 1) * len(free) // (2 * split.windows)] for i in range(split.windows)]
         taken[split.text].update(chosen)

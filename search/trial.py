@@ -55,7 +55,12 @@ class Setup:
     def origin(self) -> dict[str, str]:
         """What a plan of this study says it belongs to."""
         calibration = hash_tokens(self.tokens["calibrate"])
-        return {"model": self.config.model.name, "fingerprint": self.fingerprint, "calibration": calibration, "dtype": self.dtype}
+        return {
+            "model": self.config.model.name,
+            "fingerprint": self.fingerprint,
+            "calibration": calibration,
+            "dtype": self.dtype,
+        }
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
         return False
     source = resolve(setup.config.model.name)
     progress("load", 0, 1)
-    weights_from = load_model(source, "auto" if source.gguf is None else torch.float32, setup.device)
+    weights_from = load_model(source, "auto", setup.device)
     dtype = DTYPES[setup.dtype]
     same = next(weights_from.parameters()).dtype == dtype
     model = weights_from if same else copy.deepcopy(weights_from).to(dtype)

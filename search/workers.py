@@ -24,6 +24,7 @@ from rankfront.search.model import set_threads
 from rankfront.search.plan import Plan
 from rankfront.search.trial import Job, Record, Resident, Setup
 
+FINISHED: str = Searcher.FINISHED
 DIED = "the worker process died (out of memory, or killed)"
 
 
@@ -74,10 +75,10 @@ class _Bridge(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.error is not None or self.driver.done:
-            return Searcher.FINISHED
+            return FINISHED
         job = self.driver.next()
         if job is None:
-            return Searcher.FINISHED if self.driver.done else None
+            return FINISHED if self.driver.done else None
         self.jobs[trial_id] = job
         return {"job": (job.kind, job.number, job.plan.to_json())}
 
@@ -94,6 +95,10 @@ class _Bridge(Searcher):
             self.driver.finish(job, record)
         except Exception as raised:  # noqa: BLE001 - Tune would swallow it; `run` raises it again
             self.error = raised
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing either: Tune pickles its searcher into its scratch folder, which nobody reads."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: Optuna's storage is the only state."""
@@ -141,7 +146,9 @@ def _connect(address: str | None, workers: int, resources: ResourcesConfig) -> N
             ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"no Ray cluster answers at {address!r} ({reason}): check --address, or leave it out") from error
+            raise InputError(
+                f"no Ray cluster answers at {address!r} ({reason}): check --address, or leave it out"
+            ) from error
         return
     cpus = max(os.cpu_count() or 1, math.ceil(workers * resources.cpu))
     ray.init(num_cpus=cpus, include_dashboard=False, **options)

@@ -1,0 +1,218 @@
+"""The command line: launch, front, show, export, evaluate, methods."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rankfront.methods import InputError
+from rankfront.search.driver import WorkersDied
+from rankfront.search.export import ExportError, Format
+from rankfront.search.front import Row
+from rankfront.search.study import Interrupted, Study
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=__doc__,
+)
+UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps it
+terminal = Console(stderr=True)
+output = Console(width=None if sys.stdout.isatty() else 160)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+WhereOption = Annotated[
+    list[str] | None, typer.Option("--where", help="a limit, such as 'parameters<=0.8'; repeatable")
+]
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1))
+
+
+@app.command()
+def launch(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="the study file")],
+    run: Annotated[Path | None, typer.Option(help="run folder; runs/<study file's name> by default")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as search.trials=6")] = None,
+    trials: Annotated[int | None, typer.Option(help="trials in all")] = None,
+    time: Annotated[str | None, typer.Option(help="how long to search, such as 20m")] = None,
+    workers: Annotated[int | None, typer.Option(help="trials at once; 0 runs in this process, without Ray")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="an existing Ray cluster, such as auto or ray://host:10001")
+    ] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="factor everything again")] = False,
+) -> None:
+    """Run a study, or go on with it where an earlier launch stopped."""
+    limits = {"trials": trials, "time": None if time is None else json.dumps(time), "workers": workers}
+    settings = [*(overrides or []), *(f"search.{k}={v}" for k, v in limits.items() if v is not None)]
+    found = Study(study, run, settings)
+    found.launch(terminal, address, rebuild)
+    _print_front(found, [])
+
+
+@app.command()
+def front(
+    run: RunArgument,
+    as_json: JsonOption = False,
+    csv: Annotated[Path | None, typer.Option(help="write every trial to this CSV file")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the report page to this file")] = None,
+    where: WhereOption = None,
+) -> None:
+    """Show the Pareto front of a run."""
+    study = Study.open(run)
+    if csv is not None:
+        study.frame().to_csv(csv, index=False)
+        terminal.print(f"wrote {csv}")
+    if html is not None:
+        from rankfront.search.report import write_report
+
+        write_report(study, html)
+        terminal.print(f"wrote {html}")
+    if as_json:
+        from rankfront.search.tables import front_json
+
+        _print_json(front_json(study, where or []))
+    elif csv is None and html is None:
+        _print_front(study, where or [])
+
+
+def _print_front(study: Study, where: list[str]) -> None:
+    from rankfront.search.tables import front_table
+
+    rows = study.front(*where)
+    output.print(front_table(study, rows))
+    box = study.box()
+    corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
+    output.print(f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)", soft_wrap=True)
+    failed = [row for row in study.rows() if row.state == "failed" and row.counts]
+    if failed:
+        output.print(f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}", soft_wrap=True)
+    if any(row.report is None for row in rows):
+        output.print("some members have no report perplexity yet: launch the study again to measure it", soft_wrap=True)
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    trial: Annotated[int, typer.Argument(help="its number")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show a trial's plan, site by site."""
+    from rankfront.search.tables import plan_json, plan_table
+
+    study = Study.open(run)
+    plan = plan_json(study, study.trial(trial))
+    if as_json:
+        _print_json(plan)
+    else:
+        output.print(plan_table(plan))
+
+
+@app.command("export")
+def export_command(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    trial: Annotated[int | None, typer.Option(help="this trial")] = None,
+    where: WhereOption = None,
+    max_parameters: Annotated[float | None, typer.Option(help="at most this kept fraction of the model")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="at most this ratio to dense")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="at most this, on the search split")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="the front member nearest to the ideal corner")] = False,
+    form: Annotated[Format, typer.Option("--format", help="factored, or dense")] = "factored",
+) -> None:
+    """Write a trial's model to a folder: of those that meet the limits, the best in the first objective."""
+    limits = {"parameters": max_parameters, "latency": max_latency, "perplexity": max_perplexity}
+    constraints = [
+        *(where or []),
+        *(f"{name}<={bound!r}" for name, bound in limits.items() if bound is not None),
+    ]
+    study = Study.open(run)
+    row = _pick(study, trial, constraints, knee)
+    with terminal.status(f"exporting trial {row.number} ..."):
+        verified = study.export(out, row, form)
+    terminal.print(
+        f"trial {row.number} ({row.origin}) is in {out}: {verified.parameters:,} parameters, perplexity"
+        f" {verified.perplexity:.4g} on the search split after reloading in a fresh process",
+        soft_wrap=True,
+    )
+
+
+def _pick(study: Study, trial: int | None, constraints: list[str], knee: bool) -> Row:
+    if trial is not None:
+        if constraints or knee:
+            raise InputError(
+                "--trial names one trial, so limits and --knee have nothing to choose: leave one of them out"
+            )
+        row = study.trial(trial)
+        if row.state != "complete":
+            raise InputError(f"trial {trial} is {row.state} ({row.failure or 'no values'}): name a complete one")
+        return row
+    return study.knee(*constraints) if knee else study.best(*constraints)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="a bundled name, a hub id, a folder (dense or exported), a .gguf file")],
+    text: Annotated[str, typer.Option(help="pydoc, a text file, or hub:NAME/CONFIG:SPLIT")] = "pydoc",
+    windows: Annotated[int, typer.Option(min=1)] = 16,
+    length: Annotated[int, typer.Option(min=8)] = 512,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model: perplexity, parameters, latency."""
+    from rankfront.search.evaluate import evaluate
+
+    found = evaluate(model, text, windows, length)
+    if as_json:
+        _print_json(found)
+    else:
+        for name, value in found.items():
+            output.print(f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List every method with its paper, metric, family and what it needs."""
+    from rankfront.search.tables import methods_json, methods_table
+
+    if as_json:
+        _print_json(methods_json())
+    else:
+        output.print(methods_table())
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rankfront: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 the user's input, 1 anything else."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        return _fail(str(error), 2)
+    except UsageError as error:
+        return _fail(f"{error.format_message()} (see --help)", 2)
+    except (Interrupted, typer.Abort, KeyboardInterrupt) as error:
+        return _fail(f"{str(error) or 'stopped'}; run the same command again to go on", 1)
+    except (ExportError, WorkersDied, OSError) as error:
+        return _fail(str(error), 1)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Evaluate one model, dense or exported: perplexity, parameters, latency."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from rankfront.objectives import score
+from rankfront.objectives.latency import generate
+from rankfront.search.model import (
+    DTYPES,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve,
+)
+from rankfront.search.text import Split, cut
+
+PROMPT, DECODE, ROUNDS = 128, 16, 5  # tokens, tokens, repetitions of the timing
+
+
+def evaluate(
+    name: str, text: str, windows: int, length: int, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Perplexity on ``windows`` windows of ``text``, stored parameters, and absolute speed on this machine.
+
+    Speeds are medians of `ROUNDS` runs after one warm-up; absolute figures compare only within one machine.
+    Raises `InputError` for an unknown model or text, or a text too short.
+    """
+    source = resolve(name)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]
+    model = load_model(source, DTYPES[dtype], device)
+    scores = score(model, tokens)
+    prompt = tokens.flatten()[:PROMPT][None].to(device)
+    generate(model, prompt, 1)
+    runs = [generate(model, prompt, DECODE) for _ in range(ROUNDS)]
+    return {
+        "model": name,
+        "text": text,
+        "tokens": scores.tokens,
+        "perplexity": scores.perplexity,
+        "parameters": count_parameters(model),
+        "dtype": dtype,
+        "device": device,
+        "prefill_tokens_per_second": prompt.numel() / median(run.prefill for run in runs),
+        "decode_ms_per_token": 1000 * median(run.decode for run in runs) / DECODE,
+    }

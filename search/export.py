@@ -1,0 +1,176 @@
+"""Export: plan -> a folder that from_pretrained loads; verified after writing, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankfront.methods import InputError
+from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
+from rankfront.methods.layers import set_module
+from rankfront.search import verify
+from rankfront.search.front import Row
+from rankfront.search.model import load_tokenizer, quiet, resolve, staged
+from rankfront.search.trial import Resident, Setup
+
+Format = Literal["factored", "dense"]
+TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
+
+
+class ExportError(Exception):
+    """The export could not be written or did not verify. Nothing is left behind."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a fresh process measured on the folder just written."""
+
+    perplexity: float
+    parameters: int
+
+
+def export(setup: Setup, row: Row, out: Path, form: Format) -> Verified:
+    """Write the model of trial ``row`` to the new folder ``out``, verify it there, and only then name it ``out``.
+
+    ``factored`` keeps the factors and loads after ``import rankfront.methods``; ``dense`` multiplies them out and
+    loads without us. Raises `InputError` where ``out`` is taken, `ExportError` where writing or verifying fails.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
+    resident = Resident(setup)
+    resident.apply(row.plan)
+    expected = row.attributes["parameter_count"] if form == "factored" else resident.dense_values
+    try:
+        return _write_verified(resident, row, out, form, expected)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+
+
+def _write_verified(resident: Resident, row: Row, out: Path, form: Format, expected: int) -> Verified:
+    setup = resident.setup
+    with staged(out) as folder:
+        _write(resident, row, folder, form)
+        verified = _verify(setup, folder)
+        if verified.parameters != expected:
+            raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
+        measured = row.attributes["perplexity"]
+        if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
+            raise ExportError(
+                f"the export's perplexity is {verified.perplexity:.6g} and the trial's {measured:.6g} on the same"
+                f" tokens, more than {TOLERANCE:.1%} apart: not kept"
+            )
+        (folder / "README.md").write_text(_card(setup, row, verified, form), encoding="utf-8")
+    return verified
+
+
+def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
+    model: Any = resident.model
+    model.config.dtype = next(model.parameters()).dtype
+    if form == "factored":
+        _mark(model, resident)
+    else:
+        _multiply_out(model, resident.modules, resident.dense_modules)
+    with quiet():
+        model.save_pretrained(folder)
+    load_tokenizer(resolve(resident.setup.config.model.name)).save_pretrained(folder)
+    (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
+
+
+def _mark(model: Any, resident: Resident) -> None:
+    """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
+    modules: dict[str, dict[str, Any]] = {}
+    tied: dict[str, str] = {}
+    for site in resident.sites:
+        option = resident.current.get(site.name)
+        if option is None or site.weights[0].path not in resident.modules:
+            continue
+        for weight in site.weights:
+            factors = resident.store.factors(site, option)[weight.role]
+            for path in (weight.path, *weight.tied):
+                modules[path] = {"kind": factors.kind, **factors.settings}
+            if weight.tied:
+                tied[weight.path] = weight.tied[0]  # as transformers has it: head -> embedding
+    config = RankfrontConfig(modules=modules, tied=tied)
+    model.config.quantization_config = config
+    model.hf_quantizer = RankfrontQuantizer(config)
+    tie_factors(model, tied)
+
+
+def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules: dict[str, nn.Module]) -> None:
+    """Put plain dense modules back, with the weights that the factors multiply to; shared factors stay shared."""
+    products: dict[int, nn.Parameter] = {}
+    for path, module in modules.items():
+        dense: Any = dense_modules[path]
+        key = id(module.left)
+        if key not in products:
+            matrix: Tensor = module.matrix()  # type: ignore[operator]
+            stored = matrix.T if type(dense).__name__ == "Conv1D" else matrix
+            products[key] = nn.Parameter(stored.to(dense.weight.dtype).contiguous(), requires_grad=False)
+        dense.weight = products[key]
+        set_module(model, path, dense)
+
+
+def _verify(setup: Setup, folder: Path) -> Verified:
+    """Reload ``folder`` in a fresh process, count its parameters and score the search split."""
+    tokens = folder.with_name(folder.name + ".tokens")
+    try:
+        save_file({"windows": setup.tokens["search"]}, tokens)
+        command = [
+            sys.executable,
+            verify.__file__,
+            str(folder),
+            str(tokens),
+            setup.device,
+            str(torch.get_num_threads()),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        tokens.unlink(missing_ok=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ExportError(f"the written folder does not load in a fresh process ({reason}): not kept")
+    return Verified(**json.loads(done.stdout))
+
+
+def _card(setup: Setup, row: Row, verified: Verified, form: Format) -> str:
+    """The model card: what this is, how to load it, what was measured."""
+    search, data = setup.config.search, setup.config.data
+    figures = {name: f"{value:.6g}" for name, value in row.values.items()}
+    figures |= {
+        "parameters (kept fraction of the model)": f"{row.attributes['parameters']:.4f}",
+        "block_parameters (kept fraction of the block linears)": f"{row.attributes['block_parameters']:.4f}",
+        "stored values in this folder": f"{verified.parameters:,}",
+        f"perplexity, search split ({data.search.text}), reloaded": f"{verified.perplexity:.6g}",
+    }
+    if row.report and "perplexity" in row.report:
+        figures[f"perplexity, report split ({data.report.text})"] = f"{row.report['perplexity']:.6g}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    load = "import rankfront.methods\n" if form == "factored" else ""
+    return f"""# {setup.config.model.name}, compressed
+
+Trial {row.number} ({row.origin}) of a rankfront {version("rankfront")} study with seed {search.seed}, format `{form}`,
+{setup.dtype}. `plan.json` has the method and level of every treated weight ({len(row.plan.choices)} of them).
+
+```python
+{load}from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```
+
+| measured | value |
+| --- | --- |
+{table}
+
+Windows of {data.length} tokens; latency on {setup.device}, as a ratio to the dense model in the same run.
+The licence of the original model applies.
+"""

@@ -1,0 +1,142 @@
+"""What the command line prints: rich tables for people, plain data for --json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from rankfront.methods import get_method, method_names
+from rankfront.objectives import make_objective
+from rankfront.search.front import Constraint, Row, box_of, dense_row, front_of, hypervolume
+from rankfront.search.model import find_sites, resolve, skeleton
+from rankfront.search.study import Study
+
+
+def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
+    """The documented shape of ``rankfront front --json``: every trial, or the complete ones that meet ``where``."""
+    everything = study.rows()
+    front = {row.number for row in front_of(everything)}
+    dense = dense_row(everything)
+    settings = study.config.objectives
+    box = box_of(settings, dense) if dense else None
+    constraints = [Constraint.parse(text) for text in where]
+    rows = [row for row in everything if row.state == "complete"] if where else everything
+    return {
+        "objectives": list(settings),
+        "units": {name: make_objective(name, options).unit for name, options in settings.items()},
+        "dense": trial_json(dense, front) if dense else None,
+        "hypervolume": hypervolume(front_of(everything), box) if box else None,
+        "ideal": box.ideal if box else None,
+        "reference": box.reference if box else None,
+        "trials": [trial_json(row, front) for row in rows if all(limit.holds(row) for limit in constraints)],
+    }
+
+
+def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
+    """One trial, as ``rankfront front --json`` lists it."""
+    report = row.report or {}
+    names = (
+        "parameters",
+        "block_parameters",
+        "parameter_count",
+        "bytes",
+        "perplexity",
+        "notes",
+        "tokens",
+        "seed",
+        "split",
+    )
+    return {
+        "number": row.number,
+        "state": row.state,
+        "origin": row.origin,
+        "values": row.values,
+        "report": {"perplexity": report.get("perplexity")},
+        **{name: row.attributes.get(name) for name in names},
+        "pareto": row.number in front,
+        "seconds": row.attributes.get("seconds", {}),
+        "failure": row.failure,
+    }
+
+
+def front_table(study: Study, rows: Sequence[Row]) -> Table:
+    """The front as a rich table: number, origin, objectives, kept fractions, perplexity on the report split."""
+    names = list(study.config.objectives)
+    more = [name for name in ("parameters", "block_parameters") if name not in names]
+    table = Table(title=f"Pareto front of {study.run.path}: {len(rows)} trials", title_justify="left")
+    for name in ["trial", "origin", *names, *more, "report perplexity"]:
+        table.add_column(name, justify="left" if name == "origin" else "right")
+    for row in rows:
+        report = (row.report or {}).get("perplexity")
+        figures = [f"{row.figure(name):.4g}" for name in [*names, *more]]
+        table.add_row(str(row.number), row.origin, *figures, "-" if report is None else f"{report:.4g}")
+    return table
+
+
+def plan_json(study: Study, row: Row) -> dict[str, Any]:
+    """The documented shape of ``rankfront show --json``: every site with its method, level and cost."""
+    sites = []
+    for site in find_sites(skeleton(resolve(study.config.model.name))):
+        option = row.plan.option(site.name)
+        dense = site.storage.parameters
+        stored = dense if not option.level else get_method(option.method).storage(site, option).parameters
+        sites.append(
+            {
+                "site": site.name,
+                "method": option.method,
+                "level": dict(option.level),
+                "parameters": stored,
+                "keep": round(stored / dense, 4),
+            }
+        )
+    return {"number": row.number, "origin": row.origin, "values": row.values, "sites": sites}
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """A plan by site as a rich table."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in plan["values"].items())
+    table = Table(title=f"trial {plan['number']} ({plan['origin']}): {values}", title_justify="left")
+    for name in ("site", "method", "level", "parameters", "keep"):
+        table.add_column(name, justify="right" if name in ("parameters", "keep") else "left")
+    for site in plan["sites"]:
+        level = " ".join(f"{name}={value}" for name, value in site["level"].items())
+        table.add_row(site["site"], site["method"], level, f"{site['parameters']:,}", f"{site['keep']:.3f}")
+    return table
+
+
+def methods_json() -> list[dict[str, Any]]:
+    """The documented shape of ``rankfront methods --json``."""
+    methods = [get_method(name) for name in method_names()]
+    return [
+        {
+            "name": method.name,
+            "paper": method.paper,
+            "family": method.family,
+            "metric": method.metric,
+            "formula": method.formula,
+            "needs": list(method.needs),
+            "nested": method.nested,
+        }
+        for method in methods
+    ]
+
+
+def methods_table() -> Table:
+    """Every method as a rich table. ``dense`` is an option of every site and not listed."""
+    table = Table(title="methods", title_justify="left")
+    for name in ("name", "family", "metric", "formula", "needs", "paper"):
+        table.add_column(name)
+    for method in methods_json():
+        needs = ", ".join(method["needs"]) or "-"
+        cells = (
+            method["name"],
+            method["family"],
+            method["metric"],
+            method["formula"],
+            needs,
+            method["paper"],
+        )
+        table.add_row(*cells)
+    return table

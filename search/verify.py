@@ -1,0 +1,40 @@
+"""Reload an exported folder and measure it. Run as a file, in a process of its own, by `export`.
+
+Takes FOLDER TOKENS DEVICE THREADS and prints ``{"perplexity": x, "parameters": n}``. It imports rankfront only where
+the folder asks for it, so that a dense export is seen to load without us.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+
+def main(folder: str, tokens: str, device: str, threads: str) -> None:
+    """Measure ``folder`` on the windows (W, L) in the safetensors file ``tokens``."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    transformers.utils.logging.disable_progress_bar()
+    if "quantization_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
+        import rankfront.methods  # noqa: F401 - registers the loader
+    torch.set_num_threads(int(threads))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    windows = load_file(tokens)["windows"].to(device)
+    total = 0.0
+    with torch.inference_mode():
+        for ids in windows:
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(json.dumps({"perplexity": math.exp(total / predicted), "parameters": parameters}))
+
+
+if __name__ == "__main__":
+    # As a file, its own folder comes first on the path, and would offer `search` modules under bare names.
+    sys.path.pop(0)
+    main(*sys.argv[1:])

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Launch the demo study, look at its front, export a plan, and generate a sentence with the exported model.
+set -eu
+cd "$(dirname "$0")/.."
+rankfront launch studies/demo.toml
+rankfront front runs/demo --html runs/demo/report.html
+rm -rf exported/demo
+rankfront export runs/demo --out exported/demo --max-parameters 0.95
+python - <<'PYTHON'
+import transformers
+
+import rankfront.methods  # registers the loader of factored models
+
+transformers.utils.logging.disable_progress_bar()
+folder = "exported/demo"
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True))
+PYTHON
+echo "exported to exported/demo; the report page is runs/demo/report.html"
