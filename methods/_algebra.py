@@ -22,16 +22,19 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
+def _ridge(mean: Tensor) -> Tensor:
+    """ε times a Gram's mean eigenvalue, ε = `GRAM_RIDGE`; one where the Gram is zero."""
+    return torch.where(mean > 0, mean * GRAM_RIDGE, torch.ones_like(mean))
+
+
 def regularise(gram: Tensor) -> Tensor:
-    """C + ε(tr C / n) I in fp64, (n, n), with ε = `GRAM_RIDGE`; the identity where C is zero.
+    """C + ε(tr C / n) I in fp64, (n, n); the identity where C is zero.
 
     Directions that calibration never saw then weigh a little instead of nothing, so that among them the
     weight's own energy decides, as in plain SVD.
     """
     work = gram.double()
-    mean = work.diagonal().mean()
-    scale = torch.where(mean > 0, mean * GRAM_RIDGE, torch.ones_like(mean))
-    return work + scale * torch.eye(len(work), dtype=work.dtype, device=work.device)
+    return work + _ridge(work.diagonal().mean()) * torch.eye(len(work), dtype=work.dtype, device=work.device)
 
 
 def floor_diagonal(weights: Tensor) -> Tensor:
@@ -43,10 +46,14 @@ def floor_diagonal(weights: Tensor) -> Tensor:
     return work + torch.where(mean > 0, mean * DIAGONAL_FLOOR, torch.ones_like(mean))
 
 
-def symmetric_root(matrix: Tensor) -> Tensor:
-    """S with S Sᵀ = C and S = Sᵀ, (n, n), by eigendecomposition: no Cholesky that a singular C could break."""
-    values, vectors = eigh_descending(matrix)
-    return (vectors * values.sqrt()) @ vectors.T
+def regularised_root(gram: Tensor) -> Tensor:
+    """S = Sᵀ with S Sᵀ = `regularise`(C), (n, n), by eigendecomposition: no Cholesky that a singular C could break.
+
+    The ridge goes on top of the clamped eigenvalues: those of a Gram summed in fp32 may be as negative as the
+    ridge is large.
+    """
+    values, vectors = eigh_descending(gram)
+    return (vectors * (values + _ridge(values.mean())).sqrt()) @ vectors.T
 
 
 def fix_signs(columns: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Ten
     return fix_signs(basis), energy
 
 
+def _rank(option: Option) -> int:
+    """The option's rank; `InputError` where it has none: plans are files that people may edit."""
+    rank = dict(option.level).get("rank")
+    if type(rank) is not int or rank < 1:
+        raise InputError(f"option {option.label!r} has {rank=}: it needs a whole number of at least 1")
+    return rank
+
+
 @dataclass(frozen=True)
 class LowRank:
     """Ŵ = left · right with left (m, r) and right (r, n), the rank-r minimiser of ‖(W − Ŵ) S‖_F.
@@ -69,6 +77,8 @@ class LowRank:
             return "it treats one weight at a time"
         if site.weights[0].kind == "embedding" and self.needs:
             return f"an embedding table's inputs are token ids, which have no {', '.join(self.needs)} statistics"
+        if break_even_rank(site.weights[0].out_features, site.weights[0].in_features) == 0:
+            return "no rank stores less than the dense weight"
         return None
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
@@ -84,7 +94,7 @@ class LowRank:
 
     def storage(self, site: Site, option: Option) -> Storage:
         weight = site.weights[0]
-        return low_rank_storage(weight.out_features, weight.in_features, int(option["rank"]))
+        return low_rank_storage(weight.out_features, weight.in_features, _rank(option))
 
     def prepare(
         self, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], options: Sequence[Option]
@@ -92,7 +102,7 @@ class LowRank:
         (weight,) = weights.values()
         weighting = self.weighting.weigh(statistics["weight"]) if self.needs else self.weighting.weigh(Statistics(0))
         basis, energy = weighted_subspace(weight, weighting)
-        kept = max([break_even_rank(*weight.shape), *(int(option["rank"]) for option in options)])
+        kept = max([break_even_rank(*weight.shape), *(_rank(option) for option in options)])
         left = basis[:, :kept]  # (m, k)
         right = left.T @ weight.double()  # (k, n)
         balance = right.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
@@ -103,7 +113,7 @@ class LowRank:
         }
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        rank = int(option["rank"])
+        rank = _rank(option)
         available = len(prepared["right"])
         if rank > available:
             raise InputError(f"rank {rank} was asked of {available} prepared components: rebuild the factor store")
@@ -112,4 +122,4 @@ class LowRank:
         return {"weight": Factors("low-rank", {"left": left, "right": right}, {"rank": rank}, storage)}
 
     def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][int(option["rank"]) :].double().sum())
+        return float(prepared["energy"][_rank(option) :].double().sum())

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rankfront.methods._algebra import floor_diagonal, regularise, symmetric_root
+from rankfront.methods._algebra import floor_diagonal, regularise, regularised_root
 
 
 class Weighting(Protocol):
@@ -50,14 +50,14 @@ class Gram:
         self.raw = gram
 
     @cached_property
+    def root(self) -> Tensor:
+        """C^{1/2} with its ridge, fp64."""
+        return regularised_root(self.raw)
+
+    @cached_property
     def matrix(self) -> Tensor:
         """C with its ridge, fp64."""
         return regularise(self.raw)
-
-    @cached_property
-    def root(self) -> Tensor:
-        """C^{1/2}, fp64."""
-        return symmetric_root(self.matrix)
 
     def times_root(self, weight: Tensor) -> Tensor:
         return weight @ self.root

@@ -56,7 +56,7 @@ class Latency:
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "decode", "rounds"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"objectives.latency.{name} is {value!r}: it must be a whole number of at least 1")
 
     def value(self, subject: Subject) -> float:

@@ -97,16 +97,19 @@ def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[s
     passes: list[list[Site]] = [[]]
     held = 0
     counted: set[str] = set()
+
+    def size_of(site: Site, counted: set[str]) -> int:
+        new = {groups.get(w.path, w.path): w.in_features for w in site.weights}
+        grams = sum(n * n for lead, n in new.items() if lead not in counted) if "gram" in needs else 0
+        return STATISTIC_BYTES * (grams + sum(w.in_features for w in site.weights))
+
     for site in sites:
-        size = 0
-        for weight in site.weights:
-            n = weight.in_features
-            lead = groups.get(weight.path, weight.path)
-            size += STATISTIC_BYTES * n * (1 + (n if "gram" in needs and lead not in counted else 0))
-            counted.add(lead)
+        size = size_of(site, counted)
         if passes[-1] and held + size > limit:
             passes.append([])
-            held = 0
+            held, counted = 0, set()  # a Gram shared with the last pass is summed again in this one
+            size = size_of(site, counted)
+        counted |= {groups.get(w.path, w.path) for w in site.weights}
         passes[-1].append(site)
         held += size
     return passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 from collections.abc import Sequence
@@ -35,7 +36,10 @@ def parse_duration(value: Any) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else []
     if not parts or "".join(number + unit for number, unit in parts) != value:
         raise ValueError(f"{value!r} is no duration: write 90s, 20m or 1h30m")
-    return sum(float(number) * UNITS[unit] for number, unit in parts)
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise ValueError(f"{value!r} is no duration: it must be longer than nothing")
+    return seconds
 
 
 class Strict(BaseModel):
@@ -192,6 +196,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> StudyConfig:
     """A validated study from plain data; `InputError` with one line naming the first thing wrong."""
+    data = copy.deepcopy(data)
     for override in overrides:
         _override(data, override)
     try:
@@ -218,7 +223,7 @@ def _override(data: dict[str, Any], text: str) -> None:
 
 
 def _one_line(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"]) or "the study"
     if error["type"] == "extra_forbidden":
         known = _keys_at(error["loc"][:-1])
         return f"unknown key {where!r} in the study{nearest(str(error['loc'][-1]), known)} (known: {', '.join(known)})"

@@ -52,10 +52,10 @@ class Row:
     def figure(self, name: str) -> float:
         """An objective's value, or another measured figure such as ``block_parameters``."""
         found = self.values.get(name, self.attributes.get(name, self.attributes.get("notes", {}).get(name)))
-        if found is None:
-            known = sorted({*self.values, *(k for k, v in self.attributes.items() if isinstance(v, int | float))})
-            check_choice("figure", name, known)
-        return float(found)  # type: ignore[arg-type]
+        if not isinstance(found, int | float):
+            figures = {**self.attributes.get("notes", {}), **self.attributes, **self.values}
+            check_choice("figure", name, sorted(k for k, v in figures.items() if isinstance(v, int | float)))
+        return float(found)
 
 
 STATES = {

@@ -57,6 +57,9 @@ class Plan:
         try:
             data = json.loads(text)
             version = data["version"]
+            for spec in data["sites"].values():
+                if not isinstance(spec["method"], str) or not all(type(v) in (int, float, str) for v in spec.values()):
+                    raise TypeError(f"{spec} is no option")
             choices = {
                 site: Option.of(method=spec["method"], **{k: v for k, v in spec.items() if k != "method"})
                 for site, spec in data["sites"].items()

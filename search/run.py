@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,10 @@ class Run:
             raise InputError(
                 f"{self.file} has version {version}, this rankfront reads {VERSION}: launch into a new folder"
             )
-        return Definition(make_config(config), resolved)
+        try:
+            return Definition(make_config(config), resolved)
+        except InputError as error:
+            raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
 
     def define(self, config: StudyConfig, resolved: dict[str, str]) -> None:
         """Write the definition, or check it against the one that is there.
@@ -93,14 +97,23 @@ class Run:
             file.flush()
             yield
 
+    def _connect(self) -> sqlite3.Connection:
+        """A connection to the run's own database. With a write-ahead log a commit needs no flush of the disk: a
+        killed process loses nothing, a power cut at most the last trials."""
+        connection = sqlite3.connect(self.path / "study.db", check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+
     def study(self, config: StudyConfig) -> optuna.Study:
         """The Optuna study: in the run folder's SQLite file, or at the study's own storage URL."""
+        local = {} if config.search.storage else {"creator": self._connect}
         url = config.search.storage or f"sqlite:///{self.path / 'study.db'}"
         name = STUDY_NAME if config.search.storage is None else f"{STUDY_NAME}-{self.path.name}"
         try:
             return optuna.create_study(
                 study_name=name,
-                storage=url,
+                storage=optuna.storages.RDBStorage(url, engine_kwargs=local) if local else url,
                 directions=["minimize" for _ in config.objectives],
                 load_if_exists=True,
             )

@@ -92,6 +92,10 @@ class Space:
         choices = {site: self._choices(site) for site in chosen}
         self.choices = {site: found for site, found in choices.items() if found.options}
         if not self.choices:
+            reasons = [(name, site.name, get_method(name).refuses(site)) for site in chosen for name in config.methods]
+            if all(reason for _, _, reason in reasons):
+                name, place, reason = reasons[0]
+                raise InputError(f"the space is empty: {name!r} cannot treat {place!r}, for {reason}")
             raise InputError(
                 f"the space is empty: no method in {list(config.methods)} offers a rank below break-even on multiples"
                 f" of {config.rank_multiple} at any of {len(chosen)} sites: lower space.rank_multiple"

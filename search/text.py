@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,13 @@ def _hub_text(name: str) -> str:
         raise InputError(f"text {name!r} cannot be loaded ({reason}): check the name, or use a local file") from error
     if "text" not in rows.column_names:
         raise InputError(f"text {name!r} has the columns {rows.column_names} and no 'text': export it to a file")
-    return "\n\n".join(rows["text"])
+    return "\n\n".join(text for text in rows["text"] if text)
+
+
+def _canonical(name: str) -> str:
+    """One name for one text, however a file's path is spelled."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "pydoc" and path.is_file() else name
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -92,6 +98,7 @@ def cut(tokenizer: Any, splits: Mapping[str, Split], length: int) -> dict[str, T
     part. Where the tokenizer starts every sequence with a token, each window starts with it. Raises
     `InputError` with the counts where a text is too short.
     """
+    splits = {name: replace(split, text=_canonical(split.text)) for name, split in splits.items()}
     first = _first_token(tokenizer)
     stride = length - (first is not None)
     tokens = {text: tokenize(tokenizer, read_text(text)) for text in sorted({split.text for split in splits.values()})}
@@ -105,8 +112,8 @@ def cut(tokenizer: Any, splits: Mapping[str, Split], length: int) -> dict[str, T
         if len(free) < split.windows:
             raise InputError(
                 f"data.{name}: part {list(split.part)} of text {split.text!r} has {end - start:,} tokens"
-                f" ({len(free) * stride:,} in free windows of {length},"
-                f" {len(taken[split.text])} windows taken by other splits), and {split.windows} windows need {split.windows * stride:,}: ask for fewer or shorter windows"
+                f" ({len(free) * stride:,} in windows of {length} that no other split took) and {split.windows} windows"
+                f" need {split.windows * stride:,}: ask for fewer or shorter windows"
             )
         chosen = [free[(2 * i + 1) * len(free) // (2 * split.windows)] for i in range(split.windows)]
         taken[split.text].update(chosen)

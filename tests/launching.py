@@ -1,0 +1,155 @@
+"""Launching studies in tests: small study data, study files, commands as subprocesses, what a run holds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common import study_data
+from rich.console import Console
+
+from rankfront.search.study import Study
+
+PATIENCE = 120  # seconds until a test gives a process up
+
+
+def small_data(folder: Path, text: Path, **search: Any) -> dict[str, Any]:
+    """A study of two methods with few levels: its trials take milliseconds."""
+    data = study_data(folder, text)
+    data["space"] = {"methods": ["svd", "svd-llm"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
+    data["search"] |= {"sampler": "random", "anchors": [0.6], **search}
+    return data
+
+
+def quiet() -> Console:
+    """A console that nobody reads."""
+    return Console(file=io.StringIO())
+
+
+def make_run(data: Mapping[str, Any], run: Path) -> Study:
+    """A finished run of ``data``."""
+    study = Study(data, run)
+    study.launch(quiet())
+    return study
+
+
+def again(study: Study, **search: Any) -> Study:
+    """The same run with other keys under ``search``."""
+    data = study.config.model_dump(mode="json")
+    data["search"] |= search
+    return Study(data, study.run.path)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
+    return json.dumps(value)
+
+
+def write_study(data: Mapping[str, Any], path: Path) -> Path:
+    """``data`` as a study file."""
+    tables = {name: {key: value for key, value in table.items() if value is not None} for name, table in data.items()}
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line in a process of its own."""
+    return [sys.executable, "-m", "rankfront.search", *(str(argument) for argument in arguments)]
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start the command line; its output is piped."""
+    return subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        start_new_session=True,
+    )
+
+
+def finish(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    process = start(*arguments, **environment)
+    try:
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"not done after {PATIENCE} s: {stderr[-2000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool] = lambda: True) -> bool:
+    """Poll until ``condition`` holds; False where ``alive`` ceased first."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if not alive():
+            return False
+        assert time.monotonic() < deadline, f"nothing happened for {PATIENCE} s"
+        time.sleep(0.01)
+    return True
+
+
+def finished(run: Path) -> int:
+    """How many trials of a run are complete, as the storage has it; 0 where there is none yet."""
+    if not (run / "study.db").is_file():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{run / 'study.db'}?mode=ro", uri=True, timeout=10) as connection:
+            return int(connection.execute("SELECT count(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0])
+    except sqlite3.OperationalError:  # the tables are being made
+        return 0
+
+
+def values_of(study: Study) -> dict[int, tuple[str | None, dict[str, float]]]:
+    """Number -> (plan, values) of every complete trial."""
+    return {row.number: (row.plan_key, row.values) for row in study.rows() if row.state == "complete"}
+
+
+def check_whole(study: Study, before: dict[int, tuple[str | None, dict[str, float]]], trials: int) -> None:
+    """The laws of going on: nothing that was finished is lost, nothing is repeated, nothing is left running."""
+    after = values_of(study)
+    assert {number: after[number] for number in before} == before
+    plans = [plan for plan, _ in after.values()]
+    assert len(set(plans)) == len(plans)
+    rows = study.rows()
+    assert {row.state for row in rows} <= {"complete", "failed"}
+    assert all(row.failure for row in rows if row.state == "failed")
+    assert sum(row.counts for row in rows) == trials
+    anchors = [row.origin for row in rows if row.state == "complete" and row.origin.startswith("anchor")]
+    assert len(set(anchors)) == len(anchors)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under ``folder``, hidden ones too, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def verify_here(monkeypatch: Any) -> None:
+    """Let an export verify itself in this process: a process of its own takes seconds to import torch."""
+    from rankfront.search import export, verify
+
+    def run(arguments: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            verify.main(*arguments[2:])
+        return subprocess.CompletedProcess(arguments, 0, printed.getvalue(), "")
+
+    monkeypatch.setattr(export.subprocess, "run", run)

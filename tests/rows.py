@@ -1,0 +1,98 @@
+"""One row per method: what is special about it, in closed form and from raw tokens. A new method adds a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from common import linear_site, rank_option
+from torch import Tensor
+
+from rankfront.methods import Gram, Option, Site, Statistics
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration as it happened: inputs x (T, n) and output gradients g (T, m) of one weight, in fp64."""
+
+    x: Tensor
+    g: Tensor
+
+    def statistics(self) -> Statistics:
+        """The sums that calibration keeps of it, in fp32."""
+        return Statistics(
+            tokens=len(self.x),
+            gram=Gram((self.x.T @ self.x).float()),
+            absolute=self.x.abs().sum(0).float(),
+            fisher=(self.g.square().sum(1) @ self.x.square()).float(),
+        )
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """What a method claims.
+
+    Attributes:
+        loss: (Δ (m, n), sample) -> ‖Δ S‖²_F, token by token, with Δ = W − Ŵ.
+        root: sample -> S (n, ·), for which the SVD of W S gives the optimum.
+        needs: the statistics it reads.
+        embedding: whether it treats an embedding table, whose inputs are token ids.
+        site: (m, n) -> a site that it treats.
+        ladder: (m, n) -> options from the cheapest to the one that reproduces W.
+    """
+
+    loss: Callable[[Tensor, Sample], float]
+    root: Callable[[Sample], Tensor]
+    needs: tuple[str, ...]
+    embedding: bool = False
+    site: Callable[[int, int], Site] = linear_site
+    ladder: Callable[[str, int, int], list[Option]] = lambda name, m, n: [
+        rank_option(name, rank) for rank in range(1, min(m, n) + 1)
+    ]
+
+
+def plain_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_ij Δ_ij²."""
+    return float(sum(row @ row for row in delta))
+
+
+def activation_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_j mean_t|x_tj| ‖Δ_j‖², which is α = 0.5."""
+    return float(sum(sample.x[:, j].abs().mean() * delta[:, j].square().sum() for j in range(delta.shape[1])))
+
+
+def fisher_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_t ‖g_t‖² Σ_j x_tj² ‖Δ_j‖²."""
+    columns = delta.square().sum(0)
+    return float(sum((g @ g) * (x.square() @ columns) for x, g in zip(sample.x, sample.g, strict=True)))
+
+
+def output_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_t ‖Δ x_t‖²."""
+    return float(sum((delta @ x).square().sum() for x in sample.x))
+
+
+METHOD_ROWS = {
+    "svd": MethodRow(
+        loss=plain_loss,
+        root=lambda sample: torch.eye(sample.x.shape[1], dtype=torch.float64),
+        needs=(),
+        embedding=True,
+    ),
+    "asvd": MethodRow(
+        loss=activation_loss,
+        root=lambda sample: sample.x.abs().mean(0).sqrt().diag(),
+        needs=("absolute",),
+    ),
+    "fwsvd": MethodRow(
+        loss=fisher_loss,
+        root=lambda sample: (sample.g.square().sum(1) @ sample.x.square()).sqrt().diag(),
+        needs=("fisher",),
+    ),
+    "svd-llm": MethodRow(
+        loss=output_loss,
+        root=lambda sample: sample.x.T,  # S Sᵀ = Xᵀ X, whichever root of it
+        needs=("gram",),
+    ),
+}

@@ -1,0 +1,202 @@
+"""Calibration's fast sums against slow ones: a loop over tokens, and explicit gradients of every output."""
+
+import common
+import pytest
+import torch
+from torch import nn
+
+from rankfront.search.calibration import BATCH_TOKENS, STATISTIC_BYTES, _passes, calibrate, shared_inputs
+from rankfront.search.model import find_sites
+
+NEEDS = frozenset({"gram", "absolute", "fisher"})
+WINDOWS, LENGTH = 3, 12
+
+
+@pytest.fixture
+def windows():
+    return common.tokens(WINDOWS, LENGTH, seed=3)
+
+
+def linear_sites(model):
+    """The sites with inputs to measure: everything but an untied table."""
+    return [site for site in find_sites(model) if site.weights[0].kind == "linear"]
+
+
+def collect(model, windows, sites=None, needs=NEEDS, **more):
+    found = calibrate(model, windows, sites or linear_sites(model), needs, lambda done, total: None, **more)
+    return {site.name: statistics["weight"] for site, statistics in found}
+
+
+def slow_statistics(model, windows, paths):
+    """Path -> (x (T, n), g (T, m)), one window at a time.
+
+    Each output y gets a zero e added to it, y + e, and g = ∂loss/∂e by autograd, so that neither the hooks nor
+    the frozen weights of the fast code play a part.
+    """
+    inputs = {path: [] for path in paths}
+    zeros, gradients = {}, {path: [] for path in paths}
+
+    def hook(path):
+        def probe(module, args, output):
+            inputs[path].append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
+            zeros[path] = torch.zeros_like(output, requires_grad=True)
+            return output + zeros[path]
+
+        return probe
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    for window in windows:
+        logits = model(input_ids=window[None], use_cache=False).logits[0]
+        loss = sum(-torch.log_softmax(logits[t].float(), -1)[window[t + 1]] for t in range(len(window) - 1))
+        found = torch.autograd.grad(loss, [zeros[path] for path in paths])
+        for path, gradient in zip(paths, found, strict=True):
+            gradients[path].append(gradient.reshape(-1, gradient.shape[-1]).double())
+    for handle in handles:
+        handle.remove()
+    return {path: (torch.cat(inputs[path]), torch.cat(gradients[path])) for path in paths}
+
+
+def assert_near(found, expected):
+    """Within fp32 of the largest entry."""
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-5 * scale)
+
+
+def test_sums_are_those_of_a_loop_over_tokens(model, windows):
+    """C = Σ x xᵀ, Σ |x| and f_j = Σ_t ‖g_t‖² x_tj², for every linear and the head."""
+    found = collect(model, windows)
+    slow = slow_statistics(model, windows, list(found))
+    assert list(found) == [site.name for site in linear_sites(model)]
+    for path, (x, g) in slow.items():
+        statistics = found[path]
+        assert statistics.tokens == WINDOWS * LENGTH == len(x)
+        assert_near(statistics.gram.raw, sum(torch.outer(token, token) for token in x))
+        assert_near(statistics.absolute, sum(token.abs() for token in x))
+        assert_near(statistics.fisher, sum((b @ b) * a.square() for a, b in zip(x, g, strict=True)))
+        assert statistics.fisher.abs().max() > 0
+
+
+def test_weights_that_read_one_input_share_one_gram(architecture, model, windows):
+    """q, k and v, and gate and up, are handed the very same Gram; nothing else shares."""
+    found = collect(model, windows)
+    expected = {
+        frozenset(f"{architecture.blocks}.{i}.{kind}" for kind in group)
+        for i in range(common.BLOCKS)
+        for group in architecture.shared
+    }
+    groups = {}
+    for path, statistics in found.items():
+        groups.setdefault(id(statistics.gram), set()).add(path)
+    assert {frozenset(group) for group in groups.values() if len(group) > 1} == expected
+
+
+def test_shared_inputs_run_once_and_leave_no_hooks(architecture, model, windows):
+    paths = list(architecture.linears)
+    groups = shared_inputs(model, paths, windows[:1, :4])
+    assert list(groups) != []
+    assert set(groups) == set(paths)
+    assert all(groups[lead] == lead for lead in groups.values())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "needs", [{"gram"}, {"absolute"}, {"fisher"}, {"gram", "fisher"}], ids=lambda n: "+".join(sorted(n))
+)
+def test_only_what_is_needed_is_collected(windows, needs):
+    model = common.architecture("llama").build()
+    whole = collect(model, windows)
+    for path, statistics in collect(model, windows, needs=frozenset(needs)).items():
+        assert (statistics.gram is not None) == ("gram" in needs)
+        assert (statistics.absolute is not None) == ("absolute" in needs)
+        assert (statistics.fisher is not None) == ("fisher" in needs)
+        if "gram" in needs:
+            torch.testing.assert_close(statistics.gram.raw, whole[path].gram.raw)
+        if "fisher" in needs:
+            torch.testing.assert_close(statistics.fisher, whole[path].fisher)
+
+
+@pytest.mark.parametrize("limit", [1, 6_000, 10_000, 30_000])
+def test_many_passes_give_the_statistics_of_one(architecture, model, windows, limit):
+    once = collect(model, windows)
+    heard = []
+    found = {
+        site.name: statistics["weight"]
+        for site, statistics in calibrate(
+            model,
+            windows,
+            linear_sites(model),
+            NEEDS,
+            lambda done, total: heard.append((done, total)),
+            limit=limit,
+        )
+    }
+    assert heard[-1][1] > len(windows)  # windows in all, over more than one pass
+    assert heard[-1][0] == heard[-1][1]
+    assert list(found) == list(once)
+    for path, statistics in once.items():
+        torch.testing.assert_close(found[path].gram.raw, statistics.gram.raw, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[path].absolute, statistics.absolute)
+        torch.testing.assert_close(found[path].fisher, statistics.fisher, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("limit", range(5_000, 30_000, 1_000))
+def test_a_pass_holds_no_more_than_the_limit(limit):
+    """Of what a pass holds: a Gram (n, n) for each distinct input, two vectors (n,) at most for each weight."""
+    model = common.architecture("llama").build()
+    sites = linear_sites(model)
+    groups = shared_inputs(model, [site.name for site in sites], common.tokens(1, 4))
+    for chosen in _passes(sites, groups, NEEDS, limit):
+        grams = {groups[site.name]: site.weights[0].in_features ** 2 for site in chosen}
+        vectors = sum(site.weights[0].in_features for site in chosen)
+        held = STATISTIC_BYTES * (sum(grams.values()) + vectors)
+        assert held <= limit or len(chosen) == 1, [site.name for site in chosen]
+
+
+def test_the_limit_cuts_runs_in_order():
+    model = common.architecture("llama").build()
+    sites = linear_sites(model)
+    passes = _passes(sites, {}, NEEDS, 12_000)
+    assert [site for chosen in passes for site in chosen] == sites
+    assert all(passes)
+
+
+def test_windows_in_batches_give_the_sums_of_each(monkeypatch):
+    """More windows than one forward pass takes."""
+    model = common.architecture("llama").build()
+    windows = common.tokens(5, 16)
+    once = collect(model, windows)
+    monkeypatch.setattr("rankfront.search.calibration.BATCH_TOKENS", 32)
+    assert windows.numel() <= BATCH_TOKENS
+    for path, statistics in collect(model, windows).items():
+        torch.testing.assert_close(statistics.gram.raw, once[path].gram.raw, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.fisher, once[path].fisher, rtol=1e-4, atol=1e-6)
+
+
+def test_no_weight_gradient_is_formed_and_no_hook_is_left(model, windows):
+    collect(model, windows)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_tables_have_no_inputs_to_measure(windows):
+    model = common.architecture("llama").build()
+    assert "model.embed_tokens" not in collect(model, windows, sites=list(find_sites(model)))
+
+
+def test_bfloat16_sums_are_kept_in_fp32(windows):
+    model = common.architecture("llama").build().to(torch.bfloat16)
+    for statistics in collect(model, windows).values():
+        assert statistics.gram.raw.dtype == torch.float32
+        assert statistics.absolute.dtype == torch.float32
+        assert statistics.fisher.dtype == torch.float32
+
+
+def test_an_interrupted_pass_leaves_no_hook(windows):
+    model = common.architecture("llama").build()
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(calibrate(model, windows, linear_sites(model), NEEDS, stop))
+    assert not any(module._forward_hooks for module in model.modules() if isinstance(module, nn.Linear))

@@ -1,0 +1,339 @@
+"""Exports: what is written loads as what was measured, or is not written at all."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from common import ARCHITECTURES, random_plan, save_folder, tokens
+from launching import make_run, small_data, tree, verify_here
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rankfront.methods import InputError
+from rankfront.methods.layers import LowRankEmbedding, LowRankLinear
+from rankfront.search.__main__ import run
+from rankfront.search.export import ExportError, export
+from rankfront.search.front import Row
+from rankfront.search.model import count_parameters
+from rankfront.search.plan import Plan
+from rankfront.search.study import Study
+from rankfront.search.trial import Job, Resident
+
+IDS = tokens(2, 24, seed=3)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@pytest.fixture(scope="session")
+def residents(tmp_path_factory, text_file):
+    """Name of an architecture -> its resident model, with every site and the head in its space."""
+    found = {}
+    for row in ARCHITECTURES:
+        folder = save_folder(row.name, tmp_path_factory.mktemp(row.name) / "model")
+        data = small_data(folder, text_file)
+        data["space"]["include"] = ["*", row.head]
+        found[row.name] = Resident(Study(data).setup())
+    return found
+
+
+def plan_of(resident, part):
+    """A plan that treats every linear in the blocks, or the embedding and head as well, each at its own level."""
+    plan, wanted = random_plan(resident, 11), resident.space.wanted()
+    choices = {site.name: plan.option(site.name) for site in wanted}
+    outer = [site.name for site in wanted if resident.sites[site].block is None]
+    for site, options in wanted.items():
+        if site.name in outer:
+            choices[site.name] = options[-1]
+    if part == "blocks":
+        choices = {name: option for name, option in choices.items() if name not in outer}
+    else:
+        assert outer
+    return Plan.of(choices, resident.setup.origin())
+
+
+def measured(resident, plan):
+    """``plan`` as a trial's row."""
+    record = resident.run(Job("trial", 0, plan))
+    attributes = {key: value for key, value in record.items() if key != "values"}
+    return Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def same_matrix(model, architecture):
+    """Whether the embedding table and the head read the same numbers from the same memory."""
+    table, head = model.get_submodule(architecture.table), model.get_submodule(architecture.head)
+    names = ("left", "right") if isinstance(head, LowRankLinear) else ("weight",)
+    return all(getattr(table, name).data_ptr() == getattr(head, name).data_ptr() for name in names)
+
+
+@pytest.mark.parametrize("part", ["blocks", "whole"])
+def test_factored_loads_as_it_was_measured(residents, architecture, part, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    resident = residents[architecture.name]
+    row = measured(resident, plan_of(resident, part))
+    expected, biases = logits(resident.model), _biases(resident.model)
+    out = tmp_path / "out"
+    verified = export(resident.setup, row, out, "factored")
+    assert verified.parameters == row.attributes["parameter_count"] == count_parameters(resident.model)
+
+    files = {path.name for path in out.rglob("*")}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "README.md"} <= files
+    assert not [name for name in files if name.endswith(PICKLES)]
+    assert os.listdir(tmp_path) == ["out"]
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "rankfront"
+    assert Plan.from_json((out / "plan.json").read_text(encoding="utf-8")) == row.plan
+
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(loaded), expected)
+    assert count_parameters(loaded) == row.attributes["parameter_count"]
+    assert any(isinstance(module, LowRankLinear) for module in loaded.modules())
+    assert same_matrix(loaded, architecture) == architecture.tied
+    assert _biases(loaded).keys() == biases.keys()
+    assert all(torch.equal(bias, biases[path]) for path, bias in _biases(loaded).items())
+    assert bool(biases) == architecture.biases or architecture.name.startswith("llama")
+    generated = loaded.generate(input_ids=IDS[:, :4], max_new_tokens=3, do_sample=False)
+    assert generated.shape[0] == 2
+    assert 4 < generated.shape[1] <= 7
+
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), expected)
+    assert same_matrix(again, architecture) == architecture.tied
+    assert count_parameters(again) == row.attributes["parameter_count"]
+
+
+def _biases(model):
+    """Path of every linear with a bias -> the bias; norms have biases of their own and are left out."""
+    kinds = (nn.Linear, LowRankLinear, transformers.pytorch_utils.Conv1D)
+    return {
+        path: module.bias
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) and module.bias is not None
+    }
+
+
+@pytest.mark.parametrize("part", ["blocks", "whole"])
+def test_dense_loads_as_a_plain_model(residents, architecture, part, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    resident = residents[architecture.name]
+    row = measured(resident, plan_of(resident, part))
+    expected = logits(resident.model)
+    out = tmp_path / "out"
+    assert export(resident.setup, row, out, "dense").parameters == resident.dense_values
+    assert "quantization_config" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not [module for module in loaded.modules() if isinstance(module, LowRankLinear | LowRankEmbedding)]
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert same_matrix(loaded, architecture) == architecture.tied
+    assert not [path for path in out.rglob("*") if path.name.endswith(PICKLES)]
+
+
+LOAD = """
+import json, sys
+{imports}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+for folder in sys.argv[1:]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the people", return_tensors="pt").input_ids
+    out = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    figures = model(input_ids=ids).logits[0, -1].double().square().sum()
+    print(json.dumps([tokenizer.decode(ids[0]), out.shape[1] - ids.shape[1], float(figures)]))
+print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] in {ours})))
+"""
+
+
+@pytest.mark.parametrize(("form", "imports"), [("factored", "import rankfront.methods"), ("dense", "")])
+def test_a_fresh_process_loads_it(residents, tmp_path, monkeypatch, form, imports):
+    """With one import where it is factored; with nothing of ours where it is dense."""
+    names, figures = ["llama-tied", "gpt2"], []
+    with monkeypatch.context() as patch:
+        verify_here(patch)
+        for name in names:
+            resident = residents[name]
+            export(resident.setup, measured(resident, plan_of(resident, "whole")), tmp_path / name, form)
+            tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+            with torch.no_grad():
+                found = resident.model(input_ids=tokenizer("the people", return_tensors="pt").input_ids).logits
+            figures.append(float(found[0, -1].double().square().sum()))
+    code = LOAD.format(imports=imports, ours={"rankfront", "search", "methods", "objectives"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    *loaded, modules = map(json.loads, done.stdout.splitlines())
+    assert [figure for _, _, figure in loaded] == pytest.approx(figures, rel=1e-3)
+    assert all(1 <= new <= 2 for _, new, _ in loaded)
+    if form == "dense":
+        assert modules == []
+    else:
+        assert "rankfront.methods" in modules
+        assert not [name for name in modules if not name.startswith("rankfront")]
+        assert not [name for name in modules if name.startswith("rankfront.search")]
+
+
+# -- verification and refusals, on a launched run
+
+
+@pytest.fixture(scope="session")
+def exportable(model_folder, text_file, tmp_path_factory):
+    """A finished run, to read only."""
+    return make_run(small_data(model_folder, text_file, trials=5), tmp_path_factory.mktemp("exportable") / "run")
+
+
+@pytest.fixture
+def compressed(exportable):
+    return exportable.best("parameters<=0.99")
+
+
+def test_what_is_exported_was_verified_in_a_fresh_process(exportable, compressed, tmp_path, monkeypatch):
+    commands, real = [], subprocess.run
+
+    def watched(command, **more):
+        commands.append(command)
+        return real(command, **more)
+
+    monkeypatch.setattr("rankfront.search.export.subprocess.run", watched)
+    verified = exportable.export(tmp_path / "out", compressed)
+    assert len(commands) == 1
+    assert commands[0][0] == sys.executable
+    assert verified.perplexity == pytest.approx(compressed.attributes["perplexity"], rel=1e-4)
+    assert verified.parameters == compressed.attributes["parameter_count"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"{verified.parameters:,}" in card
+    assert f"{compressed.report['perplexity']:.6g}" in card if compressed.report else True
+
+
+def test_the_knee_is_the_default(exportable, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    exportable.export(tmp_path / "out")
+    assert Plan.from_json((tmp_path / "out" / "plan.json").read_text(encoding="utf-8")) == exportable.knee().plan
+
+
+@pytest.mark.parametrize("figure", ["perplexity", "parameter_count"])
+def test_what_does_not_verify_is_not_kept(exportable, compressed, tmp_path, monkeypatch, figure):
+    verify_here(monkeypatch)
+    attributes = compressed.attributes | {figure: int(compressed.attributes[figure] * 1.01) + 1}
+    row = Row(**{**vars(compressed), "attributes": attributes})
+    before = tree(exportable.run.path)
+    with pytest.raises(ExportError, match="not kept"):
+        exportable.export(tmp_path / "out", row)
+    assert os.listdir(tmp_path) == []
+    assert tree(exportable.run.path) == before
+
+
+def test_what_does_not_load_is_not_kept(exportable, compressed, tmp_path, monkeypatch):
+    """The fresh process fails: its last line is the reason."""
+    write = exportable_write(monkeypatch)
+    with pytest.raises(ExportError, match="does not load in a fresh process"):
+        exportable.export(tmp_path / "out", compressed)
+    assert write
+    assert os.listdir(tmp_path) == []
+
+
+def exportable_write(monkeypatch):
+    """Spoil every folder after it is written; returns the list of spoiled ones."""
+    from rankfront.search import export as module
+
+    spoiled, write = [], module._write
+
+    def spoiling(resident, row, folder, form):
+        write(resident, row, folder, form)
+        (folder / "model.safetensors").write_bytes(b"spoiled")
+        spoiled.append(folder)
+
+    monkeypatch.setattr(module, "_write", spoiling)
+    return spoiled
+
+
+def test_an_existing_folder_is_not_touched(exportable, compressed, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for taken in ("out", "file"):
+        with pytest.raises(InputError, match="exists and is not empty"):
+            exportable.export(tmp_path / taken, compressed)
+    assert tree(tmp_path) == {"out/mine.txt": b"mine", "file": b"mine"}
+    (tmp_path / "empty").mkdir()
+    exportable.export(tmp_path / "empty", compressed)
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+# -- a disk that fills
+
+
+def refused_export(study, out, capsys):
+    """Export through the command line where it cannot work: exit code 1, one line, the run as it was."""
+    before = tree(study.run.path)
+    code = run(["export", str(study.run.path), "--out", str(out), "--max-parameters", "0.99"])
+    captured = capsys.readouterr()
+    assert code == 1, captured.err
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if "exporting trial" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("rankfront: ")
+    assert tree(study.run.path) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize("limit", [100, 2_000, 20_000, 60_000])
+def test_a_file_that_cannot_grow_leaves_nothing(exportable, tmp_path, monkeypatch, capsys, limit):
+    """RLIMIT_FSIZE: a write beyond ``limit`` bytes fails, in the configuration, the weights or the tokenizer."""
+    verify_here(monkeypatch)
+    exportable.setup()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores SIGXFSZ, so writes fail
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        line = refused_export(exportable, tmp_path / "out", capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "free some space" in line
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Make file systems of so many kilobytes, where this user may mount some."""
+    mounted: list[Path] = []
+
+    def make(kilobytes):
+        folder = tmp_path / f"disk{kilobytes}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], capture_output=True, check=True)
+
+
+def test_a_full_disk_leaves_nothing(exportable, compressed, small_disk, tmp_path, monkeypatch, capsys):
+    """On disks of every size below what an export takes, so that each of its files is the one that fails once."""
+    verify_here(monkeypatch)
+    exportable.export(tmp_path / "whole", compressed)
+    pages = [-(-len(content) // 4096) for content in tree(tmp_path / "whole").values()]
+    for used in sorted({*range(1, sum(pages), 6), *range(sum(pages) - 8, sum(pages))}):
+        disk = small_disk(4 * used)
+        line = refused_export(exportable, disk / "out", capsys)
+        assert "No space left" in line or "os error 28" in line, used
+        assert os.listdir(disk) == []

@@ -1,0 +1,118 @@
+"""The factor store: keyed by everything that factors depend on, written whole or not at all."""
+
+import pytest
+import torch
+from common import linear_site, rank_option
+
+from rankfront.methods import Gram, InputError, Statistics, get_method, method_names
+from rankfront.search.factors import FactorStore
+
+SITE = linear_site(12, 8)
+WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+STATISTICS = {"weight": Statistics(40, Gram(X.T @ X), X.abs().sum(0), X.square().sum(0))}
+EVERY = [rank_option(name, rank) for name in method_names() for rank in (2, 4)]
+
+
+def make_store(root, fingerprint="weights", text="text", dtype=torch.float32):
+    return FactorStore(fingerprint, text, dtype, root)
+
+
+def fill(store, options=EVERY):
+    store.prepare(SITE, options, {"weight": WEIGHT}, STATISTICS)
+    return store
+
+
+@pytest.mark.parametrize("option", EVERY, ids=lambda option: option.label)
+def test_factors_are_what_the_method_gives(tmp_path, option):
+    method = get_method(option.method)
+    prepared = method.prepare({"weight": WEIGHT}, STATISTICS, [option])
+    expected = method.truncate(prepared, option)["weight"]
+    found = fill(make_store(tmp_path)).factors(SITE, option)["weight"]
+    assert found.storage == expected.storage
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
+def test_every_level_of_a_nested_method_is_one_file(tmp_path):
+    store = fill(make_store(tmp_path))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(method_names())
+    for name in method_names():
+        assert store.path(SITE, rank_option(name, 2)) == store.path(SITE, rank_option(name, 4))
+
+
+def test_matrices_are_kept_in_the_dtype_they_run_in(tmp_path):
+    store = fill(make_store(tmp_path, dtype=torch.bfloat16))
+    tensors = store.factors(SITE, EVERY[0])["weight"].tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert store.load(SITE, EVERY[0])["energy"].dtype == torch.float32
+
+
+def test_what_is_there_is_not_missing(tmp_path):
+    store = make_store(tmp_path)
+    assert store.missing({SITE: EVERY}) == {SITE: EVERY}
+    fill(store, EVERY[:2])
+    assert store.missing({SITE: EVERY}) == {SITE: EVERY[2:]}
+    fill(store, EVERY[2:])
+    assert store.missing({SITE: EVERY}) == {}
+    assert make_store(tmp_path).missing({SITE: EVERY}) == {}  # another process finds them
+
+
+def test_the_key_is_all_that_factors_depend_on(tmp_path):
+    store = make_store(tmp_path)
+    for name in method_names():
+        method = get_method(name)
+        folder = store.folder(method)
+        assert folder == make_store(tmp_path).folder(method)
+        assert folder != make_store(tmp_path, fingerprint="other").folder(method)
+        assert folder != make_store(tmp_path, dtype=torch.bfloat16).folder(method)
+        assert (folder != make_store(tmp_path, text="other").folder(method)) == bool(method.needs)
+    assert len({store.folder(get_method(name)) for name in method_names()}) == len(method_names())
+
+
+def test_the_key_changes_with_the_code(tmp_path, monkeypatch):
+    before = make_store(tmp_path).folder(get_method("svd"))
+    monkeypatch.setattr("rankfront.search.factors.source_of", lambda method: "changed")
+    assert make_store(tmp_path).folder(get_method("svd")) != before
+
+
+@pytest.mark.parametrize("place", ["start", "middle", "end", "cut short", "empty"])
+def test_a_corrupt_file_is_named_with_the_remedy(tmp_path, place):
+    path = fill(make_store(tmp_path)).path(SITE, EVERY[0])
+    whole = bytearray(path.read_bytes())
+    spoiled = {
+        "start": b"\xff" * 8 + whole[8:],
+        "middle": whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :],
+        "end": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "cut short": whole[:-10],
+        "empty": b"",
+    }[place]
+    path.write_bytes(spoiled)
+    with pytest.raises(InputError, match="corrupt") as caught:
+        make_store(tmp_path).load(SITE, EVERY[0])
+    assert str(path) in str(caught.value)
+    assert "--rebuild" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="missing"):
+        make_store(tmp_path).load(SITE, EVERY[0])
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rankfront.search.factors.save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        fill(make_store(tmp_path))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_clearing_drops_the_named_methods_only(tmp_path):
+    store = fill(make_store(tmp_path))
+    other = fill(make_store(tmp_path, fingerprint="other"))
+    store.clear(["svd"])
+    assert {option.method for option in store.missing({SITE: EVERY})[SITE]} == {"svd"}
+    assert other.missing({SITE: EVERY}) == {}

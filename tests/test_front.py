@@ -1,0 +1,264 @@
+"""The front against brute force, hypervolume against closed forms, constraints and the knee."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rankfront.methods import InputError
+from rankfront.search.front import (
+    Box,
+    Constraint,
+    Row,
+    box_of,
+    dense_row,
+    frame,
+    front_of,
+    hypervolume,
+    knee,
+    meeting,
+)
+
+AXES = ("perplexity", "parameters", "latency")
+
+
+def make_rows(points, **attributes):
+    return [
+        Row(
+            i,
+            "complete",
+            "random",
+            "{}",
+            str(i),
+            dict(zip(AXES, map(float, point), strict=False)),
+            dict(attributes),
+        )
+        for i, point in enumerate(points)
+    ]
+
+
+def unit_box(dimensions):
+    axes = AXES[:dimensions]
+    return Box(dict.fromkeys(axes, 0.0), dict.fromkeys(axes, 1.0))
+
+
+def random_points(count, dimensions, seed, levels=None):
+    points = np.random.default_rng(seed).random((count, dimensions))
+    return points if levels is None else np.round(points * levels) / levels
+
+
+def dominates(a, b):
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def union(points):
+    """Volume of the union of the boxes [p, 1], by inclusion and exclusion."""
+    total = 0.0
+    for size in range(1, len(points) + 1):
+        for chosen in itertools.combinations(points, size):
+            corner = np.max(chosen, axis=0)
+            total -= (-1) ** size * float(np.prod(np.clip(1 - corner, 0, None)))
+    return total
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("levels", [None, 4], ids=["distinct", "ties"])
+@pytest.mark.parametrize("seed", range(4))
+def test_front_is_what_nothing_dominates(dimensions, levels, seed):
+    """Of equal points one stays."""
+    points = [tuple(point) for point in random_points(40, dimensions, seed, levels)]
+    expected = {p for p in points if not any(dominates(q, p) for q in points)}
+    found = [tuple(row.values.values()) for row in front_of(make_rows(points))]
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    assert found == sorted(found)
+
+
+def test_front_is_of_complete_rows_only():
+    rows = make_rows([(1, 1)])
+    rows += [Row(9, state, "", None, None) for state in ("failed", "running", "waiting")]
+    assert [row.number for row in front_of(rows)] == [0]
+    assert front_of(rows[1:]) == []
+    assert front_of([]) == []
+
+
+def test_hypervolume_of_a_staircase():
+    """Σ (x_{i+1} − x_i)(1 − y_i), with x_{N+1} = 1."""
+    points = [(0.1, 0.8), (0.3, 0.5), (0.6, 0.2)]
+    expected = (0.3 - 0.1) * 0.2 + (0.6 - 0.3) * 0.5 + (1 - 0.6) * 0.8
+    assert hypervolume(make_rows(points), unit_box(2)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_hypervolume_is_the_volume_of_the_union(dimensions, seed):
+    points = random_points(7, dimensions, seed)
+    assert hypervolume(make_rows(points), unit_box(dimensions)) == pytest.approx(union(points))
+
+
+def test_hypervolume_of_a_grid_in_three_dimensions():
+    points = random_points(6, 3, 9, levels=10)
+    cells = (np.stack(np.meshgrid(*[np.arange(10)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5) / 10
+    covered = (cells[:, None] >= points[None]).all(-1).any(-1).mean()
+    assert hypervolume(make_rows(points), unit_box(3)) == pytest.approx(covered)
+
+
+@pytest.mark.parametrize(
+    ("points", "share"),
+    [
+        ([], 0.0),
+        ([(0, 0)], 1.0),
+        ([(-1, -5)], 1.0),
+        ([(0.5, 0.5)], 0.25),
+        ([(0.5, 2)], 0.0),
+        ([(1, 0)], 0.0),
+        ([(0.5, 0.5), (0.7, 0.7), (0.5, 0.5)], 0.25),
+        ([(0.5, 0.5), (3, 0)], 0.25),
+        ([(-1, 0.5)], 0.5),
+    ],
+)
+def test_hypervolume_is_a_share_of_the_box(points, share):
+    assert hypervolume(make_rows(points), unit_box(2)) == pytest.approx(share)
+
+
+def test_hypervolume_is_in_units_of_the_box():
+    box = Box({"perplexity": 10.0, "parameters": 0.0}, {"perplexity": 100.0, "parameters": 1.0})
+    assert hypervolume(make_rows([(55, 0.5)]), box) == pytest.approx(0.25)
+
+
+def test_a_dominated_row_adds_no_hypervolume():
+    points = [tuple(p) for p in random_points(20, 2, 3)]
+    box = unit_box(2)
+    rows = make_rows(points)
+    assert hypervolume(front_of(rows), box) == pytest.approx(hypervolume(rows, box))
+
+
+def test_the_box_is_what_objectives_state():
+    dense = make_rows([(20.0, 1.0, 1.0)])[0]
+    box = box_of({"perplexity": {}, "parameters": {}, "latency": {}}, dense)
+    assert box.ideal == {"perplexity": 20.0, "parameters": 0.0, "latency": 0.0}
+    assert box.reference == {"perplexity": 200.0, "parameters": 1.0, "latency": 1.1}
+    assert hypervolume([dense], box) == 0.0
+
+
+def test_the_dense_row_keeps_all_of_the_blocks():
+    rows = make_rows([(1, 1)], block_parameters=0.7) + make_rows([(2, 2)], block_parameters=1.0)
+    assert dense_row(rows) is rows[1]
+    assert dense_row(rows[:1]) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_knee_is_nearest_to_the_ideal(seed):
+    points = random_points(15, 3, seed)
+    rows = make_rows(points)
+    nearest = min(rows, key=lambda row: sum(value**2 for value in row.values.values()))
+    assert knee(rows, unit_box(3)) is nearest
+
+
+def test_knee_of_nothing_is_refused():
+    with pytest.raises(InputError, match="launch"):
+        knee([], unit_box(2))
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("parameters<=0.8", ("parameters", "<=", 0.8)),
+        (" parameters <= 0.8 ", ("parameters", "<=", 0.8)),
+        ("perplexity<30", ("perplexity", "<", 30.0)),
+        ("block_parameters>=.5", ("block_parameters", ">=", 0.5)),
+        ("bytes>1e6", ("bytes", ">", 1e6)),
+        ("latency<=+1.05", ("latency", "<=", 1.05)),
+    ],
+)
+def test_constraints_parse(text, parsed):
+    found = Constraint.parse(text)
+    assert (found.figure, found.operator, found.bound) == parsed
+    assert Constraint.parse(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "parameters", "parameters<=", "<=0.8", "parameters=0.8", "a<=1<=2", "a<=e", "a<=1-2"]
+)
+def test_what_is_no_constraint(text):
+    with pytest.raises(InputError, match="does not read as FIGURE<=NUMBER") as caught:
+        Constraint.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("operator", "at", "below", "above"),
+    [
+        ("<=", True, True, False),
+        ("<", False, True, False),
+        (">=", True, False, True),
+        (">", False, False, True),
+    ],
+)
+def test_constraints_hold(operator, at, below, above):
+    for value, holds in ((0.5, at), (0.4, below), (0.6, above)):
+        constraint, (row,) = Constraint("parameters", operator, 0.5), make_rows([(1, value)])
+        assert constraint.holds(row) == holds
+        assert (constraint.excess(row) == 0) == holds
+
+
+def test_constraints_reach_other_figures():
+    (row,) = make_rows([(1, 0.9)], block_parameters=0.5, notes={"latency_decode": 0.8})
+    assert Constraint.parse("block_parameters<=0.5").holds(row)
+    assert Constraint.parse("latency_decode<=0.8").holds(row)
+
+
+@pytest.mark.parametrize("figure", ["parametres", "seconds", "split", "notes"])
+def test_what_is_no_figure_is_refused_with_the_choices(figure):
+    (row,) = make_rows([(1, 0.9)], block_parameters=0.5, seconds={"apply": 1.0}, split="abc", notes={})
+    with pytest.raises(InputError, match="unknown figure") as caught:
+        Constraint(figure, "<=", 1.0).holds(row)
+    assert "parameters" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_meeting_every_constraint():
+    rows = make_rows([(10, 0.9), (20, 0.7), (30, 0.5)])
+    constraints = [Constraint.parse("parameters<=0.8"), Constraint.parse("perplexity<=25")]
+    assert [row.number for row in meeting(rows, constraints)] == [1]
+    assert meeting(rows, []) == rows
+
+
+def test_the_closest_is_named_where_none_meets():
+    rows = make_rows([(10, 0.9), (20, 0.7), (30, 0.55)])
+    with pytest.raises(
+        InputError, match=r"no trial meets parameters<=0\.5; the closest is trial 2 with parameters=0\.55"
+    ):
+        meeting(rows, [Constraint.parse("parameters<=0.5")])
+    with pytest.raises(InputError, match="the closest is trial 1 with") as caught:
+        meeting(rows, [Constraint.parse("parameters<=0.6"), Constraint.parse("perplexity<=18")])
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_meet_is_refused():
+    with pytest.raises(InputError, match="launch"):
+        meeting([], [])
+
+
+def test_the_frame_is_flat():
+    rows = make_rows([(10, 0.9), (20, 0.95)], seconds={"apply": 1.5}, notes={"latency_spread": 0.1}, tokens=64)
+    rows.append(Row(2, "failed", "tpe", None, None, failure="RuntimeError: no"))
+    table = frame(rows)
+    assert list(table["pareto"]) == [True, False, False]
+    assert table["seconds.apply"][0] == 1.5
+    assert table["notes.latency_spread"][1] == 0.1
+    assert table["perplexity"][1] == 20
+    assert table["failure"][2] == "RuntimeError: no"
+    assert not any(isinstance(value, dict) for value in table.to_numpy().flatten())
+
+
+def test_failed_trials_count_unless_interrupted():
+    assert Row(0, "failed", "", None, None, failure="RuntimeError: no").counts
+    assert not Row(0, "failed", "", None, None, failure="interrupted: the launcher stopped").counts
+    assert not Row(0, "running", "", None, None).counts
+    assert make_rows([(1, 1)])[0].counts
+
+
+def test_a_trial_without_a_plan_says_so():
+    with pytest.raises(InputError, match="trial 3 has no plan"):
+        _ = Row(3, "failed", "", None, None).plan

@@ -1,0 +1,110 @@
+"""Latency: what is reported, never how fast. The clock of a shared machine proves nothing."""
+
+import math
+
+import common
+import pytest
+import torch
+
+from rankfront.methods import Cost, InputError
+from rankfront.objectives import Clock, Subject, make_objective
+from rankfront.objectives.latency import Latency, generate
+from rankfront.search.plan import Plan
+
+NOTES = {"latency_prefill", "latency_decode", "latency_spread", "latency_dense_ms"}
+SMALL = {"batch": 1, "prompt": 6, "decode": 2, "rounds": 2}
+
+
+def subject_of(resident, plan):
+    return resident.subject(plan, Clock())
+
+
+def a_plan(resident):
+    """Every site at its first option."""
+    return Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()})
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("prompt", [1, 6, 40])
+def test_a_ratio_and_its_notes(resident, batch, prompt):
+    subject = subject_of(resident, a_plan(resident))
+    ratio = Latency(batch=batch, prompt=prompt, decode=2, rounds=2).value(subject)
+    assert math.isfinite(ratio)
+    assert ratio > 0
+    assert subject.notes.keys() == NOTES
+    assert all(math.isfinite(note) and note >= 0 for note in subject.notes.values())
+    assert subject.notes["latency_dense_ms"] > 0
+    assert subject.clock.seconds["latency"] > 0
+
+
+def test_the_model_runs_its_plan_again_afterwards(resident):
+    subject = subject_of(resident, a_plan(resident))
+    modules = dict(resident.model.named_modules())
+    Latency(**SMALL).value(subject)
+    after = dict(resident.model.named_modules())
+    assert after.keys() == modules.keys()
+    assert all(after[path] is module for path, module in modules.items())
+
+
+def test_both_models_run_in_turns(resident, monkeypatch):
+    """One warm-up each, then the two take turns at going first."""
+    subject = subject_of(resident, a_plan(resident))
+    order = []
+
+    def record(model, ids, decode):
+        dense = isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), torch.nn.Linear)
+        order.append("dense" if dense else "ours")
+        return generate(model, ids, decode)
+
+    monkeypatch.setattr("rankfront.objectives.latency.generate", record)
+    Latency(**{**SMALL, "rounds": 3}).value(subject)
+    assert order == ["ours", "dense", "ours", "dense", "dense", "ours", "ours", "dense"]
+
+
+def test_the_value_is_the_median_of_ratios(resident, monkeypatch):
+    """Of compressed seconds over dense seconds, round by round."""
+    ours, dense = [(9, 9), (1, 1), (2, 4), (3, 3)], [(9, 9), (1, 1), (1, 1), (3, 9)]
+    times = {"ours": iter(ours), "dense": iter(dense)}
+
+    def fixed(model, ids, decode):
+        kind = "dense" if isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), torch.nn.Linear) else "ours"
+        return type(generate(model, ids, 1))(*map(float, next(times[kind])))
+
+    monkeypatch.setattr("rankfront.objectives.latency.generate", fixed)
+    subject = subject_of(resident, a_plan(resident))
+    assert Latency(**{**SMALL, "rounds": 3}).value(subject) == 1.0  # of 2/2, 6/2 and 6/12
+    assert subject.notes["latency_prefill"] == 1.0  # of 1/1, 2/1, 3/3
+    assert subject.notes["latency_decode"] == 1.0  # of 1/1, 4/1, 3/9
+    assert subject.notes["latency_dense_ms"] == 2000.0
+
+
+@pytest.mark.parametrize("name", ["batch", "prompt", "decode", "rounds"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", None, True])
+def test_bad_settings_are_refused_in_one_line(name, value):
+    with pytest.raises(InputError, match=f"objectives.latency.{name}") as caught:
+        make_objective("latency", {name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_settings_name_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'rounds'"):
+        make_objective("latency", {"round": 3})
+
+
+def test_generation_takes_one_token_at_a_time(architecture, model):
+    """A prefill of the whole prompt, then single tokens with the cache, on every architecture."""
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    run = generate(model, common.tokens(2, 5), decode=3)
+    assert lengths == [(2, 5), (2, 1), (2, 1), (2, 1)]
+    assert run.total == run.prefill + run.decode > 0
+
+
+def test_objectives_of_the_plan_alone_need_no_model():
+    cost = Cost(values=60, dense_values=80, block_values=10, dense_block_values=40, bytes=120, dense_bytes=160)
+    subject = Subject(torch.nn.Identity(), None, torch.zeros(0), None, cost, Clock())
+    assert make_objective("parameters", {}).value(subject) == 0.75
+    assert make_objective("block_parameters", {}).value(subject) == 0.25
+    assert make_objective("bytes", {}).value(subject) == 120.0

@@ -1,0 +1,184 @@
+"""Plans: JSON there and back, equality, and a cost that is the count of what the model then holds."""
+
+import itertools
+import json
+
+import common
+import pytest
+from common import random_plan, rank_option
+
+from rankfront.methods import DENSE_OPTION, InputError, Option
+from rankfront.search.model import count_parameters, find_sites
+from rankfront.search.plan import VERSION, Plan, cost_of
+from rankfront.search.study import Study
+from rankfront.search.trial import Resident
+
+CHOICES = {"b": rank_option("svd", 8), "a": rank_option("svd-llm", 16), "c": DENSE_OPTION}
+
+
+def test_json_there_and_back():
+    plan = Plan.of(CHOICES, {"model": "tiny", "dtype": "float32"})
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.origin == plan.origin
+    assert again.key == plan.key
+    assert again.to_json() == plan.to_json()
+    assert "\n" not in plan.to_json()
+
+
+def test_levels_keep_their_types():
+    option = Option.of("mixed", rank=8, sparsity=0.5, pattern="2:4")
+    assert Plan.from_json(Plan.of({"a": option}).to_json()).option("a") == option
+
+
+def test_order_and_dense_choices_do_not_matter():
+    plans = [Plan.of(dict(order)) for order in itertools.permutations(CHOICES.items())]
+    plans.append(Plan.of({name: option for name, option in CHOICES.items() if option != DENSE_OPTION}))
+    assert len(set(plans)) == 1
+    assert len({hash(plan) for plan in plans}) == 1
+    assert len({plan.key for plan in plans}) == 1
+
+
+def test_the_order_of_a_level_does_not_matter():
+    assert Option.of("mixed", a=1, b=2) == Option.of("mixed", b=2, a=1)
+    assert hash(Option.of("mixed", a=1, b=2)) == hash(Option.of("mixed", b=2, a=1))
+
+
+def test_origin_is_not_part_of_what_a_plan_is():
+    assert Plan.of(CHOICES, {"model": "one"}) == Plan.of(CHOICES, {"model": "other"})
+    assert Plan.of(CHOICES, {"model": "one"}).key == Plan.of(CHOICES, {"model": "other"}).key
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"b": rank_option("svd", 8)},
+        {**CHOICES, "a": rank_option("svd-llm", 8)},
+        {**CHOICES, "a": rank_option("svd", 16)},
+    ],
+)
+def test_plans_that_differ_are_not_equal(other):
+    assert Plan.of(other) != Plan.of(CHOICES)
+    assert Plan.of(other).key != Plan.of(CHOICES).key
+
+
+def test_sites_that_are_not_named_are_dense():
+    plan = Plan.of(CHOICES)
+    assert plan.option("a") == CHOICES["a"]
+    assert plan.option("c") == plan.option("elsewhere") == DENSE_OPTION
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "3",
+        '"plan"',
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "sites": []}',
+        '{"version": 1, "sites": {"a": 3}}',
+        '{"version": 1, "sites": {"a": {}}}',
+        '{"version": 1, "sites": {"a": {"rank": 3}}}',
+        '{"version": 1, "sites": {"a": {"method": 3, "rank": 3}}}',
+        '{"version": 1, "sites": {"a": {"method": "svd", "rank": [3]}}}',
+        '{"version": 1, "sites": {}, "origin": []}',
+        Plan.of(CHOICES).to_json()[:-9],
+    ],
+)
+def test_corrupt_json_is_named(text):
+    with pytest.raises(InputError, match=r"^plan\.json is corrupt") as caught:
+        Plan.from_json(text, "plan.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_version_is_named():
+    data = json.loads(Plan.of(CHOICES).to_json()) | {"version": VERSION + 1}
+    with pytest.raises(InputError, match=rf"plan\.json has version {VERSION + 1}"):
+        Plan.from_json(json.dumps(data), "plan.json")
+
+
+# -- cost
+
+
+def llama_sites():
+    model = common.architecture("llama").build()
+    return {site: place.block is not None for site, place in find_sites(model).items()}, count_parameters(model)
+
+
+def test_an_empty_plan_costs_what_dense_does():
+    sites, values = llama_sites()
+    cost = cost_of(Plan(()), sites, values, 2)
+    assert cost.values == cost.dense_values == values
+    assert cost.bytes == cost.dense_bytes == 2 * values
+    assert cost.parameters == cost.block_parameters == 1.0
+
+
+def test_cost_in_closed_form():
+    """r(m + n) in the place of mn, at one site in the blocks and at the head."""
+    sites, values = llama_sites()
+    plan = Plan.of({"model.layers.0.mlp.up_proj": rank_option("svd", 6), "lm_head": rank_option("svd", 4)})
+    blocks = common.BLOCKS * sum(m * n for m, n in common.GATED.values())
+    saved_inside = common.INNER * common.HIDDEN - 6 * (common.INNER + common.HIDDEN)
+    saved_outside = common.VOCABULARY * common.HIDDEN - 4 * (common.VOCABULARY + common.HIDDEN)
+    cost = cost_of(plan, sites, values, 2)
+    assert cost.values == values - saved_inside - saved_outside
+    assert cost.bytes == 2 * cost.values
+    assert (cost.block_values, cost.dense_block_values) == (blocks - saved_inside, blocks)
+
+
+def test_a_plan_of_another_model_is_refused():
+    sites, values = llama_sites()
+    with pytest.raises(InputError, match=r"transformer\.h\.0.*another model"):
+        cost_of(Plan.of({"transformer.h.0": rank_option("svd", 6)}), sites, values, 2)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "svdd", "rank": 6},
+        {"method": "svd"},
+        {"method": "svd", "rank": "six"},
+        {"method": "svd", "rank": -3},
+        {"method": "svd", "rank": 0},
+    ],
+    ids=["unknown method", "no rank", "rank is a word", "negative rank", "rank zero"],
+)
+def test_a_plan_with_no_such_option_is_refused(spec):
+    """A plan is a file that people may edit: what it asks for is checked before anything is computed."""
+    sites, values = llama_sites()
+    text = json.dumps({"version": VERSION, "origin": {}, "sites": {"lm_head": spec}})
+    with pytest.raises(InputError):
+        cost_of(Plan.from_json(text), sites, values, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cost_is_the_count_of_the_models_parameters(resident, seed):
+    plan = random_plan(resident, seed)
+    resident.apply(plan)
+    inside = {site: place.block is not None for site, place in resident.sites.items()}
+    cost = cost_of(plan, inside, resident.dense_values, 4)
+    assert cost.values == count_parameters(resident.model) < cost.dense_values
+    assert cost.bytes == sum(p.numel() * p.element_size() for p in resident.model.parameters())
+    linears = [module for path, module in resident.model.model.layers.named_modules() if path.endswith("_proj")]
+    held = sum(p.numel() for module in linears for name, p in module.named_parameters() if name != "bias")
+    assert cost.block_values == held
+
+
+def test_cost_of_a_tied_matrix_is_counted_once(tied_folder, text_file):
+    data = common.study_data(tied_folder, text_file)
+    data["space"] |= {"include": ["lm_head"], "methods": ["svd"]}
+    resident = Resident(Study(data).setup())
+    ((site, options),) = resident.space.wanted().items()
+    inside = {site: place.block is not None for site, place in resident.sites.items()}
+    for option in options:
+        plan = Plan.of({site.name: option})
+        resident.apply(plan)
+        cost = cost_of(plan, inside, resident.dense_values, 4)
+        saved = site.storage.values - option["rank"] * (common.VOCABULARY + common.HIDDEN)
+        assert cost.values == count_parameters(resident.model) == resident.dense_values - saved
+        assert cost.block_parameters == 1.0

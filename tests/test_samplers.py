@@ -1,0 +1,44 @@
+"""Every sampler by name finishes a study, with one or more measured and exact objectives."""
+
+import pytest
+from launching import again, check_whole, make_run, small_data, values_of
+
+from rankfront.search.sampler import SAMPLERS
+
+TRIALS = 7  # three anchors, then four of the sampler's own
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_finishes_a_study_and_goes_on(model_folder, text_file, tmp_path, sampler):
+    study = make_run(small_data(model_folder, text_file, sampler=sampler, trials=TRIALS), tmp_path / "run")
+    check_whole(study, {}, TRIALS)
+    origins = [row.origin for row in study.rows()]
+    assert origins == ["anchor: dense", "anchor: svd keep=0.6", "anchor: svd-llm keep=0.6", *[sampler] * (TRIALS - 3)]
+    before = values_of(study)
+    longer = again(study, trials=TRIALS + 2)
+    longer.launch()
+    check_whole(longer, before, TRIALS + 2)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_handles_three_objectives(model_folder, text_file, tmp_path, sampler):
+    data = small_data(model_folder, text_file, sampler=sampler, trials=5)
+    data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}}
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 5)
+    assert 0 < study.hypervolume() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_sampler_chooses_for_every_site_alone(model_folder, text_file, tmp_path, sampler):
+    """With groups = 0 each site has variables of its own, and some plan differs between blocks."""
+    data = small_data(model_folder, text_file, sampler=sampler, trials=6, groups=0)
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 6)
+    plans = [row.plan for row in study.rows() if row.origin == sampler]
+    kinds = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    assert any(
+        plan.option(f"model.layers.0.{kind}") != plan.option(f"model.layers.1.{kind}")
+        for plan in plans
+        for kind in kinds
+    )

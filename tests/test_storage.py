@@ -1,0 +1,53 @@
+"""What factorised weights cost, against closed forms."""
+
+import math
+
+import pytest
+
+from rankfront.methods import Cost, Storage, Weight
+from rankfront.methods._storage import break_even_rank, dense_storage, low_rank_storage
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 4), (7, 3), (576, 1536), (49152, 576)])
+def test_break_even_is_the_last_rank_cheaper_than_dense(m, n):
+    r = break_even_rank(m, n)
+    assert low_rank_storage(m, n, r).values < dense_storage(m, n).values
+    assert low_rank_storage(m, n, r + 1).values >= dense_storage(m, n).values
+
+
+def test_square_break_even_is_below_half():
+    """r · 2n < n² gives r < n/2: at n = 64 exactly half costs as much as dense."""
+    assert break_even_rank(64, 64) == 31
+    assert break_even_rank(65, 65) == 32
+
+
+def test_low_rank_values():
+    assert low_rank_storage(5, 7, 2) == Storage(2 * 5 + 2 * 7)
+
+
+def test_dense_values():
+    assert dense_storage(5, 7) == Storage(35)
+    assert Weight("weight", "w", 5, 7).storage == Storage(35)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 8, 15, 16, 17, 1000])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_index_bits_count_as_sixteenths_and_are_stored_as_bytes(bits, width):
+    storage = Storage(100, bits)
+    assert storage.parameters == 100 + math.ceil(bits / 16)
+    assert storage.bytes(width) == 100 * width + math.ceil(bits / 8)
+
+
+def test_storage_adds():
+    assert Storage(3, 5) + Storage(4, 11) == Storage(7, 16)
+
+
+def test_kept_fractions():
+    cost = Cost(values=60, dense_values=80, block_values=10, dense_block_values=40, bytes=120, dense_bytes=160)
+    assert cost.parameters == 0.75
+    assert cost.block_parameters == 0.25
+
+
+def test_a_model_without_block_linears_keeps_them_all():
+    cost = Cost(values=60, dense_values=80, block_values=0, dense_block_values=0, bytes=120, dense_bytes=160)
+    assert cost.block_parameters == 1.0

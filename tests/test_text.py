@@ -1,0 +1,199 @@
+"""Token windows: disjoint splits of one text, parts by position, and texts from files and the hub."""
+
+import itertools
+import json
+from pathlib import Path
+
+import common
+import pytest
+import torch
+
+from rankfront.methods import InputError
+from rankfront.search.text import Split, cut, hash_tokens, read_text, tokenize
+
+LENGTH = 16
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch, tokenizer):
+    """A text whose tokens are their own positions, so that a window says where it comes from."""
+    path = tmp_path / "counted.txt"
+    path.write_text("x" * 4_000, encoding="utf-8")
+    monkeypatch.setattr("rankfront.search.text.tokenize", lambda tokenizer, text: torch.arange(len(text)))
+    return str(path)
+
+
+def positions(result):
+    return {name: windows.flatten().tolist() for name, windows in result.items()}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"calibrate": (100, (0, 1)), "search": (50, (0, 1)), "report": (100, (0, 1))},
+        {"calibrate": (60, (0, 0.5)), "search": (60, (0.5, 1)), "report": (100, (0, 1))},
+        {"calibrate": (60, (0, 1)), "search": (60, (0, 1)), "report": (60, (0.6, 1))},
+        {"calibrate": (40, (0, 0.4)), "search": (40, (0.2, 0.6)), "report": (40, (0.3, 0.7))},
+        {"calibrate": (1, (0, 1)), "search": (1, (0, 1)), "report": (1, (0, 1))},
+    ],
+    ids=["all used up", "halves", "one part", "overlapping parts", "one window each"],
+)
+def test_splits_of_one_text_never_overlap(counted, tokenizer, asked):
+    """No position serves two windows, and each window is a run of the text from its own part of it."""
+    splits = {name: Split(counted, windows, part) for name, (windows, part) in asked.items()}
+    result = cut(tokenizer, splits, LENGTH)
+    used = list(itertools.chain(*positions(result).values()))
+    assert len(used) == len(set(used))
+    for name, (windows, (start, end)) in asked.items():
+        assert result[name].shape == (windows, LENGTH)
+        assert (result[name].diff(dim=1) == 1).all()
+        assert result[name].min() >= start * 4_000
+        assert result[name].max() < end * 4_000
+
+
+def test_one_file_under_two_names_is_one_text(counted, tokenizer):
+    """However its path is spelled, windows of one file never overlap."""
+    path = Path(counted)
+    splits = {"calibrate": Split(counted, 100), "search": Split(f"{path.parent}/./{path.name}", 100)}
+    found = positions(cut(tokenizer, splits, LENGTH))
+    assert not set(found["calibrate"]) & set(found["search"])
+
+
+def test_windows_spread_over_the_whole_part(counted, tokenizer):
+    windows = cut(tokenizer, {"search": Split(counted, 5, (0.5, 1.0))}, LENGTH)["search"]
+    gaps = windows[:, 0].diff()
+    assert gaps.max() - gaps.min() <= LENGTH
+    assert windows.min() < 2_400
+    assert windows.max() > 3_600
+
+
+def test_cutting_again_gives_the_same(text_file, tokenizer):
+    splits = {name: Split(str(text_file), 5) for name in ("calibrate", "search", "report")}
+    first, second = cut(tokenizer, splits, LENGTH), cut(tokenizer, splits, LENGTH)
+    assert {name: hash_tokens(windows) for name, windows in first.items()} == {
+        name: hash_tokens(windows) for name, windows in second.items()
+    }
+
+
+def test_the_order_of_the_splits_does_not_matter(text_file, tokenizer):
+    splits = {
+        "calibrate": Split(str(text_file), 7),
+        "search": Split(str(text_file), 5),
+        "report": Split(str(text_file), 3),
+    }
+    first, second = cut(tokenizer, splits, LENGTH), cut(tokenizer, dict(reversed(splits.items())), LENGTH)
+    assert all(torch.equal(first[name], second[name]) for name in splits)
+
+
+def test_windows_are_text(text_file, tokenizer):
+    windows = cut(tokenizer, {"search": Split(str(text_file), 4)}, LENGTH)["search"]
+    text = text_file.read_text(encoding="utf-8")
+    for window in windows:
+        assert "".join(tokenizer.convert_ids_to_tokens(window.tolist())) in text
+    assert windows.max() < common.VOCABULARY
+
+
+def test_a_beginning_token_starts_every_window(text_file):
+    """Where the tokenizer starts every sequence with a token, so does each window; the text still never repeats."""
+    tokenizer = common.tiny_tokenizer(bos=True)
+    splits = {name: Split(str(text_file), 6) for name in ("calibrate", "search", "report")}
+    ids = tokenize(tokenizer, text_file.read_text(encoding="utf-8"))
+    assert (ids != tokenizer.bos_token_id).all()
+    for windows in cut(tokenizer, splits, LENGTH).values():
+        assert windows.shape == (6, LENGTH)
+        assert (windows[:, 0] == tokenizer.bos_token_id).all()
+        assert (windows[:, 1:] != tokenizer.bos_token_id).all()
+
+
+def test_no_beginning_token_where_the_tokenizer_adds_none(text_file, tokenizer):
+    windows = cut(tokenizer, {"search": Split(str(text_file), 6)}, LENGTH)["search"]
+    assert tokenizer.bos_token_id is not None
+    assert (windows != tokenizer.bos_token_id).all()
+
+
+def test_tokens_beyond_the_tokenizers_limit_are_kept(text_file, tokenizer, recwarn):
+    text = text_file.read_text(encoding="utf-8")
+    limit = tokenizer.model_max_length
+    assert len(tokenize(tokenizer, text)) == len(text) > limit
+    assert tokenizer.model_max_length == limit
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "needs"),
+    [
+        ({"search": Split("", 300)}, "4,000", "4,800"),
+        ({"search": Split("", 200, (0.0, 0.5))}, "2,000", "3,200"),
+        ({"calibrate": Split("", 200), "search": Split("", 100)}, "800", "1,600"),
+    ],
+    ids=["whole", "part", "taken by another"],
+)
+def test_too_short_a_text_is_refused_with_both_counts(counted, tokenizer, asked, has, needs):
+    splits = {name: Split(counted, split.windows, split.part) for name, split in asked.items()}
+    with pytest.raises(InputError) as caught:
+        cut(tokenizer, splits, LENGTH)
+    assert has in str(caught.value)
+    assert needs in str(caught.value)
+    assert "data." in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pydoc_is_always_there():
+    text = read_text("pydoc")
+    assert text == read_text("pydoc")
+    assert len(text) > 100_000
+
+
+def test_an_unknown_text_is_refused_with_the_choices():
+    with pytest.raises(InputError, match=r"'nowhere\.txt' is no file: use 'pydoc'"):
+        read_text("nowhere.txt")
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_text(str(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["hub:", "hub:only-a-name", "hub:name:split", "hub:name/config", "hub:name/config:", "hub:/c:s"]
+)
+def test_a_hub_name_that_does_not_parse_is_refused(name):
+    with pytest.raises(InputError, match=r"does not read as 'hub:NAME/CONFIG:SPLIT'") as caught:
+        read_text(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_set_that_is_not_there_is_refused_in_one_line():
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        read_text("hub:nobody-at-all/nothing-here/default:train")
+    assert "\n" not in str(caught.value)
+
+
+def local_set(folder, rows):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return f"hub:{folder}/default:train"
+
+
+def test_a_data_set_is_its_text_column(tmp_path):
+    name = local_set(tmp_path / "set", [{"text": "first row"}, {"text": "second row"}])
+    assert read_text(name) == "first row\n\nsecond row"
+
+
+def test_a_data_set_without_text_names_its_columns(tmp_path):
+    name = local_set(tmp_path / "set", [{"body": "first row", "id": 1}])
+    with pytest.raises(InputError, match="body"):
+        read_text(name)
+
+
+def test_rows_without_a_text_are_skipped(tmp_path):
+    name = local_set(tmp_path / "set", [{"text": "first row"}, {"text": None}, {"text": "third row"}])
+    assert read_text(name) == "first row\n\nthird row"
+
+
+def test_the_hash_is_of_ids_and_shape():
+    ids = torch.arange(12)
+    assert hash_tokens(ids.view(3, 4)) == hash_tokens(ids.view(3, 4).clone())
+    assert hash_tokens(ids.view(3, 4)) != hash_tokens(ids.view(4, 3))
+    assert hash_tokens(ids.view(3, 4)) != hash_tokens(ids.flip(0).view(3, 4))

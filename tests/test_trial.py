@@ -1,0 +1,169 @@
+"""A resident model through many trials: plans go in and out, and a failure is a value."""
+
+import math
+
+import pytest
+import torch
+from common import random_plan, rank_option, tokens
+
+from rankfront.methods import InputError
+from rankfront.methods.layers import weight_of
+from rankfront.search.model import count_parameters
+from rankfront.search.plan import Plan
+from rankfront.search.trial import Job, Resident, prepare_store
+
+IDS = tokens(2, 16)
+
+
+def logits(resident):
+    with torch.no_grad():
+        return resident.model(input_ids=IDS, use_cache=False).logits
+
+
+def test_dense_again_is_the_very_same_model(resident):
+    before, modules = logits(resident), dict(resident.model.named_modules())
+    resident.apply(random_plan(resident, 0))
+    assert not torch.equal(logits(resident), before)
+    resident.apply(Plan(()))
+    assert torch.equal(logits(resident), before)
+    assert all(module is modules[path] for path, module in resident.model.named_modules())
+
+
+def test_a_plan_is_the_same_whatever_came_before(resident):
+    first, second = random_plan(resident, 1), random_plan(resident, 2)
+    resident.apply(first)
+    expected = logits(resident)
+    resident.apply(second)
+    assert not torch.equal(logits(resident), expected)
+    resident.apply(first)
+    assert torch.equal(logits(resident), expected)
+
+
+def test_only_sites_whose_option_changed_are_swapped(resident):
+    name, other = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    wanted = {site.name: options for site, options in resident.space.wanted().items()}
+    resident.apply(Plan.of({name: wanted[name][0], other: wanted[other][0]}))
+    kept, swapped = resident.model.get_submodule(name), resident.model.get_submodule(other)
+    resident.apply(Plan.of({name: wanted[name][0], other: wanted[other][1]}))
+    assert resident.model.get_submodule(name) is kept
+    assert resident.model.get_submodule(other) is not swapped
+
+
+def test_factors_are_the_methods_own(resident):
+    """What runs after apply is the best rank-r matrix under plain SVD, for the whole space of svd options."""
+    for site, options in resident.space.wanted().items():
+        for option in options:
+            if option.method != "svd":
+                continue
+            resident.apply(Plan.of({site.name: option}))
+            weight = weight_of(resident.dense_modules[site.name]).double()
+            difference = (weight - resident.model.get_submodule(site.name).matrix().double()).square().sum()
+            best = torch.linalg.svdvals(weight)[option["rank"] :].square().sum()
+            assert float(difference) == pytest.approx(float(best), rel=1e-4)
+
+
+def test_within_dense_the_model_is_dense(resident):
+    before = logits(resident)
+    resident.apply(random_plan(resident, 3))
+    compressed, count = logits(resident), count_parameters(resident.model)
+    with resident.dense():
+        assert torch.equal(logits(resident), before)
+        assert count_parameters(resident.model) == resident.dense_values
+    assert torch.equal(logits(resident), compressed)
+    assert count_parameters(resident.model) == count
+
+
+def test_after_an_error_within_dense_the_plan_is_back(resident):
+    resident.apply(random_plan(resident, 3))
+    compressed = logits(resident)
+    with pytest.raises(KeyError), resident.dense():
+        raise KeyError("within")
+    assert torch.equal(logits(resident), compressed)
+
+
+def test_a_trial_is_one_flat_record(resident):
+    plan = random_plan(resident, 4)
+    record = resident.run(Job("trial", 0, plan))
+    assert list(record["values"]) == ["perplexity", "parameters"]
+    assert record["values"]["perplexity"] == record["perplexity"] > 1
+    assert record["values"]["parameters"] == record["parameters"] < 1
+    assert record["parameter_count"] == count_parameters(resident.model)
+    assert record["bytes"] == 4 * record["parameter_count"]
+    assert record["tokens"] == resident.setup.tokens["search"].numel()
+    assert {"apply", "evaluate", "total"} <= record["seconds"].keys()
+    again = resident.run(Job("trial", 1, plan))
+    assert again["values"] == record["values"]
+
+
+def test_a_report_is_scored_on_the_report_split(resident):
+    plan = random_plan(resident, 4)
+    report, trial = resident.run(Job("report", 0, plan)), resident.run(Job("trial", 0, plan))
+    assert report["tokens"] == resident.setup.tokens["report"].numel()
+    assert math.isfinite(report["perplexity"])
+    assert report["perplexity"] != trial["perplexity"]
+
+
+@pytest.mark.parametrize("kind", ["trial", "report"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory\nwith a trace"), MemoryError(), ValueError("not finite")]
+)
+def test_a_failure_is_a_value_and_the_next_trial_runs(resident, monkeypatch, kind, error):
+    plan, before = random_plan(resident, 5), logits(resident)
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rankfront.objectives._subject.score", fail)
+        patch.setattr("rankfront.search.trial.score", fail)
+        record = resident.run(Job(kind, 0, plan))
+    assert list(record) == ["failure"]
+    assert type(error).__name__ in record["failure"]
+    assert "\n" not in record["failure"]
+    assert torch.equal(logits(resident), before)
+    assert "failure" not in resident.run(Job(kind, 1, plan))
+
+
+def test_what_is_not_finite_is_a_failure(resident, monkeypatch):
+    monkeypatch.setattr("rankfront.objectives._scores.Scores.perplexity", math.inf)
+    record = resident.run(Job("trial", 0, random_plan(resident, 5)))
+    assert record["failure"] == "not finite: perplexity is inf"
+
+
+def test_a_corrupt_factor_file_is_the_users_to_mend(resident, monkeypatch):
+    """It would fail every trial alike, so it is raised, naming the file and the remedy."""
+    site, options = next(iter(resident.space.wanted().items()))
+    path = resident.store.path(site, options[0])
+    whole = path.read_bytes()
+    resident.store._open.clear()
+    try:
+        path.write_bytes(whole[:-4] + b"\0\1\2\3")
+        with pytest.raises(InputError, match=r"corrupt.*--rebuild") as caught:
+            resident.run(Job("trial", 0, Plan.of({site.name: options[0]})))
+        assert str(path) in str(caught.value)
+        path.unlink()
+        with pytest.raises(InputError, match="missing"):
+            resident.run(Job("trial", 0, Plan.of({site.name: options[0]})))
+    finally:
+        path.write_bytes(whole)
+    assert "failure" not in resident.run(Job("trial", 0, Plan.of({site.name: options[0]})))
+
+
+def test_a_plan_beyond_what_was_prepared_is_refused(resident):
+    plan = Plan.of({"model.layers.0.mlp.up_proj": rank_option("svd", 31)})
+    with pytest.raises(InputError, match="rank 31"):
+        resident.run(Job("trial", 0, plan))
+
+
+def test_what_is_in_the_store_is_not_prepared_again(resident):
+    def unwanted(phase, done, total):
+        raise AssertionError(phase)
+
+    assert not prepare_store(resident.setup, resident.space, unwanted)
+    assert not resident.store.missing(resident.space.wanted())
+
+
+def test_a_second_resident_gives_the_same_values(resident):
+    plan = random_plan(resident, 6)
+    other = Resident(resident.setup)
+    assert other.run(Job("trial", 0, plan))["values"] == resident.run(Job("trial", 0, plan))["values"]
