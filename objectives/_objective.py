@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rankfront.methods import InputError, check_choice
+from rankfront.methods import Cost, InputError, check_choice
 from rankfront.objectives._subject import Subject
 
 
@@ -14,15 +14,16 @@ class Objective(Protocol):
     Attributes:
         name: as the study file has it.
         unit: of the value.
-        measured: False where the plan alone gives the value exactly.
     """
 
     name: str
     unit: str
-    measured: bool
 
     def value(self, subject: Subject) -> float:
         """The objective's value for the model that ``subject`` holds."""
+
+    def from_cost(self, cost: Cost) -> float | None:
+        """The value where the plan alone decides it; None where it has to be measured."""
 
     def box(self, dense: float) -> tuple[float, float]:
         """(ideal, reference) for the hypervolume, given the dense model's value.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfront.methods import Cost
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -15,10 +16,12 @@ class Bytes:
 
     name = "bytes"
     unit = "bytes"
-    measured = False
 
     def value(self, subject: Subject) -> float:
-        return float(subject.cost.bytes)
+        return self.from_cost(subject.cost)
+
+    def from_cost(self, cost: Cost) -> float:
+        return float(cost.bytes)
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, dense

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rankfront.methods import Cost
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -18,10 +19,12 @@ class Divergence:
 
     name = "divergence"
     unit = "nats/token"
-    measured = True
 
     def value(self, subject: Subject) -> float:
         return subject.scores.divergence
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, REFERENCE

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import InputError
+from rankfront.methods import Cost, InputError
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -46,7 +46,6 @@ class Latency:
 
     name = "latency"
     unit = "ratio to dense"
-    measured = True
 
     batch: int = 1
     prompt: int = 128
@@ -95,6 +94,9 @@ class Latency:
                 ours.append(our_run())
                 dense.append(dense_run())
         return ours, dense
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, REFERENCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfront.methods import Cost
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -15,10 +16,12 @@ class Parameters:
 
     name = "parameters"
     unit = "kept fraction"
-    measured = False
 
     def value(self, subject: Subject) -> float:
-        return subject.cost.parameters
+        return self.from_cost(subject.cost)
+
+    def from_cost(self, cost: Cost) -> float:
+        return cost.parameters
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, dense
@@ -31,10 +34,12 @@ class BlockParameters:
 
     name = "block_parameters"
     unit = "kept fraction"
-    measured = False
 
     def value(self, subject: Subject) -> float:
-        return subject.cost.block_parameters
+        return self.from_cost(subject.cost)
+
+    def from_cost(self, cost: Cost) -> float:
+        return cost.block_parameters
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, dense

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfront.methods import Cost
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -17,10 +18,12 @@ class Perplexity:
 
     name = "perplexity"
     unit = "exp(nats/token)"
-    measured = True
 
     def value(self, subject: Subject) -> float:
         return subject.scores.perplexity
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
 
     def box(self, dense: float) -> tuple[float, float]:
         return dense, REFERENCE * dense

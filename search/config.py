@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -121,11 +121,14 @@ class SearchConfig(Strict):
     """The sampler, what it may spend, and how trials run.
 
     ``groups`` ties the variables of general samplers: one (method, keep) pair for each kind of projection and
-    each of that many bands of depth; 0 gives every site variables of its own. ``anchors`` are the kept
+    each of that many bands of depth; 0 gives every site a variable of its own, as our sampler always has. ``menu``
+    is where our sampler's first predictions come from: a gradient pass, the spectrum alone, one measured probe per
+    site and method, or a few. ``anchors`` are the kept
     fractions at which every method is measured uniformly before the sampler starts.
     """
 
-    sampler: str = "tpe"
+    sampler: str = "rankfront"
+    menu: Literal["gradient", "spectrum", "probe", "probes"] = "gradient"
     trials: Annotated[int, Field(ge=0)] = 32
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
     seed: int = 0

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
+from rankfront.methods import InputError
+from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
-from rankfront.search.front import Row, front_of, rows_of
-from rankfront.search.sampler import make_sampler
+from rankfront.search.front import Row, dense_row, front_of, rows_of
+from rankfront.search.goal import ours, quality_of
+from rankfront.search.menu import Menu, make_menu
+from rankfront.search.plan import Plan
+from rankfront.search.sampler import OURS, RankfrontSampler, make_sampler
 from rankfront.search.space import Space
 from rankfront.search.trial import Job, Record
 
 INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
+WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # kept fractions of the treated weights at which the menu is measured
 MAX_DEAD = 3  # workers in a row that died without finishing anything
 
 Listener = Callable[["Driver"], None]
@@ -24,8 +31,8 @@ Listener = Callable[["Driver"], None]
 class Driver:
     """Decides what is measured next and records what came back. Optuna's storage is its only state.
 
-    First the anchors, then what the sampler proposes, until the limits are reached; last, the front members
-    that have no perplexity on the report split yet.
+    First the anchors (and, for our sampler, the menu and its predicted front), then what the sampler proposes,
+    until the limits are reached; last, the front members that have no perplexity on the report split yet.
     """
 
     def __init__(
@@ -38,6 +45,9 @@ class Driver:
     ) -> None:
         self.study = study
         self.config = config
+        self.ours = config.search.sampler == OURS
+        if self.ours:
+            quality_of(config)
         self.space = space
         self.origin = origin
         self.listener = listener
@@ -48,8 +58,18 @@ class Driver:
         self.exhausted = False
         self._close_orphans()
         self.seen = {row.plan_key for row in self.rows() if row.state == "complete"}
-        study.sampler = make_sampler(config.search.sampler, config.search.seed, len(study.trials))
+        self.menu: Menu | None = None
+        self.menu_asked = False
+        self.sampler = self._first_sampler()
         self._enqueue_anchors()
+        self._start_ours()
+
+    def _first_sampler(self) -> BaseSampler:
+        """The study's sampler; for ours, which needs the menu and the dense anchor, a stand-in that is never asked."""
+        search = self.config.search
+        name = "random" if self.ours else search.sampler
+        self.study.sampler = make_sampler(name, search.seed, len(self.study.trials))
+        return self.study.sampler
 
     def rows(self) -> list[Row]:
         """Every trial so far."""
@@ -68,16 +88,36 @@ class Driver:
 
     def _enqueue_anchors(self) -> None:
         """Queue the anchors that were neither measured nor are waiting; an interrupted one is due again."""
-        settled = {
-            trial.user_attrs.get("anchor")
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state in (TrialState.COMPLETE, TrialState.WAITING, TrialState.PRUNED)
-            or (trial.state == TrialState.FAIL and trial.user_attrs.get("failure") != INTERRUPTED)
-        }
         for anchor in self.space.anchors(self.config.search.anchors):
-            if anchor.label not in settled:
-                attributes = {"origin": "anchor", "anchor": anchor.label}
-                self.study.enqueue_trial(self.space.anchor_parameters(anchor), user_attrs=attributes)
+            self._enqueue("anchor", anchor.label, self.space.anchor_parameters(anchor))
+
+    def _enqueue(self, origin: str, label: str, parameters: Mapping[str, int | str]) -> None:
+        """Queue a trial unless one of the same origin and label was measured, failed by itself or is waiting."""
+        attributes = {"origin": origin, "anchor": label}
+        for trial in self.study.get_trials(deepcopy=False):
+            same = attributes.items() <= trial.user_attrs.items()
+            if same and trial.user_attrs.get("failure") != INTERRUPTED:
+                return
+        self.study.enqueue_trial(dict(parameters), user_attrs=attributes)
+
+    # -- our sampler: the menu first, then its predicted front, then proposals
+
+    def _start_ours(self) -> None:
+        """Once the menu and the dense model are measured: queue the predicted front, and hand over to our sampler."""
+        record = self.study.user_attrs.get("menu")
+        dense = dense_row(self.rows())
+        if not self.ours or record is None or dense is None or self.menu is not None:
+            return
+        self.menu = make_menu(self.space.wanted(), record["predictions"])
+        self.sampler = ours(self.menu, self.space, self.config, dense, self.origin)
+        self.study.sampler = self.sampler
+        solved = sweep(self.menu)
+        for keep in WARM_START:
+            if keep * self.menu.dense >= self.menu.least:
+                chosen = self.menu.choices(solved.solve(keep * self.menu.dense))
+                parameters = {name: self.space.place(name, option) for name, option in chosen.items()}
+                absent = {variable.name: 0 for variable in self.space.variables}
+                self._enqueue("menu", f"keep={keep:g}", absent | parameters)
 
     # -- ask
 
@@ -104,10 +144,23 @@ class Driver:
 
     def next(self) -> Job | None:
         """The next thing to measure, or None: look at `done` to tell "wait" from "finished"."""
-        job = self._next_trial() if self.searching else None
+        if self.searching and self._menu_due:
+            self.menu_asked = True
+            return Job("menu", 0, Plan(()))
+        job = self._next_trial() if self.searching and self._ready else None
         if job is None and not self.running:
             job = self._next_report()
         return job
+
+    @property
+    def _menu_due(self) -> bool:
+        return self.ours and not self.menu_asked and "menu" not in self.study.user_attrs
+
+    @property
+    def _ready(self) -> bool:
+        """Whether the sampler can be asked: ours only after its menu, while anchors are queued in any case."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return not self.ours or self.menu is not None or bool(waiting)
 
     @property
     def done(self) -> bool:
@@ -124,6 +177,8 @@ class Driver:
                 continue
             if "origin" not in trial.user_attrs:
                 trial.set_user_attr("origin", self.config.search.sampler)
+            if isinstance(self.sampler, RankfrontSampler):
+                trial.set_user_attr("predicted", self.sampler.predict(plan.by_site))
             trial.set_user_attr("plan", plan.to_json())
             trial.set_user_attr("plan_key", plan.key)
             self.seen.add(plan.key)
@@ -146,7 +201,9 @@ class Driver:
     def finish(self, job: Job, record: Record) -> None:
         """Record what measuring ``job`` gave. Raises `InputError` for a cause that would fail every trial."""
         self.dead = 0
-        if job.kind == "report":
+        if job.kind == "menu":
+            self._menu_arrived(record)
+        elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
             self.study.set_user_attr(f"report {job.number}", record)
             self.reporting.discard(job.number)
@@ -158,13 +215,25 @@ class Driver:
                 if key != "values":
                     trial.set_user_attr(key, value)
             self.study.tell(trial, list(record["values"].values()))
+            self._start_ours()
         self.listener(self)
+
+    def _menu_arrived(self, record: Record) -> None:
+        if "failure" in record:
+            source = self.config.search.menu
+            raise InputError(
+                f"the menu could not be made by {source!r} ({record['failure']}): set search.menu to another"
+            )
+        self.study.set_user_attr("menu", record)
+        self._start_ours()
 
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died; the study goes on, unless workers die again and again."""
         self.dead += 1
         if job.kind == "trial":
             self._fail(self.running.pop(job.number), reason)
+        elif job.kind == "menu":
+            self.menu_asked = False
         else:
             self.reporting.discard(job.number)
             self.study.set_user_attr(f"report {job.number}", {"failure": reason})

@@ -73,12 +73,22 @@ class FactorStore:
         return self.folder(method) / f"{site.name}{level}.safetensors"
 
     def missing(self, wanted: Mapping[Site, Iterable[Option]]) -> dict[Site, list[Option]]:
-        """Of the options wanted at each site, those that have no file yet."""
+        """Of the options wanted at each site, those that were not tried yet."""
         absent = {
-            site: [option for option in options if not self.path(site, option).is_file()]
+            site: [o for o in options if not self.path(site, o).is_file() and self.failure(site, o) is None]
             for site, options in wanted.items()
         }
         return {site: options for site, options in absent.items() if options}
+
+    def failure(self, site: Site, option: Option) -> str | None:
+        """Why factoring for ``option`` failed, or None."""
+        file = _failure_file(self.path(site, option))
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def usable(self, wanted: Mapping[Site, Sequence[Option]]) -> dict[Site, list[Option]]:
+        """``wanted`` without the options whose factorisation failed."""
+        kept = {site: [o for o in options if self.failure(site, o) is None] for site, options in wanted.items()}
+        return {site: options for site, options in kept.items() if options}
 
     def prepare(
         self,
@@ -87,13 +97,22 @@ class FactorStore:
         weights: Mapping[str, Tensor],
         statistics: Mapping[str, Statistics],
     ) -> None:
-        """Factor ``site`` for ``options`` and write what is missing."""
+        """Factor ``site`` for ``options`` and write what is missing.
+
+        A factorisation that fails is kept as its reason: the trials that want it fail with it, others go on.
+        """
         by_file: dict[Path, list[Option]] = {}
         for option in options:
             by_file.setdefault(self.path(site, option), []).append(option)
         for path, served in by_file.items():
             method = get_method(served[0].method)
-            prepared = method.prepare(weights, statistics, served)
+            try:
+                prepared = method.prepare(weights, statistics, served)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _failure_file(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+                continue
+            _failure_file(path).unlink(missing_ok=True)
             self._write(path, {name: self._narrow(tensor) for name, tensor in prepared.items()})
 
     def _narrow(self, tensor: Tensor) -> Tensor:
@@ -114,10 +133,13 @@ class FactorStore:
     def load(self, site: Site, option: Option) -> Prepared:
         """The prepared tensors behind ``option``, memory-mapped; checked once per process.
 
-        Raises `InputError` naming the file where it is missing or corrupt.
+        Raises `InputError` naming the file where it is missing or corrupt, RuntimeError where factoring had failed.
         """
         path = self.path(site, option)
         if path not in self._open:
+            reason = self.failure(site, option)
+            if reason is not None:
+                raise RuntimeError(f"{option.method} could not factor {site.name}: {reason}")
             try:
                 with safe_open(path, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
@@ -143,6 +165,10 @@ class FactorStore:
 
 
 REBUILD = "rebuild it with `rankfront launch STUDY.toml --rebuild`"
+
+
+def _failure_file(path: Path) -> Path:
+    return path.with_suffix(".failed")
 
 
 def _checksum(tensors: Prepared) -> str:

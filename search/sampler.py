@@ -1,27 +1,263 @@
-"""Samplers by name: which plan to measure next."""
+"""Samplers by name, and our own: correct the menu by what was measured, solve again where it pays most."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import moocore
+import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+from rankfront.methods import Option
+from rankfront.search.allocate import sweep
+from rankfront.search.menu import Menu
+from rankfront.search.surrogate import Coefficients, Surrogate
+
+OURS = "rankfront"
+POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
+OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
     "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=POPULATION),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
 }
-
-POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
+SAMPLERS = (OURS, *OPTUNA_SAMPLERS)
 
 
 def make_sampler(name: str, seed: int, finished: int) -> BaseSampler:
-    """The sampler called ``name``. A resumed study continues a seed's sequence from the ``finished`` trials on,
-    instead of drawing again what it drew at the first launch."""
+    """The Optuna sampler called ``name``.
+
+    A resumed study continues a seed's sequence from the ``finished`` trials on, instead of drawing again what it
+    drew at the first launch.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return SAMPLERS[name](seed + finished)
+        return OPTUNA_SAMPLERS[name](seed + finished)
+
+
+BUDGETS = 48  # budgets at which the corrected menu is solved for each proposal
+PARTNERS = 24  # sites looked at to make up for a switched one
+SWITCHES = 64  # budget-preserving level switches tried for each proposal
+MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the search wants, as numbers for each plan.
+
+    Attributes:
+        loss: log-divergence of a plan -> value of the quality objective.
+        log_divergence: value of the quality objective -> log-divergence; None where the model has nothing to learn.
+        costs: options by site -> values of the objectives that the plan alone decides, by position.
+        quality: position of the quality objective.
+        ideal, reference: of the box that hypervolume is measured in, (d,).
+    """
+
+    loss: Callable[[float], float]
+    log_divergence: Callable[[float], float | None]
+    costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
+    quality: int
+    ideal: np.ndarray
+    reference: np.ndarray
+
+
+class RankfrontSampler(BaseSampler):
+    """Proposes plans by re-solving the knapsack on a menu that every measured trial corrects.
+
+    Each proposal is the candidate with the largest predicted gain in hypervolume, among the solutions of the
+    corrected menu at many budgets, those of a posterior sample of its coefficients, and switches of levels within
+    front members that keep their budget. Plans that were measured or are running are never proposed again.
+
+    Args:
+        menu: what each option costs and is predicted to hurt.
+        options: site -> its options in the order of the study's integer variables.
+        kinds, blocks: the kind of projection and the block of each line of the menu.
+        goal: the objectives.
+        seed: of everything random here.
+    """
+
+    def __init__(
+        self,
+        menu: Menu,
+        options: Mapping[str, Sequence[Option]],
+        kinds: Sequence[str],
+        blocks: Sequence[int],
+        goal: Goal,
+        seed: int,
+    ) -> None:
+        self.menu = menu
+        self.options = options
+        self.goal = goal
+        self.surrogate = Surrogate(menu, kinds, blocks, seed)
+        self.random = np.random.default_rng(seed)
+        self._fitted = 0
+
+    # -- Optuna's interface
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {site: IntDistribution(0, len(found) - 1) for site, found in self.options.items()}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        self._learn(finished)
+        everything = study.get_trials(deepcopy=False)
+        tried = {self._key(t.params) for t in everything if t.number != trial.number and t.params}
+        mode = MODES[trial.number % len(MODES)]
+        chosen = self._propose(finished, tried, mode)
+        by_site = self.menu.choices(chosen)
+        return {
+            site: list(found).index(by_site[site]) if site in by_site else 0 for site, found in self.options.items()
+        }
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return 0  # a variable that the menu does not know stays dense
+
+    # -- learning
+
+    def _plan(self, params: Mapping[str, Any]) -> list[int] | None:
+        """A trial's parameters as places in the menu; None where it took an option that is not on it."""
+        return self.menu.places(
+            {site: self.options[site][int(place)] for site, place in params.items() if site in self.options}
+        )
+
+    def _key(self, params: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(self._plan(params) or ())
+
+    def _learn(self, finished: Sequence[FrozenTrial]) -> None:
+        if len(finished) == self._fitted:
+            return
+        plans, observed = [], []
+        for trial in finished:
+            plan = self._plan(trial.params)
+            log_divergence = self.goal.log_divergence(trial.values[self.goal.quality])
+            if plan is not None and any(plan) and log_divergence is not None:
+                plans.append(plan)
+                observed.append(log_divergence)
+        if plans:
+            self.surrogate.fit(np.array(plans), np.array(observed))
+        self._fitted = len(finished)
+
+    def predict(self, option_of: Mapping[str, Option]) -> float | None:
+        """The quality objective's predicted value for a plan; None where an option is not on the menu."""
+        places = self.menu.places(option_of)
+        if places is None:
+            return None
+        return (
+            self.goal.loss(float(self.surrogate.predict(np.array([places]))[0]))
+            if any(places)
+            else self.goal.loss(-math.inf)
+        )
+
+    # -- proposing
+
+    def _propose(self, finished: Sequence[FrozenTrial], tried: set[tuple[int, ...]], mode: str) -> list[int]:
+        coefficients = self.surrogate.sample() if mode == "sample" else self.surrogate.mean
+        candidates = self._solutions(coefficients)
+        front = self._front(finished)
+        if mode == "switch" and front:
+            candidates += self._switches(front, coefficients)
+        fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
+        while not fresh:  # everything solved for was measured: step away from a solution at random
+            stepped = [self._step(list(c)) for c in candidates]
+            fresh = [c for c in stepped if tuple(c) not in tried]
+            candidates = stepped
+        gains = self._gains(fresh, finished, coefficients)
+        return fresh[int(np.argmax(gains))]
+
+    def _solutions(self, coefficients: Coefficients) -> list[list[int]]:
+        """The corrected menu solved at budgets spread over the whole range, moved a little each time."""
+        solved = sweep(self.menu, self.surrogate.losses(coefficients))
+        shift = self.random.uniform()
+        shares = (np.arange(BUDGETS) + shift) / BUDGETS
+        return [solved.solve(self.menu.least + share * (self.menu.dense - self.menu.least)) for share in shares]
+
+    def _front(self, finished: Sequence[FrozenTrial]) -> list[list[int]]:
+        """The plans of the non-dominated trials."""
+        if not finished:
+            return []
+        keep = moocore.is_nondominated(np.array([trial.values for trial in finished], dtype=float))
+        plans = [self._plan(trial.params) for trial, kept in zip(finished, keep, strict=True) if kept]
+        return [plan for plan in plans if plan and any(plan)]
+
+    def _switches(self, front: Sequence[list[int]], coefficients: Coefficients) -> list[list[int]]:
+        """Front members with one site moved to another option and a second one moved to stay within the budget."""
+        losses = self.surrogate.losses(coefficients)
+        found = []
+        for _ in range(SWITCHES):
+            plan = list(front[int(self.random.integers(len(front)))])
+            budget = self.menu.parameters(plan)
+            plan = self._step(plan)
+            over = self.menu.parameters(plan) - budget
+            best: tuple[float, int, int] | None = None
+            for i in map(int, self.random.permutation(len(plan))[:PARTNERS]):
+                line = self.menu.lines[i]
+                enough = np.flatnonzero(line.parameters[plan[i]] - line.parameters >= over)
+                if len(enough):
+                    place = int(enough[losses[i][enough].argmin()])
+                    change = float(losses[i][place] - losses[i][plan[i]])
+                    if place != plan[i] and (best is None or change < best[0]):
+                        best = (change, i, place)
+            if best is not None:
+                plan[best[1]] = best[2]
+            if self.menu.parameters(plan) <= budget:
+                found.append(plan)
+        return found
+
+    def _step(self, plan: list[int]) -> list[int]:
+        """``plan`` with one site at another of its options."""
+        site = int(self.random.integers(len(plan)))
+        count = len(self.menu.lines[site].options)
+        plan[site] = (plan[site] + int(self.random.integers(1, count))) % count
+        return plan
+
+    def _gains(
+        self, candidates: Sequence[list[int]], finished: Sequence[FrozenTrial], coefficients: Coefficients
+    ) -> np.ndarray:
+        """Predicted gain in hypervolume of every candidate over the measured front, in units of the box."""
+        width = self.goal.reference - self.goal.ideal
+        measured = (
+            np.array([trial.values for trial in finished], dtype=float).reshape(-1, len(width)) - self.goal.ideal
+        ) / width
+        points = (self._values(candidates, finished, coefficients) - self.goal.ideal) / width
+        measured, points = np.maximum(measured, 0.0), np.maximum(points, 0.0)
+        ones = np.ones(len(width))
+        front = measured[moocore.is_nondominated(measured)] if len(measured) else measured
+        before = moocore.hypervolume(front, ref=ones) if len(front) else 0.0
+        gains = np.array([moocore.hypervolume(np.vstack([front, point]), ref=ones) - before for point in points])
+        if gains.max() > 0:
+            return gains
+        distance: np.ndarray = points.max(1)
+        return -distance  # nothing predicted inside the box: come as near to it as possible
+
+    def _values(
+        self, candidates: Sequence[list[int]], finished: Sequence[FrozenTrial], coefficients: Coefficients
+    ) -> np.ndarray:
+        """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a
+        straight line in the stored parameters, fitted to the measured trials."""
+        logs = self.surrogate.predict(np.array(candidates), coefficients)
+        values = np.full((len(candidates), len(self.goal.ideal)), np.nan)
+        stored = np.array([self.menu.parameters(candidate) for candidate in candidates]) / self.menu.dense
+        for row, candidate in enumerate(candidates):
+            values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
+            for column, value in self.goal.costs(self.menu.choices(candidate)).items():
+                values[row, column] = value
+        for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
+            known = [(self._plan(trial.params), trial.values[column]) for trial in finished]
+            pairs = [(self.menu.parameters(plan) / self.menu.dense, value) for plan, value in known if plan]
+            x, y = np.array(pairs or [(1.0, 1.0)]).T
+            design = np.stack([np.ones_like(x), x - 1.0], axis=1)
+            line = np.linalg.solve(design.T @ design + 1e-3 * np.eye(2), design.T @ y)
+            values[:, column] = line[0] + line[1] * (stored - 1.0)
+        return values

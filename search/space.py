@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Protocol
 
 import optuna
 
@@ -33,32 +34,65 @@ class Choices:
         return self.options.get((method, level), DENSE_OPTION)
 
 
+class Variable(Protocol):
+    """One decision that a sampler takes: for a group of sites, or for one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Option]:
+        """Site name -> option, as the sampler draws."""
+
+    def parameters(self, method: str, keep: float) -> dict[str, int | str]:
+        """What `suggest` would have to draw for ``method`` at ``keep``, to enqueue it."""
+
+
 @dataclass(frozen=True)
-class Variable:
-    """One decision that a sampler takes for all of ``sites``: a method, and a kept fraction or dense."""
+class Tied:
+    """A method, and a kept fraction or dense, for all of ``sites``. Levels are drawn by their place in the sorted
+    list, so that samplers see an order."""
 
     name: str
-    sites: tuple[str, ...]
-    choices: Choices
+    sites: Mapping[str, Choices]
 
-    def suggest(self, trial: optuna.Trial) -> tuple[str, float]:
-        """(method, keep). Levels are suggested by their place in the sorted list, so that samplers see an order."""
-        levels = [*sorted(self.choices.keep), DENSE_KEEP]
-        keep = levels[trial.suggest_int(f"{self.name} keep", 0, len(levels) - 1)]
+    @property
+    def choices(self) -> Choices:
+        """What the sites of a group have in common: names of methods and kept fractions."""
+        return next(iter(self.sites.values()))
+
+    @property
+    def levels(self) -> list[float]:
+        return [*sorted(self.choices.keep), DENSE_KEEP]
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Option]:
         methods = self.choices.methods
+        keep = self.levels[trial.suggest_int(f"{self.name} keep", 0, len(self.levels) - 1)]
         method = trial.suggest_categorical(f"{self.name} method", methods) if len(methods) > 1 else methods[0]
-        return str(method), keep
+        return {site: choices.option(str(method), keep) for site, choices in self.sites.items()}
 
-    def parameters(self, method: str, keep: float) -> dict[str, object]:
-        """What `suggest` would have to draw for (method, keep), to enqueue it; a keep between levels is rounded."""
-        levels = [*sorted(self.choices.keep), DENSE_KEEP]
-        place = (
-            len(levels) - 1 if keep >= DENSE_KEEP else min(range(len(levels) - 1), key=lambda i: abs(levels[i] - keep))
-        )
-        chosen: dict[str, object] = {f"{self.name} keep": place}
+    def parameters(self, method: str, keep: float) -> dict[str, int | str]:
+        levels = self.levels
+        near = min(range(len(levels) - 1), key=lambda place: abs(levels[place] - keep))
+        chosen: dict[str, int | str] = {f"{self.name} keep": len(levels) - 1 if keep >= DENSE_KEEP else near}
         if len(self.choices.methods) > 1:
             chosen[f"{self.name} method"] = method if method in self.choices.methods else self.choices.methods[0]
         return chosen
+
+
+@dataclass(frozen=True)
+class Single:
+    """One site's option by its place in ``options``: dense first, then by falling cost."""
+
+    name: str
+    choices: Choices
+    options: tuple[Option, ...]
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Option]:
+        return {self.name: self.options[trial.suggest_int(self.name, 0, len(self.options) - 1)]}
+
+    def parameters(self, method: str, keep: float) -> dict[str, int | str]:
+        own = method if method in self.choices.methods else self.choices.methods[0]
+        return {self.name: self.options.index(self.choices.option(own, keep))}
 
 
 @dataclass(frozen=True)
@@ -133,18 +167,25 @@ class Space:
 
         Sites of a group that differ in what they may choose (by a rule, say) get variables of their own.
         """
+        if self.groups == 0:
+            return [self._single(site) for site in self.choices]
         depth = 1 + max((place.block for place in self.sites.values() if place.block is not None), default=0)
-        grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], list[Site]] = {}
+        grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], dict[str, Choices]] = {}
         for site, choices in self.choices.items():
-            name = site.name if self.groups == 0 else self._group(self.sites[site], depth)
-            grouped.setdefault((name, choices.methods, choices.keep), []).append(site)
+            key = (self._group(self.sites[site], depth), choices.methods, choices.keep)
+            grouped.setdefault(key, {})[site.name] = choices
         seen: dict[str, int] = {}
-        variables = []
+        variables: list[Variable] = []
         for (name, _, _), members in grouped.items():
             seen[name] = seen.get(name, 0) + 1
-            label = name if seen[name] == 1 else f"{name} ({seen[name]})"
-            variables.append(Variable(label, tuple(site.name for site in members), self.choices[members[0]]))
+            variables.append(Tied(name if seen[name] == 1 else f"{name} ({seen[name]})", members))
         return variables
+
+    def _single(self, site: Site) -> Single:
+        options = set(self.choices[site].options.values())
+        cost = {option: get_method(option.method).storage(site, option).parameters for option in options}
+        ordered = sorted(options, key=lambda option: (-cost[option], option.label))
+        return Single(site.name, self.choices[site], (DENSE_OPTION, *ordered))
 
     def _group(self, place: Place, depth: int) -> str:
         if place.block is None:
@@ -152,16 +193,21 @@ class Space:
         band = place.block * self.groups // depth
         return f"{place.kind} {band + 1}/{min(self.groups, depth)}"
 
+    def place(self, site: str, option: Option) -> int:
+        """Where ``option`` stands among the values of the variable that is ``site``'s own."""
+        variable = next(variable for variable in self.variables if variable.name == site)
+        if not isinstance(variable, Single):
+            raise ValueError(f"the variables of this space are tied: {site!r} has none of its own")
+        return variable.options.index(option)
+
     def suggest(self, trial: optuna.Trial, origin: Mapping[str, str]) -> Plan:
         """The plan that a sampler's draws for ``trial`` describe."""
-        by_name = {site.name: choices for site, choices in self.choices.items()}
         options: dict[str, Option] = {}
         for variable in self.variables:
-            method, keep = variable.suggest(trial)
-            options |= {name: by_name[name].option(method, keep) for name in variable.sites}
+            options |= variable.suggest(trial)
         return Plan.of(options, origin)
 
-    def anchor_parameters(self, anchor: Anchor) -> dict[str, object]:
+    def anchor_parameters(self, anchor: Anchor) -> dict[str, int | str]:
         """The draws that give the same method and kept fraction everywhere, to enqueue so that samplers learn from it.
 
         Where a site does not offer the method, its own first method stands in.

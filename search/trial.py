@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,17 @@ from rankfront.objectives import Clock, Subject, Teacher, make_objective, score,
 from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors import FactorStore
+from rankfront.search.gradient import PASS_TOKENS, quadratic_divergence
+from rankfront.search.menu import probe_options, scaled_predictions, spectrum_predictions
 from rankfront.search.model import DTYPES, Place, count_parameters, find_sites, load_model, resolve, skeleton
 from rankfront.search.plan import Plan, cost_of
+from rankfront.search.sampler import OURS
 from rankfront.search.space import Space
 from rankfront.search.text import hash_tokens
 
+MENU_TOKENS = 4096  # of the search split, for the gradient's predictions
+PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
+PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
 Progress = Callable[[str, int, int], None]  # phase, done, total
 Record = dict[str, Any]
 
@@ -65,9 +71,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure: a trial's plan on the search split, or a front member's on the report split."""
+    """One thing to measure: a trial's plan on the search split, a front member's on the report split, or the menu."""
 
-    kind: Literal["trial", "report"]
+    kind: Literal["trial", "report", "menu"]
     number: int
     plan: Plan
 
@@ -75,7 +81,12 @@ class Job:
 def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
     sites = find_sites(skeleton(resolve(setup.config.model.name)))
-    return Space(sites, setup.config.space, setup.config.search.groups)
+    return _space(setup, sites)
+
+
+def _space(setup: Setup, sites: Mapping[Site, Place]) -> Space:
+    ours = setup.config.search.sampler == OURS
+    return Space(sites, setup.config.space, 0 if ours else setup.config.search.groups)
 
 
 def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
@@ -122,7 +133,7 @@ class Resident:
         self.setup = setup
         self.model = load_model(resolve(setup.config.model.name), DTYPES[setup.dtype], setup.device)
         self.sites: dict[Site, Place] = find_sites(self.model)
-        self.space = Space(self.sites, setup.config.space, setup.config.search.groups)
+        self.space = _space(setup, self.sites)
         prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
         self.store = setup.store()
         self.dense_values = count_parameters(self.model)
@@ -200,7 +211,7 @@ class Resident:
         `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
         """
         try:
-            return self._report(job) if job.kind == "report" else self._trial(job)
+            return {"trial": self._trial, "report": self._report, "menu": self._menu}[job.kind](job)
         except InputError:
             raise
         except (RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
@@ -240,6 +251,42 @@ class Resident:
             "split": hash_tokens(self.setup.tokens["search"]),
             "seed": self.setup.config.search.seed,
         }
+
+    def _menu(self, job: Job) -> Record:
+        """Predicted divergence of every option alone, from the source that the study names."""
+        clock = Clock()
+        self.apply(job.plan)
+        wanted = self.store.usable(self.space.wanted())
+        source = self.setup.config.search.menu
+        length = self.setup.tokens["search"].shape[1]
+        windows = self.setup.tokens["search"][: max(1, MENU_TOKENS // length)]
+        with clock.phase("menu"):
+            if source == "gradient":
+                seed = self.setup.config.search.seed
+                found = quadratic_divergence(self.model, windows, wanted, self.store, seed)
+                tokens = PASS_TOKENS * windows.numel()
+            else:
+                found, tokens = self._scaled_spectrum(wanted, windows[: max(1, PROBE_TOKENS // length)], source)
+        return {"predictions": found, "tokens": tokens, "seconds": clock.seconds}
+
+    def _scaled_spectrum(
+        self, wanted: dict[Site, list[Option]], windows: Tensor, source: str
+    ) -> tuple[dict[str, dict[str, float]], int]:
+        """The spectrum's predictions, scaled by measured probes where ``source`` asks for them; tokens spent."""
+        spectrum = spectrum_predictions(wanted, self.store)
+        if source == "spectrum":
+            return spectrum, 0
+        teacher = teach(self.model, windows)
+        probes: dict[str, dict[str, float]] = {}
+        tokens = windows.numel()
+        for site, options in probe_options(wanted, PROBE_FRACTIONS[source]).items():
+            for option in options:
+                self.apply(Plan.of({site.name: option}))
+                scores = score(self.model, windows, teacher)
+                probes.setdefault(site.name, {})[option.label] = scores.divergence
+                tokens += scores.tokens
+        self.apply(Plan(()))
+        return scaled_predictions(spectrum, probes), tokens
 
     def _report(self, job: Job) -> Record:
         clock = Clock()

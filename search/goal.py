@@ -1,0 +1,71 @@
+"""What our sampler optimises: the study's objectives as functions of a plan and of its log-divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from rankfront.methods import InputError, Option
+from rankfront.objectives import make_objective
+from rankfront.search.config import StudyConfig
+from rankfront.search.front import Row, box_of
+from rankfront.search.menu import Menu
+from rankfront.search.model import DTYPES
+from rankfront.search.plan import Plan, cost_of
+from rankfront.search.sampler import Goal, RankfrontSampler
+from rankfront.search.space import Single, Space
+
+QUALITY = ("divergence", "perplexity")
+SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
+
+
+def quality_of(config: StudyConfig) -> int:
+    """The position of the objective that our sampler models; `InputError` where the study has none."""
+    for name in QUALITY:
+        if name in config.objectives:
+            return list(config.objectives).index(name)
+    raise InputError(
+        f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
+        " one of them, or choose another sampler"
+    )
+
+
+def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal:
+    """The objectives of a study whose dense model is measured.
+
+    Perplexity is read as divergence through its logarithm: log(perplexity / dense) is the excess loss in nats a token.
+    """
+    names = list(config.objectives)
+    quality = quality_of(config)
+    base = dense.values[names[quality]] if names[quality] == "perplexity" else None
+    box = box_of(config.objectives, dense)
+    objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
+    inside = {site: place.block is not None for site, place in space.sites.items()}
+    values, size = int(dense.attributes["parameter_count"]), DTYPES[dtype].itemsize
+
+    def loss(log_divergence: float) -> float:
+        divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough
+        return divergence if base is None else base * math.exp(divergence)
+
+    def log_divergence(value: float) -> float:
+        return math.log(max(value if base is None else math.log(value / base), SMALLEST))
+
+    def costs(options: Mapping[str, Option]) -> dict[int, float]:
+        cost = cost_of(Plan.of(options), inside, values, size)
+        found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
+        return {i: value for i, value in found.items() if value is not None}
+
+    corners = (np.array(list(corner.values())) for corner in (box.ideal, box.reference))
+    return Goal(loss, log_divergence, costs, quality, *corners)
+
+
+def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapping[str, str]) -> RankfrontSampler:
+    """Our sampler for a study whose menu and dense model are measured."""
+    places = {site.name: place for site, place in space.sites.items()}
+    kinds = [places[line.site].kind for line in menu.lines]
+    blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
+    options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
+    goal = make_goal(config, space, dense, origin["dtype"])
+    return RankfrontSampler(menu, options, kinds, blocks, goal, config.search.seed)

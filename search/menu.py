@@ -1,0 +1,151 @@
+"""The menu: the table (site, option) -> stored parameters and predicted divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from rankfront.methods import DENSE_OPTION, Option, Site, get_method
+from rankfront.search.factors import FactorStore
+
+TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
+Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
+
+
+@dataclass(frozen=True)
+class Line:
+    """Everything one site may take, dense first, then by falling cost.
+
+    Attributes:
+        site: its name.
+        options: K of them.
+        parameters: stored values of each, (K,) integers.
+        divergence: predicted divergence of each alone, (K,), nats a token; 0 for dense.
+    """
+
+    site: str
+    options: tuple[Option, ...]
+    parameters: np.ndarray
+    divergence: np.ndarray
+
+
+@dataclass(frozen=True)
+class Menu:
+    """One line per site that may be treated; what is outside them is not counted here."""
+
+    lines: tuple[Line, ...]
+
+    @cached_property
+    def dense(self) -> int:
+        """Stored values with every site dense."""
+        return int(sum(line.parameters[0] for line in self.lines))
+
+    @cached_property
+    def least(self) -> int:
+        """Stored values with every site at its cheapest option."""
+        return int(sum(line.parameters.min() for line in self.lines))
+
+    def parameters(self, places: Sequence[int]) -> int:
+        """Stored values of the choice ``places``: an index into each line's options."""
+        return int(sum(line.parameters[place] for line, place in zip(self.lines, places, strict=True)))
+
+    def divergence(self, places: Sequence[int]) -> float:
+        """Predicted divergence of ``places``, taken as additive."""
+        return float(sum(line.divergence[place] for line, place in zip(self.lines, places, strict=True)))
+
+    def choices(self, places: Sequence[int]) -> dict[str, Option]:
+        """Site name -> option."""
+        return {line.site: line.options[place] for line, place in zip(self.lines, places, strict=True)}
+
+    def places(self, option_of: Mapping[str, Option]) -> list[int] | None:
+        """Where a plan's options stand in the lines; None where one of them is not on the menu."""
+        found = []
+        for line in self.lines:
+            option = option_of.get(line.site, DENSE_OPTION)
+            if option not in line.options:
+                return None
+            found.append(line.options.index(option))
+        return found
+
+
+def make_menu(wanted: Mapping[Site, Iterable[Option]], predictions: Predictions) -> Menu:
+    """The menu of ``wanted`` under ``predictions``; predictions never fall as an option gets cheaper.
+
+    Within a method, a level that stores less cannot be better: predictions are made monotone by a running
+    maximum from the largest level down. Options without a prediction are left out.
+    """
+    lines = []
+    for site, options in wanted.items():
+        known = predictions.get(site.name, {})
+        by_method: dict[str, list[tuple[int, Option, float]]] = {}
+        for option in options:
+            if option.label in known:
+                stored = get_method(option.method).storage(site, option).parameters
+                by_method.setdefault(option.method, []).append((stored, option, max(known[option.label], TINY)))
+        entries: list[tuple[int, Option, float]] = []
+        for found in by_method.values():
+            worst = 0.0
+            for stored, option, divergence in sorted(found, key=lambda entry: -entry[0]):
+                worst = max(worst, divergence)
+                entries.append((stored, option, worst))
+        if entries:
+            entries.sort(key=lambda entry: (-entry[0], entry[2], entry[1].label))
+            entries.insert(0, (site.storage.parameters, DENSE_OPTION, 0.0))
+            stored_values, chosen, divergences = zip(*entries, strict=True)
+            lines.append(Line(site.name, chosen, np.array(stored_values), np.array(divergences)))
+    return Menu(tuple(lines))
+
+
+def spectrum_predictions(wanted: Mapping[Site, Iterable[Option]], store: FactorStore) -> dict[str, dict[str, float]]:
+    """Tail energy over whole energy in each method's own metric: free, unit-less, comparable within a method."""
+    result: dict[str, dict[str, float]] = {}
+    for site, options in wanted.items():
+        for option in options:
+            prepared = store.load(site, option)
+            whole = float(prepared["energy"].double().sum())
+            tail = get_method(option.method).error(prepared, option)
+            result.setdefault(site.name, {})[option.label] = tail / max(whole, TINY)
+    return result
+
+
+def probe_options(wanted: Mapping[Site, Iterable[Option]], fractions: Sequence[float]) -> dict[Site, list[Option]]:
+    """The options to probe at each site: per method, those nearest to ``fractions`` of its dense storage."""
+    chosen: dict[Site, list[Option]] = {}
+    for site, options in wanted.items():
+        by_method: dict[str, list[Option]] = {}
+        for option in options:
+            by_method.setdefault(option.method, []).append(option)
+        dense = site.storage.parameters
+        picked = {
+            min(found, key=lambda o: abs(get_method(o.method).storage(site, o).parameters / dense - fraction))
+            for found in by_method.values()
+            for fraction in fractions
+        }
+        chosen[site] = sorted(picked, key=lambda option: option.label)
+    return chosen
+
+
+def scaled_predictions(spectrum: Predictions, probes: Predictions) -> dict[str, dict[str, float]]:
+    """The spectrum's tails scaled by measured divergences, between probes by a straight line in logarithms.
+
+    With one probe at r_ref this is LEMS' score d(r) = KL(r_ref) · tail(r) / tail(r_ref); with several, Maestro's
+    estimator: the factor KL / tail is interpolated in the logarithm of the tail and kept beyond the ends.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for site, tails in spectrum.items():
+        measured = probes.get(site, {})
+        for method in {label.split(" ")[0] for label in tails}:
+            own = {label: max(tail, TINY) for label, tail in tails.items() if label.split(" ")[0] == method}
+            knots = sorted(
+                (np.log(own[label]), np.log(max(measured[label], TINY))) for label in own if label in measured
+            )
+            if not knots:
+                continue
+            at, logs = np.array(knots).T
+            for label, tail in own.items():
+                factor = np.interp(np.log(tail), at, logs - at)
+                result.setdefault(site, {})[label] = float(tail * np.exp(factor))
+    return result

@@ -1,0 +1,164 @@
+"""What the search believes of a plan's divergence: the menu as prior, corrected by every measured trial.
+
+    log D(plan) = a + c · log Σ_i d_i(o_i) exp(θ_i(o_i)) + residual(plan)
+
+d is the menu's additive prediction; θ corrects one (site, method), and is shared in part by the sites of a kind and
+of a block; a and c let divergences add up faster or slower than linearly, which they do as plans get cheaper; the
+residual leans on measured plans that share many options. All coefficients are Gaussian a priori, so fitting is a
+Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample costs one more solve.
+
+Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
+linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankfront.search.menu import TINY, Menu
+
+# Standard deviations of the prior, in log-divergence. The single-site ones follow the spread of the gradient
+# prediction around measured single-site divergences on smollm2-135m (0.56).
+SITE, KIND, BLOCK, METHOD = 0.4, 0.3, 0.2, 0.3
+OFFSET, SLOPE = 1.0, 0.3  # of a around 0 and of c around 1
+NOISE = 0.05  # what additive terms cannot explain
+RESIDUAL = 0.1  # of what neighbours can
+ITERATIONS = 6
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One setting of the model: ``offset`` a, ``slope`` c, and θ by (line, method), (F,)."""
+
+    offset: float
+    slope: float
+    theta: np.ndarray
+
+
+class Surrogate:
+    """Fitted to measured plans; predicts the log-divergence of any plan on the menu.
+
+    Args:
+        menu: predicted divergence of every option alone.
+        kinds: the kind of projection of each line.
+        blocks: the block of each line; -1 outside.
+        seed: of posterior samples.
+    """
+
+    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int], seed: int) -> None:
+        self.menu = menu
+        self.random = np.random.default_rng(seed)
+        keys = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options[1:]]
+        self.features = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        at = [line for line, _ in self.features]
+        self._root = self._prior([kinds[i] for i in at], [blocks[i] for i in at], list(self.features))
+        # feature and log-divergence of every option; dense has no feature and no divergence
+        self._feature = [
+            np.array([-1, *(self.features[i, option.method] for option in line.options[1:])])
+            for i, line in enumerate(menu.lines)
+        ]
+        self._plans = np.zeros((0, len(menu.lines)), dtype=int)
+        self._observed = np.zeros(0)
+        self._weights = np.zeros(0)
+        self.mean = Coefficients(0.0, 1.0, np.zeros(len(self.features)))
+
+    @staticmethod
+    def _prior(kinds: list[str], blocks: list[int], features: list[tuple[int, str]]) -> np.ndarray:
+        """R (F + 2, P), prior covariance R Rᵀ: a column for each independent effect; the last two rows are a, c."""
+        size = len(features)
+        groups: list[tuple[float, list[object]]] = [
+            (SITE / np.sqrt(2), [line for line, _ in features]),
+            (SITE / np.sqrt(2), list(features)),
+            (KIND, list(kinds)),
+            (BLOCK, list(blocks)),
+            (METHOD, [(kind, method) for kind, (_, method) in zip(kinds, features, strict=True)]),
+        ]
+        columns = []
+        for scale, labels in groups:
+            names = list(dict.fromkeys(labels))
+            block = np.zeros((size + 2, len(names)))
+            block[np.arange(size), [names.index(label) for label in labels]] = scale
+            columns.append(block)
+        ends = np.zeros((size + 2, 2))
+        ends[size, 0], ends[size + 1, 1] = OFFSET, SLOPE
+        return np.hstack([*columns, ends])
+
+    # -- prediction
+
+    def losses(self, coefficients: Coefficients) -> list[np.ndarray]:
+        """Each line's corrected divergences d exp(θ), for an allocator."""
+        factors = np.append(np.exp(coefficients.theta), 1.0)  # the last one serves dense, whose feature is -1
+        return [
+            line.divergence * factors[feature] for line, feature in zip(self.menu.lines, self._feature, strict=True)
+        ]
+
+    def _terms(self, plans: np.ndarray, coefficients: Coefficients) -> np.ndarray:
+        """Corrected divergence of every line in every plan, (T, lines)."""
+        losses = self.losses(coefficients)
+        return np.stack([loss[plans[:, i]] for i, loss in enumerate(losses)], axis=1)
+
+    def additive(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
+        """a + c log Σ for plans (T, lines) given as places in the menu, (T,)."""
+        used = coefficients or self.mean
+        logs: np.ndarray = np.log(self._terms(plans, used).sum(1) + TINY)
+        return used.offset + used.slope * logs
+
+    def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
+        """Log-divergence of plans (T, lines), residuals of measured neighbours included, (T,)."""
+        base = self.additive(plans, coefficients)
+        return base + self._alike(plans, self._plans) @ self._weights if len(self._weights) else base
+
+    @staticmethod
+    def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """RESIDUAL² exp(−share of sites that differ / 0.2), (A, B)."""
+        differ = (a[:, None, :] != b[None, :, :]).mean(-1)
+        kernel: np.ndarray = RESIDUAL**2 * np.exp(-differ / 0.2)
+        return kernel
+
+    # -- fitting
+
+    def fit(self, plans: np.ndarray, log_divergence: np.ndarray) -> None:
+        """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,)."""
+        self._plans, self._observed = plans, log_divergence
+        self.mean = self._map(np.zeros(self._root.shape[1]), log_divergence)
+        residual = log_divergence - self.additive(plans)
+        kernel = self._alike(plans, plans) + NOISE**2 * np.eye(len(plans))
+        self._weights = np.linalg.solve(kernel, residual)
+
+    def sample(self) -> Coefficients:
+        """One setting of the coefficients from their posterior, by Matheron's rule on the linearised model."""
+        if not len(self._observed):
+            return self._unpack(self._root @ self.random.standard_normal(self._root.shape[1]))
+        start: np.ndarray = np.array(self.random.standard_normal(self._root.shape[1]))
+        noise = NOISE * self.random.standard_normal(len(self._observed))
+        return self._map(start, self._observed + noise)
+
+    def _map(self, prior: np.ndarray, observed: np.ndarray) -> Coefficients:
+        """The posterior mode for prior effects centred at ``prior`` (P,)."""
+        effects = prior
+        for _ in range(ITERATIONS):
+            current = self._unpack(self._root @ effects)
+            jacobian = self._jacobian(current) @ self._root  # (T, P)
+            gap = observed - self.additive(self._plans, current) + jacobian @ (effects - prior)
+            gain = jacobian @ jacobian.T + (NOISE**2 + RESIDUAL**2) * np.eye(len(observed))
+            effects = prior + jacobian.T @ np.linalg.solve(gain, gap)
+        return self._unpack(self._root @ effects)
+
+    def _unpack(self, values: np.ndarray) -> Coefficients:
+        return Coefficients(float(values[-2]), float(max(1.0 + values[-1], 0.1)), values[:-2])
+
+    def _jacobian(self, at: Coefficients) -> np.ndarray:
+        """∂ log D / ∂ (θ, a, c) for the measured plans, (T, F + 2)."""
+        terms = self._terms(self._plans, at)  # (T, lines)
+        sums = terms.sum(1) + TINY
+        jacobian = np.zeros((len(terms), len(self.features) + 2))
+        for i, feature in enumerate(self._feature):
+            chosen = feature[self._plans[:, i]]
+            rows = np.flatnonzero(chosen >= 0)
+            jacobian[rows, chosen[rows]] += at.slope * terms[rows, i] / sums[rows]
+        jacobian[:, -2] = 1.0
+        jacobian[:, -1] = np.log(sums)
+        return jacobian
