@@ -93,6 +93,9 @@ def _print_front(study: Study, where: list[str]) -> None:
     box = study.box()
     corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
     output.print(f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)", soft_wrap=True)
+    calibration = study.calibration()
+    if calibration is not None:
+        output.print(str(calibration), soft_wrap=True)
     failed = [row for row in study.rows() if row.state == "failed" and row.counts]
     if failed:
         output.print(f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}", soft_wrap=True)

@@ -123,14 +123,15 @@ class SearchConfig(Strict):
     ``groups`` ties the variables of general samplers: one (method, keep) pair for each kind of projection and
     each of that many bands of depth; 0 gives every site a variable of its own, as our sampler always has. ``menu``
     is where our sampler's first predictions come from: a gradient pass, the spectrum alone, one measured probe per
-    site and method, or a few. ``anchors`` are the kept
-    fractions at which every method is measured uniformly before the sampler starts.
+    site and method, or a few. ``tokens`` limits what trials and the menu may run through the model in all.
+    ``anchors`` are the kept fractions at which every method is measured uniformly before the sampler starts.
     """
 
     sampler: str = "rankfront"
     menu: Literal["gradient", "spectrum", "probe", "probes"] = "gradient"
     trials: Annotated[int, Field(ge=0)] = 32
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 1
     groups: Annotated[int, Field(ge=0)] = 4
@@ -175,7 +176,7 @@ class StudyConfig(Strict):
         return objectives
 
 
-LIMITS = {"search": ("trials", "time", "workers", "resources")}
+LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources")}
 
 
 def definition_of(config: StudyConfig) -> dict[str, Any]:

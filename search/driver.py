@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from rankfront.methods import InputError
 from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
-from rankfront.search.front import Row, dense_row, front_of, rows_of
+from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import ours, quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
@@ -42,6 +42,7 @@ class Driver:
         space: Space,
         origin: dict[str, str],
         listener: Listener,
+        report: bool = True,
     ) -> None:
         self.study = study
         self.config = config
@@ -51,6 +52,7 @@ class Driver:
         self.space = space
         self.origin = origin
         self.listener = listener
+        self.report = report
         self.started = time.monotonic()
         self.running: dict[int, optuna.Trial] = {}
         self.reporting: set[int] = set()
@@ -131,6 +133,11 @@ class Driver:
         return sum(1 for row in self.rows() if row.counts)
 
     @property
+    def tokens(self) -> int:
+        """Tokens that trials and the menu have run through the model, a backward pass counted as two forward ones."""
+        return tokens_of(self.study, self.rows())
+
+    @property
     def elapsed(self) -> float:
         """Seconds since this launch began to measure."""
         return time.monotonic() - self.started
@@ -140,7 +147,8 @@ class Driver:
         """Whether more trials may start."""
         limits = self.config.search
         in_time = limits.time is None or self.elapsed < limits.time
-        return in_time and not self.exhausted and self.spent + len(self.running) < limits.trials
+        in_tokens = limits.tokens is None or self.tokens < limits.tokens
+        return in_time and in_tokens and not self.exhausted and self.spent + len(self.running) < limits.trials
 
     def next(self) -> Job | None:
         """The next thing to measure, or None: look at `done` to tell "wait" from "finished"."""
@@ -188,7 +196,8 @@ class Driver:
         return None
 
     def _unreported(self) -> list[Row]:
-        return [row for row in front_of(self.rows()) if row.report is None and row.number not in self.reporting]
+        front = front_of(self.rows()) if self.report else []
+        return [row for row in front if row.report is None and row.number not in self.reporting]
 
     def _next_report(self) -> Job | None:
         for row in self._unreported():

@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
+from scipy import stats
 
 from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
@@ -96,6 +97,12 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
     )
 
 
+def tokens_of(study: optuna.Study, rows: Sequence[Row]) -> int:
+    """Tokens that trials and the menu ran through the model, a backward pass counted as two forward ones."""
+    menu = study.user_attrs.get("menu", {}).get("tokens", 0)
+    return int(menu + sum(row.attributes.get("tokens", 0) for row in rows))
+
+
 def _matrix(rows: Sequence[Row]) -> np.ndarray:
     return np.array([list(row.values.values()) for row in rows], dtype=float)
 
@@ -153,6 +160,54 @@ def knee(rows: Sequence[Row], box: Box) -> Row:
     if not rows:
         raise InputError("no trial is complete, so there is no knee: launch the study first")
     return rows[int(np.argmin(np.linalg.norm(box.scale(rows), axis=1)))]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well the sampler's predictions, made before each trial, agree with what was measured.
+
+    Attributes:
+        trials: how many predictions there are.
+        spearman, kendall: rank correlations of predicted and measured values.
+        front_error: median relative error of the predictions of front members.
+    """
+
+    trials: int
+    spearman: float
+    kendall: float
+    front_error: float
+
+    @property
+    def poor(self) -> bool:
+        """Whether the predictions are too poor to lean on."""
+        return self.trials >= MIN_PREDICTIONS and self.spearman < POOR_SPEARMAN
+
+    def __str__(self) -> str:
+        return (
+            f"predicted against measured over {self.trials} trials: Spearman {self.spearman:.3f},"
+            f" Kendall {self.kendall:.3f}, median error at the front {self.front_error:.1%}"
+            + (" (poor: trust the measured trials, not the predictions)" if self.poor else "")
+        )
+
+
+MIN_PREDICTIONS = 5  # fewer say nothing about a rank correlation
+POOR_SPEARMAN = 0.8
+
+
+def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:
+    """The calibration of predictions of ``objective`` over complete rows; None below three predictions."""
+    known = [row for row in rows if row.state == "complete" and row.attributes.get("predicted") is not None]
+    pairs = np.array([(row.attributes["predicted"], row.values[objective]) for row in known]).reshape(-1, 2)
+    if len(pairs) < 3 or len(np.unique(pairs[:, 0])) < 2 or len(np.unique(pairs[:, 1])) < 2:
+        return None
+    front = {row.number for row in front_of(rows)}
+    at_front = [abs(p / m - 1) for row, (p, m) in zip(known, pairs, strict=True) if row.number in front]
+    return Calibration(
+        trials=len(pairs),
+        spearman=float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
+        kendall=float(stats.kendalltau(pairs[:, 0], pairs[:, 1]).statistic),
+        front_error=float(np.median(at_front)) if at_front else float("nan"),
+    )
 
 
 CONSTRAINT = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")

@@ -17,7 +17,12 @@ BUDGETS = (
     0.6,
     0.5,
 )  # kept fractions of the blocks at which the live line names the best so far
-PHASES = {"load": "load the model", "calibrate": "calibrate (windows)", "factor": "factor (sites)"}
+PHASES = {
+    "load": "load the model",
+    "calibrate": "calibrate (windows)",
+    "factor": "factor (sites)",
+    "report": "measure the report split",
+}
 
 
 class Display:
@@ -59,6 +64,9 @@ class Display:
         rows = driver.rows()
         status = _status(rows, list(driver.config.objectives), _left(driver))
         self.phase("search (trials)", driver.spent, driver.config.search.trials, status)
+        if not driver.searching and not driver.running:
+            front = front_of(rows)
+            self.phase("report", sum(row.report is not None for row in front), len(front))
         if not self.console.is_terminal and driver.spent > self.reported:
             self.reported = driver.spent
             self.console.print(f"trial {driver.spent}/{driver.config.search.trials}  {status}", soft_wrap=True)

@@ -19,9 +19,11 @@ from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.driver import Driver
 from rankfront.search.export import Format, Verified, export
 from rankfront.search.front import Constraint, Row
+from rankfront.search.goal import quality_of
 from rankfront.search.model import cache_folder, load_tokenizer, pick_device, pick_dtype, resolve, set_threads
 from rankfront.search.progress import Display
 from rankfront.search.run import Run
+from rankfront.search.sampler import OURS
 from rankfront.search.text import cut, hash_tokens
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 
@@ -115,6 +117,12 @@ class Study:
         """The share of the box that the front dominates."""
         return fronts.hypervolume(self.front(), self.box())
 
+    def calibration(self) -> fronts.Calibration | None:
+        """How well our sampler's predictions held; None where there are too few, or another sampler ran."""
+        if self.config.search.sampler != OURS:
+            return None
+        return fronts.calibration(self.rows(), list(self.config.objectives)[quality_of(self.config)])
+
     def frame(self) -> pd.DataFrame:
         """Every trial as one row of a pandas frame."""
         return fronts.frame(self.rows())
@@ -138,8 +146,16 @@ class Study:
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
         return Setup(self.config, dtype, device, source.fingerprint, tokens, str(cache_folder().resolve()))
 
-    def launch(self, console: Console | None = None, address: str | None = None, rebuild: bool = False) -> None:
+    def tokens(self) -> int:
+        """Tokens that trials and the menu have run through the model so far."""
+        return fronts.tokens_of(self._optuna(), self.rows())
+
+    def launch(
+        self, console: Console | None = None, address: str | None = None, rebuild: bool = False, report: bool = True
+    ) -> None:
         """Run the study until its limits are reached, or go on with it where an earlier launch stopped.
+
+        ``report`` measures the front on the report split at the end; a later launch does it otherwise.
 
         Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C.
         """
@@ -147,11 +163,11 @@ class Study:
         display = Display(console or Console(stderr=True))
         with self.run.lock(), display:
             try:
-                self._launch(display, address, rebuild)
+                self._launch(display, address, rebuild, report)
             except KeyboardInterrupt as error:
                 raise Interrupted(f"stopped; every finished trial is kept in {self.run.path}") from error
 
-    def _launch(self, display: Display, address: str | None, rebuild: bool) -> None:
+    def _launch(self, display: Display, address: str | None, rebuild: bool, report: bool) -> None:
         limits = self.config.search
         set_threads(limits.resources.cpu)
         setup = self.setup()
@@ -161,7 +177,7 @@ class Study:
         self.run.define(self.config, resolved)
         if rebuild:
             setup.store().clear(space.methods)
-        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search)
+        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report)
         if driver.done:
             return
         prepare_store(setup, space, display.phase)

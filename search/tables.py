@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -21,6 +22,7 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
     dense = dense_row(everything)
     settings = study.config.objectives
     box = box_of(settings, dense) if dense else None
+    calibration = study.calibration()
     constraints = [Constraint.parse(text) for text in where]
     rows = [row for row in everything if row.state == "complete"] if where else everything
     return {
@@ -28,6 +30,7 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
         "units": {name: make_objective(name, options).unit for name, options in settings.items()},
         "dense": trial_json(dense, front) if dense else None,
         "hypervolume": hypervolume(front_of(everything), box) if box else None,
+        "calibration": asdict(calibration) if calibration else None,
         "ideal": box.ideal if box else None,
         "reference": box.reference if box else None,
         "trials": [trial_json(row, front) for row in rows if all(limit.holds(row) for limit in constraints)],

@@ -1,0 +1,306 @@
+"""Search against search at equal token budgets: what every allocator and sampler reaches on smollm2-135m.
+
+    python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2] [--report FILE]
+
+TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
+svd-llm and dense. Tokens are counted everywhere (a backward pass as two forward ones): probes, menus and trials
+alike. Of every row, the plans that are best on the search split at block_parameters <= 0.95, 0.9, ... are measured
+on the report split; hypervolume is that of (log perplexity excess over dense, block_parameters) within
+[0, ln 10] x [0, 1], as a share. Finished cells are kept in studies/results/search.jsonl, one line each, and never
+measured again: stop it at any time and start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import moocore
+import numpy as np
+import torch
+from common import provenance
+from rich.console import Console
+
+from rankfront.objectives import score, teach
+from rankfront.search import Plan, Study
+from rankfront.search.allocate import knapsack, sensitivity, tolerance, uniform
+from rankfront.search.menu import (
+    Menu,
+    Predictions,
+    make_menu,
+    probe_options,
+    scaled_predictions,
+    spectrum_predictions,
+)
+from rankfront.search.trial import PROBE_FRACTIONS, Job, Resident
+
+RESULTS = Path(__file__).parent / "results"
+GRID = tuple(round(0.4 + 0.05 * i, 2) for i in range(12))  # kept fractions at which rows are compared
+SHOWN = (0.9, 0.8, 0.7, 0.6)
+TARGETS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # what the allocators are solved for
+SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
+
+
+def settings(text: str) -> dict[str, object]:
+    """The study that every row shares."""
+    return {
+        "data": {
+            "length": 512,
+            "calibrate": {"text": text, "windows": 64, "part": [0.0, 0.5]},
+            "search": {"text": text, "windows": 8, "part": [0.5, 0.75]},
+            "report": {"text": text, "windows": 32, "part": [0.75, 1.0]},
+        },
+        "space": {"methods": ["svd-llm"]},
+        "objectives": {"perplexity": {}, "block_parameters": {}},
+        "search": {"workers": 0, "trials": 100_000},
+    }
+
+
+@dataclass
+class Found:
+    """Measured plans of one row: (perplexity on the search split, block_parameters, plan), and what they cost."""
+
+    plans: list[tuple[float, float, Plan]] = field(default_factory=list)
+    tokens: int = 0
+    overhead: float = 0.0  # seconds that were not spent in the model
+
+    def best(self, keep: float) -> Plan | None:
+        """The plan with the least search perplexity within ``keep``."""
+        within = [(perplexity, plan) for perplexity, kept, plan in self.plans if kept <= keep]
+        return min(within, key=lambda pair: pair[0])[1] if within else None
+
+
+class Bench:
+    """The resident model with everything rows share."""
+
+    def __init__(self, text: str) -> None:
+        self.settings = settings(text)
+        study = Study(self.settings, run=RESULTS / "unused")
+        self.setup = study.setup()
+        self.resident = Resident(self.setup)
+        self.wanted = self.resident.space.wanted()
+        self.spectrum = spectrum_predictions(self.wanted, self.resident.store)
+
+    def measure(self, found: Found, plan: Plan) -> float:
+        """Measure a plan as a trial would; its perplexity on the search split."""
+        record = self.resident.run(Job("trial", 0, plan))
+        found.tokens += record["tokens"]
+        found.plans.append((record["perplexity"], record["block_parameters"], plan))
+        return float(record["perplexity"])
+
+    def probes(self, found: Found, share: float, fractions: tuple[float, ...] | None) -> Predictions:
+        """KL of options alone, the tokens of ``share`` spread over them evenly; every option where no fractions."""
+        options = (
+            {s: list(o) for s, o in self.wanted.items()} if fractions is None else probe_options(self.wanted, fractions)
+        )
+        count = sum(len(chosen) for chosen in options.values())
+        length = min(512, max(16, int(share / (count + 1))))
+        windows = self.setup.tokens["search"][: max(1, int(share / (count + 1)) // 512), :length]
+        self.resident.apply(Plan(()))
+        teacher = teach(self.resident.model, windows)
+        found.tokens += windows.numel()
+        result: dict[str, dict[str, float]] = {}
+        for site, chosen in options.items():
+            for option in chosen:
+                self.resident.apply(Plan.of({site.name: option}))
+                scores = score(self.resident.model, windows, teacher)
+                found.tokens += scores.tokens
+                result.setdefault(site.name, {})[option.label] = scores.divergence
+        return result
+
+    def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
+        """Allocate at every target and measure the plans."""
+        menu = make_menu(self.wanted, predictions)
+        for keep in TARGETS:
+            self.measure(found, Plan.of(menu.choices(allocator(menu, keep * menu.dense))))
+
+
+def spectrum_row(allocator: Callable[[Menu, float], list[int]]) -> Callable[[Bench, int, int], Found]:
+    def run(bench: Bench, budget: int, seed: int) -> Found:
+        found = Found()
+        bench.solve(found, bench.spectrum, allocator)
+        return found
+
+    return run
+
+
+def probe_row(
+    fractions: tuple[float, ...] | None, allocator: Callable[[Menu, float], list[int]]
+) -> Callable[[Bench, int, int], Found]:
+    def run(bench: Bench, budget: int, seed: int) -> Found:
+        found = Found()
+        share = budget - len(TARGETS) * bench.setup.tokens["search"].numel()
+        probes = bench.probes(found, share, fractions)
+        bench.solve(found, scaled_predictions(bench.spectrum, probes) if fractions else probes, allocator)
+        return found
+
+    return run
+
+
+def gradient_row(bench: Bench, budget: int, seed: int) -> Found:
+    """Our menu and the exact knapsack, nothing more."""
+    found = Found()
+    record = bench.resident.run(Job("menu", 0, Plan(())))
+    found.tokens += record["tokens"]
+    bench.solve(found, record["predictions"], knapsack)
+    return found
+
+
+def evolution_row(bench: Bench, budget: int, seed: int) -> Found:
+    """Level-switch evolution after EvoPress (2410.14649): offspring keep the budget, selection is staged.
+
+    At every target: 16 offspring of the best plan, each with a few pairs of sites moved one level up and one level
+    down; all are scored on 512 fresh tokens, 4 on 1,024, and the best two and the parent on 2,048.
+    """
+    found, rng = Found(), random.Random(seed)
+    menu = make_menu(bench.wanted, bench.spectrum)
+    pool = bench.setup.tokens["search"]
+    targets = TARGETS[1:5]
+    share = (budget - len(targets) * pool.numel()) / len(targets)
+    for keep in targets:
+        limit = keep * menu.dense
+        parent, spent = uniform(menu, limit), 0
+        while spent < share:
+            offspring = [_switch(menu, parent, limit, rng) for _ in range(16)]
+            for survivors, windows in ((4, 1), (2, 2), (1, 4)):
+                if survivors == 1:
+                    offspring.append(parent)
+                tokens = pool[rng.sample(range(len(pool)), windows)]
+                losses = []
+                for places in offspring:
+                    bench.resident.apply(Plan.of(menu.choices(places)))
+                    losses.append(score(bench.resident.model, tokens).loss)
+                    spent += tokens.numel()
+                order = np.argsort(losses, kind="stable")
+                offspring = [offspring[i] for i in order[:survivors]]
+            parent = offspring[0]
+        found.tokens += spent
+        bench.measure(found, Plan.of(menu.choices(parent)))
+    return found
+
+
+def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> list[int]:
+    """``parent`` with one to three sites a level cheaper and others dearer while the budget allows."""
+    plan = list(parent)
+    for _ in range(rng.randint(1, 3)):
+        down = rng.randrange(len(plan))
+        plan[down] = min(plan[down] + 1, len(menu.lines[down].options) - 1)
+        for up in rng.sample(range(len(plan)), 8):
+            raised = [*plan[:up], max(plan[up] - 1, 0), *plan[up + 1 :]]
+            if menu.parameters(raised) <= limit:
+                plan = raised
+                break
+    return plan
+
+
+def sampler_row(sampler: str) -> Callable[[Bench, int, int], Found]:
+    def run(bench: Bench, budget: int, seed: int) -> Found:
+        overrides = [f"search.sampler={sampler}", f"search.seed={seed}", f"search.tokens={budget}"]
+        study = Study(bench.settings, run=RESULTS / "runs" / f"{sampler}-{seed}", overrides=overrides)
+        begun = time.perf_counter()
+        study.launch(Console(quiet=True), report=False)
+        whole = time.perf_counter() - begun
+        rows = [row for row in study.rows() if row.state == "complete"]
+        found = Found(tokens=study.tokens())
+        found.overhead = whole - sum(row.attributes["seconds"]["total"] for row in rows)
+        found.plans = [(r.attributes["perplexity"], r.attributes["block_parameters"], r.plan) for r in rows]
+        return found
+
+    return run
+
+
+ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
+    "uniform": spectrum_row(uniform),
+    "spectrum knapsack": spectrum_row(knapsack),
+    "PGSVD tolerance": spectrum_row(tolerance),
+    "ASVD search": probe_row(None, sensitivity),
+    "LEMS-style probe": probe_row(PROBE_FRACTIONS["probe"], knapsack),
+    "level evolution": evolution_row,
+    "menu + knapsack": gradient_row,
+    **{name: sampler_row(name) for name in SAMPLERS},
+}
+SEEDED = {"level evolution", "menu + knapsack", *SAMPLERS}
+
+
+def report(bench: Bench, found: Found) -> dict[str, object]:
+    """The row's best plans at every fraction of the grid, on the report split."""
+    windows = bench.setup.tokens["report"]
+    bench.resident.apply(Plan(()))
+    dense = score(bench.resident.model, windows).perplexity
+    measured: dict[str, float] = {}
+    perplexity: dict[float, float] = {}
+    for keep in GRID:
+        plan = found.best(keep)
+        if plan is not None:
+            if plan.key not in measured:
+                bench.resident.apply(plan)
+                measured[plan.key] = score(bench.resident.model, windows).perplexity
+            perplexity[keep] = measured[plan.key]
+    points = np.array([[max(math.log(value / dense), 0.0) / math.log(10), keep] for keep, value in perplexity.items()])
+    volume = float(moocore.hypervolume(np.vstack([points, [0.0, 1.0]]), ref=np.ones(2)))
+    return {
+        "dense": dense,
+        "perplexity": {str(keep): perplexity[keep] for keep in SHOWN if keep in perplexity},
+        "hypervolume": volume,
+        "tokens": found.tokens,
+        "overhead": found.overhead,
+    }
+
+
+def table(cells: list[dict[str, object]]) -> str:
+    """Median over seeds of every row and budget, as markdown."""
+    head = ["budget", "row", "seeds", "tokens", "hypervolume", *(f"ppl at {keep}" for keep in SHOWN), "overhead, s"]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for cell in cells:
+        groups.setdefault((cell["budget"], cell["row"]), []).append(cell)
+    order = sorted(groups.items(), key=lambda item: (item[0][0], -median(c["hypervolume"] for c in item[1])))
+    for (budget, row), members in order:
+        volumes = [cell["hypervolume"] for cell in members]
+        spread = f" ({min(volumes):.4f} to {max(volumes):.4f})" if len(volumes) > 1 else ""
+        at = [[c["perplexity"][str(keep)] for c in members if str(keep) in c["perplexity"]] for keep in SHOWN]
+        shown = [f"{median(values):.1f}" if values else "-" for values in at]
+        tokens, overhead = (median(cell[key] for cell in members) for key in ("tokens", "overhead"))
+        volume = f"{median(volumes):.4f}{spread}"
+        row_cells = [f"{budget:,}", row, str(len(members)), f"{tokens:,.0f}", volume, *shown, f"{overhead:.1f}"]
+        lines.append(f"| {' | '.join(row_cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--budgets", default="100000,300000,1000000")
+    parser.add_argument("--seeds", default="0")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "search.jsonl"
+    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    bench: Bench | None = None
+    for budget in map(int, arguments.budgets.split(",")):
+        for seed in map(int, arguments.seeds.split(",")):
+            for row in arguments.rows.split(","):
+                key = {"row": row, "budget": budget, "seed": seed}
+                if any(key.items() <= cell.items() for cell in cells) or (seed and row not in SEEDED):
+                    continue
+                bench = bench or Bench(arguments.text)
+                cell = key | report(bench, ROWS[row](bench, budget, seed)) | {"from": provenance()}
+                cells.append(cell)
+                with file.open("a") as out:
+                    out.write(json.dumps(cell) + "\n")
+                print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
+    print(table(cells))
+    print(provenance())
+
+
+if __name__ == "__main__":
+    main()
