@@ -156,9 +156,16 @@ class Driver:
             self.menu_asked = True
             return Job("menu", 0, Plan(()))
         job = self._next_trial() if self.searching and self._ready else None
+        if job is None and self.searching and not self.running and not self._ready and not self.menu_asked:
+            raise InputError(
+                f"the dense model could not be measured ({self._dense_failure()}): nothing to compare with"
+            )
         if job is None and not self.running:
             job = self._next_report()
         return job
+
+    def _dense_failure(self) -> str:
+        return next((row.failure for row in self.rows() if row.failure and row.origin.endswith(": dense")), "no reason")
 
     @property
     def _menu_due(self) -> bool:
@@ -177,6 +184,8 @@ class Driver:
 
     def _next_trial(self) -> Job | None:
         for _ in range(MAX_REPEATS):
+            if not self._ready:  # the last of the anchors was a repetition, and our sampler is not there yet
+                return None
             trial = self.study.ask()
             plan = self.space.suggest(trial, self.origin)
             if plan.key in self.seen:
@@ -211,6 +220,7 @@ class Driver:
         """Record what measuring ``job`` gave. Raises `InputError` for a cause that would fail every trial."""
         self.dead = 0
         if job.kind == "menu":
+            self.menu_asked = False
             self._menu_arrived(record)
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.

@@ -44,6 +44,7 @@ def make_sampler(name: str, seed: int, finished: int) -> BaseSampler:
 
 
 BUDGETS = 48  # budgets at which the corrected menu is solved for each proposal
+STEPS = 100  # random steps before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
@@ -169,10 +170,13 @@ class RankfrontSampler(BaseSampler):
         if mode == "switch" and front:
             candidates += self._switches(front, coefficients)
         fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
-        while not fresh:  # everything solved for was measured: step away from a solution at random
-            stepped = [self._step(list(c)) for c in candidates]
-            fresh = [c for c in stepped if tuple(c) not in tried]
-            candidates = stepped
+        for _ in range(STEPS):  # everything solved for was measured: step away from it at random
+            if fresh:
+                break
+            candidates = [self._step(list(c)) for c in candidates]
+            fresh = [c for c in candidates if tuple(c) not in tried]
+        else:
+            return candidates[0]  # the space is exhausted, which the driver notices
         gains = self._gains(fresh, finished, coefficients)
         return fresh[int(np.argmax(gains))]
 
