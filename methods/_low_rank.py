@@ -38,7 +38,7 @@ def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Ten
 
 
 def _rank(option: Option) -> int:
-    """The option's rank; `InputError` where it has none: plans are files that people may edit."""
+    """The option's rank; `InputError` where it has none."""
     rank = dict(option.level).get("rank")
     if type(rank) is not int or rank < 1:
         raise InputError(f"option {option.label!r} has {rank=}: it needs a whole number of at least 1")
@@ -80,6 +80,9 @@ class LowRank:
         if break_even_rank(site.weights[0].out_features, site.weights[0].in_features) == 0:
             return "no rank stores less than the dense weight"
         return None
+
+    def check(self, option: Option) -> None:
+        _rank(option)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):

@@ -148,6 +148,9 @@ class Method(Protocol):
     def refuses(self, site: Site) -> str | None:
         """Why this method cannot treat ``site``, or None where it can."""
 
+    def check(self, option: Option) -> None:
+        """Raise `InputError` where ``option`` has no level of this method: plans are files that people may edit."""
+
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         """Kept fraction asked for -> option; only options cheaper than dense."""
 

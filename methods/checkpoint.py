@@ -62,6 +62,8 @@ class RankfrontQuantizer(HfQuantizer):
         for path, spec in self.config.modules.items():
             settings = {name: value for name, value in spec.items() if name != "kind"}
             set_module(model, path, empty_replacement(model.get_submodule(path), spec["kind"], settings))
+            # Some architectures (GPT-2) initialise a block's weights by name, and would look for the dense one.
+            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         tie_factors(model, self.config.tied)
 
     def is_serializable(self) -> bool:

@@ -46,17 +46,16 @@ class LowRankEmbedding(nn.Module):
     the result for models that scale their embeddings (Gemma).
     """
 
-    def __init__(self, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scale: float | None = None) -> None:
         super().__init__()
         self.left = _parameter(left)
         self.right = _parameter(right)
         self.num_embeddings, self.embedding_dim, self.rank = left.shape[0], right.shape[1], right.shape[0]
-        self.embed_scale: Tensor | None
-        self.register_buffer("embed_scale", scale, persistent=False)
+        self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.left) @ self.right  # (..., width)
-        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
     def matrix(self) -> Tensor:
         return self.left.float() @ self.right.float()
@@ -86,8 +85,8 @@ def replacement(dense: nn.Module, kind: str, tensors: Mapping[str, Tensor]) -> n
     """The module that runs ``tensors`` in the place of ``dense``, keeping its bias and its embedding scale."""
     check_choice("layer kind", kind, LAYERS)
     if isinstance(dense, nn.Embedding):
-        scale = getattr(dense, "embed_scale", None)
-        return LowRankEmbedding(tensors["left"], tensors["right"], scale)
+        # A number, not the buffer beside it: a buffer that is not saved has no value while a model is being loaded.
+        return LowRankEmbedding(tensors["left"], tensors["right"], getattr(dense, "scalar_embed_scale", None))
     return LAYERS[kind](**tensors, bias=getattr(dense, "bias", None))
 
 

@@ -18,7 +18,6 @@ from rankfront.search.study import Interrupted, Study
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help=__doc__,
@@ -200,7 +199,8 @@ def _fail(message: str, code: int) -> int:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 the user's input, 1 anything else."""
     try:
-        code = app(arguments, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        code = app(given or ["--help"], prog_name="rankfront", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)

@@ -44,7 +44,9 @@ class Sweep:
     def solve(self, budget: float) -> Places:
         """The optimum within ``budget`` stored values; `InputError` where nothing fits."""
         _check(self.menu, budget)
-        column = min(int(budget // self.unit), len(self.loss) - 1)
+        # Costs are rounded up to the grid, and so would be dense: its own budget is the last column.
+        last = len(self.loss) - 1
+        column = last if budget >= self.menu.dense else min(int(budget // self.unit), last)
         if not np.isfinite(self.loss[column]):  # rounding costs up to the grid can lose the very cheapest plans
             return [int(line.parameters.argmin()) for line in self.menu.lines]
         places = []
@@ -128,6 +130,8 @@ def _cheapest_from(line: Line, keep: float) -> int:
 def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places], low: float, high: float) -> Places:
     """The plan of ``rule`` at the knob setting that stores the most within ``budget``; rules store more as it grows."""
     _check(menu, budget)
+    if menu.parameters(rule(high)) <= budget:
+        return rule(high)
     best = rule(low)
     if menu.parameters(best) > budget:
         best = [int(line.parameters.argmin()) for line in menu.lines]
@@ -156,6 +160,8 @@ def tolerance(menu: Menu, budget: float) -> Places:
     highest = max(float(line.divergence.max()) for line in menu.lines)
 
     def rule(knob: float) -> Places:
+        if knob >= 1.0:
+            return [0] * len(menu.lines)
         bound = highest * 1e-9**knob  # a larger knob allows less error and stores more
         places = []
         for line in menu.lines:

@@ -16,11 +16,10 @@ from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import ours, quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
-from rankfront.search.sampler import OURS, RankfrontSampler, make_sampler
+from rankfront.search.sampler import INTERRUPTED, OURS, RankfrontSampler, make_sampler
 from rankfront.search.space import Space
 from rankfront.search.trial import Job, Record
 
-INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # kept fractions of the treated weights at which the menu is measured
 MAX_DEAD = 3  # workers in a row that died without finishing anything
@@ -111,6 +110,11 @@ class Driver:
         if not self.ours or record is None or dense is None or self.menu is not None:
             return
         self.menu = make_menu(self.space.wanted(), record["predictions"])
+        if not self.menu.lines:
+            source = self.config.search.menu
+            raise InputError(
+                f"search.menu = {source!r} predicts no option of this space: use another source or sampler"
+            )
         self.sampler = ours(self.menu, self.space, self.config, dense, self.origin)
         self.study.sampler = self.sampler
         solved = sweep(self.menu)

@@ -9,7 +9,9 @@ from rankfront.objectives import score
 from rankfront.objectives.latency import generate
 from rankfront.search.model import (
     DTYPES,
+    check_length,
     count_parameters,
+    learned_positions,
     load_model,
     load_tokenizer,
     pick_device,
@@ -34,8 +36,10 @@ def evaluate(
     dtype = pick_dtype(dtype, device)
     tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]
     model = load_model(source, DTYPES[dtype], device)
+    check_length(model, length, "--length")
     scores = score(model, tokens)
-    prompt = tokens.flatten()[:PROMPT][None].to(device)
+    positions = learned_positions(model) or PROMPT + DECODE
+    prompt = tokens.flatten()[: max(1, min(PROMPT, positions - DECODE))][None].to(device)
     generate(model, prompt, 1)
     runs = [generate(model, prompt, DECODE) for _ in range(ROUNDS)]
     return {

@@ -82,7 +82,10 @@ def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
         _multiply_out(model, resident.modules, resident.dense_modules)
     with quiet():
         model.save_pretrained(folder)
-    load_tokenizer(resolve(resident.setup.config.model.name)).save_pretrained(folder)
+    try:
+        load_tokenizer(resolve(resident.setup.config.model.name)).save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises a bare Exception where the disk is full
+        raise OSError(str(error)) from error
     (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
 
 

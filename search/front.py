@@ -18,8 +18,8 @@ from scipy import stats
 from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
 from rankfront.search.plan import Plan
+from rankfront.search.sampler import INTERRUPTED
 
-INTERRUPTED_PREFIX = "interrupted"
 Settings = Mapping[str, dict[str, Any]]
 
 
@@ -40,9 +40,7 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether the trial counts against the limit: complete, or failed by itself."""
-        return self.state == "complete" or (
-            self.state == "failed" and not (self.failure or "").startswith(INTERRUPTED_PREFIX)
-        )
+        return self.state == "complete" or (self.state == "failed" and self.failure != INTERRUPTED)
 
     @cached_property
     def plan(self) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import Factors, Option, Site, get_method
-from rankfront.methods.layers import replacement
+from rankfront.methods.layers import LAYERS
 from rankfront.search.factors import FactorStore
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
@@ -78,7 +78,7 @@ def _hook(
             y = output.detach().flatten(0, -2).float()  # (tokens, m)
             dense = (g * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
             for method, chosen in nested.items():
-                for option, compressed in _products(method, chosen, site, store, module, g, x):
+                for option, compressed in _products(method, chosen, site, store, g, x):
                     sums[option.label] += 0.5 * float((dense - compressed).square().sum())
 
         output.register_hook(arrived)
@@ -87,7 +87,7 @@ def _hook(
 
 
 def _products(
-    method: str, options: Sequence[Option], site: Site, store: FactorStore, module: nn.Module, g: Tensor, x: Tensor
+    method: str, options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor
 ) -> list[tuple[Option, Tensor]]:
     """(option, gᵀ Ŵ x (tokens,)) for every option of one method at one site."""
     role = site.weights[0].role
@@ -97,12 +97,11 @@ def _products(
         left, right = (tensors[name].to(g.device).float() for name in ("left", "right"))
         running = ((g @ left) * (x @ right.T)).cumsum(1)  # (tokens, r)
         return [(option, running[:, int(option["rank"]) - 1]) for option in options]
-    return [(option, (g * _run(store.factors(site, option)[role], module, x)).sum(1)) for option in options]
+    return [(option, (g * _run(store.factors(site, option)[role], x)).sum(1)) for option in options]
 
 
-def _run(factors: Factors, module: nn.Module, x: Tensor) -> Tensor:
+def _run(factors: Factors, x: Tensor) -> Tensor:
     """Ŵ x (tokens, m), without bias."""
     tensors = {name: tensor.to(x.device).float() for name, tensor in factors.tensors.items()}
-    y: Tensor = replacement(module, factors.kind, tensors)(x)
-    bias = getattr(module, "bias", None)
-    return y if bias is None else y - bias.float()
+    y: Tensor = LAYERS[factors.kind](**tensors)(x)
+    return y

@@ -44,6 +44,10 @@ class Menu:
         return int(sum(line.parameters[0] for line in self.lines))
 
     @cached_property
+    def _sites(self) -> frozenset[str]:
+        return frozenset(line.site for line in self.lines)
+
+    @cached_property
     def least(self) -> int:
         """Stored values with every site at its cheapest option."""
         return int(sum(line.parameters.min() for line in self.lines))
@@ -61,7 +65,9 @@ class Menu:
         return {line.site: line.options[place] for line, place in zip(self.lines, places, strict=True)}
 
     def places(self, option_of: Mapping[str, Option]) -> list[int] | None:
-        """Where a plan's options stand in the lines; None where one of them is not on the menu."""
+        """Where a plan's options stand in the lines; None where a treatment is not on the menu."""
+        if any(option != DENSE_OPTION for site, option in option_of.items() if site not in self._sites):
+            return None
         found = []
         for line in self.lines:
             option = option_of.get(line.site, DENSE_OPTION)
@@ -82,7 +88,7 @@ def make_menu(wanted: Mapping[Site, Iterable[Option]], predictions: Predictions)
         known = predictions.get(site.name, {})
         by_method: dict[str, list[tuple[int, Option, float]]] = {}
         for option in options:
-            if option.label in known:
+            if np.isfinite(known.get(option.label, np.nan)):
                 stored = get_method(option.method).storage(site, option).parameters
                 by_method.setdefault(option.method, []).append((stored, option, max(known[option.label], TINY)))
         entries: list[tuple[int, Option, float]] = []

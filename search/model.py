@@ -21,6 +21,7 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
@@ -170,7 +171,7 @@ def _loading(source: Source) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -206,6 +207,25 @@ def skeleton(source: Source) -> Any:
     config = read_config(source)
     with _loading(source), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has learned embeddings for (GPT-2, OPT); None where it has rotary ones."""
+    width = model.get_input_embeddings().embedding_dim
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Embedding) and "pos" in path.rpartition(".")[2]) or path.endswith(".wpe")
+        if module.embedding_dim == width
+    ]
+    return min(tables, default=None)
+
+
+def check_length(model: Any, length: int, what: str) -> None:
+    """Raise `InputError` where ``length`` tokens are more than the model has learned positions for."""
+    positions = learned_positions(model)
+    if positions is not None and length > positions:
+        raise InputError(f"{what} is {length} tokens and the model has {positions} learned positions: make it shorter")
 
 
 def pick_device(device: str) -> str:

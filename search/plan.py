@@ -64,6 +64,9 @@ class Plan:
                 site: Option.of(method=spec["method"], **{k: v for k, v in spec.items() if k != "method"})
                 for site, spec in data["sites"].items()
             }
+            for option in choices.values():
+                if option.method != DENSE:
+                    get_method(option.method).check(option)
             origin = {str(key): str(value) for key, value in data.get("origin", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where} is corrupt ({type(error).__name__}: {error}): export it again") from error

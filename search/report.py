@@ -14,6 +14,7 @@ from rankfront.search.tables import plan_json
 GROUPS = ("dominated", "uniform anchors", "front")
 COLOURS = {"dominated": "#b8bdc6", "uniform anchors": "#d98e04", "front": "#1f5fbf"}
 SPAN = 20.0  # times the front's best value: what lies above is left out of the picture, and said so
+PLAIN = {"displayModeBar": False}
 SIZE_AXES = ("parameters", "block_parameters", "bytes", "latency")
 
 
@@ -48,7 +49,10 @@ def front_figure(study: Study) -> go.Figure:
         height=480,
     )
     figure.update_xaxes(title=size)
-    figure.update_yaxes(title=f"{quality} (search split)", type="log")
+    ticks = [digit * 10.0**power for power in range(-6, 13) for digit in (1, 2, 3, 5)]
+    figure.update_yaxes(
+        title=f"{quality} (search split)", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks]
+    )
     return figure
 
 
@@ -114,9 +118,9 @@ td:nth-child(2), th:nth-child(2) {{ text-align: left }}
 <h1>{html.escape(study.config.model.name)}</h1>
 <p>Hypervolume {study.hypervolume():.4f} of the box {html.escape(corners)} (ideal to reference).
 The search split chose these trials; the report split, which the search never saw, gives the last column.</p>
-{front_figure(study).to_html(full_html=False, include_plotlyjs=True)}
+{front_figure(study).to_html(full_html=False, include_plotlyjs=True, config=PLAIN)}
 {_table(study)}
-{plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False)}
+{plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
 """
     partial = path.with_name(f".{path.name}.partial")

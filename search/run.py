@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import SQLAlchemyError
 
 from rankfront.methods import InputError
 from rankfront.search.config import StudyConfig, definition_of, make_config
@@ -82,6 +82,8 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for one launcher; `InputError` where another holds it. Freed by any kind of death."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"run {str(self.path)!r} is a file: name a folder, new or of an earlier launch")
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
             try:
@@ -117,7 +119,7 @@ class Run:
                 directions=["minimize" for _ in config.objectives],
                 load_if_exists=True,
             )
-        except (DatabaseError, ValueError, ImportError) as error:
+        except (SQLAlchemyError, sqlite3.Error, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"the study's storage {url!r} cannot be opened ({reason}): restore it or use --run"

@@ -21,6 +21,7 @@ from rankfront.search.menu import Menu
 from rankfront.search.surrogate import Coefficients, Surrogate
 
 OURS = "rankfront"
+INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
 POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
 OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
@@ -112,7 +113,8 @@ class RankfrontSampler(BaseSampler):
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         self._learn(finished)
         everything = study.get_trials(deepcopy=False)
-        tried = {self._key(t.params) for t in everything if t.number != trial.number and t.params}
+        others = [t for t in everything if t.number != trial.number and t.user_attrs.get("failure") != INTERRUPTED]
+        tried = {self._key(t.params) for t in others if t.params}
         mode = MODES[trial.number % len(MODES)]
         chosen = self._propose(finished, tried, mode)
         by_site = self.menu.choices(chosen)
@@ -175,7 +177,7 @@ class RankfrontSampler(BaseSampler):
                 break
             candidates = [self._step(list(c)) for c in candidates]
             fresh = [c for c in candidates if tuple(c) not in tried]
-        else:
+        if not fresh:
             return candidates[0]  # the space is exhausted, which the driver notices
         gains = self._gains(fresh, finished, coefficients)
         return fresh[int(np.argmax(gains))]

@@ -133,7 +133,7 @@ class Surrogate:
         if not len(self._observed):
             return self._unpack(self._root @ self.random.standard_normal(self._root.shape[1]))
         start: np.ndarray = np.array(self.random.standard_normal(self._root.shape[1]))
-        noise = NOISE * self.random.standard_normal(len(self._observed))
+        noise = np.hypot(NOISE, RESIDUAL) * self.random.standard_normal(len(self._observed))
         return self._map(start, self._observed + noise)
 
     def _map(self, prior: np.ndarray, observed: np.ndarray) -> Coefficients:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rankfront.methods import get_method, method_names
+from rankfront.methods import DENSE, InputError, get_method, method_names
 from rankfront.objectives import make_objective
 from rankfront.search.front import Constraint, Row, box_of, dense_row, front_of, hypervolume
 from rankfront.search.model import find_sites, resolve, skeleton
@@ -81,10 +81,16 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
 def plan_json(study: Study, row: Row) -> dict[str, Any]:
     """The documented shape of ``rankfront show --json``: every site with its method, level and cost."""
     sites = []
-    for site in find_sites(skeleton(resolve(study.config.model.name))):
+    found = find_sites(skeleton(resolve(study.config.model.name)))
+    unknown = row.plan.by_site.keys() - {site.name for site in found}
+    if unknown:
+        raise InputError(
+            f"the plan of trial {row.number} names {min(unknown)!r}, which {study.config.model.name} has not"
+        )
+    for site in found:
         option = row.plan.option(site.name)
         dense = site.storage.parameters
-        stored = dense if not option.level else get_method(option.method).storage(site, option).parameters
+        stored = dense if option.method == DENSE else get_method(option.method).storage(site, option).parameters
         sites.append(
             {
                 "site": site.name,

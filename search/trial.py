@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE, DENSE_OPTION, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
+from rankfront.objectives.latency import Latency
 from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors import FactorStore
 from rankfront.search.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.menu import probe_options, scaled_predictions, spectrum_predictions
-from rankfront.search.model import DTYPES, Place, count_parameters, find_sites, load_model, resolve, skeleton
+from rankfront.search.model import (
+    DTYPES,
+    Place,
+    check_length,
+    count_parameters,
+    find_sites,
+    load_model,
+    resolve,
+    skeleton,
+)
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.sampler import OURS
 from rankfront.search.space import Space
@@ -80,8 +90,13 @@ class Job:
 
 def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
-    sites = find_sites(skeleton(resolve(setup.config.model.name)))
-    return _space(setup, sites)
+    model = skeleton(resolve(setup.config.model.name))
+    check_length(model, setup.config.data.length, "data.length")
+    latency = setup.config.objectives.get("latency")
+    if latency is not None:
+        run = Latency(**latency)
+        check_length(model, run.prompt + run.decode, "objectives.latency.prompt + decode")
+    return _space(setup, find_sites(model))
 
 
 def _space(setup: Setup, sites: Mapping[Site, Place]) -> Space:
@@ -136,6 +151,7 @@ class Resident:
         self.space = _space(setup, self.sites)
         prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
         self.store = setup.store()
+        self.names = {site.name for site in self.sites}
         self.dense_values = count_parameters(self.model)
         self.dense_modules = {
             path: self.model.get_submodule(path)
@@ -148,7 +164,13 @@ class Resident:
         self._teachers: dict[str, Teacher] = {}
 
     def apply(self, plan: Plan) -> None:
-        """Make the model run ``plan``: only the sites whose option changed are touched."""
+        """Make the model run ``plan``: only the sites whose option changed are touched.
+
+        Raises `InputError` where the plan names a site that this model does not have.
+        """
+        unknown = plan.by_site.keys() - self.names
+        if unknown:
+            raise InputError(f"the plan names {min(unknown)!r}, which this model does not have: it belongs to another")
         for site in self.sites:
             option = plan.option(site.name)
             if option != self.current.get(site.name, DENSE_OPTION):
@@ -235,7 +257,7 @@ class Resident:
                 for name, settings in self.setup.config.objectives.items()
             }
             perplexity = subject.scores.perplexity
-        bad = {name: value for name, value in {**values, "perplexity": perplexity}.items() if not math.isfinite(value)}
+        bad = {name: value for name, value in {"perplexity": perplexity, **values}.items() if not math.isfinite(value)}
         if bad:
             return {"failure": f"not finite: {', '.join(f'{name} is {value}' for name, value in bad.items())}"}
         return {

@@ -7,17 +7,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from common import ARCHITECTURES, random_plan, save_folder, tokens
-from launching import make_run, small_data, tree, verify_here
+from launching import contents, make_run, small_data, tree, verify_here
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankfront.methods import InputError
 from rankfront.methods.layers import LowRankEmbedding, LowRankLinear
+from rankfront.search import export as module
 from rankfront.search.__main__ import run
 from rankfront.search.export import ExportError, export
 from rankfront.search.front import Row
@@ -37,7 +39,7 @@ def residents(tmp_path_factory, text_file):
     for row in ARCHITECTURES:
         folder = save_folder(row.name, tmp_path_factory.mktemp(row.name) / "model")
         data = small_data(folder, text_file)
-        data["space"]["include"] = ["*", row.head]
+        data["space"]["include"] = ["*", row.head, row.table]
         found[row.name] = Resident(Study(data).setup())
     return found
 
@@ -72,8 +74,8 @@ def logits(model):
 def same_matrix(model, architecture):
     """Whether the embedding table and the head read the same numbers from the same memory."""
     table, head = model.get_submodule(architecture.table), model.get_submodule(architecture.head)
-    names = ("left", "right") if isinstance(head, LowRankLinear) else ("weight",)
-    return all(getattr(table, name).data_ptr() == getattr(head, name).data_ptr() for name in names)
+    ours, theirs = ({parameter.data_ptr() for parameter in module.parameters()} for module in (table, head))
+    return ours == theirs
 
 
 @pytest.mark.parametrize("part", ["blocks", "whole"])
@@ -94,7 +96,9 @@ def test_factored_loads_as_it_was_measured(residents, architecture, part, tmp_pa
     assert config["quantization_config"]["quant_method"] == "rankfront"
     assert Plan.from_json((out / "plan.json").read_text(encoding="utf-8")) == row.plan
 
-    loaded = AutoModelForCausalLM.from_pretrained(out)
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert torch.equal(logits(loaded), expected)
     assert count_parameters(loaded) == row.attributes["parameter_count"]
     assert any(isinstance(module, LowRankLinear) for module in loaded.modules())
@@ -209,7 +213,7 @@ def test_what_is_exported_was_verified_in_a_fresh_process(exportable, compressed
         commands.append(command)
         return real(command, **more)
 
-    monkeypatch.setattr("rankfront.search.export.subprocess.run", watched)
+    monkeypatch.setattr("rankfront.search.export.subprocess", SimpleNamespace(run=watched))
     verified = exportable.export(tmp_path / "out", compressed)
     assert len(commands) == 1
     assert commands[0][0] == sys.executable
@@ -231,35 +235,26 @@ def test_what_does_not_verify_is_not_kept(exportable, compressed, tmp_path, monk
     verify_here(monkeypatch)
     attributes = compressed.attributes | {figure: int(compressed.attributes[figure] * 1.01) + 1}
     row = Row(**{**vars(compressed), "attributes": attributes})
-    before = tree(exportable.run.path)
+    before = contents(exportable)
     with pytest.raises(ExportError, match="not kept"):
         exportable.export(tmp_path / "out", row)
     assert os.listdir(tmp_path) == []
-    assert tree(exportable.run.path) == before
+    assert contents(exportable) == before
 
 
 def test_what_does_not_load_is_not_kept(exportable, compressed, tmp_path, monkeypatch):
     """The fresh process fails: its last line is the reason."""
-    write = exportable_write(monkeypatch)
-    with pytest.raises(ExportError, match="does not load in a fresh process"):
-        exportable.export(tmp_path / "out", compressed)
-    assert write
-    assert os.listdir(tmp_path) == []
-
-
-def exportable_write(monkeypatch):
-    """Spoil every folder after it is written; returns the list of spoiled ones."""
-    from rankfront.search import export as module
-
-    spoiled, write = [], module._write
+    write = module._write
 
     def spoiling(resident, row, folder, form):
         write(resident, row, folder, form)
         (folder / "model.safetensors").write_bytes(b"spoiled")
-        spoiled.append(folder)
 
     monkeypatch.setattr(module, "_write", spoiling)
-    return spoiled
+    with pytest.raises(ExportError, match="does not load in a fresh process") as caught:
+        exportable.export(tmp_path / "out", compressed)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_existing_folder_is_not_touched(exportable, compressed, tmp_path, monkeypatch):
@@ -281,7 +276,7 @@ def test_an_existing_folder_is_not_touched(exportable, compressed, tmp_path, mon
 
 def refused_export(study, out, capsys):
     """Export through the command line where it cannot work: exit code 1, one line, the run as it was."""
-    before = tree(study.run.path)
+    before = contents(study)
     code = run(["export", str(study.run.path), "--out", str(out), "--max-parameters", "0.99"])
     captured = capsys.readouterr()
     assert code == 1, captured.err
@@ -289,21 +284,26 @@ def refused_export(study, out, capsys):
     lines = [line for line in captured.err.splitlines() if "exporting trial" not in line]
     assert len(lines) == 1
     assert lines[0].startswith("rankfront: ")
-    assert tree(study.run.path) == before
+    assert contents(study) == before
     return lines[0]
 
 
-@pytest.mark.parametrize("limit", [100, 2_000, 20_000, 60_000])
+@pytest.mark.parametrize("limit", [100, 2_000, 4_000, 20_000, 60_000])
 def test_a_file_that_cannot_grow_leaves_nothing(exportable, tmp_path, monkeypatch, capsys, limit):
-    """RLIMIT_FSIZE: a write beyond ``limit`` bytes fails, in the configuration, the weights or the tokenizer."""
+    """RLIMIT_FSIZE while the folder is written: a write beyond ``limit`` bytes fails, in whichever file it is."""
     verify_here(monkeypatch)
-    exportable.setup()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores SIGXFSZ, so writes fail
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        line = refused_export(exportable, tmp_path / "out", capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    write = module._write_verified
+
+    def limited(*arguments):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores SIGXFSZ, so writes fail
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            return write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(module, "_write_verified", limited)
+    line = refused_export(exportable, tmp_path / "out", capsys)
     assert "free some space" in line
     assert os.listdir(tmp_path) == []
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rankfront.methods import InputError
+from rankfront.search.driver import INTERRUPTED
 from rankfront.search.front import (
     Box,
     Constraint,
@@ -254,7 +255,7 @@ def test_the_frame_is_flat():
 
 def test_failed_trials_count_unless_interrupted():
     assert Row(0, "failed", "", None, None, failure="RuntimeError: no").counts
-    assert not Row(0, "failed", "", None, None, failure="interrupted: the launcher stopped").counts
+    assert not Row(0, "failed", "", None, None, failure=INTERRUPTED).counts
     assert not Row(0, "running", "", None, None).counts
     assert make_rows([(1, 1)])[0].counts
 

@@ -24,7 +24,7 @@ def factors(m, n, rank, seed=0):
     }
 
 
-@pytest.mark.parametrize("scale", [None, torch.tensor(3.5)])
+@pytest.mark.parametrize("scale", [None, 3.5])
 def test_embedding_looks_up_rows_of_its_matrix(scale):
     layer = LowRankEmbedding(**factors(20, 6, 3), scale=scale)
     ids = torch.tensor([[0, 19, 7], [7, 7, 1]])
@@ -41,7 +41,7 @@ def test_embedding_replaces_an_embedding():
 
 def test_embedding_keeps_the_scale_of_the_table():
     table = nn.Embedding(20, 6)
-    table.register_buffer("embed_scale", torch.tensor(2.0))
+    table.scalar_embed_scale = 2.0  # as transformers keeps it beside the buffer
     layer = replacement(table, "low-rank", factors(20, 6, 3))
     torch.testing.assert_close(layer(torch.arange(20)), 2 * layer.matrix())
 

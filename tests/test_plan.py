@@ -27,7 +27,7 @@ def test_json_there_and_back():
 
 
 def test_levels_keep_their_types():
-    option = Option.of("mixed", rank=8, sparsity=0.5, pattern="2:4")
+    option = Option.of("svd", rank=8, sparsity=0.5, pattern="2:4")
     assert Plan.from_json(Plan.of({"a": option}).to_json()).option("a") == option
 
 

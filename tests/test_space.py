@@ -7,7 +7,7 @@ import pytest
 from rankfront.methods import DENSE_OPTION, Grid, InputError, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.model import Place, find_sites
-from rankfront.search.space import Space
+from rankfront.search.space import Space, Tied
 
 KEEP = (0.3, 0.5, 0.8)
 KINDS = common.GATED
@@ -39,6 +39,11 @@ def make_space(sites=None, groups=0, **settings):
 
 def names(space):
     return {site.name for site in space.choices}
+
+
+def sites_of(variable):
+    """Names of the sites that a variable decides for."""
+    return list(variable.sites) if isinstance(variable, Tied) else [variable.name]
 
 
 def ask(space, parameters=None):
@@ -154,7 +159,7 @@ def test_dense_is_open_everywhere():
 @pytest.mark.parametrize("groups", [0, 1, 2, 3, 4, 8, 100])
 def test_variables_cover_each_site_once(groups):
     space = make_space(deep_sites(), groups)
-    covered = [name for variable in space.variables for name in variable.sites]
+    covered = [name for variable in space.variables for name in sites_of(variable)]
     assert len(covered) == len(set(covered))
     assert set(covered) == names(space)
     labels = [variable.name for variable in space.variables]
@@ -168,8 +173,8 @@ def test_a_group_is_one_kind_in_a_band_of_depth(groups):
     space = make_space(deep_sites(), groups)
     place = {site.name: where for site, where in space.sites.items()}
     for variable in space.variables:
-        assert len({place[name].kind for name in variable.sites}) == 1
-        blocks = [place[name].block for name in variable.sites]
+        assert len({place[name].kind for name in sites_of(variable)}) == 1
+        blocks = [place[name].block for name in sites_of(variable)]
         assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
         assert abs(len(blocks) - 8 / groups) < 1
 
@@ -177,14 +182,14 @@ def test_a_group_is_one_kind_in_a_band_of_depth(groups):
 def test_sites_that_differ_in_choices_get_variables_of_their_own():
     rules = [{"match": "*.3.*.v_proj", "methods": ["svd-llm"]}]
     space = make_space(deep_sites(), 1, rule=rules)
-    groups = [variable for variable in space.variables if variable.sites[0].endswith("v_proj")]
-    assert sorted(len(variable.sites) for variable in groups) == [1, 7]
+    groups = [variable for variable in space.variables if sites_of(variable)[0].endswith("v_proj")]
+    assert sorted(len(sites_of(variable)) for variable in groups) == [1, 7]
     assert len({variable.name for variable in groups}) == 2
 
 
 def test_embeddings_are_variables_of_their_own():
     space = make_space(deep_sites(), 1, include=["*", "lm_head", "model.embed_tokens"])
-    alone = [variable for variable in space.variables if len(variable.sites) == 1]
+    alone = [variable for variable in space.variables if len(sites_of(variable)) == 1]
     assert {variable.name for variable in alone} == {"lm_head", "model.embed_tokens"}
 
 

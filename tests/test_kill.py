@@ -1,0 +1,121 @@
+"""Kill the launcher at any moment and launch again: nothing finished is lost, nothing is repeated."""
+
+import multiprocessing
+import shutil
+import time
+
+import pytest
+from launching import (
+    PATIENCE,
+    check_whole,
+    ctrl_c,
+    finish,
+    finished,
+    small_data,
+    started,
+    values_of,
+    wait_for,
+    write_study,
+)
+
+from rankfront.search.__main__ import run as command_line
+from rankfront.search.study import Study
+
+TRIALS = 30
+
+
+@pytest.fixture
+def study_file(model_folder, text_file, tmp_path):
+    data = small_data(model_folder, text_file, trials=TRIALS, sampler="tpe")
+    return write_study(data, tmp_path / "study.toml")
+
+
+def test_killed_while_preparing_and_while_searching(study_file, tmp_path):
+    """Killed between two factor files, killed twice among the trials; then left to finish."""
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    environment = {"RANKFRONT_CACHE": str(cache)}
+    before = {}
+
+    def factors():
+        return len(list(cache.rglob("*.safetensors")))
+
+    def launch_and_kill(count, wanted):
+        with started("launch", study_file, "--run", run, **environment) as process:
+            reached = wait_for(lambda: count() >= wanted, lambda: process.poll() is None)
+            process.kill()
+            process.communicate()
+        assert reached, "the launch ended before it could be killed"
+
+    for count, wanted in ((factors, 3), (lambda: finished(run), 1), (lambda: finished(run), 9)):
+        launch_and_kill(count, wanted)
+        assert (finished(run) == 0) == (count is factors)
+        kept = values_of(Study.open(run))
+        assert kept.items() >= before.items()
+        before = kept
+    assert len(before) < TRIALS
+
+    done = finish("launch", study_file, "--run", run, **environment)
+    assert done.returncode == 0, done.stderr
+    study = Study.open(run)
+    check_whole(study, before, TRIALS)
+    assert all(row.report is not None for row in study.front())
+    assert [path for path in cache.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_killed_again_and_again(study_file, tmp_path):
+    """At nine arbitrary moments, from before the first trial to the last; every launch gets a little further."""
+    run, before = tmp_path / "run", {}
+    context = multiprocessing.get_context("forkserver")  # pays for the imports once
+    context.set_forkserver_preload(["rankfront.search.__main__"])
+    for turn in range(9):
+        process = context.Process(target=command_line, args=(["launch", str(study_file), "--run", str(run)],))
+        process.start()
+        target = len(before) + turn % 5
+        wait_for(lambda target=target: finished(run) >= target, process.is_alive)
+        time.sleep(0.013 * turn)  # seconds, so that no two kills hit the same step
+        process.kill()
+        process.join(PATIENCE)
+        if not (run / "study.json").is_file():
+            continue
+        study = Study.open(run)
+        kept = values_of(study)
+        assert kept.items() >= before.items()
+        assert [row.state for row in study.rows()].count("running") <= 1
+        before = kept
+    assert len(before) > 0
+    assert command_line(["launch", str(study_file), "--run", str(run)]) == 0
+    check_whole(Study.open(run), before, TRIALS)
+
+
+def test_a_half_written_definition_is_none(study_file, tmp_path):
+    """A launcher that died while it wrote study.json leaves its partial file, which nobody reads."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "study.partial").write_text('{"version": 1, "conf', encoding="utf-8")
+    assert command_line(["launch", str(study_file), "--run", str(run), "--trials", "3"]) == 0
+    check_whole(Study.open(run), {}, 3)
+
+
+@pytest.mark.parametrize("moment", ["preparing", "searching"])
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(study_file, tmp_path, moment):
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    with started("launch", study_file, "--run", run, RANKFRONT_CACHE=str(cache)) as process:
+        if moment == "preparing":
+            reached = wait_for(lambda: any(cache.rglob("*.safetensors")), lambda: process.poll() is None)
+        else:
+            reached = wait_for(lambda: finished(run) >= 3, lambda: process.poll() is None)
+        stdout, stderr = ctrl_c(process)
+    assert reached
+    assert process.returncode == 1, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    last = stderr.splitlines()[-1]
+    assert last.startswith("rankfront: stopped")
+    assert "run the same command again to go on" in last
+
+    study = Study.open(run)
+    before = values_of(study)
+    assert "running" not in {row.state for row in study.rows()}
+    shutil.rmtree(cache, ignore_errors=True)  # its factors are made again
+    assert command_line(["launch", str(study_file), "--run", str(run)]) == 0
+    check_whole(Study.open(run), before, TRIALS)

@@ -1,0 +1,460 @@
+"""Our sampler: near known optima on synthetic problems, and through whole studies of a tiny model."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import moocore
+import numpy as np
+import optuna
+import pytest
+from launching import again, check_whole, make_run, quiet, small_data, values_of
+from optuna.trial import TrialState
+
+from rankfront.methods import DENSE_OPTION, InputError, Option
+from rankfront.objectives import make_objective
+from rankfront.search.driver import WARM_START, Driver
+from rankfront.search.goal import make_goal
+from rankfront.search.menu import Line, Menu
+from rankfront.search.sampler import OURS, Goal, RankfrontSampler
+from rankfront.search.study import Interrupted, Study
+from rankfront.search.trial import Resident, make_space
+
+KINDS, TRIALS = ("attention", "mlp"), 40
+NEVER = 1e-9  # nats; the divergence of dense, so that its logarithm exists
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model of which everything is known: divergence (interactions and noise on top) against stored values.
+
+    Attributes:
+        interaction: extra divergence of compressing both sites of a block, as a multiple of √(d_i d_j).
+        noise: standard deviation of what is measured, in log-divergence.
+        slow: whether there is a third objective, which the plan alone does not decide.
+        seed: of the problem.
+        sites: two kinds in each block.
+        levels: options of each site, dense included.
+    """
+
+    interaction: float = 0.0
+    noise: float = 0.0
+    slow: bool = False
+    seed: int = 0
+    sites: int = 6
+    levels: int = 4
+
+    @cached_property
+    def menu(self):
+        """What the sampler knows beforehand; later blocks hurt more."""
+        random = np.random.default_rng(self.seed)
+        lines = []
+        for site in range(self.sites):
+            tail = np.cumsum(random.exponential(0.03, self.levels - 1)) * (site // 2 + 1)
+            stored = 8 * np.array([100, *np.sort(random.integers(15, 90, self.levels - 1))[::-1]])
+            options = (DENSE_OPTION, *(Option.of("svd", rank=self.levels - level) for level in range(1, self.levels)))
+            lines.append(Line(f"site {site}", options, stored, np.array([0.0, *tail])))
+        return Menu(tuple(lines))
+
+    @cached_property
+    def factors(self):
+        """What the menu's divergence of each site is off by."""
+        return np.exp(np.random.default_rng(self.seed + 1).normal(0, 0.5, self.sites))
+
+    @property
+    def options(self):
+        return {line.site: line.options for line in self.menu.lines}
+
+    def values(self, plan):
+        """The true objectives of a plan given as places."""
+        menu = self.menu
+        alone = [line.divergence[place] * f for line, place, f in zip(menu.lines, plan, self.factors, strict=True)]
+        pairs = zip(alone[::2], alone[1::2], strict=True)  # the two sites of each block
+        divergence = sum(alone) + self.interaction * sum(math.sqrt(a * b) for a, b in pairs)
+        stored = menu.parameters(plan) / menu.dense
+        return [max(divergence, NEVER), stored, *([0.2 + 0.5 * stored + 0.1 * (plan[0] == 0)] if self.slow else [])]
+
+    @property
+    def goal(self):
+        menu = self.menu
+        return Goal(
+            loss=math.exp,
+            log_divergence=lambda value: math.log(max(value, NEVER)),
+            costs=lambda options: {1: menu.parameters(menu.places(options)) / menu.dense},
+            quality=0,
+            ideal=np.zeros(2 + self.slow),
+            reference=np.array([0.5, *[1.0] * (1 + self.slow)]),
+        )
+
+    def sampler(self, seed):
+        kinds, blocks = zip(*((KINDS[site % 2], site // 2) for site in range(self.sites)), strict=True)
+        return RankfrontSampler(self.menu, self.options, kinds, blocks, self.goal, seed)
+
+    def ask(self, study):
+        """A running trial, and the plan it was given."""
+        trial = study.ask()
+        return trial, [trial.suggest_int(site, 0, len(found) - 1) for site, found in self.options.items()]
+
+    def tell(self, study, trial, plan):
+        values = self.values(plan)
+        values[0] *= math.exp(self.noise * np.random.default_rng(trial.number).standard_normal())
+        study.tell(trial, values)
+
+    def study(self, sampler):
+        """An empty study."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        return optuna.create_study(sampler=sampler, directions=["minimize"] * (2 + self.slow))
+
+    def run(self, study, trials, pending=1, fails=lambda number: False):
+        """``trials`` more, ``pending`` at a time; the plans in order."""
+        plans = []
+        while len(plans) < trials:
+            asked = [self.ask(study) for _ in range(pending)]
+            for trial, plan in asked:
+                plans.append(plan)
+                if fails(trial.number):
+                    study.tell(trial, state=TrialState.FAIL)
+                else:
+                    self.tell(study, trial, plan)
+        return plans
+
+    def share(self, plans):
+        """Hypervolume of the plans' true values in the goal's box."""
+        points = np.array([self.values(plan) for plan in plans]) / self.goal.reference
+        return moocore.hypervolume(points, ref=np.ones(points.shape[1]))
+
+    def best(self):
+        """That of every plan there is."""
+        return self.share(list(itertools.product(*(range(len(found)) for found in self.options.values()))))
+
+
+PROBLEMS = {
+    "additive": (Problem(), 0.97),
+    "additive, another": (Problem(seed=7), 0.97),
+    "interactions": (Problem(interaction=1.5), 0.93),
+    "noise": (Problem(noise=0.1), 0.93),
+    "interactions and noise": (Problem(interaction=1.0, noise=0.1, seed=3), 0.93),
+    "three objectives": (Problem(slow=True, interaction=0.5), 0.93),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_it_comes_near_the_optimum_and_past_random(name):
+    problem, least = PROBLEMS[name]
+    best = problem.best()
+    ours = [problem.share(problem.run(problem.study(problem.sampler(seed)), TRIALS)) / best for seed in (0, 1)]
+    randoms = [optuna.samplers.RandomSampler(seed) for seed in (0, 1)]
+    random = [problem.share(problem.run(problem.study(sampler), TRIALS)) / best for sampler in randoms]
+    assert min(ours) >= least
+    assert min(ours) > max(random)
+    assert max(ours) <= 1 + 1e-9
+
+
+def few_steps(monkeypatch):
+    """Let a search for fresh plans that goes on for ever fail instead."""
+    steps, step = itertools.count(), RankfrontSampler._step
+
+    def counted(self, plan):
+        assert next(steps) < 200_000, "it looks for a plan that does not exist"
+        return step(self, plan)
+
+    monkeypatch.setattr(RankfrontSampler, "_step", counted)
+
+
+@pytest.mark.parametrize("pending", [1, 5])
+@pytest.mark.parametrize("name", ["interactions", "three objectives"])
+def test_no_plan_is_proposed_twice(name, pending):
+    """Neither one that is measured, nor one that failed, nor one that still runs."""
+    problem, _ = PROBLEMS[name]
+    plans = problem.run(problem.study(problem.sampler(0)), TRIALS, pending, fails=lambda number: number % 4 == 1)
+    assert len({tuple(plan) for plan in plans}) == len(plans)
+
+
+def test_failed_trials_cost_no_more_than_themselves():
+    problem = Problem(interaction=1.5)
+    plans = problem.run(problem.study(problem.sampler(0)), TRIALS, fails=lambda number: number % 3 == 0)
+    measured = [plan for number, plan in enumerate(plans) if number % 3]
+    assert problem.share(measured) >= 0.9 * problem.best()
+    assert len(problem.run(problem.study(problem.sampler(0)), 10, fails=lambda number: True)) == 10
+
+
+def test_a_new_sampler_goes_on_with_an_old_study():
+    problem = Problem(interaction=1.5)
+    study = problem.study(problem.sampler(0))
+    plans = problem.run(study, TRIALS // 2)
+    study.sampler = problem.sampler(0)
+    plans += problem.run(study, TRIALS // 2)
+    assert len({tuple(plan) for plan in plans}) == TRIALS
+    assert problem.share(plans) >= 0.93 * problem.best()
+
+
+def test_trials_of_other_samplers_are_learned_from():
+    problem = Problem()
+    study = problem.study(optuna.samplers.RandomSampler(0))
+    before = problem.run(study, 30)
+    study.sampler = sampler = problem.sampler(0)
+    after = problem.run(study, 1)
+    assert tuple(after[0]) not in set(map(tuple, before))
+    unseen = [list(np.random.default_rng(seed).integers(1, problem.levels, problem.sites)) for seed in range(30)]
+    truth = np.log([problem.values(plan)[0] for plan in unseen])
+    known = np.log([sampler.predict(problem.menu.choices(plan)) for plan in unseen])
+    assert np.abs(known - truth).mean() < 0.5 * np.abs(np.log([*map(problem.menu.divergence, unseen)]) - truth).mean()
+
+
+def test_the_seed_decides():
+    problem = Problem(interaction=1.5)
+    first, second, other = (problem.run(problem.study(problem.sampler(seed)), 16) for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_proposals_go_on_until_every_plan_is_measured(monkeypatch):
+    """A space of nine plans: each once. After that there is nothing left to propose, and asking still returns."""
+    few_steps(monkeypatch)
+    problem = Problem(sites=2, levels=3)
+    study = problem.study(problem.sampler(0))
+    plans = problem.run(study, 9)
+    assert len({tuple(plan) for plan in plans}) == 9
+    problem.run(study, 1)
+
+
+def test_switches_keep_the_budget():
+    """One site up and another down: never more stored than by the front member that was changed."""
+    problem = Problem(interaction=1.5)
+    sampler = problem.sampler(0)
+    problem.run(problem.study(sampler), 12)
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        member = [int(place) for place in random.integers(0, problem.levels, problem.sites)]
+        switched = sampler._switches([member], sampler.surrogate.mean)
+        assert switched
+        assert all(problem.menu.parameters(plan) <= problem.menu.parameters(member) for plan in switched)
+
+
+def test_what_it_predicts():
+    problem = Problem()
+    sampler, menu = problem.sampler(0), problem.menu
+    assert sampler.predict({}) == 0
+    plan = menu.choices([1] * len(menu.lines))
+    assert sampler.predict(plan) == pytest.approx(menu.divergence([1] * len(menu.lines)), rel=1e-6)
+    assert sampler.predict(plan | {menu.lines[0].site: Option.of("svd", rank=99)}) is None
+
+
+# -- whole studies
+
+
+@pytest.fixture
+def data(model_folder, text_file):
+    return small_data(model_folder, text_file, sampler=OURS, trials=14)
+
+
+def record_of(study):
+    """The menu's record, as the storage has it."""
+    return study._optuna().user_attrs["menu"]
+
+
+def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path):
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 14)
+    record, rows = record_of(study), study.rows()
+    assert record["predictions"].keys() == {site.name for site in make_space(study.setup()).choices}
+    assert study.tokens() == record["tokens"] + sum(row.attributes["tokens"] for row in rows if row.state == "complete")
+    menu = [row for row in rows if row.origin.startswith("menu")]
+    assert {row.origin for row in menu} <= {f"menu: keep={keep:g}" for keep in WARM_START}
+    assert len(menu) >= 2
+    for row in menu:  # the budget is kept
+        assert row.attributes["block_parameters"] <= float(row.origin.rpartition("=")[2])
+    proposed = [row for row in rows if row.origin == OURS]
+    assert len(proposed) >= 2
+    assert all(row.attributes["predicted"] >= 0 for row in menu + proposed)
+
+
+def test_predictions_made_before_a_trial_hold(data, tmp_path):
+    """Of divergence: a random model's perplexity says little of what was compressed."""
+    data["objectives"] = {"divergence": {}, "block_parameters": {}}
+    data["search"]["trials"] = 20
+    calibration = make_run(data, tmp_path / "run").calibration()
+    assert calibration.trials >= 10
+    assert calibration.spearman > 0.8
+
+
+@pytest.mark.parametrize(
+    ("source", "passes"),
+    [
+        ("gradient", lambda sites, methods: 3),  # a backward pass counts as two forward ones
+        ("spectrum", lambda sites, methods: 0),
+        ("probe", lambda sites, methods: 1 + sites * methods),  # the teacher's, then one a site and method
+        ("probes", lambda sites, methods: 1 + 3 * sites * methods),
+    ],
+)
+def test_every_source_of_the_menu_works_and_its_tokens_count(data, tmp_path, source, passes):
+    data["search"] |= {"menu": source, "trials": 5}
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 5)
+    wanted, record = make_space(study.setup()).wanted(), record_of(study)
+    assert {site: set(found) for site, found in record["predictions"].items()} == {
+        site.name: {option.label for option in options} for site, options in wanted.items()
+    }
+    assert all(value >= 0 for found in record["predictions"].values() for value in found.values())
+    assert record["tokens"] == passes(len(wanted), 2) * study.setup().tokens["search"].numel()
+    assert record["seconds"]["menu"] >= 0
+
+
+def test_the_menu_is_made_once(data, tmp_path, monkeypatch):
+    """Neither a longer launch nor one after a kill makes it again, and nothing is measured twice."""
+    calls, trial = itertools.count(), Resident._trial
+
+    def stopped(self, job):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return trial(self, job)
+
+    study = Study(data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Resident, "_trial", stopped)
+        with pytest.raises(Interrupted):
+            study.launch(quiet())
+    record, before = record_of(study), values_of(study)
+    assert len(before) == 7
+
+    def refused(self, job):
+        raise AssertionError("the menu was there")
+
+    monkeypatch.setattr(Resident, "_menu", refused)
+    study.launch(quiet())
+    check_whole(study, before, 14)
+    before = values_of(study)
+    longer = again(study, trials=17)
+    longer.launch(quiet())
+    check_whole(longer, before, 17)
+    assert record_of(longer) == record
+
+
+def test_the_seed_decides_a_whole_study(data, tmp_path):
+    data["search"]["trials"] = 11
+    plans = [[row.plan_key for row in make_run(data, tmp_path / name).rows()] for name in ("one", "two")]
+    assert plans[0] == plans[1]
+
+
+def test_several_workers_measure_different_plans(data, resident):
+    """Four jobs at a time: the first beside the menu, which the search does not wait for while anchors are due."""
+    driver = make_driver(Study(data))
+    kinds, origins = [], []
+    while not driver.done:
+        jobs = [job for job in (driver.next() for _ in range(4)) if job is not None]
+        kinds.append([job.kind for job in jobs])
+        assert jobs
+        for job in jobs:
+            driver.finish(job, resident.run(job))
+    rows = driver.rows()
+    origins = [row.origin for row in rows if row.state == "complete"]
+    assert kinds[0] == ["menu", "trial", "trial", "trial"]
+    assert sum(kind == "menu" for group in kinds for kind in group) == 1
+    assert origins.count(OURS) >= 2
+    keys = [row.plan_key for row in rows if row.state == "complete"]
+    assert len(set(keys)) == len(keys) == 14
+
+
+def make_driver(study):
+    """A driver over a study in memory."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    setup = study.setup()
+    memory = optuna.create_study(directions=["minimize"] * len(study.config.objectives))
+    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None)
+
+
+def test_nothing_is_guessed_before_the_menu(data):
+    """While a worker makes the menu, others measure the anchors, then wait: also where two anchors are one plan."""
+    sites = [f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
+    rules = [{"match": sites[0], "methods": ["svd"]}, {"match": sites[1], "methods": ["svd-llm"]}]
+    data["space"] |= {"include": sites, "rule": rules}
+    driver = make_driver(Study(data))
+    for _ in range(6):
+        driver.next()
+    rows = [row for row in driver.rows() if row.state == "running"]
+    assert [row.origin for row in rows] == ["anchor: dense", "anchor: svd keep=0.6"]
+    assert driver.next() is None
+    assert not driver.done
+
+
+@pytest.mark.parametrize("sampler", [OURS, "random"])
+def test_a_space_that_is_exhausted_ends_the_study(data, tmp_path, monkeypatch, sampler):
+    data["space"] |= {"include": ["*.0.self_attn.q_proj"], "methods": ["svd"], "keep": [0.4, 0.6]}
+    data["search"] |= {"sampler": sampler, "groups": 0}
+    few_steps(monkeypatch)
+    study = make_run(data, tmp_path / "run")
+    assert len(values_of(study)) == 3
+
+
+# -- what goes wrong
+
+
+def test_a_study_without_quality_is_refused_in_one_line(data, tmp_path):
+    data["objectives"] = {"parameters": {}, "bytes": {}}
+    study = Study(data, tmp_path / "run")
+    with pytest.raises(InputError, match="perplexity") as caught:
+        study.launch(quiet())
+    assert "\n" not in str(caught.value)
+    assert not study.rows()
+
+
+def test_a_menu_that_fails_is_refused_in_one_line(data, tmp_path, monkeypatch):
+    def broken(self, job):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(Resident, "_menu", broken)
+    with pytest.raises(InputError, match=r"search\.menu") as caught:
+        make_run(data, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert "out of memory" in str(caught.value)
+
+
+def test_a_menu_without_any_prediction_is_refused_in_one_line(data, tmp_path):
+    """An embedding's inputs are token ids: the gradient predicts nothing about it."""
+    data["space"] |= {"include": ["model.embed_tokens"], "methods": ["svd"]}
+    with pytest.raises(InputError, match=r"search\.menu") as caught:
+        make_run(data, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_model_that_cannot_be_measured_ends_the_study(data, tmp_path, monkeypatch):
+    """Without it there is no sampler: no launch may wait for ever, the first or a later one."""
+    rounds, following, run = itertools.count(), Driver.next, Resident.run
+
+    def counted(self):
+        assert next(rounds) < 100, "it waits for what never comes"
+        return following(self)
+
+    def failing(self, job):
+        return run(self, job) if job.kind == "menu" or job.plan.choices else {"failure": "not finite: perplexity"}
+
+    monkeypatch.setattr(Driver, "next", counted)
+    monkeypatch.setattr(Resident, "run", failing)
+    for _ in range(2):
+        with pytest.raises(InputError, match="dense model could not be measured") as caught:
+            make_run(data, tmp_path / "run")
+        assert "not finite: perplexity" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quality", ["perplexity", "divergence"])
+def test_a_goal_reads_values_as_divergence(data, tmp_path, quality):
+    """Back and forth between values and log-divergence, and costs that are the objectives' own."""
+    data["objectives"] = {"block_parameters": {}, quality: {}, "bytes": {}}
+    data["search"]["trials"] = 5
+    study = make_run(data, tmp_path / "run")
+    rows, setup = [row for row in study.rows() if row.state == "complete"], study.setup()
+    dense = rows[0]
+    goal = make_goal(study.config, make_space(setup), dense, setup.dtype)
+    assert goal.quality == 1
+    assert goal.loss(-math.inf) == pytest.approx(dense.values[quality], abs=1e-6)
+    for row in rows:
+        value = row.values[quality]
+        if value > dense.values[quality] * 1.001 + 1e-3:
+            assert goal.loss(goal.log_divergence(value)) == pytest.approx(value)
+        exact = {0: row.values["block_parameters"], 2: row.values["bytes"]}
+        assert goal.costs(row.plan.by_site) == pytest.approx(exact)
+    boxes = [make_objective(name, {}).box(dense.values[name]) for name in data["objectives"]]
+    assert list(zip(goal.ideal, goal.reference, strict=True)) == boxes
+    assert math.isfinite(goal.loss(1000.0))

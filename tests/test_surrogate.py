@@ -1,0 +1,200 @@
+"""What the search believes of divergence: the menu with no data, the truth with enough, and how sure it is."""
+
+import numpy as np
+import pytest
+
+from rankfront.methods import DENSE_OPTION, Option
+from rankfront.search.menu import Line, Menu
+from rankfront.search.surrogate import NOISE, RESIDUAL, Coefficients, Surrogate
+
+BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
+
+
+def make_menu(seed=0):
+    """A line for each block and kind: dense, then the methods' levels by turns."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for block in range(BLOCKS):
+        for kind in KINDS:
+            tails = {method: np.sort(random.exponential(0.05, LEVELS)) for method in METHODS}
+            options = [Option.of(method, rank=LEVELS - level) for level in range(LEVELS) for method in METHODS]
+            divergence = [0.0, *(tails[method][level] for level in range(LEVELS) for method in METHODS)]
+            stored = [100, *np.repeat([75, 50, 25], len(METHODS))]
+            lines.append(Line(f"{block}.{kind}", (DENSE_OPTION, *options), np.array(stored), np.array(divergence)))
+    return Menu(tuple(lines))
+
+
+MENU = make_menu()
+SITES = len(MENU.lines)
+
+
+def make_surrogate(seed=0):
+    return Surrogate(MENU, list(KINDS) * BLOCKS, np.repeat(range(BLOCKS), len(KINDS)).tolist(), seed)
+
+
+def random_plans(count, seed):
+    """Plans (count, SITES) of all sizes: from a few sites at mild levels to all at the cheapest."""
+    random = np.random.default_rng(seed)
+    largest = random.integers(1, 2 * LEVELS + 1, (count, 1))
+    plans = random.integers(0, largest + 1, (count, SITES))
+    plans[:, 0] = np.maximum(plans[:, 0], 1)  # never the dense plan
+    return plans
+
+
+def truth(plans, offset=0.0, slope=1.0, factors=None):
+    """a + c log Σ_i d_i f_i of each plan, with a factor for each site and method, (SITES, METHODS)."""
+    factors = np.ones((SITES, len(METHODS))) if factors is None else factors
+    sums = np.zeros(len(plans))
+    for i, line in enumerate(MENU.lines):
+        own = [0.0, *(factors[i, METHODS.index(option.method)] for option in line.options[1:])]
+        sums += (line.divergence * np.array(own))[plans[:, i]]
+    return offset + slope * np.log(sums)
+
+
+def true_factors(seed=1, spread=0.5):
+    """Multipliers of site and method."""
+    return np.exp(np.random.default_rng(seed).normal(0, spread, (SITES, len(METHODS))))
+
+
+def root_mean_square(values):
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+# -- prediction
+
+
+def test_without_data_it_is_the_menu():
+    surrogate, plans = make_surrogate(), random_plans(20, 0)
+    assert surrogate.mean.offset == 0
+    assert surrogate.mean.slope == 1
+    expected = [np.log(MENU.divergence(plan)) for plan in plans]
+    assert surrogate.predict(plans) == pytest.approx(expected, abs=1e-6)
+    for losses, line in zip(surrogate.losses(surrogate.mean), MENU.lines, strict=True):
+        assert losses == pytest.approx(line.divergence)
+
+
+def test_dense_costs_nothing_whatever_the_coefficients():
+    surrogate = make_surrogate()
+    surrogate.fit(random_plans(30, 0), truth(random_plans(30, 0), 1.0, 1.3, true_factors()))
+    for coefficients in (surrogate.mean, surrogate.sample()):
+        for losses in surrogate.losses(coefficients):
+            assert losses[0] == 0
+            assert (losses[1:] > 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_trials_predict_better(seed):
+    """Each site and method hurts its own factor more or less than the menu says."""
+    factors, unseen = true_factors(seed), random_plans(200, 100 + seed)
+    surrogate, errors = make_surrogate(), []
+    for count in (0, 20, 80):
+        if count:
+            plans = random_plans(count, seed)
+            surrogate.fit(plans, truth(plans, factors=factors))
+        errors.append(root_mean_square(surrogate.predict(unseen) - truth(unseen, factors=factors)))
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize(("offset", "slope"), [(0.0, 1.0), (0.7, 1.0), (0.0, 1.4), (-0.8, 0.7), (1.5, 1.5)])
+def test_offset_and_slope_are_recovered(offset, slope):
+    """A common factor and a faster growth, as divergences of many sites together show."""
+    surrogate, plans, unseen = make_surrogate(), random_plans(60, 0), random_plans(200, 1)
+    surrogate.fit(plans, truth(plans, offset, slope))
+    assert surrogate.mean.slope == pytest.approx(slope, abs=0.1)
+    assert root_mean_square(surrogate.predict(unseen) - truth(unseen, offset, slope)) < 0.08
+    whole = surrogate.mean.offset + surrogate.mean.slope * float(surrogate.mean.theta.mean())
+    assert whole == pytest.approx(offset, abs=0.2)
+
+
+def test_measured_plans_are_reproduced():
+    """What no additive model explains is left to the residual: neighbours of a measured plan lean on it."""
+    plans = random_plans(40, 0)
+    extra = np.random.default_rng(0).normal(0, 0.15, len(plans))
+    surrogate = make_surrogate()
+    observed = truth(plans, factors=true_factors()) + extra
+    surrogate.fit(plans, observed)
+    assert root_mean_square(surrogate.predict(plans) - observed) < 0.5 * root_mean_square(
+        surrogate.additive(plans) - observed
+    )
+    assert root_mean_square(surrogate.predict(plans) - observed) < NOISE
+    neighbour = plans.copy()
+    neighbour[:, -1] = (neighbour[:, -1] + 1) % (2 * LEVELS + 1)
+    shift = surrogate.predict(neighbour) - surrogate.additive(neighbour)
+    assert np.corrcoef(shift, surrogate.predict(plans) - surrogate.additive(plans))[0, 1] > 0.9
+
+
+def test_one_trial_is_enough_to_fit():
+    surrogate, plan = make_surrogate(), random_plans(1, 0)
+    surrogate.fit(plan, truth(plan, offset=1.0))
+    assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=NOISE)
+
+
+# -- how sure it is
+
+
+def test_the_seed_decides():
+    plans = random_plans(20, 0)
+    first, second, other = make_surrogate(1), make_surrogate(1), make_surrogate(2)
+    for surrogate in (first, second, other):
+        surrogate.fit(plans, truth(plans, factors=true_factors()))
+    assert np.array_equal(first.predict(plans), second.predict(plans))
+    assert np.array_equal(first.predict(plans), other.predict(plans))  # fitting draws nothing
+    samples = [surrogate.sample() for surrogate in (first, second, other)]
+    assert np.array_equal(samples[0].theta, samples[1].theta)
+    assert not np.array_equal(samples[0].theta, samples[2].theta)
+
+
+def spread(surrogate, plans, draws=60):
+    """Standard deviation of each plan's prediction over posterior samples."""
+    return np.std([surrogate.additive(plans, surrogate.sample()) for _ in range(draws)], axis=0)
+
+
+def test_samples_agree_where_it_was_measured():
+    """Before any trial they differ everywhere, after it least at the measured plans."""
+    rare = np.zeros((SITES, SITES), dtype=int)
+    np.fill_diagonal(rare, 2 * LEVELS)  # one site alone at its cheapest
+    half = random_plans(40, 0)
+    half[:, SITES // 2 :] = 0
+    half[:, 0] = np.maximum(half[:, 0], 1)
+    surrogate = make_surrogate()
+    prior = spread(surrogate, half)
+    assert prior.min() > 0.2
+    surrogate.fit(half, truth(half, factors=true_factors()))
+    measured, far = spread(surrogate, half), spread(surrogate, rare[SITES // 2 :])
+    assert measured.max() < 0.5 * prior.min()
+    assert measured.mean() < 0.4 * far.mean()
+    assert measured.min() > 0
+
+
+def test_samples_spread_as_the_posterior_does():
+    """Covariance R (I − Jᵀ (J Jᵀ + s² I)⁻¹ J) Rᵀ of the coefficients, s² what the fit takes as noise of a trial."""
+    surrogate, plans = make_surrogate(), random_plans(8, 0)
+    surrogate.fit(plans, truth(plans))
+    jacobian = surrogate._jacobian(surrogate.mean) @ surrogate._root
+    gain = jacobian @ jacobian.T + (NOISE**2 + RESIDUAL**2) * np.eye(len(plans))
+    left = np.eye(jacobian.shape[1]) - jacobian.T @ np.linalg.solve(gain, jacobian)
+    expected = np.sqrt(np.diag(jacobian @ left @ jacobian.T))  # (T,) of the measured plans' log-divergence
+    assert spread(surrogate, plans, 400) == pytest.approx(expected, rel=0.25)
+
+
+# -- the linearisation
+
+
+def test_the_jacobian_is_that_of_finite_differences():
+    surrogate, plans = make_surrogate(), random_plans(15, 0)
+    surrogate.fit(plans, truth(plans, 0.5, 1.2, true_factors()))
+    at = surrogate.mean
+    values = np.array([*at.theta, at.offset, at.slope])
+
+    def predicted(changed):
+        return surrogate.additive(plans, Coefficients(changed[-2], changed[-1], changed[:-2]))
+
+    jacobian = surrogate._jacobian(at)
+    assert jacobian.shape == (len(plans), len(values))
+    assert values.size == SITES * len(METHODS) + 2
+    for column in range(len(values)):
+        step = np.zeros(len(values))
+        step[column] = 1e-5
+        slow = (predicted(values + step) - predicted(values - step)) / 2e-5
+        assert jacobian[:, column] == pytest.approx(slow, rel=1e-5, abs=1e-8)
