@@ -7,15 +7,13 @@ from typing import Any
 
 from rankfront.objectives import score
 from rankfront.objectives.latency import generate
+from rankfront.search.device import DTYPES, pick_device, pick_dtype
 from rankfront.search.model import (
-    DTYPES,
     check_length,
     count_parameters,
     learned_positions,
     load_model,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     resolve,
 )
 from rankfront.search.text import Split, cut

@@ -10,9 +10,9 @@ import numpy as np
 from rankfront.methods import InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.config import StudyConfig
+from rankfront.search.device import DTYPES
 from rankfront.search.front import Row, box_of
 from rankfront.search.menu import Menu
-from rankfront.search.model import DTYPES
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.sampler import Goal, RankfrontSampler
 from rankfront.search.space import Single, Space

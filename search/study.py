@@ -16,11 +16,12 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.search import front as fronts
 from rankfront.search.config import StudyConfig, load_config, make_config
+from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver
 from rankfront.search.export import Format, Verified, export
 from rankfront.search.front import Constraint, Row
 from rankfront.search.goal import quality_of
-from rankfront.search.model import cache_folder, load_tokenizer, pick_device, pick_dtype, resolve, set_threads
+from rankfront.search.model import cache_folder, load_tokenizer, resolve
 from rankfront.search.progress import Display
 from rankfront.search.run import Run
 from rankfront.search.sampler import OURS

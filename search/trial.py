@@ -20,27 +20,15 @@ from rankfront.objectives import Clock, Subject, Teacher, make_objective, score,
 from rankfront.objectives.latency import Latency
 from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
+from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
-from rankfront.search.gradient import PASS_TOKENS, quadratic_divergence
-from rankfront.search.menu import probe_options, scaled_predictions, spectrum_predictions
-from rankfront.search.model import (
-    DTYPES,
-    Place,
-    check_length,
-    count_parameters,
-    find_sites,
-    load_model,
-    resolve,
-    skeleton,
-)
+from rankfront.search.model import Place, check_length, count_parameters, find_sites, load_model, resolve, skeleton
 from rankfront.search.plan import Plan, cost_of
+from rankfront.search.predictions import predict
 from rankfront.search.sampler import OURS
 from rankfront.search.space import Space
 from rankfront.search.text import hash_tokens
 
-MENU_TOKENS = 4096  # of the search split, for the gradient's predictions
-PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
-PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
 Progress = Callable[[str, int, int], None]  # phase, done, total
 Record = dict[str, Any]
 
@@ -176,6 +164,10 @@ class Resident:
             if option != self.current.get(site.name, DENSE_OPTION):
                 self._swap(site, option)
 
+    def apply_one(self, site: Site, option: Option) -> None:
+        """Make the model run dense but for one site."""
+        self.apply(Plan.of({site.name: option}))
+
     def _swap(self, site: Site, option: Option) -> None:
         device, dtype = self.setup.device, DTYPES[self.setup.dtype]
         factors = {} if option.method == DENSE else self.store.factors(site, option)
@@ -279,36 +271,17 @@ class Resident:
         clock = Clock()
         self.apply(job.plan)
         wanted = self.store.usable(self.space.wanted())
-        source = self.setup.config.search.menu
-        length = self.setup.tokens["search"].shape[1]
-        windows = self.setup.tokens["search"][: max(1, MENU_TOKENS // length)]
         with clock.phase("menu"):
-            if source == "gradient":
-                seed = self.setup.config.search.seed
-                found = quadratic_divergence(self.model, windows, wanted, self.store, seed)
-                tokens = PASS_TOKENS * windows.numel()
-            else:
-                found, tokens = self._scaled_spectrum(wanted, windows[: max(1, PROBE_TOKENS // length)], source)
+            found, tokens = predict(
+                self.model,
+                self.apply_one,
+                self.setup.tokens["search"],
+                wanted,
+                self.store,
+                self.setup.config.search.menu,
+                self.setup.config.search.seed,
+            )
         return {"predictions": found, "tokens": tokens, "seconds": clock.seconds}
-
-    def _scaled_spectrum(
-        self, wanted: dict[Site, list[Option]], windows: Tensor, source: str
-    ) -> tuple[dict[str, dict[str, float]], int]:
-        """The spectrum's predictions, scaled by measured probes where ``source`` asks for them; tokens spent."""
-        spectrum = spectrum_predictions(wanted, self.store)
-        if source == "spectrum":
-            return spectrum, 0
-        teacher = teach(self.model, windows)
-        probes: dict[str, dict[str, float]] = {}
-        tokens = windows.numel()
-        for site, options in probe_options(wanted, PROBE_FRACTIONS[source]).items():
-            for option in options:
-                self.apply(Plan.of({site.name: option}))
-                scores = score(self.model, windows, teacher)
-                probes.setdefault(site.name, {})[option.label] = scores.divergence
-                tokens += scores.tokens
-        self.apply(Plan(()))
-        return scaled_predictions(spectrum, probes), tokens
 
     def _report(self, job: Job) -> Record:
         clock = Clock()

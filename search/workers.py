@@ -19,8 +19,8 @@ from ray.tune.search import Searcher
 
 from rankfront.methods import InputError
 from rankfront.search.config import ResourcesConfig
+from rankfront.search.device import set_threads
 from rankfront.search.driver import Driver
-from rankfront.search.model import set_threads
 from rankfront.search.plan import Plan
 from rankfront.search.trial import Job, Record, Resident, Setup
 

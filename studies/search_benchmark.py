@@ -28,18 +28,18 @@ import torch
 from common import provenance
 from rich.console import Console
 
-from rankfront.objectives import score, teach
+from rankfront.objectives import score
 from rankfront.search import Plan, Study
 from rankfront.search.allocate import knapsack, sensitivity, tolerance, uniform
-from rankfront.search.menu import (
-    Menu,
-    Predictions,
-    make_menu,
+from rankfront.search.menu import Menu, Predictions, make_menu
+from rankfront.search.predictions import (
+    PROBE_FRACTIONS,
+    measure_probes,
     probe_options,
     scaled_predictions,
     spectrum_predictions,
 )
-from rankfront.search.trial import PROBE_FRACTIONS, Job, Resident
+from rankfront.search.trial import Job, Resident
 
 RESULTS = Path(__file__).parent / "results"
 GRID = tuple(round(0.4 + 0.05 * i, 2) for i in range(12))  # kept fractions at which rows are compared
@@ -104,16 +104,9 @@ class Bench:
         length = min(512, max(16, int(share / (count + 1))))
         windows = self.setup.tokens["search"][: max(1, int(share / (count + 1)) // 512), :length]
         self.resident.apply(Plan(()))
-        teacher = teach(self.resident.model, windows)
-        found.tokens += windows.numel()
-        result: dict[str, dict[str, float]] = {}
-        for site, chosen in options.items():
-            for option in chosen:
-                self.resident.apply(Plan.of({site.name: option}))
-                scores = score(self.resident.model, windows, teacher)
-                found.tokens += scores.tokens
-                result.setdefault(site.name, {})[option.label] = scores.divergence
-        return result
+        probes, tokens = measure_probes(self.resident.model, self.resident.apply_one, windows, options)
+        found.tokens += tokens
+        return probes
 
     def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
         """Allocate at every target and measure the plans."""

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
-from rankfront.search.menu import (
-    TINY,
-    make_menu,
-    probe_options,
-    scaled_predictions,
-    spectrum_predictions,
-)
+from rankfront.search.menu import TINY, make_menu
+from rankfront.search.predictions import probe_options, scaled_predictions, spectrum_predictions
 
 GRID = Grid((0.2, 0.4, 0.6, 0.8), 2)
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}

@@ -1,0 +1,41 @@
+"""What a trial runs on: the device, the dtype, the threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from rankfront.methods import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> str:
+    """``auto`` is the first GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"model.device is {device!r}: use auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device is {device!r} and torch sees no GPU: use auto or cpu")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """The evaluation dtype. ``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise InputError(f"model.dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
+        return dtype
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+
+def set_threads(cpus: float) -> None:
+    """torch's intra-op threads for a worker that was given ``cpus`` CPUs."""
+    torch.set_num_threads(max(1, min(int(cpus), os.cpu_count() or 1)))

@@ -1,0 +1,112 @@
+"""Where the menu's predictions come from: the gradient, the spectrum, or the spectrum scaled by measured probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rankfront.methods import Option, Site, get_method
+from rankfront.objectives import score, teach
+from rankfront.search.factors import FactorStore
+from rankfront.search.gradient import PASS_TOKENS, quadratic_divergence
+from rankfront.search.menu import TINY, Predictions
+
+MENU_TOKENS = 4096  # of the search split, for the gradient's predictions
+PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
+PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
+
+
+def predict(
+    model: Any,
+    apply: Callable[[Site, Option], None],
+    windows: Tensor,
+    wanted: Mapping[Site, Sequence[Option]],
+    store: FactorStore,
+    source: str,
+    seed: int,
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Site name -> option label -> predicted divergence from ``source``, and the tokens that took.
+
+    ``model`` is dense, ``apply`` makes it dense but for one option, ``windows`` (W, L) are of the search split.
+    """
+    length = windows.shape[1]
+    if source == "gradient":
+        used = windows[: max(1, MENU_TOKENS // length)]
+        return quadratic_divergence(model, used, wanted, store, seed), PASS_TOKENS * used.numel()
+    spectrum = spectrum_predictions(wanted, store)
+    if source == "spectrum":
+        return spectrum, 0
+    used = windows[: max(1, PROBE_TOKENS // length)]
+    probes, tokens = measure_probes(model, apply, used, probe_options(wanted, PROBE_FRACTIONS[source]))
+    return scaled_predictions(spectrum, probes), tokens
+
+
+def measure_probes(
+    model: Any, apply: Callable[[Site, Option], None], windows: Tensor, options: Mapping[Site, Sequence[Option]]
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Measured divergence of each option alone on the same ``windows`` (W, L), and the tokens that took."""
+    teacher = teach(model, windows)
+    probes: dict[str, dict[str, float]] = {}
+    tokens = windows.numel()
+    for site, chosen in options.items():
+        for option in chosen:
+            apply(site, option)
+            scores = score(model, windows, teacher)
+            probes.setdefault(site.name, {})[option.label] = scores.divergence
+            tokens += scores.tokens
+    return probes, tokens
+
+
+def spectrum_predictions(wanted: Mapping[Site, Iterable[Option]], store: FactorStore) -> dict[str, dict[str, float]]:
+    """Tail energy over whole energy in each method's own metric: free, unit-less, comparable within a method."""
+    result: dict[str, dict[str, float]] = {}
+    for site, options in wanted.items():
+        for option in options:
+            prepared = store.load(site, option)
+            whole = float(prepared["energy"].double().sum())
+            tail = get_method(option.method).error(prepared, option)
+            result.setdefault(site.name, {})[option.label] = tail / max(whole, TINY)
+    return result
+
+
+def probe_options(wanted: Mapping[Site, Iterable[Option]], fractions: Sequence[float]) -> dict[Site, list[Option]]:
+    """The options to probe at each site: per method, those nearest to ``fractions`` of its dense storage."""
+    chosen: dict[Site, list[Option]] = {}
+    for site, options in wanted.items():
+        by_method: dict[str, list[Option]] = {}
+        for option in options:
+            by_method.setdefault(option.method, []).append(option)
+        dense = site.storage.parameters
+        picked = {
+            min(found, key=lambda o: abs(get_method(o.method).storage(site, o).parameters / dense - fraction))
+            for found in by_method.values()
+            for fraction in fractions
+        }
+        chosen[site] = sorted(picked, key=lambda option: option.label)
+    return chosen
+
+
+def scaled_predictions(spectrum: Predictions, probes: Predictions) -> dict[str, dict[str, float]]:
+    """The spectrum's tails scaled by measured divergences, between probes by a straight line in logarithms.
+
+    With one probe at r_ref this is LEMS' score d(r) = KL(r_ref) · tail(r) / tail(r_ref); with several, Maestro's
+    estimator: the factor KL / tail is interpolated in the logarithm of the tail and kept beyond the ends.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for site, tails in spectrum.items():
+        measured = probes.get(site, {})
+        for method in {label.split(" ")[0] for label in tails}:
+            own = {label: max(tail, TINY) for label, tail in tails.items() if label.split(" ")[0] == method}
+            knots = sorted(
+                (np.log(own[label]), np.log(max(measured[label], TINY))) for label in own if label in measured
+            )
+            if not knots:
+                continue
+            at, logs = np.array(knots).T
+            for label, tail in own.items():
+                factor = np.interp(np.log(tail), at, logs - at)
+                result.setdefault(site, {})[label] = float(tail * np.exp(factor))
+    return result
