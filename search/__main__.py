@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -34,7 +36,16 @@ WhereOption = Annotated[
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1))
+    print(json.dumps(_finite(data), indent=1, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    """``data`` with null for what is no finite number: JSON has no NaN."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @app.command()
@@ -45,9 +56,7 @@ def launch(
     trials: Annotated[int | None, typer.Option(help="trials in all")] = None,
     time: Annotated[str | None, typer.Option(help="how long to search, such as 20m")] = None,
     workers: Annotated[int | None, typer.Option(help="trials at once; 0 runs in this process, without Ray")] = None,
-    address: Annotated[
-        str | None, typer.Option(help="an existing Ray cluster, such as auto or ray://host:10001")
-    ] = None,
+    address: Annotated[str | None, typer.Option(help="an existing Ray cluster, such as auto or 10.0.0.1:6379")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="factor everything again")] = False,
 ) -> None:
     """Run a study, or go on with it where an earlier launch stopped."""
@@ -208,7 +217,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see --help)", 2)
     except (Interrupted, typer.Abort, KeyboardInterrupt) as error:
         return _fail(f"{str(error) or 'stopped'}; run the same command again to go on", 1)
-    except (ExportError, WorkersDied, OSError) as error:
+    except (ExportError, WorkersDied, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return _fail(str(error), 1)
 
 

@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 from rankfront.methods import InputError
 from rankfront.search.menu import Line, Menu
 
-MAX_UNITS = 60_000  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
+MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
 Places = list[int]
 
 
@@ -66,7 +66,7 @@ def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
     """
     costs = np.concatenate([line.parameters for line in menu.lines])
     exact = gcd(*(int(cost) for cost in costs))
-    unit = max(exact, ceil(menu.dense / MAX_UNITS))
+    unit = exact * ceil(menu.dense / (exact * MAX_UNITS))
     columns = sum(ceil(int(line.parameters[0]) / unit) for line in menu.lines) + 1
     loss = np.zeros(columns)
     picks = np.zeros((len(menu.lines), columns), dtype=np.int16)

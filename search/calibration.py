@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from rankfront.methods import Gram, Site, Statistics
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
 STATISTIC_BYTES = 4  # sums are kept in fp32
+GRAM_BYTES = 20  # the sum, and while its sites are factored its regularised form and root in fp64
 BATCH_TOKENS = 2048  # tokens a forward pass takes at once
 Progress = Callable[[int, int], None]
 
@@ -101,7 +103,7 @@ def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[s
     def size_of(site: Site, counted: set[str]) -> int:
         new = {groups.get(w.path, w.path): w.in_features for w in site.weights}
         grams = sum(n * n for lead, n in new.items() if lead not in counted) if "gram" in needs else 0
-        return STATISTIC_BYTES * (grams + sum(w.in_features for w in site.weights))
+        return GRAM_BYTES * grams + STATISTIC_BYTES * sum(w.in_features for w in site.weights)
 
     for site in sites:
         size = size_of(site, counted)
@@ -157,6 +159,8 @@ def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[st
 
 
 def _hand_over(sites: Sequence[Site], recorder: _Recorder, tokens: int) -> Iterator[tuple[Site, dict[str, Statistics]]]:
+    """The statistics of each site, a Gram's sums and roots let go of after the last site that reads them."""
+    readers = Counter(recorder.groups[weight.path] for site in sites for weight in site.weights)
     grams: dict[str, Gram] = {}
     for site in sites:
         statistics = {}
@@ -166,6 +170,10 @@ def _hand_over(sites: Sequence[Site], recorder: _Recorder, tokens: int) -> Itera
             if shared.gram is not None and lead not in grams:
                 grams[lead] = Gram(shared.gram)
             statistics[weight.role] = Statistics(tokens, grams.get(lead), shared.absolute, own.fisher)
+            readers[lead] -= 1
+            if not readers[lead]:
+                grams.pop(lead, None)
+                shared.gram = None
         yield site, statistics
 
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from rankfront.methods import Grid, InputError, check_choice, method_names, nearest
+from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest
 from rankfront.objectives import make_objective
 from rankfront.search.sampler import SAMPLERS
 from rankfront.search.text import SPLITS, Split
@@ -104,7 +104,7 @@ class SpaceConfig(Strict):
     def _known(self) -> SpaceConfig:
         for names in (self.methods, *(rule.methods for rule in self.rule if rule.methods)):
             for name in names:
-                check_choice("method", name, method_names())
+                check_choice("method", name, (DENSE, *method_names()))
         for keep in (self.keep, *(rule.keep for rule in self.rule if rule.keep is not None)):
             Grid(keep, self.rank_multiple)
         return self

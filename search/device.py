@@ -31,7 +31,7 @@ def pick_dtype(dtype: str, device: str) -> str:
             raise InputError(f"model.dtype is {dtype!r}: use auto, {', '.join(DTYPES)}")
         return dtype
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 

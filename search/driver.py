@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -42,6 +43,7 @@ class Driver:
         origin: dict[str, str],
         listener: Listener,
         report: bool = True,
+        stop: threading.Event | None = None,
     ) -> None:
         self.study = study
         self.config = config
@@ -52,13 +54,15 @@ class Driver:
         self.origin = origin
         self.listener = listener
         self.report = report
+        self.stop = stop or threading.Event()
         self.started = time.monotonic()
         self.running: dict[int, optuna.Trial] = {}
         self.reporting: set[int] = set()
+        self.unreportable: set[int] = set()
         self.dead = 0
         self.exhausted = False
         self._close_orphans()
-        self.seen = {row.plan_key for row in self.rows() if row.state == "complete"}
+        self.seen = {row.plan_key for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.menu_asked = False
         self.sampler = self._first_sampler()
@@ -155,7 +159,12 @@ class Driver:
         return in_time and in_tokens and not self.exhausted and self.spent + len(self.running) < limits.trials
 
     def next(self) -> Job | None:
-        """The next thing to measure, or None: look at `done` to tell "wait" from "finished"."""
+        """The next thing to measure, or None: look at `done` to tell "wait" from "finished".
+
+        Raises KeyboardInterrupt once ``stop`` is set.
+        """
+        if self.stop.is_set():
+            raise KeyboardInterrupt
         if self.searching and self._menu_due:
             self.menu_asked = True
             return Job("menu", 0, Plan(()))
@@ -164,7 +173,7 @@ class Driver:
             raise InputError(
                 f"the dense model could not be measured ({self._dense_failure()}): nothing to compare with"
             )
-        if job is None and not self.running:
+        if job is None and not self.running and not self.searching:
             job = self._next_report()
         return job
 
@@ -210,7 +219,8 @@ class Driver:
 
     def _unreported(self) -> list[Row]:
         front = front_of(self.rows()) if self.report else []
-        return [row for row in front if row.report is None and row.number not in self.reporting]
+        skip = self.reporting | self.unreportable
+        return [row for row in front if row.report is None and row.number not in skip]
 
     def _next_report(self) -> Job | None:
         for row in self._unreported():
@@ -259,7 +269,7 @@ class Driver:
             self.menu_asked = False
         else:
             self.reporting.discard(job.number)
-            self.study.set_user_attr(f"report {job.number}", {"failure": reason})
+            self.unreportable.add(job.number)  # until the next launch
         self.listener(self)
         if self.dead >= MAX_DEAD:
             raise WorkersDied(

@@ -20,7 +20,7 @@ from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, ti
 from rankfront.methods.layers import set_module
 from rankfront.search import verify
 from rankfront.search.front import Row
-from rankfront.search.model import load_tokenizer, quiet, resolve, staged
+from rankfront.search.model import load_tokenizer, quiet, staged
 from rankfront.search.trial import Resident, Setup
 
 Format = Literal["factored", "dense"]
@@ -47,6 +47,12 @@ def export(setup: Setup, row: Row, out: Path, form: Format) -> Verified:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
+    now = setup.origin()
+    for name, value in row.plan.origin:
+        if now.get(name) != value:
+            raise InputError(
+                f"trial {row.number} has {name} {value} and the run now {now.get(name)}: restore what changed"
+            )
     resident = Resident(setup)
     resident.apply(row.plan)
     expected = row.attributes["parameter_count"] if form == "factored" else resident.dense_values
@@ -83,7 +89,7 @@ def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
     with quiet():
         model.save_pretrained(folder)
     try:
-        load_tokenizer(resolve(resident.setup.config.model.name)).save_pretrained(folder)
+        load_tokenizer(resident.setup.source).save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises a bare Exception where the disk is full
         raise OSError(str(error)) from error
     (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")

@@ -108,7 +108,9 @@ class FactorStore:
             method = get_method(served[0].method)
             try:
                 prepared = method.prepare(weights, statistics, served)
-            except (RuntimeError, ValueError, MemoryError) as error:
+            except torch.OutOfMemoryError:
+                raise  # another day there may be room
+            except (RuntimeError, ValueError) as error:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _failure_file(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
                 continue

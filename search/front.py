@@ -119,10 +119,8 @@ def front_of(rows: Iterable[Row]) -> list[Row]:
 
 def dense_row(rows: Iterable[Row]) -> Row | None:
     """The anchor that measured the dense model, where it is done."""
-    return next(
-        (row for row in rows if row.state == "complete" and row.attributes.get("block_parameters") == 1.0),
-        None,
-    )
+    dense = Plan(()).key
+    return next((row for row in rows if row.state == "complete" and row.plan_key == dense), None)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class Run:
         except InputError as error:
             raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
 
+    def identity(self) -> str:
+        """What sets this run apart from others in a storage that they share."""
+        return str(json.loads(self.file.read_text(encoding="utf-8"))["id"])
+
     def define(self, config: StudyConfig, resolved: dict[str, str]) -> None:
         """Write the definition, or check it against the one that is there.
 
@@ -72,9 +77,9 @@ class Run:
             _refuse_changes(self.path, definition_of(before.config), definition_of(config))
             _refuse_changes(self.path, before.resolved, resolved)
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {"version": VERSION, "config": config.model_dump(mode="json"), "resolved": resolved}, indent=1
-        )
+        identity = self.identity() if self.file.exists() else uuid.uuid4().hex
+        data = {"version": VERSION, "id": identity, "config": config.model_dump(mode="json"), "resolved": resolved}
+        text = json.dumps(data, indent=1)
         partial = self.file.with_suffix(".partial")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(self.file)
@@ -111,7 +116,7 @@ class Run:
         """The Optuna study: in the run folder's SQLite file, or at the study's own storage URL."""
         local = {} if config.search.storage else {"creator": self._connect}
         url = config.search.storage or f"sqlite:///{self.path / 'study.db'}"
-        name = STUDY_NAME if config.search.storage is None else f"{STUDY_NAME}-{self.path.name}"
+        name = f"{STUDY_NAME}-{self.identity()}" if config.search.storage else STUDY_NAME
         try:
             return optuna.create_study(
                 study_name=name,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import optuna
 
-from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, Site, get_method
+from rankfront.methods import DENSE, DENSE_OPTION, Grid, InputError, Option, Site, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.model import Place
 from rankfront.search.plan import Plan
@@ -126,8 +126,9 @@ class Space:
         choices = {site: self._choices(site) for site in chosen}
         self.choices = {site: found for site, found in choices.items() if found.options}
         if not self.choices:
-            reasons = [(name, site.name, get_method(name).refuses(site)) for site in chosen for name in config.methods]
-            if all(reason for _, _, reason in reasons):
+            methods = [name for name in config.methods if name != DENSE]
+            reasons = [(name, site.name, get_method(name).refuses(site)) for site in chosen for name in methods]
+            if reasons and all(reason for _, _, reason in reasons):
                 name, place, reason = reasons[0]
                 raise InputError(f"the space is empty: {name!r} cannot treat {place!r}, for {reason}")
             raise InputError(
@@ -140,6 +141,7 @@ class Space:
         for rule in self.config.rule:
             if fnmatchcase(site.name, rule.match):
                 methods, keep = rule.methods or methods, rule.keep or keep
+        methods = tuple(name for name in methods if name != DENSE)  # dense is an option everywhere, named or not
         grid = Grid(keep, self.config.rank_multiple)
         offered = {name: get_method(name).options(site, grid) for name in methods}
         options = {(name, level): option for name, found in offered.items() for level, option in found.items()}

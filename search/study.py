@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,24 @@ from rankfront.search.text import cut, hash_tokens
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 
 RUNS = Path("runs")
+
+
+@contextmanager
+def _interrupts(stop: threading.Event) -> Iterator[None]:
+    """Within, Ctrl-C also sets ``stop``: Python drops a KeyboardInterrupt that arrives in a finaliser."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Interrupted(Exception):
@@ -143,9 +164,15 @@ class Study:
         source = resolve(self.config.model.name)
         earlier = self.run.definition().resolved if self.run.file.exists() else {}
         device = pick_device(earlier.get("device", self.config.model.device))
+        search = self.config.search
+        if device.startswith("cuda") and search.workers > 1 and search.resources.gpu == 0:
+            raise InputError(
+                f"search.workers is {search.workers} on {device} and search.resources.gpu is 0: say what share of a GPU"
+                " a trial takes, such as 0.5"
+            )
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
-        return Setup(self.config, dtype, device, source.fingerprint, tokens, str(cache_folder().resolve()))
+        return Setup(self.config, source, dtype, device, source.fingerprint, tokens, str(cache_folder().resolve()))
 
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model so far."""
@@ -162,13 +189,16 @@ class Study:
         """
         logging.getLogger("alembic").setLevel(logging.ERROR)
         display = Display(console or Console(stderr=True))
-        with self.run.lock(), display:
+        stop = threading.Event()
+        with self.run.lock(), display, _interrupts(stop):
             try:
-                self._launch(display, address, rebuild, report)
+                self._launch(display, address, rebuild, report, stop)
             except KeyboardInterrupt as error:
                 raise Interrupted(f"stopped; every finished trial is kept in {self.run.path}") from error
 
-    def _launch(self, display: Display, address: str | None, rebuild: bool, report: bool) -> None:
+    def _launch(
+        self, display: Display, address: str | None, rebuild: bool, report: bool, stop: threading.Event
+    ) -> None:
         limits = self.config.search
         set_threads(limits.resources.cpu)
         setup = self.setup()
@@ -178,7 +208,7 @@ class Study:
         self.run.define(self.config, resolved)
         if rebuild:
             setup.store().clear(space.methods)
-        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report)
+        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report, stop)
         if driver.done:
             return
         prepare_store(setup, space, display.phase)

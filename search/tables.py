@@ -115,25 +115,39 @@ def plan_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+DENSE_ROW: dict[str, Any] = {
+    "name": DENSE,
+    "paper": "",
+    "family": "dense",
+    "metric": "none",
+    "formula": "Ŵ = W, an option of every site without being named",
+    "needs": [],
+    "nested": True,
+}
+
+
 def methods_json() -> list[dict[str, Any]]:
     """The documented shape of ``rankfront methods --json``."""
     methods = [get_method(name) for name in method_names()]
     return [
-        {
-            "name": method.name,
-            "paper": method.paper,
-            "family": method.family,
-            "metric": method.metric,
-            "formula": method.formula,
-            "needs": list(method.needs),
-            "nested": method.nested,
-        }
-        for method in methods
+        DENSE_ROW,
+        *(
+            {
+                "name": method.name,
+                "paper": method.paper,
+                "family": method.family,
+                "metric": method.metric,
+                "formula": method.formula,
+                "needs": list(method.needs),
+                "nested": method.nested,
+            }
+            for method in methods
+        ),
     ]
 
 
 def methods_table() -> Table:
-    """Every method as a rich table. ``dense`` is an option of every site and not listed."""
+    """Every method as a rich table."""
     table = Table(title="methods", title_justify="left")
     for name in ("name", "family", "metric", "formula", "needs", "paper"):
         table.add_column(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
-from rankfront.search.model import Place, check_length, count_parameters, find_sites, load_model, resolve, skeleton
+from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.predictions import predict
 from rankfront.search.sampler import OURS
@@ -39,6 +39,7 @@ class Setup:
 
     Attributes:
         config: the validated study.
+        source: the model, resolved where the study was launched: paths are absolute.
         dtype, device: as resolved at the study's first launch.
         fingerprint: hash of the weights.
         tokens: split -> windows (W, L).
@@ -46,6 +47,7 @@ class Setup:
     """
 
     config: StudyConfig
+    source: Source
     dtype: str
     device: str
     fingerprint: str
@@ -78,18 +80,14 @@ class Job:
 
 def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
-    model = skeleton(resolve(setup.config.model.name))
+    model = skeleton(setup.source)
     check_length(model, setup.config.data.length, "data.length")
     latency = setup.config.objectives.get("latency")
     if latency is not None:
         run = Latency(**latency)
         check_length(model, run.prompt + run.decode, "objectives.latency.prompt + decode")
-    return _space(setup, find_sites(model))
-
-
-def _space(setup: Setup, sites: Mapping[Site, Place]) -> Space:
     ours = setup.config.search.sampler == OURS
-    return Space(sites, setup.config.space, 0 if ours else setup.config.search.groups)
+    return Space(find_sites(model), setup.config.space, 0 if ours else setup.config.search.groups)
 
 
 def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
@@ -101,9 +99,8 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
     missing = store.missing(space.wanted())
     if not missing:
         return False
-    source = resolve(setup.config.model.name)
     progress("load", 0, 1)
-    weights_from = load_model(source, "auto", setup.device)
+    weights_from = load_model(setup.source, "auto", setup.device)
     dtype = DTYPES[setup.dtype]
     same = next(weights_from.parameters()).dtype == dtype
     model = weights_from if same else copy.deepcopy(weights_from).to(dtype)
@@ -134,10 +131,10 @@ class Resident:
 
     def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
         self.setup = setup
-        self.model = load_model(resolve(setup.config.model.name), DTYPES[setup.dtype], setup.device)
-        self.sites: dict[Site, Place] = find_sites(self.model)
-        self.space = _space(setup, self.sites)
+        self.space = make_space(setup)
         prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
+        self.model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
+        self.sites: dict[Site, Place] = find_sites(self.model)
         self.store = setup.store()
         self.names = {site.name for site in self.sites}
         self.dense_values = count_parameters(self.model)
@@ -229,9 +226,9 @@ class Resident:
         except InputError:
             raise
         except (RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
-            self._recover()
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            return {"failure": f"{type(error).__name__}: {reason}"}
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
+        return {"failure": reason}
 
     def _recover(self) -> None:
         """Back to dense, with whatever the failed trial still held given back."""

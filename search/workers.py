@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our progress line is the one on the terminal
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours to handle
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the study mean the launcher's folder
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own future default; says so otherwise
 
 import ray
@@ -36,8 +37,8 @@ class Worker(tune.Trainable):
         self.refused: str | None = None
         try:
             self.resident = Resident(setup)
-        except InputError as error:
-            self.refused = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, every trial would meet it: say it once
+            self.refused = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         self.job = config["job"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -71,12 +72,16 @@ class _Bridge(Searcher):
         super().__init__(metric="done", mode="max")
         self.driver = driver
         self.jobs: dict[str, Job] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.error is not None or self.driver.done:
             return FINISHED
-        job = self.driver.next()
+        try:
+            job = self.driver.next()
+        except (KeyboardInterrupt, InputError) as raised:
+            self.error = raised
+            return FINISHED
         if job is None:
             return FINISHED if self.driver.done else None
         self.jobs[trial_id] = job
@@ -89,8 +94,7 @@ class _Bridge(Searcher):
                 self.driver.lost(job, DIED)
                 return
             record = result["record"].record
-            if "refused" in record:
-                self.driver.lost(job, record["refused"])
+            if "refused" in record:  # the job stays running: it is marked interrupted, and measured another time
                 raise InputError(record["refused"])
             self.driver.finish(job, record)
         except Exception as raised:  # noqa: BLE001 - Tune would swallow it; `run` raises it again
@@ -141,17 +145,24 @@ def _connect(address: str | None, workers: int, resources: ResourcesConfig) -> N
     for name in ("ray.tune", "ray.air", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is in the records, with its reason
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if address is not None and address.startswith("ray://"):
+        raise InputError(
+            f"--address {address!r} is a Ray Client's: launch on a node of the cluster, with --address auto"
+        )
     if address is not None:
         try:
-            ray.init(address=address, **options)
+            ray.init(address=address, ignore_reinit_error=True, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            message = f"no Ray cluster answers at {address!r} ({reason}): check --address, or leave it out"
+            raise InputError(message) from error
+    elif not ray.is_initialized():
+        cpus = max(os.cpu_count() or 1, math.ceil(workers * resources.cpu))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    there = ray.cluster_resources()
+    for name, wanted in (("CPU", resources.cpu), ("GPU", resources.gpu)):
+        if wanted > there.get(name, 0):
+            ray.shutdown()
             raise InputError(
-                f"no Ray cluster answers at {address!r} ({reason}): check --address, or leave it out"
-            ) from error
-        return
-    cpus = max(os.cpu_count() or 1, math.ceil(workers * resources.cpu))
-    ray.init(num_cpus=cpus, include_dashboard=False, **options)
-    if resources.gpu > ray.cluster_resources().get("GPU", 0):
-        ray.shutdown()
-        raise InputError(f"search.resources.gpu is {resources.gpu:g} and this machine has no such GPU: set it to 0")
+                f"search.resources.{name.lower()} is {wanted:g} and Ray has {there.get(name, 0):g} in all: ask for less"
+            )

@@ -1,6 +1,6 @@
 """Search against search at equal token budgets: what every allocator and sampler reaches on smollm2-135m.
 
-    python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2] [--report FILE]
+    python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
 svd-llm and dense. Tokens are counted everywhere (a backward pass as two forward ones): probes, menus and trials

@@ -69,7 +69,7 @@ def refused(capsys):
 def test_methods(ok):
     table = ok("methods")
     listed = json.loads(ok("methods", "--json"))
-    assert [method["name"] for method in listed] == method_names()
+    assert [method["name"] for method in listed] == ["dense", *method_names()]
     assert all({"paper", "metric", "family", "needs"} <= method.keys() for method in listed)
     assert all(name in table for name in method_names())
 

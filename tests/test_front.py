@@ -1,6 +1,7 @@
 """The front against brute force, hypervolume against closed forms, constraints and the knee."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rankfront.search.front import (
     knee,
     meeting,
 )
+from rankfront.search.plan import Plan
 
 AXES = ("perplexity", "parameters", "latency")
 
@@ -142,10 +144,12 @@ def test_the_box_is_what_objectives_state():
     assert hypervolume([dense], box) == 0.0
 
 
-def test_the_dense_row_keeps_all_of_the_blocks():
-    rows = make_rows([(1, 1)], block_parameters=0.7) + make_rows([(2, 2)], block_parameters=1.0)
-    assert dense_row(rows) is rows[1]
-    assert dense_row(rows[:1]) is None
+def test_the_dense_row_has_the_dense_plan():
+    """All of the blocks are kept by a plan that treats the embedding alone, too."""
+    rows = make_rows([(1, 1), (2, 2)], block_parameters=1.0)
+    dense = replace(rows[1], plan_key=Plan(()).key)
+    assert dense_row([rows[0], dense]) is dense
+    assert dense_row(rows) is None
 
 
 @pytest.mark.parametrize("seed", range(4))

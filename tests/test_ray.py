@@ -1,6 +1,7 @@
 """Trials through Ray: resident workers, failures in them, and their deaths."""
 
 import os
+from pathlib import Path
 
 import psutil
 import pytest
@@ -107,6 +108,13 @@ def test_one_worker_lives_through_every_trial_and_two_go_on(data, tmp_path, spoi
     longer.launch(quiet())
     check_whole(longer, before, TRIALS + 4)
     assert len(set(processes())) == 3
+
+
+def test_relative_paths_mean_the_launchers_folder(data, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(model_folder).parent)
+    data["model"]["name"] = Path(model_folder).name
+    data["search"]["trials"] = 2
+    check_whole(make_run(data, tmp_path / "run"), {}, 2)
 
 
 def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil):
