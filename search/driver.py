@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -28,6 +28,22 @@ MAX_DEAD = 3  # workers in a row that died without finishing anything
 Listener = Callable[["Driver"], None]
 
 
+@dataclass
+class Stop:
+    """What Ctrl-C asks for.
+
+    Python drops a KeyboardInterrupt that arrives in a finaliser, so the handler only makes a request, which is looked
+    at wherever it is safe to stop: between batches, sites and trials, and a few times a second while Ray works.
+    """
+
+    requested: bool = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a stop is requested."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+
 class Driver:
     """Decides what is measured next and records what came back. Optuna's storage is its only state.
 
@@ -43,7 +59,7 @@ class Driver:
         origin: dict[str, str],
         listener: Listener,
         report: bool = True,
-        stop: threading.Event | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.study = study
         self.config = config
@@ -54,7 +70,7 @@ class Driver:
         self.origin = origin
         self.listener = listener
         self.report = report
-        self.stop = stop or threading.Event()
+        self.stop = stop or Stop()
         self.started = time.monotonic()
         self.running: dict[int, optuna.Trial] = {}
         self.reporting: set[int] = set()
@@ -161,10 +177,9 @@ class Driver:
     def next(self) -> Job | None:
         """The next thing to measure, or None: look at `done` to tell "wait" from "finished".
 
-        Raises KeyboardInterrupt once ``stop`` is set.
+        Raises KeyboardInterrupt once a stop is requested.
         """
-        if self.stop.is_set():
-            raise KeyboardInterrupt
+        self.stop.check()
         if self.searching and self._menu_due:
             self.menu_asked = True
             return Job("menu", 0, Plan(()))

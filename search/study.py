@@ -20,7 +20,7 @@ from rankfront.methods import InputError
 from rankfront.search import front as fronts
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.device import pick_device, pick_dtype, set_threads
-from rankfront.search.driver import Driver
+from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Verified, export
 from rankfront.search.front import Constraint, Row
 from rankfront.search.goal import quality_of
@@ -35,15 +35,16 @@ RUNS = Path("runs")
 
 
 @contextmanager
-def _interrupts(stop: threading.Event) -> Iterator[None]:
-    """Within, Ctrl-C also sets ``stop``: Python drops a KeyboardInterrupt that arrives in a finaliser."""
+def _interrupts(stop: Stop) -> Iterator[None]:
+    """Within, Ctrl-C requests a stop; a second one throws at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: object) -> None:
-        stop.set()
-        raise KeyboardInterrupt
+        again, stop.requested = stop.requested, True
+        if again:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -189,16 +190,14 @@ class Study:
         """
         logging.getLogger("alembic").setLevel(logging.ERROR)
         display = Display(console or Console(stderr=True))
-        stop = threading.Event()
+        stop = Stop()
         with self.run.lock(), display, _interrupts(stop):
             try:
                 self._launch(display, address, rebuild, report, stop)
             except KeyboardInterrupt as error:
                 raise Interrupted(f"stopped; every finished trial is kept in {self.run.path}") from error
 
-    def _launch(
-        self, display: Display, address: str | None, rebuild: bool, report: bool, stop: threading.Event
-    ) -> None:
+    def _launch(self, display: Display, address: str | None, rebuild: bool, report: bool, stop: Stop) -> None:
         limits = self.config.search
         set_threads(limits.resources.cpu)
         setup = self.setup()
@@ -211,7 +210,12 @@ class Study:
         driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report, stop)
         if driver.done:
             return
-        prepare_store(setup, space, display.phase)
+
+        def progress(phase: str, done: int, total: int) -> None:
+            stop.check()
+            display.phase(phase, done, total)
+
+        prepare_store(setup, space, progress)
         display.search(driver)
         driver.begin()
         try:

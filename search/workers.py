@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 from rankfront.methods import InputError
 from rankfront.search.config import ResourcesConfig
 from rankfront.search.device import set_threads
-from rankfront.search.driver import Driver
+from rankfront.search.driver import Driver, Stop
 from rankfront.search.plan import Plan
 from rankfront.search.trial import Job, Record, Resident, Setup
 
@@ -63,6 +63,16 @@ class _Sealed:
 
     def __init__(self, record: Record) -> None:
         self.record = record
+
+
+class _Watch(tune.Callback):
+    """Looks for a requested stop at every step of Tune's loop, a few times a second."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.stop.check()
 
 
 class _Bridge(Searcher):
@@ -132,6 +142,7 @@ def run(driver: Driver, setup: Setup, workers: int, resources: ResourcesConfig, 
                 run_config=tune.RunConfig(
                     storage_path=scratch,
                     verbose=0,
+                    callbacks=[_Watch(driver.stop)],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
             ).fit()
