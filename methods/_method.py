@@ -54,10 +54,6 @@ class Site:
         """What the site stores while dense."""
         return sum((weight.storage for weight in self.weights), Storage(0))
 
-    @property
-    def roles(self) -> frozenset[str]:
-        return frozenset(weight.role for weight in self.weights)
-
 
 @dataclass(frozen=True)
 class Option:

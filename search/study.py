@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import signal
 import threading
@@ -85,7 +84,7 @@ class Study:
         if isinstance(config, StudyConfig):
             config = config.model_dump(mode="json")
         if isinstance(config, Mapping):
-            self.config, name = make_config(copy.deepcopy(dict(config)), overrides), "study"
+            self.config, name = make_config(dict(config), overrides), "study"
         else:
             self.config, name = load_config(Path(config), overrides), Path(config).stem
         self.run = Run(Path(run) if run is not None else RUNS / name)
