@@ -26,6 +26,9 @@ class Storage:
     def __add__(self, other: Storage) -> Storage:
         return Storage(self.values + other.values, self.index_bits + other.index_bits)
 
+    def __sub__(self, other: Storage) -> Storage:
+        return Storage(self.values - other.values, self.index_bits - other.index_bits)
+
 
 def dense_storage(out_features: int, in_features: int) -> Storage:
     """mn values."""

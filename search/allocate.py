@@ -11,7 +11,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from rankfront.methods import InputError
-from rankfront.search.menu import Line, Menu
+from rankfront.search.menu import TINY, Line, Menu
+from rankfront.search.regions import Merged
 
 MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
 Places = list[int]
@@ -31,12 +32,14 @@ class Sweep:
 
     Attributes:
         menu: what was solved.
+        merged: its regions, each as one line.
         unit: stored values per column.
         loss: the least predicted divergence within u units, (U + 1,), infinite where nothing fits.
-        picks: the option taken at each site for each budget, (sites, U + 1).
+        picks: the choice taken in each region for each budget, (regions, U + 1).
     """
 
     menu: Menu
+    merged: tuple[Merged, ...]
     unit: int
     loss: np.ndarray
     picks: np.ndarray
@@ -48,39 +51,44 @@ class Sweep:
         last = len(self.loss) - 1
         column = last if budget >= self.menu.dense else min(int(budget // self.unit), last)
         if not np.isfinite(self.loss[column]):  # rounding costs up to the grid can lose the very cheapest plans
-            return [int(line.parameters.argmin()) for line in self.menu.lines]
-        places = []
-        for line, picks in zip(reversed(self.menu.lines), self.picks[::-1], strict=True):
-            place = int(picks[column])
-            places.append(place)
-            column -= ceil(line.parameters[place] / self.unit)
-        return places[::-1]
+            return list(self.menu.cheapest)
+        places = [0] * len(self.menu.lines)
+        for region, picks in zip(reversed(self.merged), self.picks[::-1], strict=True):
+            choice = int(picks[column])
+            column -= ceil(int(region.costs[choice]) / self.unit)
+            for member, place in zip(region.members, region.places[choice], strict=True):
+                places[member] = int(place)
+        return places
 
 
 def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
-    """Exact multi-choice knapsack for every budget by dynamic programming.
+    """Multi-choice knapsack for every budget by dynamic programming, over regions of sites that share no weight.
 
-    f_i(u) = min_k f_{i−1}(u − c_ik) + d_ik. Exact where the costs' greatest common divisor allows at most
-    `MAX_UNITS` columns; else costs are rounded up, so that plans stay within budget. ``losses`` replace the
-    menu's divergences, line by line.
+    f_i(u) = min_k f_{i−1}(u − c_ik) + d_ik. Exact where no two sites share a weight and the costs' greatest common
+    divisor allows at most `MAX_UNITS` columns; else costs are rounded up, so that plans stay within budget, and a
+    region offers a limited number of combined choices (`Region.merge`). ``losses`` replace the menu's divergences,
+    line by line.
     """
-    costs = np.concatenate([line.parameters for line in menu.lines])
-    exact = gcd(*(int(cost) for cost in costs))
+    used = [line.divergence for line in menu.lines] if losses is None else losses
+    exact = gcd(*(int(cost) for line in menu.lines for cost in line.parameters))
     unit = exact * ceil(menu.dense / (exact * MAX_UNITS))
-    columns = sum(ceil(int(line.parameters[0]) / unit) for line in menu.lines) + 1
+    merged = tuple(
+        region.merge([menu.lines[i].parameters for i in region.members], [used[i] for i in region.members], unit)
+        for region in menu.regions
+    )
+    columns = sum(ceil(int(region.costs.max()) / unit) for region in merged) + 1
     loss = np.zeros(columns)
-    picks = np.zeros((len(menu.lines), columns), dtype=np.int16)
-    for number, line in enumerate(menu.lines):
+    picks = np.zeros((len(merged), columns), dtype=np.int16)
+    for number, region in enumerate(merged):
         best = np.full(columns, np.inf)
-        values = line.divergence if losses is None else losses[number]
-        for place, (cost, value) in enumerate(zip(line.parameters, values, strict=True)):
+        for choice, (cost, value) in enumerate(zip(region.costs, region.losses, strict=True)):
             shift = ceil(int(cost) / unit)
             candidate = loss[: columns - shift] + value
             better = candidate < best[shift:]
             best[shift:][better] = candidate[better]
-            picks[number, shift:][better] = place
+            picks[number, shift:][better] = choice
         loss = best
-    return Sweep(menu, unit, loss, picks)
+    return Sweep(menu, merged, unit, loss, picks)
 
 
 def knapsack(menu: Menu, budget: float) -> Places:
@@ -95,11 +103,20 @@ def knapsack_several(menu: Menu, limits: Sequence[tuple[Sequence[np.ndarray], fl
     Raises `InputError` where no plan meets them all.
     """
     sizes = [len(line.options) for line in menu.lines]
-    total = sum(sizes)
+    starts = np.cumsum([0, *sizes])
+    total = int(starts[-1])
     rows = np.repeat(np.arange(len(sizes)), sizes)
     one_each = csr_array((np.ones(total), (rows, np.arange(total))), shape=(len(sizes), total))
     constraints = [LinearConstraint(one_each, 1, 1)]
-    constraints += [LinearConstraint(np.concatenate(list(costs))[None], -np.inf, budget) for costs, budget in limits]
+    for costs, budget in limits:
+        dense = sum(float(cost[0]) for line, cost in zip(menu.lines, costs, strict=True) if not line.weights)
+        changes = np.concatenate([cost - cost[0] for cost in costs])
+        constraints.append(LinearConstraint(changes[None], -np.inf, budget - dense))
+    for weight in dict.fromkeys(weight for line in menu.lines for weight in line.weights):
+        treated = np.zeros(total)
+        for line, start, size in zip(menu.lines, starts, sizes, strict=False):
+            treated[start + 1 : start + size] = weight in line.claims
+        constraints.append(LinearConstraint(treated[None], -np.inf, 1))
     loss = np.concatenate([line.divergence for line in menu.lines])
     found = milp(
         loss,
@@ -113,8 +130,7 @@ def knapsack_several(menu: Menu, limits: Sequence[tuple[Sequence[np.ndarray], fl
         raise InputError(
             f"no plan meets the budgets {budgets} together: raise one, or offer lower levels in space.keep"
         )
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
+    return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=False)]
 
 
 def _cheapest_from(line: Line, keep: float) -> int:
@@ -127,14 +143,27 @@ def _cheapest_from(line: Line, keep: float) -> int:
     return int(best[line.divergence[best].argmin()])
 
 
-def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places], low: float, high: float) -> Places:
-    """The plan of ``rule`` at the knob setting that stores the most within ``budget``; rules store more as it grows."""
+def _rule(menu: Menu, choose: Callable[[Line], int]) -> Places:
+    """``choose`` for every line of a cover: single sites first, and joint ones where they take no weight of theirs."""
+    places = [0] * len(menu.lines)
+    covered: set[str] = set()
+    for i in sorted(range(len(menu.lines)), key=lambda i: len(menu.lines[i].claims)):
+        line = menu.lines[i]
+        if len(line.options) > 1 and covered.isdisjoint(line.claims):
+            covered.update(line.claims)
+            places[i] = choose(line)
+    return places
+
+
+def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places]) -> Places:
+    """The plan of ``rule`` at the knob in [0, 1] that stores the most within ``budget``; plans grow with the knob."""
     _check(menu, budget)
+    low, high = 0.0, 1.0
     if menu.parameters(rule(high)) <= budget:
         return rule(high)
     best = rule(low)
     if menu.parameters(best) > budget:
-        best = [int(line.parameters.argmin()) for line in menu.lines]
+        best = list(menu.cheapest)
     for _ in range(60):
         middle = (low + high) / 2
         places = rule(middle)
@@ -147,7 +176,7 @@ def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places], 
 
 def uniform(menu: Menu, budget: float) -> Places:
     """The same kept fraction everywhere, as large as the budget allows."""
-    return _largest_within(menu, budget, lambda keep: [_cheapest_from(line, keep) for line in menu.lines], 0.0, 1.0)
+    return _largest_within(menu, budget, lambda keep: _rule(menu, lambda line: _cheapest_from(line, keep)))
 
 
 def tolerance(menu: Menu, budget: float) -> Places:
@@ -159,17 +188,40 @@ def tolerance(menu: Menu, budget: float) -> Places:
     """
     highest = max(float(line.divergence.max()) for line in menu.lines)
 
-    def rule(knob: float) -> Places:
-        if knob >= 1.0:
-            return [0] * len(menu.lines)
+    def within(line: Line, knob: float) -> int:
         bound = highest * 1e-9**knob  # a larger knob allows less error and stores more
-        places = []
-        for line in menu.lines:
-            within = np.flatnonzero(line.divergence <= bound)
-            places.append(int(within[line.parameters[within].argmin()]))
-        return places
+        allowed = np.flatnonzero(line.divergence <= bound)
+        return int(allowed[line.parameters[allowed].argmin()])
 
-    return _largest_within(menu, budget, rule, 0.0, 1.0)
+    return _largest_within(menu, budget, lambda knob: _rule(menu, lambda line: 0 if knob >= 1 else within(line, knob)))
+
+
+def value(menu: Menu, budget: float) -> Places:
+    """One threshold on what a component is worth, for every site: TRP's value rule (1812.02402).
+
+    TRP drops the components with σ_i below a threshold. Levels differ by several components, and other families have
+    none, so what counts is the divergence that a level saves over the next cheaper one by the share of the site's
+    storage that it adds; a site keeps the levels worth the threshold.
+    """
+    curves = {line.site: _worth(line) for line in menu.lines}
+    worths = np.concatenate([worth for _, worth in curves.values()])
+    highest = 2 * float(worths.max(initial=TINY))
+
+    def above(line: Line, knob: float) -> int:
+        options, worth = curves[line.site]
+        kept = np.flatnonzero(worth >= highest * 1e-12**knob)
+        return int(options[kept[-1] + 1] if len(kept) else options[0])
+
+    return _largest_within(menu, budget, lambda knob: _rule(menu, lambda line: 0 if knob >= 1 else above(line, knob)))
+
+
+def _worth(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """(the K options that nothing cheaper beats, by rising cost; what each saves over the one before, (K − 1,))."""
+    by_cost = np.lexsort((line.divergence, line.parameters))
+    least = np.minimum.accumulate(line.divergence[by_cost])
+    options = by_cost[np.append(True, least[1:] < least[:-1])]
+    saved, added = -np.diff(line.divergence[options]), np.diff(line.parameters[options])
+    return options, saved * line.parameters[0] / added
 
 
 def sensitivity(menu: Menu, budget: float) -> Places:
@@ -186,15 +238,16 @@ def sensitivity(menu: Menu, budget: float) -> Places:
         if stored <= budget:
             break
         saved = int(menu.lines[i].parameters[places[i]] - menu.lines[i].parameters[k])
-        if saved > 0:
+        if saved > 0 and not any(places[rival] for rival in menu.rivals[i]):
             places[i] = k
             stored -= saved
-    return places
+    return places if stored <= budget else list(menu.cheapest)
 
 
 ALLOCATORS: Mapping[str, Callable[[Menu, float], Places]] = {
     "uniform": uniform,
     "tolerance": tolerance,
+    "value": value,
     "sensitivity": sensitivity,
     "knapsack": knapsack,
 }

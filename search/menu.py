@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from rankfront.methods import DENSE_OPTION, Option, Site, get_method
+from rankfront.methods import DENSE_OPTION, Option, Site, Weight, get_method
+from rankfront.search.regions import Region, regions_of
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
@@ -23,37 +24,84 @@ class Line:
         options: K of them.
         parameters: stored values of each, (K,) integers.
         divergence: predicted divergence of each alone, (K,), nats a token; 0 for dense.
+        weights: what the site claims where it treats several weights jointly; empty where it is one weight.
     """
 
     site: str
     options: tuple[Option, ...]
     parameters: np.ndarray
     divergence: np.ndarray
+    weights: tuple[str, ...] = ()
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """The weights of the site, by the names of their own sites."""
+        return self.weights or (self.site,)
 
 
 @dataclass(frozen=True)
 class Menu:
-    """One line per site that may be treated; what is outside them is not counted here."""
+    """One line per site that may be treated; what is outside them is not counted here.
+
+    A choice, ``places``, is an index into each line's options. Lines that share weights are rivals: of those at most
+    one is treated, and the others stand at dense, index 0, whatever becomes of their weights. Every weight that a
+    joint line claims has a line of its own, if only with dense on it; ValueError otherwise.
+    """
 
     lines: tuple[Line, ...]
 
+    def __post_init__(self) -> None:
+        alone = {line.site for line in self.lines if not line.weights}
+        missing = {weight for line in self.lines for weight in line.claims} - alone
+        if missing:
+            raise ValueError(f"{min(missing)!r} is claimed by a joint line and has no line of its own: add one")
+
     @cached_property
     def dense(self) -> int:
-        """Stored values with every site dense."""
-        return int(sum(line.parameters[0] for line in self.lines))
+        """Stored values with every site dense, each weight once."""
+        return int(sum(line.parameters[0] for line in self.lines if not line.weights))
 
     @cached_property
     def _sites(self) -> frozenset[str]:
         return frozenset(line.site for line in self.lines)
 
     @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """Lines grouped by the weights that they share."""
+        return regions_of([line.claims for line in self.lines])
+
+    @cached_property
+    def rivals(self) -> tuple[tuple[int, ...], ...]:
+        """For each line, the other lines that share a weight with it."""
+        by_weight: dict[str, list[int]] = {}
+        for number, line in enumerate(self.lines):
+            for weight in line.claims:
+                by_weight.setdefault(weight, []).append(number)
+        shared = [{other for weight in line.claims for other in by_weight[weight]} for line in self.lines]
+        return tuple(tuple(sorted(others - {number})) for number, others in enumerate(shared))
+
+    @cached_property
     def least(self) -> int:
-        """Stored values with every site at its cheapest option."""
-        return int(sum(line.parameters.min() for line in self.lines))
+        """Stored values of the cheapest choice."""
+        return self.parameters(self.cheapest)
+
+    @cached_property
+    def cheapest(self) -> list[int]:
+        """The choice that stores least."""
+        places = [0] * len(self.lines)
+        for region in self.regions:
+            for number, place in region.cheapest([self.lines[i].parameters for i in region.members]).items():
+                places[number] = place
+        return places
+
+    def compatible(self, places: Sequence[int]) -> bool:
+        """Whether no weight is treated twice."""
+        return not any(place and any(places[other] for other in self.rivals[i]) for i, place in enumerate(places))
 
     def parameters(self, places: Sequence[int]) -> int:
-        """Stored values of the choice ``places``: an index into each line's options."""
-        return int(sum(line.parameters[place] for line, place in zip(self.lines, places, strict=True)))
+        """Stored values of the choice ``places``."""
+        saved = sum(line.parameters[0] - line.parameters[k] for line, k in zip(self.lines, places, strict=True) if k)
+        return self.dense - int(saved)
 
     def divergence(self, places: Sequence[int]) -> float:
         """Predicted divergence of ``places``, taken as additive."""
@@ -80,9 +128,10 @@ def make_menu(wanted: Mapping[Site, Iterable[Option]], predictions: Predictions)
     """The menu of ``wanted`` under ``predictions``; predictions never fall as an option gets cheaper.
 
     Within a method, a level that stores less cannot be better: predictions are made monotone by a running
-    maximum from the largest level down. Options without a prediction are left out.
+    maximum from the largest level down. Options without a prediction are left out. A weight that only a joint site
+    treats has a line of its own with dense on it.
     """
-    lines = []
+    lines: list[Line] = []
     for site, options in wanted.items():
         known = predictions.get(site.name, {})
         by_method: dict[str, list[tuple[int, Option, float]]] = {}
@@ -100,5 +149,14 @@ def make_menu(wanted: Mapping[Site, Iterable[Option]], predictions: Predictions)
             entries.sort(key=lambda entry: (-entry[0], entry[2], entry[1].label))
             entries.insert(0, (site.storage.parameters, DENSE_OPTION, 0.0))
             stored_values, chosen, divergences = zip(*entries, strict=True)
-            lines.append(Line(site.name, chosen, np.array(stored_values), np.array(divergences)))
+            weights = tuple(weight.path for weight in site.weights) if len(site.weights) > 1 else ()
+            lines.append(Line(site.name, chosen, np.array(stored_values), np.array(divergences), weights))
+    alone = {line.site for line in lines}
+    joint = {w.path: w for site in wanted if len(site.weights) > 1 for w in site.weights if w.path not in alone}
+    claimed = {weight for line in lines for weight in line.weights}
+    lines += [_dense_line(path, weight) for path, weight in joint.items() if path in claimed]
     return Menu(tuple(lines))
+
+
+def _dense_line(path: str, weight: Weight) -> Line:
+    return Line(path, (DENSE_OPTION,), np.array([weight.storage.parameters]), np.zeros(1))

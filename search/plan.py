@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -75,6 +75,18 @@ class Plan:
         return cls.of(choices, origin)
 
 
+def check_disjoint(sites: Iterable[Site]) -> None:
+    """Raise `InputError` where two of the treated ``sites`` claim the same weight."""
+    claimed: dict[str, str] = {}
+    for site in sites:
+        for weight in site.weights:
+            other = claimed.setdefault(weight.path, site.name)
+            if other != site.name:
+                raise InputError(
+                    f"the plan treats {weight.path!r} twice, at {other!r} and {site.name!r}: leave one of them dense"
+                )
+
+
 def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> Cost:
     """The exact cost of ``plan``.
 
@@ -84,19 +96,23 @@ def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_byt
         model_values: parameters of the dense model, each once.
         value_bytes: bytes of one value in the dtype of the export.
 
-    Raises `InputError` where the plan names a site that the model does not have.
+    Raises `InputError` where the plan names a site that the model does not have, or treats a weight twice.
     """
     by_name = {site.name: site for site in sites}
     unknown = [name for name in plan.by_site if name not in by_name]
     if unknown:
         raise InputError(f"the plan names {unknown[0]!r}, which this model does not have: it belongs to another model")
-    whole, block, dense_block = Storage(model_values), Storage(0), Storage(0)
-    for site, inside in sites.items():
+    treated = [by_name[name] for name in plan.by_site]
+    check_disjoint(treated)
+    weights = {weight.path: (weight, inside) for site, inside in sites.items() for weight in site.weights}
+    dense_block = sum((weight.storage for weight, inside in weights.values() if inside), Storage(0))
+    whole, block = Storage(model_values), dense_block
+    for site in treated:
         option = plan.option(site.name)
-        stored = site.storage if option.method == DENSE else get_method(option.method).storage(site, option)
-        whole = whole + stored + Storage(-site.storage.values, -site.storage.index_bits)
-        if inside:
-            block, dense_block = block + stored, dense_block + site.storage
+        change = get_method(option.method).storage(site, option) - site.storage
+        whole = whole + change
+        if sites[site]:
+            block = block + change
     return Cost(
         values=whole.parameters,
         dense_values=model_values,

@@ -209,6 +209,8 @@ class RankfrontSampler(BaseSampler):
             best: tuple[float, int, int] | None = None
             for i in map(int, self.random.permutation(len(plan))[:PARTNERS]):
                 line = self.menu.lines[i]
+                if any(plan[rival] for rival in self.menu.rivals[i]):
+                    continue
                 enough = np.flatnonzero(line.parameters[plan[i]] - line.parameters >= over)
                 if len(enough):
                     place = int(enough[losses[i][enough].argmin()])
@@ -222,10 +224,13 @@ class RankfrontSampler(BaseSampler):
         return found
 
     def _step(self, plan: list[int]) -> list[int]:
-        """``plan`` with one site at another of its options."""
+        """``plan`` with one site at another of its options, and its rivals at dense."""
         site = int(self.random.integers(len(plan)))
         count = len(self.menu.lines[site].options)
-        plan[site] = (plan[site] + int(self.random.integers(1, count))) % count
+        plan[site] = (plan[site] + int(self.random.integers(1, max(count, 2)))) % count
+        if plan[site]:
+            for rival in self.menu.rivals[site]:
+                plan[rival] = 0
         return plan
 
     def _gains(

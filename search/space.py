@@ -207,7 +207,19 @@ class Space:
         options: dict[str, Option] = {}
         for variable in self.variables:
             options |= variable.suggest(trial)
-        return Plan.of(options, origin)
+        return Plan.of(self._disjoint(options), origin)
+
+    def _disjoint(self, options: Mapping[str, Option]) -> dict[str, Option]:
+        """``options`` without those whose weights a larger site treats: general samplers draw every variable."""
+        kept: dict[str, Option] = {}
+        claimed: set[str] = set()
+        by_size = sorted((site for site in self.choices if site.name in options), key=lambda s: -len(s.weights))
+        for site in by_size:
+            paths = {weight.path for weight in site.weights}
+            if options[site.name] != DENSE_OPTION and claimed.isdisjoint(paths):
+                kept[site.name] = options[site.name]
+                claimed |= paths
+        return kept
 
     def anchor_parameters(self, anchor: Anchor) -> dict[str, int | str]:
         """The draws that give the same method and kept fraction everywhere, to enqueue so that samplers learn from it.

@@ -23,7 +23,7 @@ from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
-from rankfront.search.plan import Plan, cost_of
+from rankfront.search.plan import Plan, check_disjoint, cost_of
 from rankfront.search.predictions import predict
 from rankfront.search.sampler import OURS
 from rankfront.search.space import Space
@@ -151,15 +151,20 @@ class Resident:
     def apply(self, plan: Plan) -> None:
         """Make the model run ``plan``: only the sites whose option changed are touched.
 
-        Raises `InputError` where the plan names a site that this model does not have.
+        Raises `InputError` where the plan names a site that this model does not have, or treats a weight twice.
         """
         unknown = plan.by_site.keys() - self.names
         if unknown:
             raise InputError(f"the plan names {min(unknown)!r}, which this model does not have: it belongs to another")
-        for site in self.sites:
-            option = plan.option(site.name)
-            if option != self.current.get(site.name, DENSE_OPTION):
-                self._swap(site, option)
+        check_disjoint(site for site in self.sites if site.name in plan.by_site)
+        changed = [
+            (site, option)
+            for site in self.sites
+            if (option := plan.option(site.name)) != self.current.get(site.name, DENSE_OPTION)
+        ]
+        # Dense first: a weight that one site lets go of may be another's to treat.
+        for site, option in sorted(changed, key=lambda change: change[1] != DENSE_OPTION):
+            self._swap(site, option)
 
     def apply_one(self, site: Site, option: Option) -> None:
         """Make the model run dense but for one site."""

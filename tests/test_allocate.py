@@ -1,6 +1,7 @@
 """Laws of allocators, over every one of them, on random menus: (menu, budget) -> a plan within the budget."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def one_budget(menu, budget):
 
 
 # One row per allocator: a new one adds a row here.
-ROWS = {name: ALLOCATORS[name] for name in ("uniform", "tolerance", "sensitivity", "knapsack")} | {
+ROWS = {name: ALLOCATORS[name] for name in ("uniform", "tolerance", "value", "sensitivity", "knapsack")} | {
     "knapsack_several": one_budget
 }
 EXACT = ("knapsack", "knapsack_several")
@@ -272,3 +273,109 @@ def test_budgets_that_contradict_each_other_are_refused_in_one_line():
         knapsack_several(menu, [(stored, menu.dense // 2), (slow, -menu.dense)])
     assert "\n" not in str(caught.value)
     assert f"{menu.dense // 2:,.6g}" in str(caught.value)
+
+
+# -- sites that share weights
+
+
+def joint_menu(seed, blocks=2):
+    """Blocks of four weights: joint sites over the first two, over the last two, over all four, and across blocks."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for block in range(blocks):
+        names = [f"{block}.{name}" for name in "qkvo"]
+        lines += [
+            replace(line, site=name) for line, name in zip(random_menu(seed + block, 4, 3).lines, names, strict=True)
+        ]
+        dense = {line.site: int(line.parameters[0]) for line in lines}
+        for claimed in (names[:2], names[2:], names):
+            whole = sum(dense[name] for name in claimed)
+            costs = [whole, *np.sort(8 * random.integers(0, whole // 8, 2))[::-1]]
+            line = make_line(f"{block}.{'+'.join(claimed)}", costs, [0.0, *np.sort(random.exponential(size=2))])
+            lines.append(replace(line, weights=tuple(claimed)))
+    if blocks > 1:
+        whole = sum(dense[f"{block}.q"] for block in range(blocks))
+        across = make_line("all q", [whole, whole // 16 * 8], [0.0, 0.2])
+        lines.append(replace(across, weights=tuple(f"{block}.q" for block in range(blocks))))
+    return Menu(tuple(lines))
+
+
+JOINT = {seed: joint_menu(seed, blocks=1 + seed % 2) for seed in range(4)}
+
+
+def every_choice(menu):
+    """Every choice that treats no weight twice."""
+    return (p for p in itertools.product(*(range(len(line.options)) for line in menu.lines)) if menu.compatible(p))
+
+
+@pytest.fixture(params=JOINT, ids=str)
+def joint(request):
+    return JOINT[request.param]
+
+
+def test_joint_sites_are_never_treated_beside_their_own_weights(joint, allocate):
+    for budget in budgets(joint):
+        places = allocate(joint, budget)
+        assert joint.compatible(places)
+        assert joint.parameters(places) <= budget
+
+
+def test_stored_values_of_a_joint_choice_count_every_weight_once(joint):
+    dense = {line.site: int(line.parameters[0]) for line in joint.lines if not line.weights}
+    assert joint.dense == sum(dense.values())
+    for places in itertools.islice(every_choice(joint), 0, None, 997):
+        treated = [(line, place) for line, place in zip(joint.lines, places, strict=True) if place]
+        taken = {weight for line, _ in treated for weight in line.claims}
+        untouched = sum(stored for weight, stored in dense.items() if weight not in taken)
+        assert joint.parameters(places) == untouched + sum(int(line.parameters[place]) for line, place in treated)
+
+
+def test_the_cheapest_choice_of_joint_sites(joint):
+    if len(joint.lines) < 10:
+        assert joint.least == min(joint.parameters(places) for places in every_choice(joint))
+    assert joint.compatible(joint.cheapest)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_knapsack_with_joint_sites_is_the_best_by_brute_force(name):
+    menu = JOINT[0]
+    choices = [(menu.parameters(places), menu.divergence(places)) for places in every_choice(menu)]
+    for budget in budgets(menu):
+        best = min(divergence for stored, divergence in choices if stored <= budget)
+        assert menu.divergence(ROWS[name](menu, budget)) == pytest.approx(best, abs=1e-12)
+
+
+def test_both_exact_solvers_agree_where_brute_force_cannot_go(joint):
+    for budget in budgets(joint, count=6):
+        found = [joint.divergence(ROWS[name](joint, budget)) for name in EXACT]
+        assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+def test_a_joint_site_that_is_worth_it_is_taken(allocate):
+    singles = [make_line(name, [80, 40], [0.0, 1.0]) for name in "ab"]
+    both = replace(make_line("a+b", [160, 40], [0.0, 1e-6]), weights=("a", "b"))
+    menu = Menu((*singles, both))
+    places = allocate(menu, 100)
+    assert menu.parameters(places) <= 100
+    if allocate in (ROWS["knapsack"], ROWS["knapsack_several"], ROWS["sensitivity"]):
+        assert places == [0, 0, 1]
+
+
+def test_a_region_with_more_choices_than_points_stays_near_the_optimum():
+    random = np.random.default_rng(0)
+    lines = []
+    for name in "abc":
+        costs = [10_000, *np.sort(random.choice(np.arange(1, 10_000), 19, replace=False))[::-1]]
+        lines.append(make_line(name, costs, [0.0, *np.sort(random.exponential(size=19))]))
+    costs = [30_000, *np.sort(random.choice(np.arange(1, 30_000), 19, replace=False))[::-1]]
+    joint = replace(make_line("abc", costs, [0.0, *np.sort(random.exponential(size=19))]), weights=tuple("abc"))
+    menu = Menu((*lines, joint))
+    for budget in budgets(menu):
+        exact = menu.divergence(one_budget(menu, budget))
+        assert exact - 1e-9 <= menu.divergence(knapsack(menu, budget)) <= 1.1 * exact + 0.01
+
+
+def test_a_joint_line_needs_a_line_for_each_of_its_weights():
+    joint = replace(make_line("a+b", [160, 40], [0.0, 0.1]), weights=("a", "b"))
+    with pytest.raises(ValueError, match="has no line of its own"):
+        Menu((make_line("a", [80, 40], [0.0, 0.2]), joint))
