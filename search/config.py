@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import tomllib
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest
 from rankfront.objectives import make_objective
+from rankfront.search.fidelity import rung_windows
 from rankfront.search.sampler import SAMPLERS
 from rankfront.search.text import SPLITS, Split
 
@@ -124,7 +126,9 @@ class SearchConfig(Strict):
     each of that many bands of depth; 0 gives every site a variable of its own, as our sampler always has. ``menu``
     is where our sampler's first predictions come from: a gradient pass, the spectrum alone, one measured probe per
     site and method, or a few. ``tokens`` limits what trials and the menu may run through the model in all.
-    ``anchors`` are the kept fractions at which every method is measured uniformly before the sampler starts.
+    ``anchors`` are the kept fractions at which every method is measured uniformly before the sampler starts. ``rungs``
+    are fidelities in tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to
+    the next; empty, every trial reads the whole search split.
     """
 
     sampler: str = "rankfront"
@@ -136,6 +140,8 @@ class SearchConfig(Strict):
     workers: Annotated[int, Field(ge=0)] = 1
     groups: Annotated[int, Field(ge=0)] = 4
     anchors: tuple[float, ...] = (0.9, 0.7, 0.5)
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    reduction: Annotated[int, Field(ge=2)] = 3
     storage: str | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -144,6 +150,13 @@ class SearchConfig(Strict):
     def _sampler(cls, name: str) -> str:
         check_choice("sampler", name, SAMPLERS)
         return name
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        if any(low >= high for low, high in itertools.pairwise(rungs)):
+            raise ValueError(f"rungs are {list(rungs)}: list fidelities in tokens, cheapest first")
+        return rungs
 
     @field_validator("anchors")
     @classmethod
@@ -162,6 +175,11 @@ class StudyConfig(Strict):
     space: SpaceConfig = SpaceConfig()
     objectives: dict[str, dict[str, Any]] = {"perplexity": {}, "parameters": {}}
     search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _enough_windows(self) -> StudyConfig:
+        rung_windows(self.search.rungs, self.data.search.windows, self.data.length)
+        return self
 
     @field_validator("objectives")
     @classmethod

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
@@ -13,6 +14,7 @@ from optuna.trial import TrialState
 from rankfront.methods import InputError
 from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
+from rankfront.search.fidelity import pareto_order
 from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import ours, quality_of
 from rankfront.search.menu import Menu, make_menu
@@ -78,7 +80,7 @@ class Driver:
         self.dead = 0
         self.exhausted = False
         self._close_orphans()
-        self.seen = {row.plan_key for row in self.rows() if row.counts}
+        self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.menu_asked = False
         self.sampler = self._first_sampler()
@@ -129,7 +131,7 @@ class Driver:
         dense = dense_row(self.rows())
         if not self.ours or record is None or dense is None or self.menu is not None:
             return
-        self.menu = make_menu(self.space.wanted(), record["predictions"])
+        self.menu = make_menu(self.space.wanted(), record["predictions"], record.get("cosines"))
         if not self.menu.lines:
             source = self.config.search.menu
             raise InputError(
@@ -216,19 +218,20 @@ class Driver:
                 return None
             trial = self.study.ask()
             plan = self.space.suggest(trial, self.origin)
-            if plan.key in self.seen:
+            rung = int(trial.user_attrs.get("rung", 0))
+            if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
             if "origin" not in trial.user_attrs:
                 trial.set_user_attr("origin", self.config.search.sampler)
-            if isinstance(self.sampler, RankfrontSampler):
+            if isinstance(self.sampler, RankfrontSampler) and rung == 0:
                 trial.set_user_attr("predicted", self.sampler.predict(plan.by_site))
             trial.set_user_attr("plan", plan.to_json())
             trial.set_user_attr("plan_key", plan.key)
-            self.seen.add(plan.key)
+            self.seen.add((plan.key, rung))
             self.running[trial.number] = trial
-            return Job("trial", trial.number, plan)
+            return Job("trial", trial.number, plan, rung)
         self.exhausted = True
         return None
 
@@ -264,7 +267,42 @@ class Driver:
                     trial.set_user_attr(key, value)
             self.study.tell(trial, list(record["values"].values()))
             self._start_ours()
+            self._promote(record["rung"])
         self.listener(self)
+
+    def _promote(self, rung: int) -> None:
+        """Queue the next fidelity for the best of ``rung``: one in ``reduction`` of its compressed plans."""
+        search = self.config.search
+        if rung + 1 >= len(search.rungs):
+            return
+        dense = Plan(()).key
+        here = [row for row in self.rows() if row.rung == rung and row.state == "complete" and row.plan_key != dense]
+        due = len(here) // search.reduction
+        trials = self.study.get_trials(deepcopy=False)
+        for place in pareto_order(np.array([list(row.values.values()) for row in here]))[:due] if due else []:
+            source = trials[here[place].number]
+            if not self._is_queued(source.number, rung + 1):
+                self._enqueue_dense(rung + 1)
+                kept = {key: source.user_attrs[key] for key in ("origin", "anchor") if key in source.user_attrs}
+                more = {"rung": rung + 1, "promoted": source.number, "predicted": source.user_attrs.get("predicted")}
+                self.study.enqueue_trial(source.params, user_attrs=kept | more)
+
+    def _is_queued(self, number: int, rung: int) -> bool:
+        """Whether trial ``number`` waits, runs or was measured at ``rung`` already; an interrupted one is due again."""
+        return any(
+            trial.user_attrs.get("promoted") == number
+            and trial.user_attrs.get("rung") == rung
+            and trial.user_attrs.get("failure") != INTERRUPTED
+            for trial in self.study.get_trials(deepcopy=False)
+        )
+
+    def _enqueue_dense(self, rung: int) -> None:
+        """The dense model at ``rung``, which compressed plans there are compared with."""
+        dense = next(row for row in self.rows() if row.plan_key == Plan(()).key and row.state == "complete")
+        if not self._is_queued(dense.number, rung):
+            source = self.study.get_trials(deepcopy=False)[dense.number]
+            kept = {key: source.user_attrs[key] for key in ("origin", "anchor") if key in source.user_attrs}
+            self.study.enqueue_trial(source.params, user_attrs=kept | {"rung": rung, "promoted": dense.number})
 
     def _menu_arrived(self, record: Record) -> None:
         if "failure" in record:

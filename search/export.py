@@ -19,6 +19,7 @@ from rankfront.methods import InputError
 from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
 from rankfront.methods.layers import set_module
 from rankfront.search import verify
+from rankfront.search.fidelity import rung_windows
 from rankfront.search.front import Row
 from rankfront.search.model import load_tokenizer, quiet, staged
 from rankfront.search.trial import Resident, Setup
@@ -66,7 +67,7 @@ def _write_verified(resident: Resident, row: Row, out: Path, form: Format, expec
     setup = resident.setup
     with staged(out) as folder:
         _write(resident, row, folder, form)
-        verified = _verify(setup, folder)
+        verified = _verify(setup, folder, row.rung)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
         measured = row.attributes["perplexity"]
@@ -129,11 +130,13 @@ def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules
         set_module(model, path, dense)
 
 
-def _verify(setup: Setup, folder: Path) -> Verified:
-    """Reload ``folder`` in a fresh process, count its parameters and score the search split."""
+def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
+    """Reload ``folder`` in a fresh process, count its parameters and score what its trial read of the search split."""
+    data = setup.config.data
+    windows = rung_windows(setup.config.search.rungs, data.search.windows, data.length)[rung]
     tokens = folder.with_name(folder.name + ".tokens")
     try:
-        save_file({"windows": setup.tokens["search"]}, tokens)
+        save_file({"windows": setup.tokens["search"][windows].contiguous()}, tokens)
         command = [
             sys.executable,
             verify.__file__,

@@ -42,6 +42,11 @@ class Row:
         """Whether the trial counts against the limit: complete, or failed by itself."""
         return self.state == "complete" or (self.state == "failed" and self.failure != INTERRUPTED)
 
+    @property
+    def rung(self) -> int:
+        """The fidelity that it was measured at, 0 the cheapest."""
+        return int(self.attributes.get("rung", 0))
+
     @cached_property
     def plan(self) -> Plan:
         if self.plan_json is None:
@@ -105,22 +110,30 @@ def _matrix(rows: Sequence[Row]) -> np.ndarray:
     return np.array([list(row.values.values()) for row in rows], dtype=float)
 
 
-def front_of(rows: Iterable[Row]) -> list[Row]:
-    """The complete rows that no other dominates, best in the first objective first. Every objective is minimised."""
+def comparable(rows: Iterable[Row]) -> list[Row]:
+    """The complete rows of the highest rung that a compressed plan has reached: like is compared with like."""
     complete = [row for row in rows if row.state == "complete"]
-    if not complete:
+    dense = Plan(()).key
+    top = max((row.rung for row in complete if row.plan_key != dense), default=0)
+    return [row for row in complete if row.rung == top]
+
+
+def front_of(rows: Iterable[Row]) -> list[Row]:
+    """The comparable rows that no other dominates, best in the first objective first. Every objective is minimised."""
+    measured = comparable(rows)
+    if not measured:
         return []
-    keep = moocore.is_nondominated(_matrix(complete), maximise=False, keep_weakly=False)
+    keep = moocore.is_nondominated(_matrix(measured), maximise=False, keep_weakly=False)
     return sorted(
-        (row for row, kept in zip(complete, keep, strict=True) if kept),
+        (row for row, kept in zip(measured, keep, strict=True) if kept),
         key=lambda row: list(row.values.values()),
     )
 
 
 def dense_row(rows: Iterable[Row]) -> Row | None:
-    """The anchor that measured the dense model, where it is done."""
+    """The comparable row that measured the dense model, where there is one."""
     dense = Plan(()).key
-    return next((row for row in rows if row.state == "complete" and row.plan_key == dense), None)
+    return next((row for row in comparable(rows) if row.plan_key == dense), None)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough
         return divergence if base is None else base * math.exp(divergence)
 
-    def log_divergence(value: float) -> float:
-        return math.log(max(value if base is None else math.log(value / base), SMALLEST))
+    def log_divergence(value: float, dense: float) -> float:
+        return math.log(max(value if base is None else math.log(value / dense), SMALLEST))
 
     def costs(options: Mapping[str, Option]) -> dict[int, float]:
         cost = cost_of(Plan.of(options), inside, values, size)

@@ -1,19 +1,22 @@
-"""Predicted divergence of every option from one forward and one backward pass: the Fisher quadratic.
+"""Predicted divergence of every option, and how options of different sites add up, from one forward and one backward
+pass: the Fisher quadratic.
 
-    d(option) = ½ (1/N) Σ_t (g_tᵀ (W − Ŵ) x_t)²,
+    d(plan) = ½ (1/N) Σ_t (Σ_i δ_ti(o_i))²,    δ_ti(o) = g_tiᵀ (W_i − Ŵ_i) x_ti,
 
-with x_t a weight's input at token t and g_t the gradient of Σ −log p(y) with respect to its output, the labels y
-drawn from the model itself. E[g gᵀ] over such labels is the Fisher information, which is the Hessian of
-KL(dense ‖ compressed) at zero, so d is the second-order divergence of compressing that one weight, tokens taken
-as independent. For nested low-rank factors g_tᵀ Ŵ_r x_t is a running sum over components: all ranks in one pass.
+with x_ti the input of site i's weight at token t and g_ti the gradient of Σ −log p(y) with respect to its output, the
+labels y drawn from the model itself. E[g gᵀ] over such labels is the Fisher information, which is the Hessian of
+KL(dense ‖ compressed) at zero, so d is the second-order divergence, tokens taken as independent. Its diagonal, one
+site alone, is predicted for every option; for what two sites do together the cosine of their δ is kept, a mean over
+a few levels. For nested low-rank factors gᵀ Ŵ_r x is a running sum over components: all ranks in one pass.
 
 Sources: the Fisher as Hessian of KL, Martens (1412.1193) section 9.2; gradient scores of singular values in the manner
-of ZS-SVD; the quadratic form over whole options is ours.
+of ZS-SVD; the quadratic form over whole options, and between sites, is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,27 +28,40 @@ from rankfront.search.factors import FactorStore
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
 PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
+LEVELS = 5  # options of each site, from the cheapest to the dearest, at which cosines are taken
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """What one pass predicts.
+
+    Attributes:
+        divergence: site name -> option label -> nats a token, alone.
+        sites: the names of S sites, in order.
+        cosines: of what they do to the output at the same tokens, (S, S), ones on the diagonal.
+    """
+
+    divergence: dict[str, dict[str, float]]
+    sites: list[str]
+    cosines: Tensor
 
 
 def quadratic_divergence(
     model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: FactorStore, seed: int
-) -> dict[str, dict[str, float]]:
-    """Site name -> option label -> predicted divergence in nats a token, for every option wanted.
+) -> Quadratic:
+    """The predictions for every option wanted, from ``windows`` (W, L) through the dense ``model``.
 
-    ``model`` must be dense; ``windows`` (W, L). Sites whose inputs are token ids get no prediction.
+    Sites whose inputs are token ids get no prediction.
     """
     generator = torch.Generator().manual_seed(seed)
-    totals: dict[str, dict[str, float]] = {}
-    handles = [
-        model.get_submodule(site.weights[0].path).register_forward_hook(_hook(site, options, store, totals))
-        for site, options in wanted.items()
-        if len(site.weights) == 1 and site.weights[0].kind == "linear"
-    ]
+    scored = [_Scored(site, options, store) for site, options in wanted.items() if _predictable(site)]
+    handles = [model.get_submodule(s.site.weights[0].path).register_forward_hook(s.hook) for s in scored]
     handles.append(
         model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output.detach().requires_grad_(True)
         )
     )
+    products = torch.zeros(LEVELS, len(scored), len(scored))
     step = max(1, BATCH_TOKENS // windows.shape[1])
     try:
         for start in range(0, len(windows), step):
@@ -54,22 +70,48 @@ def quadratic_divergence(
                 logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # (tokens, V)
                 labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
+            if scored:
+                moved = torch.stack([s.moved for s in scored], dim=1)  # (levels, sites, tokens)
+                products += (moved @ moved.mT).cpu()
     finally:
         for handle in handles:
             handle.remove()
-    return {site: {label: total / windows.numel() for label, total in found.items()} for site, found in totals.items()}
+    return Quadratic(
+        {s.site.name: {label: total / windows.numel() for label, total in s.totals.items()} for s in scored},
+        [s.site.name for s in scored],
+        _cosines(products),
+    )
 
 
-def _hook(
-    site: Site, options: Sequence[Option], store: FactorStore, totals: dict[str, dict[str, float]]
-) -> Callable[..., None]:
-    """A forward hook that adds ½ Σ_t (g_tᵀ (W − Ŵ) x_t)² of every option to ``totals`` when the gradient arrives."""
-    sums = totals.setdefault(site.name, {option.label: 0.0 for option in options})
-    nested: dict[str, list[Option]] = {}
-    for option in options:
-        nested.setdefault(option.method, []).append(option)
+def _predictable(site: Site) -> bool:
+    return len(site.weights) == 1 and site.weights[0].kind == "linear"
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+
+def _cosines(products: Tensor) -> Tensor:
+    """The mean over levels of p_ij / √(p_ii p_jj) for ``products`` (levels, S, S)."""
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()  # (levels, S)
+    scale = norms[:, :, None] * norms[:, None, :]
+    cosines = torch.where(scale > 0, products / scale, 0).mean(0)
+    return cosines.fill_diagonal_(1.0)
+
+
+class _Scored:
+    """One site under the pass: sums over tokens for every option, and δ at a few levels of the tokens just seen."""
+
+    def __init__(self, site: Site, options: Sequence[Option], store: FactorStore) -> None:
+        self.site = site
+        self.store = store
+        self.totals = {option.label: 0.0 for option in options}
+        by_cost = sorted(options, key=lambda o: (get_method(o.method).storage(site, o).parameters, o.label))
+        last = len(by_cost) - 1
+        self.levels = [by_cost[round(last * level / (LEVELS - 1))].label for level in range(LEVELS)]
+        self.moved = torch.zeros(0)
+        self.nested: dict[str, list[Option]] = {}
+        for option in options:
+            self.nested.setdefault(option.method, []).append(option)
+
+    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook: what it needs is complete when the output's gradient arrives."""
         bias = getattr(module, "bias", None)
 
         def arrived(gradient: Tensor) -> None:
@@ -77,13 +119,14 @@ def _hook(
             x = inputs[0].detach().flatten(0, -2).float()  # (tokens, n)
             y = output.detach().flatten(0, -2).float()  # (tokens, m)
             dense = (g * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
-            for method, chosen in nested.items():
-                for option, compressed in _products(method, chosen, site, store, g, x):
-                    sums[option.label] += 0.5 * float((dense - compressed).square().sum())
+            moved = {}
+            for method, chosen in self.nested.items():
+                for option, compressed in _products(method, chosen, self.site, self.store, g, x):
+                    moved[option.label] = dense - compressed
+                    self.totals[option.label] += 0.5 * float(moved[option.label].square().sum())
+            self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
 
         output.register_hook(arrived)
-
-    return hook
 
 
 def _products(

@@ -12,7 +12,7 @@ from rankfront.methods import Option, Site, get_method
 from rankfront.objectives import score, teach
 from rankfront.search.factors import FactorStore
 from rankfront.search.gradient import PASS_TOKENS, quadratic_divergence
-from rankfront.search.menu import TINY, Predictions
+from rankfront.search.menu import TINY, Predictions, pack
 
 MENU_TOKENS = 4096  # of the search split, for the gradient's predictions
 PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
@@ -27,21 +27,24 @@ def predict(
     store: FactorStore,
     source: str,
     seed: int,
-) -> tuple[dict[str, dict[str, float]], int]:
-    """Site name -> option label -> predicted divergence from ``source``, and the tokens that took.
+) -> dict[str, Any]:
+    """``predictions``, site name -> option label -> predicted divergence, from ``source``; the ``tokens`` that took;
+    from the gradient, ``cosines`` beside them (see `menu.pack`).
 
     ``model`` is dense, ``apply`` makes it dense but for one option, ``windows`` (W, L) are of the search split.
     """
     length = windows.shape[1]
     if source == "gradient":
         used = windows[: max(1, MENU_TOKENS // length)]
-        return quadratic_divergence(model, used, wanted, store, seed), PASS_TOKENS * used.numel()
+        found = quadratic_divergence(model, used, wanted, store, seed)
+        cosines = pack(found.sites, found.cosines.numpy())
+        return {"predictions": found.divergence, "cosines": cosines, "tokens": PASS_TOKENS * used.numel()}
     spectrum = spectrum_predictions(wanted, store)
     if source == "spectrum":
-        return spectrum, 0
+        return {"predictions": spectrum, "tokens": 0}
     used = windows[: max(1, PROBE_TOKENS // length)]
     probes, tokens = measure_probes(model, apply, used, probe_options(wanted, PROBE_FRACTIONS[source]))
-    return scaled_predictions(spectrum, probes), tokens
+    return {"predictions": scaled_predictions(spectrum, probes), "tokens": tokens}
 
 
 def measure_probes(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rankfront.search.driver import Driver
-from rankfront.search.front import Row, front_of
+from rankfront.search.front import Row, comparable, front_of
 
 BUDGETS = (
     0.9,
@@ -82,10 +82,10 @@ def _left(driver: Driver) -> str:
 
 def _status(rows: list[Row], objectives: list[str], left: str) -> str:
     first = objectives[0]
-    complete = [row for row in rows if row.state == "complete"]
+    measured = comparable(rows)
     best = []
     for budget in BUDGETS:
-        within = [row.values[first] for row in complete if row.attributes["block_parameters"] <= budget]
+        within = [row.values[first] for row in measured if row.attributes["block_parameters"] <= budget]
         if within:
             best.append(f"{budget:g}: {min(within):.4g}")
     failed = sum(1 for row in rows if row.state == "failed" and row.counts)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import moocore
 import numpy as np
@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import Option
 from rankfront.search.allocate import sweep
+from rankfront.search.descent import Descent
 from rankfront.search.menu import Menu
 from rankfront.search.surrogate import Coefficients, Surrogate
 
@@ -51,24 +52,36 @@ SWITCHES = 64  # budget-preserving level switches tried for each proposal
 MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
 
 
+class Solver(Protocol):
+    """The corrected menu, solved for any budget."""
+
+    def solve(self, budget: float) -> list[int]:
+        """The plan of least predicted divergence within ``budget`` stored values; `InputError` where nothing fits."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """What the search wants, as numbers for each plan.
 
     Attributes:
         loss: log-divergence of a plan -> value of the quality objective.
-        log_divergence: value of the quality objective -> log-divergence; None where the model has nothing to learn.
+        log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
         costs: options by site -> values of the objectives that the plan alone decides, by position.
         quality: position of the quality objective.
         ideal, reference: of the box that hypervolume is measured in, (d,).
     """
 
     loss: Callable[[float], float]
-    log_divergence: Callable[[float], float | None]
+    log_divergence: Callable[[float, float], float]
     costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
     quality: int
     ideal: np.ndarray
     reference: np.ndarray
+
+
+def rung_of(trial: FrozenTrial) -> int:
+    """The fidelity that a trial was measured at, 0 the cheapest."""
+    return int(trial.user_attrs.get("rung", 0))
 
 
 class RankfrontSampler(BaseSampler):
@@ -101,6 +114,7 @@ class RankfrontSampler(BaseSampler):
         self.surrogate = Surrogate(menu, kinds, blocks, seed)
         self.random = np.random.default_rng(seed)
         self._fitted = 0
+        self.measured: list[tuple[list[int], list[float]]] = []  # places and values of each plan that is known
 
     # -- Optuna's interface
 
@@ -116,7 +130,7 @@ class RankfrontSampler(BaseSampler):
         others = [t for t in everything if t.number != trial.number and t.user_attrs.get("failure") != INTERRUPTED]
         tried = {self._key(t.params) for t in others if t.params}
         mode = MODES[trial.number % len(MODES)]
-        chosen = self._propose(finished, tried, mode)
+        chosen = self._propose(tried, mode)
         by_site = self.menu.choices(chosen)
         return {
             site: list(found).index(by_site[site]) if site in by_site else 0 for site, found in self.options.items()
@@ -139,17 +153,29 @@ class RankfrontSampler(BaseSampler):
         return tuple(self._plan(params) or ())
 
     def _learn(self, finished: Sequence[FrozenTrial]) -> None:
+        """Fit the surrogate to what is measured, each plan at the highest rung that it has reached.
+
+        Quality is read relative to the dense model of the same rung, whose windows are others; `measured` holds the
+        values as they would be at the first.
+        """
         if len(finished) == self._fitted:
             return
-        plans, observed = [], []
+        dense = {rung_of(t): t.values[self.goal.quality] for t in finished if not any(self._plan(t.params) or [1])}
+        highest: dict[tuple[int, ...], tuple[int, float, list[float]]] = {}
         for trial in finished:
-            plan = self._plan(trial.params)
-            log_divergence = self.goal.log_divergence(trial.values[self.goal.quality])
-            if plan is not None and any(plan) and log_divergence is not None:
-                plans.append(plan)
-                observed.append(log_divergence)
-        if plans:
-            self.surrogate.fit(np.array(plans), np.array(observed))
+            plan, rung = self._plan(trial.params), rung_of(trial)
+            if plan is None or rung not in dense:
+                continue
+            level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
+            if tuple(plan) not in highest or highest[tuple(plan)][0] < rung:
+                values = list(trial.values)
+                values[self.goal.quality] = self.goal.loss(level) if any(plan) else dense[min(dense)]
+                highest[tuple(plan)] = rung, level, values
+        self.measured = [(list(plan), values) for plan, (_, _, values) in highest.items()]
+        learned = [(plan, level) for plan, (_, level, _) in highest.items() if any(plan)]
+        if learned:
+            plans, levels = zip(*learned, strict=True)
+            self.surrogate.fit(np.array(plans), np.array(levels))
         self._fitted = len(finished)
 
     def predict(self, option_of: Mapping[str, Option]) -> float | None:
@@ -165,10 +191,10 @@ class RankfrontSampler(BaseSampler):
 
     # -- proposing
 
-    def _propose(self, finished: Sequence[FrozenTrial], tried: set[tuple[int, ...]], mode: str) -> list[int]:
+    def _propose(self, tried: set[tuple[int, ...]], mode: str) -> list[int]:
         coefficients = self.surrogate.sample() if mode == "sample" else self.surrogate.mean
         candidates = self._solutions(coefficients)
-        front = self._front(finished)
+        front = self._front()
         if mode == "switch" and front:
             candidates += self._switches(front, coefficients)
         fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
@@ -179,23 +205,29 @@ class RankfrontSampler(BaseSampler):
             fresh = [c for c in candidates if tuple(c) not in tried]
         if not fresh:
             return candidates[0]  # the space is exhausted, which the driver notices
-        gains = self._gains(fresh, finished, coefficients)
+        gains = self._gains(fresh, coefficients)
         return fresh[int(np.argmax(gains))]
 
     def _solutions(self, coefficients: Coefficients) -> list[list[int]]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time."""
-        solved = sweep(self.menu, self.surrogate.losses(coefficients))
+        solved = self.solver(coefficients)
         shift = self.random.uniform()
         shares = (np.arange(BUDGETS) + shift) / BUDGETS
         return [solved.solve(self.menu.least + share * (self.menu.dense - self.menu.least)) for share in shares]
 
-    def _front(self, finished: Sequence[FrozenTrial]) -> list[list[int]]:
-        """The plans of the non-dominated trials."""
-        if not finished:
+    def solver(self, coefficients: Coefficients | None = None) -> Solver:
+        """What finds the plan of least predicted divergence at any budget, as far as the trials have taught."""
+        used = coefficients or self.surrogate.mean
+        coupling = self.surrogate.coupling(used)
+        losses = self.surrogate.losses(used)
+        return sweep(self.menu, losses) if coupling is None else Descent(self.menu, losses, coupling)
+
+    def _front(self) -> list[list[int]]:
+        """The non-dominated plans."""
+        if not self.measured:
             return []
-        keep = moocore.is_nondominated(np.array([trial.values for trial in finished], dtype=float))
-        plans = [self._plan(trial.params) for trial, kept in zip(finished, keep, strict=True) if kept]
-        return [plan for plan in plans if plan and any(plan)]
+        keep = moocore.is_nondominated(np.array([values for _, values in self.measured], dtype=float))
+        return [plan for (plan, _), kept in zip(self.measured, keep, strict=True) if kept and any(plan)]
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
@@ -233,15 +265,13 @@ class RankfrontSampler(BaseSampler):
                 plan[rival] = 0
         return plan
 
-    def _gains(
-        self, candidates: Sequence[list[int]], finished: Sequence[FrozenTrial], coefficients: Coefficients
-    ) -> np.ndarray:
+    def _gains(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted gain in hypervolume of every candidate over the measured front, in units of the box."""
         width = self.goal.reference - self.goal.ideal
         measured = (
-            np.array([trial.values for trial in finished], dtype=float).reshape(-1, len(width)) - self.goal.ideal
+            np.array([values for _, values in self.measured], dtype=float).reshape(-1, len(width)) - self.goal.ideal
         ) / width
-        points = (self._values(candidates, finished, coefficients) - self.goal.ideal) / width
+        points = (self._values(candidates, coefficients) - self.goal.ideal) / width
         measured, points = np.maximum(measured, 0.0), np.maximum(points, 0.0)
         ones = np.ones(len(width))
         front = measured[moocore.is_nondominated(measured)] if len(measured) else measured
@@ -252,9 +282,7 @@ class RankfrontSampler(BaseSampler):
         distance: np.ndarray = points.max(1)
         return -distance  # nothing predicted inside the box: come as near to it as possible
 
-    def _values(
-        self, candidates: Sequence[list[int]], finished: Sequence[FrozenTrial], coefficients: Coefficients
-    ) -> np.ndarray:
+    def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a
         straight line in the stored parameters, fitted to the measured trials."""
         logs = self.surrogate.predict(np.array(candidates), coefficients)
@@ -265,8 +293,7 @@ class RankfrontSampler(BaseSampler):
             for column, value in self.goal.costs(self.menu.choices(candidate)).items():
                 values[row, column] = value
         for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
-            known = [(self._plan(trial.params), trial.values[column]) for trial in finished]
-            pairs = [(self.menu.parameters(plan) / self.menu.dense, value) for plan, value in known if plan]
+            pairs = [(self.menu.parameters(plan) / self.menu.dense, values[column]) for plan, values in self.measured]
             x, y = np.array(pairs or [(1.0, 1.0)]).T
             design = np.stack([np.ones_like(x), x - 1.0], axis=1)
             line = np.linalg.solve(design.T @ design + 1e-3 * np.eye(2), design.T @ y)

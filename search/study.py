@@ -111,8 +111,7 @@ class Study:
 
         Raises `InputError` naming the closest trial where none does.
         """
-        complete = [row for row in self.rows() if row.state == "complete"]
-        met = fronts.meeting(complete, [Constraint.parse(text) for text in constraints])
+        met = fronts.meeting(fronts.comparable(self.rows()), [Constraint.parse(text) for text in constraints])
         return min(met, key=lambda row: list(row.values.values()))
 
     def trial(self, number: int) -> Row:

@@ -1,11 +1,13 @@
 """What the search believes of a plan's divergence: the menu as prior, corrected by every measured trial.
 
-    log D(plan) = a + c · log Σ_i d_i(o_i) exp(θ_i(o_i)) + residual(plan)
+    log D(plan) = a + c · log S(plan) + residual(plan)
+    S(plan) = Σ_i e_i + ρ/2 Σ_{i≠j} C_ij √(2 e_i) √(2 e_j),    e_i = d_i(o_i) exp(θ_i(o_i))
 
-d is the menu's additive prediction; θ corrects one (site, method), and is shared in part by the sites of a kind and
-of a block; a and c let divergences add up faster or slower than linearly, which they do as plans get cheaper; the
-residual leans on measured plans that share many options. All coefficients are Gaussian a priori, so fitting is a
-Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample costs one more solve.
+d is the menu's prediction for each site alone; θ corrects one (site, method), and is shared in part by the sites of a
+kind and of a block; C are the menu's cosines between sites and ρ how far they are believed; a and c let divergences
+add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured plans that
+share many options. All coefficients are Gaussian a priori, so fitting is a Gauss-Newton iteration of ridge
+regressions in the space of trials, and a posterior sample costs one more solve.
 
 Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
 linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).
@@ -24,17 +26,20 @@ from rankfront.search.menu import TINY, Menu
 # prediction around measured single-site divergences on smollm2-135m (0.56).
 SITE, KIND, BLOCK, METHOD = 0.4, 0.3, 0.2, 0.3
 OFFSET, SLOPE = 1.0, 0.3  # of a around 0 and of c around 1
+TRUST, TRUST_MEAN = 0.2, 0.5  # of ρ: cosines are estimated from few tokens, and believing all of them overfits
 NOISE = 0.05  # what additive terms cannot explain
 RESIDUAL = 0.1  # of what neighbours can
+LEAST_SHARE = 0.1  # of what sites do alone that is left where they cancel; ρ C need not be positive definite
 ITERATIONS = 6
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """One setting of the model: ``offset`` a, ``slope`` c, and θ by (line, method), (F,)."""
+    """One setting of the model: ``offset`` a, ``slope`` c, ``trust`` ρ, and θ by (line, method), (F,)."""
 
     offset: float
     slope: float
+    trust: float
     theta: np.ndarray
 
 
@@ -63,11 +68,14 @@ class Surrogate:
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self._weights = np.zeros(0)
-        self.mean = Coefficients(0.0, 1.0, np.zeros(len(self.features)))
+        self._cosines = np.zeros((len(menu.lines), len(menu.lines)))
+        if menu.cosines is not None:
+            self._cosines = menu.cosines - np.eye(len(menu.lines))
+        self.mean = self._unpack(np.zeros(len(self.features) + 3))
 
     @staticmethod
     def _prior(kinds: list[str], blocks: list[int], features: list[tuple[int, str]]) -> np.ndarray:
-        """R (F + 2, P), prior covariance R Rᵀ: a column for each independent effect; the last two rows are a, c."""
+        """R (F + 3, P), prior covariance R Rᵀ: a column for each independent effect; the last rows are ρ, a, c."""
         size = len(features)
         groups: list[tuple[float, list[object]]] = [
             (SITE / np.sqrt(2), [line for line, _ in features]),
@@ -79,11 +87,11 @@ class Surrogate:
         columns = []
         for scale, labels in groups:
             names = list(dict.fromkeys(labels))
-            block = np.zeros((size + 2, len(names)))
+            block = np.zeros((size + 3, len(names)))
             block[np.arange(size), [names.index(label) for label in labels]] = scale
             columns.append(block)
-        ends = np.zeros((size + 2, 2))
-        ends[size, 0], ends[size + 1, 1] = OFFSET, SLOPE
+        ends = np.zeros((size + 3, 3))
+        ends[[size, size + 1, size + 2], [0, 1, 2]] = TRUST, OFFSET, SLOPE
         return np.hstack([*columns, ends])
 
     # -- prediction
@@ -100,15 +108,28 @@ class Surrogate:
         losses = self.losses(coefficients)
         return np.stack([loss[plans[:, i]] for i, loss in enumerate(losses)], axis=1)
 
-    def additive(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
-        """a + c log Σ for plans (T, lines) given as places in the menu, (T,)."""
+    def coupling(self, coefficients: Coefficients) -> np.ndarray | None:
+        """ρ C without its diagonal, (lines, lines), for an allocator; None where the menu has no cosines."""
+        return None if self.menu.cosines is None else coefficients.trust * self._cosines
+
+    def explained(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
+        """a + c log S for plans (T, lines) given as places in the menu, (T,)."""
         used = coefficients or self.mean
-        logs: np.ndarray = np.log(self._terms(plans, used).sum(1) + TINY)
+        terms = self._terms(plans, used)
+        logs: np.ndarray = np.log(self._sums(terms, used.trust) + TINY)
         return used.offset + used.slope * logs
+
+    def _sums(self, terms: np.ndarray, trust: float) -> np.ndarray:
+        """S for the e_i of each plan, (T, lines) to (T,); never less than `LEAST_SHARE` of their sum."""
+        roots = np.sqrt(2 * terms)
+        added: np.ndarray = terms.sum(1)
+        together: np.ndarray = added + 0.5 * trust * ((roots @ self._cosines) * roots).sum(1)
+        least: np.ndarray = np.maximum(together, LEAST_SHARE * added)
+        return least
 
     def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
         """Log-divergence of plans (T, lines), residuals of measured neighbours included, (T,)."""
-        base = self.additive(plans, coefficients)
+        base = self.explained(plans, coefficients)
         return base + self._alike(plans, self._plans) @ self._weights if len(self._weights) else base
 
     @staticmethod
@@ -124,7 +145,7 @@ class Surrogate:
         """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,)."""
         self._plans, self._observed = plans, log_divergence
         self.mean = self._map(np.zeros(self._root.shape[1]), log_divergence)
-        residual = log_divergence - self.additive(plans)
+        residual = log_divergence - self.explained(plans)
         kernel = self._alike(plans, plans) + NOISE**2 * np.eye(len(plans))
         self._weights = np.linalg.solve(kernel, residual)
 
@@ -142,23 +163,28 @@ class Surrogate:
         for _ in range(ITERATIONS):
             current = self._unpack(self._root @ effects)
             jacobian = self._jacobian(current) @ self._root  # (T, P)
-            gap = observed - self.additive(self._plans, current) + jacobian @ (effects - prior)
+            gap = observed - self.explained(self._plans, current) + jacobian @ (effects - prior)
             gain = jacobian @ jacobian.T + (NOISE**2 + RESIDUAL**2) * np.eye(len(observed))
             effects = prior + jacobian.T @ np.linalg.solve(gain, gap)
         return self._unpack(self._root @ effects)
 
     def _unpack(self, values: np.ndarray) -> Coefficients:
-        return Coefficients(float(values[-2]), float(max(1.0 + values[-1], 0.1)), values[:-2])
+        trust = min(max(TRUST_MEAN + values[-3], 0.0), 1.0)
+        return Coefficients(float(values[-2]), float(max(1.0 + values[-1], 0.1)), float(trust), values[:-3])
 
     def _jacobian(self, at: Coefficients) -> np.ndarray:
-        """∂ log D / ∂ (θ, a, c) for the measured plans, (T, F + 2)."""
+        """∂ log D / ∂ (θ, ρ, a, c) for the measured plans, (T, F + 3)."""
         terms = self._terms(self._plans, at)  # (T, lines)
-        sums = terms.sum(1) + TINY
-        jacobian = np.zeros((len(terms), len(self.features) + 2))
+        sums = self._sums(terms, at.trust) + TINY
+        roots = np.sqrt(2 * terms)
+        pulls = roots @ self._cosines  # (T, lines)
+        moved = at.slope * (terms + 0.5 * at.trust * roots * pulls) / sums[:, None]  # ∂ log D / ∂ θ_i
+        jacobian = np.zeros((len(terms), len(self.features) + 3))
         for i, feature in enumerate(self._feature):
             chosen = feature[self._plans[:, i]]
             rows = np.flatnonzero(chosen >= 0)
-            jacobian[rows, chosen[rows]] += at.slope * terms[rows, i] / sums[rows]
+            jacobian[rows, chosen[rows]] += moved[rows, i]
+        jacobian[:, -3] = at.slope * 0.5 * (roots * pulls).sum(1) / sums
         jacobian[:, -2] = 1.0
         jacobian[:, -1] = np.log(sums)
         return jacobian

@@ -22,6 +22,7 @@ from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
+from rankfront.search.fidelity import rung_windows
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, check_disjoint, cost_of
 from rankfront.search.predictions import predict
@@ -71,11 +72,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure: a trial's plan on the search split, a front member's on the report split, or the menu."""
+    """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, or the
+    menu."""
 
     kind: Literal["trial", "report", "menu"]
     number: int
     plan: Plan
+    rung: int = 0
 
 
 def make_space(setup: Setup) -> Space:
@@ -146,7 +149,9 @@ class Resident:
         }
         self.current: dict[str, Option] = {}
         self.modules: dict[str, nn.Module] = {}
-        self._teachers: dict[str, Teacher] = {}
+        data = setup.config.data
+        self.rungs = rung_windows(setup.config.search.rungs, data.search.windows, data.length)
+        self._teachers: dict[int, Teacher] = {}
 
     def apply(self, plan: Plan) -> None:
         """Make the model run ``plan``: only the sites whose option changed are touched.
@@ -202,15 +207,19 @@ class Resident:
             for path, module in self.modules.items():
                 set_module(self.model, path, module)
 
-    def teacher(self, split: str) -> Teacher:
-        """The dense model's predictions on a split, computed once."""
-        if split not in self._teachers:
-            with self.dense():
-                self._teachers[split] = teach(self.model, self.setup.tokens[split])
-        return self._teachers[split]
+    def windows(self, rung: int) -> Tensor:
+        """What trials at ``rung`` read of the search split."""
+        return self.setup.tokens["search"][self.rungs[rung]]
 
-    def subject(self, plan: Plan, clock: Clock) -> Subject:
-        """``plan`` applied, ready for objectives on the search split."""
+    def teacher(self, rung: int) -> Teacher:
+        """The dense model's predictions on the windows of a rung, computed once."""
+        if rung not in self._teachers:
+            with self.dense():
+                self._teachers[rung] = teach(self.model, self.windows(rung))
+        return self._teachers[rung]
+
+    def subject(self, plan: Plan, clock: Clock, rung: int = 0) -> Subject:
+        """``plan`` applied, ready for objectives on the windows of ``rung``."""
         with clock.phase("apply"):
             self.apply(plan)
         inside = {site: place.block is not None for site, place in self.sites.items()}
@@ -218,8 +227,8 @@ class Resident:
         teacher = None
         if "divergence" in self.setup.config.objectives:
             with clock.phase("teacher"):
-                teacher = self.teacher("search")
-        return Subject(self.model, self.dense, self.setup.tokens["search"], teacher, cost, clock)
+                teacher = self.teacher(rung)
+        return Subject(self.model, self.dense, self.windows(rung), teacher, cost, clock)
 
     def run(self, job: Job) -> Record:
         """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception.
@@ -245,7 +254,8 @@ class Resident:
     def _trial(self, job: Job) -> Record:
         clock = Clock()
         with clock.phase("total"):
-            subject = self.subject(job.plan, clock)
+            taught = job.rung in self._teachers
+            subject = self.subject(job.plan, clock, job.rung)
             values = {
                 name: make_objective(name, settings).value(subject)
                 for name, settings in self.setup.config.objectives.items()
@@ -261,10 +271,12 @@ class Resident:
             "block_parameters": subject.cost.block_parameters,
             "parameter_count": subject.cost.values,
             "bytes": subject.cost.bytes,
-            "tokens": subject.scores.tokens,
+            "tokens": subject.scores.tokens + (0 if taught or subject.teacher is None else subject.windows.numel()),
+            "rung": job.rung,
+            "fidelity": subject.windows.numel(),
             "notes": subject.notes,
             "seconds": clock.seconds,
-            "split": hash_tokens(self.setup.tokens["search"]),
+            "split": hash_tokens(subject.windows),
             "seed": self.setup.config.search.seed,
         }
 
@@ -274,7 +286,7 @@ class Resident:
         self.apply(job.plan)
         wanted = self.store.usable(self.space.wanted())
         with clock.phase("menu"):
-            found, tokens = predict(
+            found = predict(
                 self.model,
                 self.apply_one,
                 self.setup.tokens["search"],
@@ -283,7 +295,7 @@ class Resident:
                 self.setup.config.search.menu,
                 self.setup.config.search.seed,
             )
-        return {"predictions": found, "tokens": tokens, "seconds": clock.seconds}
+        return found | {"seconds": clock.seconds}
 
     def _report(self, job: Job) -> Record:
         clock = Clock()

@@ -50,9 +50,9 @@ class Worker(tune.Trainable):
 
     def _measure(self) -> Record:
         if self.refused is None:
-            kind, number, plan = self.job
+            kind, number, plan, rung = self.job
             try:
-                return self.resident.run(Job(kind, number, Plan.from_json(plan)))
+                return self.resident.run(Job(kind, number, Plan.from_json(plan), rung))
             except InputError as error:
                 self.refused = str(error)
         return {"refused": self.refused}
@@ -95,7 +95,7 @@ class _Bridge(Searcher):
         if job is None:
             return FINISHED if self.driver.done else None
         self.jobs[trial_id] = job
-        return {"job": (job.kind, job.number, job.plan.to_json())}
+        return {"job": (job.kind, job.number, job.plan.to_json(), job.rung)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self.jobs.pop(trial_id)

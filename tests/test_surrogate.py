@@ -115,13 +115,13 @@ def test_measured_plans_are_reproduced():
     observed = truth(plans, factors=true_factors()) + extra
     surrogate.fit(plans, observed)
     assert root_mean_square(surrogate.predict(plans) - observed) < 0.5 * root_mean_square(
-        surrogate.additive(plans) - observed
+        surrogate.explained(plans) - observed
     )
     assert root_mean_square(surrogate.predict(plans) - observed) < NOISE
     neighbour = plans.copy()
     neighbour[:, -1] = (neighbour[:, -1] + 1) % (2 * LEVELS + 1)
-    shift = surrogate.predict(neighbour) - surrogate.additive(neighbour)
-    assert np.corrcoef(shift, surrogate.predict(plans) - surrogate.additive(plans))[0, 1] > 0.9
+    shift = surrogate.predict(neighbour) - surrogate.explained(neighbour)
+    assert np.corrcoef(shift, surrogate.predict(plans) - surrogate.explained(plans))[0, 1] > 0.9
 
 
 def test_one_trial_is_enough_to_fit():
@@ -147,7 +147,7 @@ def test_the_seed_decides():
 
 def spread(surrogate, plans, draws=60):
     """Standard deviation of each plan's prediction over posterior samples."""
-    return np.std([surrogate.additive(plans, surrogate.sample()) for _ in range(draws)], axis=0)
+    return np.std([surrogate.explained(plans, surrogate.sample()) for _ in range(draws)], axis=0)
 
 
 def test_samples_agree_where_it_was_measured():
@@ -188,7 +188,7 @@ def test_the_jacobian_is_that_of_finite_differences():
     values = np.array([*at.theta, at.offset, at.slope])
 
     def predicted(changed):
-        return surrogate.additive(plans, Coefficients(changed[-2], changed[-1], changed[:-2]))
+        return surrogate.explained(plans, Coefficients(changed[-2], changed[-1], changed[:-2]))
 
     jacobian = surrogate._jacobian(at)
     assert jacobian.shape == (len(plans), len(values))

@@ -1,0 +1,198 @@
+"""The allocator for options that interact: coordinate descent on the Lagrangian, along a path of multipliers.
+
+    S(plan) = Σ_i e_i(o_i) + ½ Σ_{i≠j} K_ij r_i(o_i) r_j(o_j),    r_i = √(2 e_i),
+
+with e_i the predicted divergence of site i alone and K_ij how much two sites' effects coincide. S + λ · stored values
+is lowered one site at a time until no site can lower it, for multipliers λ up and down a path, each starting where the
+last one ended. Exact where K is zero and a budget lies on the convex hull; in general a local optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rankfront.methods import InputError
+from rankfront.search.menu import Menu
+
+MULTIPLIERS = 48  # along the path, from one that keeps everything dense to one that keeps everything cheapest
+BISECTIONS = 8  # multipliers tried between two of the path for a given budget
+ROUNDS = 50  # passes over the sites for one multiplier; a handful is enough
+EXCHANGES = 200  # pairs of moves made at most after that
+PAIRED = 256  # moves up and moves down of which every pair is looked at
+TINY = 1e-15  # nats; less is rounding
+Places = list[int]
+
+
+@dataclass
+class Descent:
+    """Plans of least S for a menu, its corrected ``losses`` (line by line) and ``coupling`` K (lines, lines)."""
+
+    menu: Menu
+    losses: Sequence[np.ndarray]
+    coupling: np.ndarray
+    _path: list[tuple[float, np.ndarray]] = field(default_factory=list)  # (multiplier, places), multipliers rising
+
+    def __post_init__(self) -> None:
+        lines = self.menu.lines
+        widest = max(len(line.options) for line in lines)
+        self._e = np.full((len(lines), widest), np.inf)
+        self._saved = np.zeros((len(lines), widest))
+        for i, (line, loss) in enumerate(zip(lines, self.losses, strict=True)):
+            self._e[i, : len(loss)] = loss
+            self._saved[i, : len(loss)] = line.parameters[0] - line.parameters
+        self._r = np.sqrt(2 * np.where(np.isfinite(self._e), self._e, 0))
+        self._all = np.arange(len(lines))
+        self._follow()
+
+    def value(self, places: Sequence[int] | np.ndarray) -> float:
+        """S of a choice."""
+        chosen = self._all, np.asarray(places)
+        r = self._r[chosen]
+        return float(self._e[chosen].sum() + 0.5 * r @ self.coupling @ r)
+
+    def _priced(self, places: np.ndarray, multiplier: float) -> float:
+        """S − λ · saved."""
+        return self.value(places) - multiplier * float(self._saved[self._all, places].sum())
+
+    @property
+    def plans(self) -> list[Places]:
+        """The plans along the path, each once, from dense to the cheapest."""
+        return [list(map(int, places)) for places in dict.fromkeys(tuple(places) for _, places in self._path)]
+
+    def solve(self, budget: float) -> Places:
+        """A plan of least S within ``budget`` stored values; `InputError` where nothing fits."""
+        if budget < self.menu.least:
+            raise InputError(
+                f"a budget of {budget:,.0f} parameters is below the {self.menu.least:,} that every site at its cheapest"
+                " option stores: raise the budget, or offer lower levels in space.keep"
+            )
+        stored = [self.menu.dense - self._saved[self._all, places].sum() for _, places in self._path]
+        within = [i for i, amount in enumerate(stored) if amount <= budget]
+        candidates = [np.array(self.menu.cheapest)] if not within else [self._path[within[0]][1]]
+        if within and within[0]:
+            (low, _), (high, start) = self._path[within[0] - 1], self._path[within[0]]
+            for _ in range(BISECTIONS):
+                middle = np.sqrt(low * high)
+                places = self._descend(start, middle)
+                if self.menu.dense - self._saved[self._all, places].sum() <= budget:
+                    high = middle
+                    candidates.append(places)
+                else:
+                    low = middle
+        distinct = {tuple(places): places for places in candidates}.values()
+        refined = [self._exchange(self._fill(places, budget), budget) for places in distinct]
+        values = [self.value(places) for places in refined]
+        return list(map(int, refined[int(np.argmin(values))]))
+
+    def _follow(self) -> None:
+        """Descend along the multipliers upwards from dense and downwards from the cheapest; keep the better of both."""
+        slopes = self._e[:, 1:] / np.maximum(self._saved[:, 1:], 1)
+        known = slopes[np.isfinite(slopes) & (slopes > 0)]
+        low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
+        multipliers = np.geomspace(low / 10, high * 100, MULTIPLIERS)
+        up, down = [], []
+        places = np.zeros(len(self._all), dtype=int)
+        for multiplier in multipliers:
+            places = self._descend(places, multiplier)
+            up.append(places)
+        places = np.array(self.menu.cheapest)
+        for multiplier in multipliers[::-1]:
+            places = self._descend(places, multiplier)
+            down.append(places)
+        for multiplier, a, b in zip(multipliers, up, down[::-1], strict=True):
+            better = a if self._priced(a, multiplier) <= self._priced(b, multiplier) else b
+            self._path.append((float(multiplier), better))
+
+    def _descend(self, start: np.ndarray, multiplier: float) -> np.ndarray:
+        """A choice that no single site can lower S − λ · saved from; ``start`` stays as it is."""
+        places = start.copy()
+        priced = self._e - multiplier * self._saved
+        r = self._r[self._all, places]
+        pull = self.coupling @ r
+        for _ in range(ROUNDS):
+            gains = priced + self._r * pull[:, None]
+            gains -= gains[self._all, places][:, None]
+            moved = False
+            for i in np.argsort(gains.min(1)):
+                if gains[i].min() >= -TINY:
+                    break
+                moved |= self._improve(int(i), places, priced, r, pull)
+            if not moved:
+                break
+        return places
+
+    def _improve(self, i: int, places: np.ndarray, priced: np.ndarray, r: np.ndarray, pull: np.ndarray) -> bool:
+        """Move line ``i`` to its best option, its rivals to dense; whether that lowered the Lagrangian."""
+        scores = priced[i] + self._r[i] * pull[i]
+        place = int(scores.argmin())
+        change = float(scores[place] - scores[places[i]])
+        if change >= -TINY:
+            return False
+        rivals = [j for j in self.menu.rivals[i] if places[j]] if place else []
+        trial = r.copy()
+        trial[i] = self._r[i, place]
+        for j in rivals:
+            trial[j] = 0.0
+            change -= priced[j, places[j]]
+        if rivals:
+            alone = self._r[i, place] * pull[i] - r[i] * pull[i]
+            change += 0.5 * float(trial @ self.coupling @ trial - r @ self.coupling @ r) - float(alone)
+            if change >= -TINY:
+                return False
+        pull += self.coupling @ (trial - r)
+        r[:] = trial
+        places[i] = place
+        places[rivals] = 0
+        return True
+
+    def _changes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For every line and option: by how much the move alone changes S, and the stored values that it adds.
+
+        Moves of lines whose rivals are treated count as infinitely bad.
+        """
+        pull = self.coupling @ self._r[self._all, places]
+        change = self._e + self._r * pull[:, None]
+        change -= change[self._all, places][:, None]
+        for i, rivals in enumerate(self.menu.rivals):
+            if any(places[j] for j in rivals):
+                change[i, 1:] = np.inf
+        return change, self._saved[self._all, places][:, None] - self._saved
+
+    def _fill(self, places: np.ndarray, budget: float) -> np.ndarray:
+        """Spend what is left of ``budget`` on the moves that lower S most by the value stored."""
+        places = places.copy()
+        room = budget - self.menu.dense + float(self._saved[self._all, places].sum())
+        while True:
+            change, added = self._changes(places)
+            worth = np.where((added <= room) & (change < -TINY), -change / np.maximum(added, 1.0), 0.0)
+            i, place = divmod(int(worth.argmax()), worth.shape[1])
+            if worth[i, place] <= 0:
+                return places
+            room -= added[i, place]
+            places[i] = place
+
+    def _exchange(self, places: np.ndarray, budget: float) -> np.ndarray:
+        """Lower S by moves of two lines at once, one dearer and one cheaper, as long as any pair does within budget."""
+        places = places.copy()
+        for _ in range(EXCHANGES):
+            change, added = self._changes(places)
+            room = budget - self.menu.dense + float(self._saved[self._all, places].sum())
+            rows, columns = np.nonzero(np.isfinite(change) & (change != 0))
+            worth, stored = change[rows, columns], added[rows, columns]
+            up = np.argsort(np.where(stored > 0, worth, np.inf))[:PAIRED]
+            down = np.argsort(np.where(stored < 0, worth, np.inf))[:PAIRED]
+            up, down = up[stored[up] > 0], down[stored[down] < 0]
+            step = self._r[rows, columns] - self._r[rows, places[rows]]
+            cross = self.coupling[np.ix_(rows[up], rows[down])] * np.outer(step[up], step[down])
+            both = worth[up][:, None] + worth[down][None, :] + cross
+            both[rows[up][:, None] == rows[down][None, :]] = np.inf
+            both[stored[up][:, None] + stored[down][None, :] > room] = np.inf
+            if not both.size or both.min() >= -TINY:
+                return places
+            a, b = divmod(int(both.argmin()), both.shape[1])
+            for move in (up[a], down[b]):
+                places[rows[move]] = columns[move]
+        return places
