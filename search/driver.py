@@ -213,6 +213,7 @@ class Driver:
         return not self.running and not self.reporting and not self.searching and not self._unreported()
 
     def _next_trial(self) -> Job | None:
+        begun = time.monotonic()
         for _ in range(MAX_REPEATS):
             if not self._ready:  # the last of the anchors was a repetition, and our sampler is not there yet
                 return None
@@ -229,6 +230,7 @@ class Driver:
                 trial.set_user_attr("predicted", self.sampler.predict(plan.by_site))
             trial.set_user_attr("plan", plan.to_json())
             trial.set_user_attr("plan_key", plan.key)
+            trial.set_user_attr("seconds", {"propose": time.monotonic() - begun})
             self.seen.add((plan.key, rung))
             self.running[trial.number] = trial
             return Job("trial", trial.number, plan, rung)
@@ -262,6 +264,7 @@ class Driver:
             self._fail(self.running.pop(job.number), record["failure"])
         else:
             trial = self.running.pop(job.number)
+            record["seconds"] |= trial.user_attrs.get("seconds", {})
             for key, value in record.items():
                 if key != "values":
                     trial.set_user_attr(key, value)

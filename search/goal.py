@@ -58,7 +58,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         return {i: value for i, value in found.items() if value is not None}
 
     corners = (np.array(list(corner.values())) for corner in (box.ideal, box.reference))
-    return Goal(loss, log_divergence, costs, quality, *corners)
+    return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, *corners)
 
 
 def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapping[str, str]) -> RankfrontSampler:

@@ -67,6 +67,7 @@ class Goal:
         loss: log-divergence of a plan -> value of the quality objective.
         log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
         costs: options by site -> values of the objectives that the plan alone decides, by position.
+        dense: value of the quality objective for the dense model, at the first rung.
         quality: position of the quality objective.
         ideal, reference: of the box that hypervolume is measured in, (d,).
     """
@@ -74,6 +75,7 @@ class Goal:
     loss: Callable[[float], float]
     log_divergence: Callable[[float, float], float]
     costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
+    dense: float
     quality: int
     ideal: np.ndarray
     reference: np.ndarray
@@ -160,7 +162,8 @@ class RankfrontSampler(BaseSampler):
         """
         if len(finished) == self._fitted:
             return
-        dense = {rung_of(t): t.values[self.goal.quality] for t in finished if not any(self._plan(t.params) or [1])}
+        at_dense = {rung_of(t): t.values[self.goal.quality] for t in finished if not any(self._plan(t.params) or [1])}
+        dense = {0: self.goal.dense} | at_dense
         highest: dict[tuple[int, ...], tuple[int, float, list[float]]] = {}
         for trial in finished:
             plan, rung = self._plan(trial.params), rung_of(trial)
@@ -169,7 +172,7 @@ class RankfrontSampler(BaseSampler):
             level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
             if tuple(plan) not in highest or highest[tuple(plan)][0] < rung:
                 values = list(trial.values)
-                values[self.goal.quality] = self.goal.loss(level) if any(plan) else dense[min(dense)]
+                values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
                 highest[tuple(plan)] = rung, level, values
         self.measured = [(list(plan), values) for plan, (_, _, values) in highest.items()]
         learned = [(plan, level) for plan, (_, level, _) in highest.items() if any(plan)]

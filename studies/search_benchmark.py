@@ -3,11 +3,13 @@
     python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
-svd-llm and dense. Tokens are counted everywhere (a backward pass as two forward ones): probes, menus and trials
-alike. Of every row, the plans that are best on the search split at block_parameters <= 0.95, 0.9, ... are measured
-on the report split; hypervolume is that of (log perplexity excess over dense, block_parameters) within
-[0, ln 10] x [0, 1], as a share. Finished cells are kept in studies/results/search.jsonl, one line each, and never
-measured again: stop it at any time and start it again.
+svd-llm and dense. Tokens are counted everywhere (a backward pass as two forward ones): probes, menus, slopes and
+trials alike. Allocators that only predict are solved at block_parameters 0.9, 0.8, ... 0.4 and spend no tokens on
+looking at their plans; searches give, at each of those, the measured plan that is best on the search split. All these
+plans are measured on the report split. Hypervolume is that of (log perplexity excess over dense, block_parameters)
+within [0, ln 10] x [0, 1], as a share. Finished cells are kept in studies/results/search.jsonl, one line each, and
+never measured again: stop it at any time and start it again. Rows that no budget changes are measured once, at the
+first one.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from rich.console import Console
 
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.allocate import knapsack, sensitivity, tolerance, uniform
+from rankfront.search.allocate import knapsack, sensitivity, tolerance, uniform, value
 from rankfront.search.menu import Menu, Predictions, make_menu
 from rankfront.search.predictions import (
     PROBE_FRACTIONS,
@@ -42,9 +44,9 @@ from rankfront.search.predictions import (
 from rankfront.search.trial import Job, Resident
 
 RESULTS = Path(__file__).parent / "results"
-GRID = tuple(round(0.4 + 0.05 * i, 2) for i in range(12))  # kept fractions at which rows are compared
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6)
-TARGETS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # what the allocators are solved for
+TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
 
 
@@ -54,27 +56,23 @@ def settings(text: str) -> dict[str, object]:
         "data": {
             "length": 512,
             "calibrate": {"text": text, "windows": 64, "part": [0.0, 0.5]},
-            "search": {"text": text, "windows": 8, "part": [0.5, 0.75]},
-            "report": {"text": text, "windows": 32, "part": [0.75, 1.0]},
+            "search": {"text": text, "windows": 112, "part": [0.5, 0.75]},
+            "report": {"text": text, "windows": 24, "part": [0.75, 1.0]},
         },
-        "space": {"methods": ["svd-llm"]},
+        "space": {"methods": ["svd-llm"], "keep": [round(0.1 + 0.05 * i, 2) for i in range(18)]},
         "objectives": {"perplexity": {}, "block_parameters": {}},
-        "search": {"workers": 0, "trials": 100_000},
+        "search": {"workers": 0, "trials": 100_000, "rungs": [TRIAL_TOKENS]},
     }
 
 
 @dataclass
 class Found:
-    """Measured plans of one row: (perplexity on the search split, block_parameters, plan), and what they cost."""
+    """What one row found: a plan for each kept fraction, and what that cost."""
 
-    plans: list[tuple[float, float, Plan]] = field(default_factory=list)
+    plans: dict[float, Plan] = field(default_factory=dict)
     tokens: int = 0
     overhead: float = 0.0  # seconds that were not spent in the model
-
-    def best(self, keep: float) -> Plan | None:
-        """The plan with the least search perplexity within ``keep``."""
-        within = [(perplexity, plan) for perplexity, kept, plan in self.plans if kept <= keep]
-        return min(within, key=lambda pair: pair[0])[1] if within else None
+    spearman: float | None = None  # of predicted and measured values, where a search predicts
 
 
 class Bench:
@@ -87,13 +85,6 @@ class Bench:
         self.resident = Resident(self.setup)
         self.wanted = self.resident.space.wanted()
         self.spectrum = spectrum_predictions(self.wanted, self.resident.store)
-
-    def measure(self, found: Found, plan: Plan) -> float:
-        """Measure a plan as a trial would; its perplexity on the search split."""
-        record = self.resident.run(Job("trial", 0, plan))
-        found.tokens += record["tokens"]
-        found.plans.append((record["perplexity"], record["block_parameters"], plan))
-        return float(record["perplexity"])
 
     def probes(self, found: Found, share: float, fractions: tuple[float, ...] | None) -> Predictions:
         """KL of options alone, the tokens of ``share`` spread over them evenly; every option where no fractions."""
@@ -109,10 +100,11 @@ class Bench:
         return probes
 
     def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
-        """Allocate at every target and measure the plans."""
+        """Allocate at every fraction of the grid."""
+        begun = time.perf_counter()
         menu = make_menu(self.wanted, predictions)
-        for keep in TARGETS:
-            self.measure(found, Plan.of(menu.choices(allocator(menu, keep * menu.dense))))
+        found.plans = {keep: Plan.of(menu.choices(allocator(menu, keep * menu.dense))) for keep in GRID}
+        found.overhead += time.perf_counter() - begun
 
 
 def spectrum_row(allocator: Callable[[Menu, float], list[int]]) -> Callable[[Bench, int, int], Found]:
@@ -129,8 +121,7 @@ def probe_row(
 ) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
-        share = budget - len(TARGETS) * bench.setup.tokens["search"].numel()
-        probes = bench.probes(found, share, fractions)
+        probes = bench.probes(found, budget, fractions)
         bench.solve(found, scaled_predictions(bench.spectrum, probes) if fractions else probes, allocator)
         return found
 
@@ -155,12 +146,11 @@ def evolution_row(bench: Bench, budget: int, seed: int) -> Found:
     found, rng = Found(), random.Random(seed)
     menu = make_menu(bench.wanted, bench.spectrum)
     pool = bench.setup.tokens["search"]
-    targets = TARGETS[1:5]
-    share = (budget - len(targets) * pool.numel()) / len(targets)
-    for keep in targets:
+    for keep in GRID:
         limit = keep * menu.dense
-        parent, spent = uniform(menu, limit), 0
-        while spent < share:
+        parent = uniform(menu, limit)
+        target = found.tokens + (budget - found.tokens) / (len(GRID) - len(found.plans))
+        while found.tokens < target:
             offspring = [_switch(menu, parent, limit, rng) for _ in range(16)]
             for survivors, windows in ((4, 1), (2, 2), (1, 4)):
                 if survivors == 1:
@@ -170,12 +160,11 @@ def evolution_row(bench: Bench, budget: int, seed: int) -> Found:
                 for places in offspring:
                     bench.resident.apply(Plan.of(menu.choices(places)))
                     losses.append(score(bench.resident.model, tokens).loss)
-                    spent += tokens.numel()
+                    found.tokens += tokens.numel()
                 order = np.argsort(losses, kind="stable")
                 offspring = [offspring[i] for i in order[:survivors]]
             parent = offspring[0]
-        found.tokens += spent
-        bench.measure(found, Plan.of(menu.choices(parent)))
+        found.plans[keep] = Plan.of(menu.choices(parent))
     return found
 
 
@@ -197,13 +186,17 @@ def sampler_row(sampler: str) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         overrides = [f"search.sampler={sampler}", f"search.seed={seed}", f"search.tokens={budget}"]
         study = Study(bench.settings, run=RESULTS / "runs" / f"{sampler}-{seed}", overrides=overrides)
-        begun = time.perf_counter()
         study.launch(Console(quiet=True), report=False)
-        whole = time.perf_counter() - begun
         rows = [row for row in study.rows() if row.state == "complete"]
-        found = Found(tokens=study.tokens())
-        found.overhead = whole - sum(row.attributes["seconds"]["total"] for row in rows)
-        found.plans = [(r.attributes["perplexity"], r.attributes["block_parameters"], r.plan) for r in rows]
+        overhead = sum(row.attributes["seconds"]["propose"] for row in rows)
+        found = Found(tokens=study.tokens(), overhead=overhead)
+        for keep in GRID:
+            within = [row for row in rows if row.attributes["block_parameters"] <= keep]
+            if within:
+                found.plans[keep] = min(within, key=lambda row: row.attributes["perplexity"]).plan
+        calibration = study.calibration()
+        if calibration is not None:
+            found.spearman = calibration.spearman
         return found
 
     return run
@@ -213,6 +206,7 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "uniform": spectrum_row(uniform),
     "spectrum knapsack": spectrum_row(knapsack),
     "PGSVD tolerance": spectrum_row(tolerance),
+    "TRP value threshold": spectrum_row(value),
     "ASVD search": probe_row(None, sensitivity),
     "LEMS-style probe": probe_row(PROBE_FRACTIONS["probe"], knapsack),
     "level evolution": evolution_row,
@@ -220,6 +214,7 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     **{name: sampler_row(name) for name in SAMPLERS},
 }
 SEEDED = {"level evolution", "menu + knapsack", *SAMPLERS}
+ONCE = {"uniform", "spectrum knapsack", "PGSVD tolerance", "TRP value threshold", "menu + knapsack"}  # at any budget
 
 
 def report(bench: Bench, found: Found) -> dict[str, object]:
@@ -227,23 +222,19 @@ def report(bench: Bench, found: Found) -> dict[str, object]:
     windows = bench.setup.tokens["report"]
     bench.resident.apply(Plan(()))
     dense = score(bench.resident.model, windows).perplexity
-    measured: dict[str, float] = {}
     perplexity: dict[float, float] = {}
-    for keep in GRID:
-        plan = found.best(keep)
-        if plan is not None:
-            if plan.key not in measured:
-                bench.resident.apply(plan)
-                measured[plan.key] = score(bench.resident.model, windows).perplexity
-            perplexity[keep] = measured[plan.key]
+    for keep, plan in found.plans.items():
+        bench.resident.apply(plan)
+        perplexity[keep] = score(bench.resident.model, windows).perplexity
     points = np.array([[max(math.log(value / dense), 0.0) / math.log(10), keep] for keep, value in perplexity.items()])
     volume = float(moocore.hypervolume(np.vstack([points, [0.0, 1.0]]), ref=np.ones(2)))
     return {
         "dense": dense,
-        "perplexity": {str(keep): perplexity[keep] for keep in SHOWN if keep in perplexity},
+        "perplexity": {str(keep): value for keep, value in perplexity.items()},
         "hypervolume": volume,
         "tokens": found.tokens,
         "overhead": found.overhead,
+        "spearman": found.spearman,
     }
 
 
@@ -284,6 +275,8 @@ def main() -> None:
             for row in arguments.rows.split(","):
                 key = {"row": row, "budget": budget, "seed": seed}
                 if any(key.items() <= cell.items() for cell in cells) or (seed and row not in SEEDED):
+                    continue
+                if row in ONCE and any(cell["row"] == row and cell["seed"] == seed for cell in cells):
                     continue
                 bench = bench or Bench(arguments.text)
                 cell = key | report(bench, ROWS[row](bench, budget, seed)) | {"from": provenance()}

@@ -75,7 +75,7 @@ def slow_quadratic(model, windows, site, option, store, step=WINDOWS):
 def test_it_is_the_quadratic_form(model, windows, stored):
     """On every architecture, whatever class its linears are of and whether they have biases."""
     wanted, store = stored(model)
-    found = quadratic_divergence(model, windows, wanted, store, SEED)
+    found = quadratic_divergence(model, windows, wanted, store, SEED).divergence
     assert found.keys() == {site.name for site in linear(wanted)}
     for site, options in linear(wanted).items():
         assert found[site.name].keys() == {option.label for option in options}
@@ -89,7 +89,7 @@ def test_batches_add_up(monkeypatch, windows, stored, batch):
     monkeypatch.setattr("rankfront.search.gradient.BATCH_TOKENS", batch)
     model = common.architecture("llama").build()
     wanted, store = stored(model)
-    found = quadratic_divergence(model, windows, wanted, store, SEED)
+    found = quadratic_divergence(model, windows, wanted, store, SEED).divergence
     for site, options in list(linear(wanted).items())[::5]:
         for option in options:
             expected = slow_quadratic(model, windows, site, option, store, max(1, batch // LENGTH))
@@ -102,9 +102,9 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
     """Methods that do not nest run every option's factors; on nested ones both ways give the same."""
     model = common.architecture(name).build().to(dtype)
     wanted, store = stored(model, dtype=dtype)
-    running = quadratic_divergence(model, windows, wanted, store, SEED)
-    monkeypatch.setattr("rankfront.search.gradient.get_method", lambda name: SimpleNamespace(nested=False))
-    alone = quadratic_divergence(model, windows, wanted, store, SEED)
+    running = quadratic_divergence(model, windows, wanted, store, SEED).divergence
+    monkeypatch.setattr("rankfront.search.gradient.get_method", lambda name: SimpleNamespace(nested=False, storage=get_method(name).storage))
+    alone = quadratic_divergence(model, windows, wanted, store, SEED).divergence
     assert running.keys() == alone.keys()
     for site, found in running.items():
         assert alone[site] == pytest.approx(found, rel=1e-3, abs=1e-9)
@@ -113,7 +113,8 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
 def test_every_method_of_a_study_is_predicted(resident):
     """With the factors of a real study; wherever an option changes the weight, it is predicted to hurt."""
     wanted = resident.space.wanted()
-    found = quadratic_divergence(resident.model, common.tokens(WINDOWS, LENGTH), wanted, resident.store, SEED)
+    windows = common.tokens(WINDOWS, LENGTH)
+    found = quadratic_divergence(resident.model, windows, wanted, resident.store, SEED).divergence
     for site, options in wanted.items():
         assert found[site.name].keys() == {option.label for option in options}
         assert all(value > 0 for value in found[site.name].values())
@@ -122,7 +123,7 @@ def test_every_method_of_a_study_is_predicted(resident):
 def test_labels_come_from_the_seed(windows, stored):
     model = common.architecture("llama").build()
     wanted, store = stored(model)
-    first, second, other = (quadratic_divergence(model, windows, wanted, store, seed) for seed in (1, 1, 2))
+    first, second, other = (quadratic_divergence(model, windows, wanted, store, seed).divergence for seed in (1, 1, 2))
     assert first == second
     assert first != other
 
@@ -166,7 +167,7 @@ def test_small_perturbations_diverge_as_predicted(windows, stored, name):
     wanted, store = stored(model, ranks=(12, 16, 20, 24) if name == "llama" else (16, 24))
     kinds = [site for site in linear(wanted) if not site.weights[0].tied and min_side(site) > 24]
     wanted = {site: wanted[site] for site in kinds}
-    draws = [quadratic_divergence(model, windows, wanted, store, seed) for seed in range(24)]
+    draws = [quadratic_divergence(model, windows, wanted, store, seed).divergence for seed in range(24)]
     pairs = []
     for site, options in wanted.items():
         for option in options:

@@ -80,8 +80,9 @@ class Problem:
         menu = self.menu
         return Goal(
             loss=math.exp,
-            log_divergence=lambda value: math.log(max(value, NEVER)),
+            log_divergence=lambda value, dense: math.log(max(value, NEVER)),
             costs=lambda options: {1: menu.parameters(menu.places(options)) / menu.dense},
+            dense=NEVER,
             quality=0,
             ideal=np.zeros(2 + self.slow),
             reference=np.array([0.5, *[1.0] * (1 + self.slow)]),
@@ -452,7 +453,7 @@ def test_a_goal_reads_values_as_divergence(data, tmp_path, quality):
     for row in rows:
         value = row.values[quality]
         if value > dense.values[quality] * 1.001 + 1e-3:
-            assert goal.loss(goal.log_divergence(value)) == pytest.approx(value)
+            assert goal.loss(goal.log_divergence(value, goal.dense)) == pytest.approx(value)
         exact = {0: row.values["block_parameters"], 2: row.values["bytes"]}
         assert goal.costs(row.plan.by_site) == pytest.approx(exact)
     boxes = [make_objective(name, {}).box(dense.values[name]) for name in data["objectives"]]
