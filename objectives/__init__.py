@@ -5,7 +5,7 @@ import pkgutil
 
 from rankfront.objectives._clock import Clock
 from rankfront.objectives._objective import OBJECTIVES, Objective, make_objective
-from rankfront.objectives._scores import Scores, Teacher, score, teach
+from rankfront.objectives._scores import Scores, Teacher, divergence_from, score, teach
 from rankfront.objectives._subject import Subject
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Scores",
     "Subject",
     "Teacher",
+    "divergence_from",
     "make_objective",
     "score",
     "teach",

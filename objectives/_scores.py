@@ -73,7 +73,7 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> 
     for start, ids, student in batches(model, windows):
         loss -= student.gather(-1, ids[:, 1:, None]).double().sum().cpu()
         if teacher is not None:
-            divergence += _divergence(student, teacher, start).cpu()
+            divergence += divergence_from(student, teacher, start).cpu()
     predicted = len(windows) * (windows.shape[1] - 1)
     return Scores(
         loss=float(loss) / predicted,
@@ -82,8 +82,8 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> 
     )
 
 
-def _divergence(student: Tensor, teacher: Teacher, start: int) -> Tensor:
-    """Σ over positions of the cut KL, for log-probabilities (b, L - 1, V) of the windows from ``start`` on."""
+def divergence_from(student: Tensor, teacher: Teacher, start: int) -> Tensor:
+    """Σ over positions of the cut KL (see `score`) of log-probabilities (b, L - 1, V), windows from ``start`` on."""
     rows = slice(start, start + len(student))
     p = teacher.log_probabilities[rows].to(student.device).double()  # (b, L - 1, k)
     q = student.gather(-1, teacher.indices[rows].to(student.device).long()).double()  # (b, L - 1, k)
@@ -95,7 +95,7 @@ def _divergence(student: Tensor, teacher: Teacher, start: int) -> Tensor:
     return shared + (p_rest * (p_rest.clamp_min(tiny).log() - q_rest.clamp_min(tiny).log())).sum()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def teach(model: nn.Module, windows: Tensor, top_k: int = TEACHER_TOP_K) -> Teacher:
     """The teacher that ``model`` (dense) makes on ``windows`` (W, L)."""
     indices, values = [], []

@@ -1,4 +1,4 @@
-"""The command line: launch, front, show, export, evaluate, methods."""
+"""The command line: launch, solve, front, show, export, evaluate, methods."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from rankfront.methods import InputError
+from rankfront.search.answer import Answer
 from rankfront.search.driver import WorkersDied
 from rankfront.search.export import ExportError, Format
 from rankfront.search.front import Row
@@ -65,6 +66,33 @@ def launch(
     found = Study(study, run, settings)
     found.launch(terminal, address, rebuild)
     _print_front(found, [])
+
+
+@app.command()
+def solve(
+    run: RunArgument,
+    limits: Annotated[list[str], typer.Argument(metavar="LIMIT...", help="such as 'block_parameters<=0.73'")],
+    measure: Annotated[bool, typer.Option(help="measure the plan as one more trial")] = True,
+) -> None:
+    """Answer a budget that was never searched, from what the run has learned."""
+    study = Study.open(run)
+    if not measure:
+        _print_json(answer_json(study.answer(*limits)))
+        return
+    row = study.solve(*limits, console=terminal)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in row.values.items())
+    kept = row.attributes["block_parameters"]
+    output.print(f"trial {row.number} ({row.origin}): {values}, block_parameters {kept:.4g}", soft_wrap=True)
+
+
+def answer_json(found: Answer) -> dict[str, Any]:
+    """The documented shape of ``rankfront solve --no-measure``."""
+    return {
+        "predicted": found.predicted,
+        "measured_by": found.trial,
+        "figures": found.figures,
+        "plan": json.loads(found.plan.to_json()),
+    }
 
 
 @app.command()

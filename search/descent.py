@@ -43,7 +43,7 @@ class Descent:
         for i, (line, loss) in enumerate(zip(lines, self.losses, strict=True)):
             self._e[i, : len(loss)] = loss
             self._saved[i, : len(loss)] = line.parameters[0] - line.parameters
-        self._r = np.sqrt(2 * np.where(np.isfinite(self._e), self._e, 0))
+        self._r = np.sqrt(2 * np.where(np.isfinite(self._e), np.maximum(self._e, 0), 0))
         self._all = np.arange(len(lines))
         self._follow()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rankfront.search.goal import ours, quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
 from rankfront.search.sampler import INTERRUPTED, OURS, RankfrontSampler, make_sampler
+from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
 from rankfront.search.space import Space
 from rankfront.search.trial import Job, Record
 
@@ -161,7 +163,7 @@ class Driver:
     @property
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model, a backward pass counted as two forward ones."""
-        return tokens_of(self.study, self.rows())
+        return tokens_of(self.study)
 
     @property
     def elapsed(self) -> float:
@@ -185,6 +187,8 @@ class Driver:
         if self.searching and self._menu_due:
             self.menu_asked = True
             return Job("menu", 0, Plan(()))
+        if self.searching and self._ready:
+            self._ask_slopes()
         job = self._next_trial() if self.searching and self._ready else None
         if job is None and self.searching and not self.running and not self._ready and not self.menu_asked:
             raise InputError(
@@ -193,6 +197,20 @@ class Driver:
         if job is None and not self.running and not self.searching:
             job = self._next_report()
         return job
+
+    def _ask_slopes(self) -> None:
+        """Queue slopes around the plan that our sampler names, where the limit leaves tokens for them and a trial."""
+        if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
+            return
+        left = math.inf if self.config.search.tokens is None else self.config.search.tokens - self.tokens
+        if left > 2 * SLOPE_PASSES * SLOPE_TOKENS:
+            number = self.sampler.slopes_due(self.study)
+            if number is not None:
+                source = self.study.get_trials(deepcopy=False)[number]
+                self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
+
+    def _waiting(self) -> bool:
+        return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def _dense_failure(self) -> str:
         return next((row.failure for row in self.rows() if row.failure and row.origin.endswith(": dense")), "no reason")
@@ -204,8 +222,7 @@ class Driver:
     @property
     def _ready(self) -> bool:
         """Whether the sampler can be asked: ours only after its menu, while anchors are queued in any case."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return not self.ours or self.menu is not None or bool(waiting)
+        return not self.ours or self.menu is not None or self._waiting()
 
     @property
     def done(self) -> bool:
@@ -219,6 +236,9 @@ class Driver:
                 return None
             trial = self.study.ask()
             plan = self.space.suggest(trial, self.origin)
+            if "slopes_of" in trial.user_attrs:
+                self.running[trial.number] = trial
+                return Job("slopes", trial.number, plan)
             rung = int(trial.user_attrs.get("rung", 0))
             if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.
@@ -260,6 +280,11 @@ class Driver:
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
             self.study.set_user_attr(f"report {job.number}", record)
             self.reporting.discard(job.number)
+        elif job.kind == "slopes":
+            trial = self.running.pop(job.number)
+            for key, value in record.items():
+                trial.set_user_attr(key, value)
+            self.study.tell(trial, state=TrialState.PRUNED)  # its plan was measured before
         elif "failure" in record:
             self._fail(self.running.pop(job.number), record["failure"])
         else:
@@ -319,7 +344,7 @@ class Driver:
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died; the study goes on, unless workers die again and again."""
         self.dead += 1
-        if job.kind == "trial":
+        if job.kind in ("trial", "slopes"):
             self._fail(self.running.pop(job.number), reason)
         elif job.kind == "menu":
             self.menu_asked = False

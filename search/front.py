@@ -100,10 +100,10 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
     )
 
 
-def tokens_of(study: optuna.Study, rows: Sequence[Row]) -> int:
-    """Tokens that trials and the menu ran through the model, a backward pass counted as two forward ones."""
+def tokens_of(study: optuna.Study) -> int:
+    """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward ones."""
     menu = study.user_attrs.get("menu", {}).get("tokens", 0)
-    return int(menu + sum(row.attributes.get("tokens", 0) for row in rows))
+    return int(menu + sum(trial.user_attrs.get("tokens", 0) for trial in study.get_trials(deepcopy=False)))
 
 
 def _matrix(rows: Sequence[Row]) -> np.ndarray:

@@ -54,7 +54,7 @@ def quadratic_divergence(
     Sites whose inputs are token ids get no prediction.
     """
     generator = torch.Generator().manual_seed(seed)
-    scored = [_Scored(site, options, store) for site, options in wanted.items() if _predictable(site)]
+    scored = [_Scored(site, options, store) for site, options in wanted.items() if is_predictable(site)]
     handles = [model.get_submodule(s.site.weights[0].path).register_forward_hook(s.hook) for s in scored]
     handles.append(
         model.get_input_embeddings().register_forward_hook(
@@ -83,7 +83,8 @@ def quadratic_divergence(
     )
 
 
-def _predictable(site: Site) -> bool:
+def is_predictable(site: Site) -> bool:
+    """Whether the products gᵀ Ŵ x of a site can be formed: one weight, and inputs that are vectors."""
     return len(site.weights) == 1 and site.weights[0].kind == "linear"
 
 
@@ -115,13 +116,13 @@ class _Scored:
         bias = getattr(module, "bias", None)
 
         def arrived(gradient: Tensor) -> None:
-            g = gradient.flatten(0, -2).float()  # (tokens, m)
-            x = inputs[0].detach().flatten(0, -2).float()  # (tokens, n)
+            g = gradient.flatten(0, -2)  # (tokens, m)
+            x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
             y = output.detach().flatten(0, -2).float()  # (tokens, m)
-            dense = (g * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
+            dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
             moved = {}
             for method, chosen in self.nested.items():
-                for option, compressed in _products(method, chosen, self.site, self.store, g, x):
+                for option, compressed in products(method, chosen, self.site, self.store, g, x):
                     moved[option.label] = dense - compressed
                     self.totals[option.label] += 0.5 * float(moved[option.label].square().sum())
             self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
@@ -129,18 +130,22 @@ class _Scored:
         output.register_hook(arrived)
 
 
-def _products(
+def products(
     method: str, options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor
 ) -> list[tuple[Option, Tensor]]:
-    """(option, gᵀ Ŵ x (tokens,)) for every option of one method at one site."""
+    """(option, gᵀ Ŵ x (tokens,)) for every option of one method at one site, for g (tokens, m) and x (tokens, n).
+
+    Matrix products run in the dtype of the factors, sums over components in fp32.
+    """
     role = site.weights[0].role
     if get_method(method).nested:
         largest = max(options, key=lambda option: int(option["rank"]))
         tensors = store.factors(site, largest)[role].tensors
-        left, right = (tensors[name].to(g.device).float() for name in ("left", "right"))
-        running = ((g @ left) * (x @ right.T)).cumsum(1)  # (tokens, r)
+        left, right = (tensors[name].to(g.device) for name in ("left", "right"))
+        components = (g.to(left.dtype) @ left).float() * (x.to(right.dtype) @ right.T).float()  # (tokens, r)
+        running = components.cumsum(1)
         return [(option, running[:, int(option["rank"]) - 1]) for option in options]
-    return [(option, (g * _run(store.factors(site, option)[role], x)).sum(1)) for option in options]
+    return [(option, (g.float() * _run(store.factors(site, option)[role], x.float())).sum(1)) for option in options]
 
 
 def _run(factors: Factors, x: Tensor) -> Tensor:

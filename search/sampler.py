@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import Option
 from rankfront.search.allocate import sweep
 from rankfront.search.descent import Descent
+from rankfront.search.local import Local, Trust, learn_trust, nearest
 from rankfront.search.menu import Menu
 from rankfront.search.surrogate import Coefficients, Surrogate
 
@@ -50,6 +51,20 @@ STEPS = 100  # random steps before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
+LOCAL_MODES = ("slope", "slope", "solve", "slope", "slope", "sample", "slope", "slope", "switch")  # with slopes
+STEPS_PER_SLOPES = 3  # proposals measured between two passes
+CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
+STRETCH, NEIGHBOURS = 0.04, 4  # budgets around a centre's: how far, relative to it, and how many
+NEARBY = 0.04  # kept fraction within which slopes count as measured nearby
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan that is known: its trial, log-divergence, and values as they would be at the first rung."""
+
+    trial: int
+    level: float
+    values: list[float]
 
 
 class Solver(Protocol):
@@ -116,7 +131,9 @@ class RankfrontSampler(BaseSampler):
         self.surrogate = Surrogate(menu, kinds, blocks, seed)
         self.random = np.random.default_rng(seed)
         self._fitted = 0
-        self.measured: list[tuple[list[int], list[float]]] = []  # places and values of each plan that is known
+        self.measured: dict[tuple[int, ...], Measured] = {}
+        self.locals: list[Local] = []
+        self.trust = Trust()
 
     # -- Optuna's interface
 
@@ -126,17 +143,18 @@ class RankfrontSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        self._learn(finished)
+        self.learn(study)
         everything = study.get_trials(deepcopy=False)
         others = [t for t in everything if t.number != trial.number and t.user_attrs.get("failure") != INTERRUPTED]
         tried = {self._key(t.params) for t in others if t.params}
-        mode = MODES[trial.number % len(MODES)]
-        chosen = self._propose(tried, mode)
-        by_site = self.menu.choices(chosen)
+        by_site = self.menu.choices(self._propose(tried, self._mode(trial.number)))
         return {
             site: list(found).index(by_site[site]) if site in by_site else 0 for site, found in self.options.items()
         }
+
+    def _mode(self, number: int) -> str:
+        modes = LOCAL_MODES if self.locals else MODES
+        return modes[number % len(modes)]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -154,52 +172,109 @@ class RankfrontSampler(BaseSampler):
     def _key(self, params: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(self._plan(params) or ())
 
-    def _learn(self, finished: Sequence[FrozenTrial]) -> None:
+    def learn(self, study: optuna.Study) -> None:
         """Fit the surrogate to what is measured, each plan at the highest rung that it has reached.
 
         Quality is read relative to the dense model of the same rung, whose windows are others; `measured` holds the
         values as they would be at the first.
         """
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         if len(finished) == self._fitted:
             return
-        at_dense = {rung_of(t): t.values[self.goal.quality] for t in finished if not any(self._plan(t.params) or [1])}
+        complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
+        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self._plan(t.params) or [1])}
         dense = {0: self.goal.dense} | at_dense
-        highest: dict[tuple[int, ...], tuple[int, float, list[float]]] = {}
-        for trial in finished:
+        self.measured = {}
+        for trial in sorted(complete, key=rung_of):
             plan, rung = self._plan(trial.params), rung_of(trial)
-            if plan is None or rung not in dense:
-                continue
-            level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
-            if tuple(plan) not in highest or highest[tuple(plan)][0] < rung:
+            if plan is not None and rung in dense:
+                level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
                 values = list(trial.values)
                 values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
-                highest[tuple(plan)] = rung, level, values
-        self.measured = [(list(plan), values) for plan, (_, _, values) in highest.items()]
-        learned = [(plan, level) for plan, (_, level, _) in highest.items() if any(plan)]
+                self.measured[tuple(plan)] = Measured(trial.number, level, values)
+        learned = {plan: found.level for plan, found in self.measured.items() if any(plan)}
         if learned:
-            plans, levels = zip(*learned, strict=True)
-            self.surrogate.fit(np.array(plans), np.array(levels))
+            plans, levels = np.array(list(learned)), np.array(list(learned.values()))
+            self.surrogate.fit(plans, levels)
+            self.locals = [local for trial in finished if (local := self._local(trial)) is not None]
+            self.trust = learn_trust(self.locals, plans, np.exp(levels))
         self._fitted = len(finished)
+
+    def _local(self, trial: FrozenTrial) -> Local | None:
+        """The slopes that a trial measured; None where it measured none, or their centre's level is unknown."""
+        packed = trial.user_attrs.get("slopes")
+        plan = self._plan(trial.params)
+        if packed is None or plan is None or tuple(plan) not in self.measured:
+            return None
+        first, second = [], []
+        for i, line in enumerate(self.menu.lines):
+            known = dict(zip(self.options[line.site], zip(*packed.get(line.site, [[], []]), strict=True), strict=False))
+            pairs = [known.get(option) or (None, None) for option in line.options]
+            pairs[plan[i]] = (0.0, 0.0)
+            first.append(np.array([0.0 if a is None else a for a, _ in pairs]))
+            second.append(np.array([np.inf if b is None else b for _, b in pairs]))
+        centre = self.measured[tuple(plan)]
+        return Local(centre.trial, np.array(plan), math.exp(centre.level), first, second)
+
+    def slopes_due(self, study: optuna.Study) -> int | None:
+        """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
+
+        After every `STEPS_PER_SLOPES` proposals: of the front members without slopes, the one where most is to gain,
+        by its divergence and the gap between its neighbours, and where slopes were measured least nearby.
+        """
+        self.learn(study)
+        trials = study.get_trials(deepcopy=False)
+        asked = [t for t in trials if "slopes_of" in t.user_attrs and t.user_attrs.get("failure") != INTERRUPTED]
+        last = max((t.number for t in asked), default=-1)
+        if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
+            return None
+        since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
+        if since < STEPS_PER_SLOPES:
+            return None
+        front = sorted(self._front(), key=self.menu.parameters)
+        done = {t.user_attrs["slopes_of"] for t in asked}
+        stored = np.array([self.menu.least, *map(self.menu.parameters, front), self.menu.dense]) / self.menu.dense
+        centres = np.array([self.menu.parameters(local.plan) for local in self.locals])
+        width = self.goal.reference[self.goal.quality] - self.goal.ideal[self.goal.quality]
+        best: tuple[float, int] | None = None
+        for i, plan in enumerate(front, start=1):
+            found = self.measured[tuple(plan)]
+            inside = (found.values[self.goal.quality] - self.goal.ideal[self.goal.quality]) / width
+            nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
+            gain = min(inside, 1.0) * (stored[i + 1] - stored[i - 1]) / (1 + nearby) ** 2
+            if found.trial not in done and inside < 1 and (best is None or gain > best[0]):
+                best = gain, found.trial
+        return None if best is None else best[1]
 
     def predict(self, option_of: Mapping[str, Option]) -> float | None:
         """The quality objective's predicted value for a plan; None where an option is not on the menu."""
         places = self.menu.places(option_of)
         if places is None:
             return None
-        return (
-            self.goal.loss(float(self.surrogate.predict(np.array([places]))[0]))
-            if any(places)
-            else self.goal.loss(-math.inf)
-        )
+        if not any(places):
+            return self.goal.dense
+        return self.goal.loss(float(self._levels([places])[0]))
+
+    def _levels(self, plans: Sequence[list[int]], coefficients: Coefficients | None = None) -> np.ndarray:
+        """Predicted log-divergence of plans: from slopes measured nearby where there are any, else the surrogate's."""
+        logs = self.surrogate.predict(np.array(plans), coefficients)
+        for i, plan in enumerate(plans):
+            local = nearest(self.locals, np.array(plan))
+            if local is not None:
+                logs[i] = local.predict(np.array([plan]), self.trust)[0]
+        return logs
 
     # -- proposing
 
     def _propose(self, tried: set[tuple[int, ...]], mode: str) -> list[int]:
         coefficients = self.surrogate.sample() if mode == "sample" else self.surrogate.mean
-        candidates = self._solutions(coefficients)
         front = self._front()
-        if mode == "switch" and front:
-            candidates += self._switches(front, coefficients)
+        if mode == "slope":
+            candidates = self._downhill()
+        else:
+            candidates = self._solutions(coefficients)
+            if mode == "switch" and front:
+                candidates += self._switches(front, coefficients)
         fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
         for _ in range(STEPS):  # everything solved for was measured: step away from it at random
             if fresh:
@@ -218,6 +293,34 @@ class RankfrontSampler(BaseSampler):
         shares = (np.arange(BUDGETS) + shift) / BUDGETS
         return [solved.solve(self.menu.least + share * (self.menu.dense - self.menu.least)) for share in shares]
 
+    def _downhill(self) -> list[list[int]]:
+        """The newest slopes, solved at budgets around their centre's."""
+        local = self.locals[-1]
+        centre = self.menu.parameters(local.plan)
+        none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
+        found = []
+        for caution in CAUTIONS:
+            solved = Descent(self.menu, local.losses(self.trust, caution), none)
+            for share in (1.0, *(1 + STRETCH * self.random.uniform(-1, 1, NEIGHBOURS))):
+                found.append(solved.solve(min(max(share * centre, self.menu.least), self.menu.dense)))
+        return found
+
+    def best_within(self, budget: float) -> tuple[list[int], float]:
+        """Of the measured plans within ``budget`` stored values and those solved for it, the one of least divergence.
+
+        With it, the modelled objective's value: measured where the plan was, else predicted.
+        """
+        plans = [self.solver().solve(budget)]
+        none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
+        for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:NEIGHBOURS]:
+            plans += [Descent(self.menu, local.losses(self.trust, c), none).solve(budget) for c in CAUTIONS]
+        level = dict(zip(map(tuple, plans), map(float, self._levels(plans)), strict=True))
+        level |= {p: m.level for p, m in self.measured.items() if any(p) and self.menu.parameters(p) <= budget}
+        if budget >= self.menu.dense:
+            return [0] * len(self.menu.lines), self.goal.dense
+        best = min(level, key=lambda plan: level[plan])
+        return list(best), self.goal.loss(level[best])
+
     def solver(self, coefficients: Coefficients | None = None) -> Solver:
         """What finds the plan of least predicted divergence at any budget, as far as the trials have taught."""
         used = coefficients or self.surrogate.mean
@@ -229,8 +332,8 @@ class RankfrontSampler(BaseSampler):
         """The non-dominated plans."""
         if not self.measured:
             return []
-        keep = moocore.is_nondominated(np.array([values for _, values in self.measured], dtype=float))
-        return [plan for (plan, _), kept in zip(self.measured, keep, strict=True) if kept and any(plan)]
+        keep = moocore.is_nondominated(np.array([found.values for found in self.measured.values()], dtype=float))
+        return [list(plan) for plan, kept in zip(self.measured, keep, strict=True) if kept and any(plan)]
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
@@ -272,7 +375,8 @@ class RankfrontSampler(BaseSampler):
         """Predicted gain in hypervolume of every candidate over the measured front, in units of the box."""
         width = self.goal.reference - self.goal.ideal
         measured = (
-            np.array([values for _, values in self.measured], dtype=float).reshape(-1, len(width)) - self.goal.ideal
+            np.array([found.values for found in self.measured.values()], dtype=float).reshape(-1, len(width))
+            - self.goal.ideal
         ) / width
         points = (self._values(candidates, coefficients) - self.goal.ideal) / width
         measured, points = np.maximum(measured, 0.0), np.maximum(points, 0.0)
@@ -288,7 +392,7 @@ class RankfrontSampler(BaseSampler):
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a
         straight line in the stored parameters, fitted to the measured trials."""
-        logs = self.surrogate.predict(np.array(candidates), coefficients)
+        logs = self._levels(candidates, coefficients)
         values = np.full((len(candidates), len(self.goal.ideal)), np.nan)
         stored = np.array([self.menu.parameters(candidate) for candidate in candidates]) / self.menu.dense
         for row, candidate in enumerate(candidates):
@@ -296,7 +400,7 @@ class RankfrontSampler(BaseSampler):
             for column, value in self.goal.costs(self.menu.choices(candidate)).items():
                 values[row, column] = value
         for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
-            pairs = [(self.menu.parameters(plan) / self.menu.dense, values[column]) for plan, values in self.measured]
+            pairs = [(self.menu.parameters(p) / self.menu.dense, m.values[column]) for p, m in self.measured.items()]
             x, y = np.array(pairs or [(1.0, 1.0)]).T
             design = np.stack([np.ones_like(x), x - 1.0], axis=1)
             line = np.linalg.solve(design.T @ design + 1e-3 * np.eye(2), design.T @ y)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rankfront.methods import InputError
 from rankfront.search import front as fronts
+from rankfront.search.answer import Answer, answer
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
@@ -152,7 +153,29 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         return self.run.study(self.config)
 
+    def answer(self, *constraints: str) -> Answer:
+        """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``; not measured."""
+        limits = [Constraint.parse(text) for text in constraints]
+        return answer(self._optuna(), self.config, self.rows(), resolve(self.config.model.name), limits)
+
     # -- doing
+
+    def solve(self, *constraints: str, console: Console | None = None) -> Row:
+        """The plan expected to be best within ``constraints``, measured: one more trial, unless it was measured before.
+
+        It may turn out worse than a trial that meets them too: what is returned is the best of all (see `best`).
+        """
+        found = self.answer(*constraints)
+        if found.trial is None:
+            storage = self._optuna()
+            attributes = {"origin": "solve", "anchor": " ".join(constraints)}
+            with self.run.lock():
+                storage.enqueue_trial(found.draws, user_attrs=attributes)
+            trials = sum(row.counts for row in self.rows()) + 1
+            only = {"trials": trials, "tokens": None, "time": None, "workers": 0}
+            search = self.config.search.model_copy(update=only)
+            Study(self.config.model_copy(update={"search": search}), self.run.path).launch(console)
+        return self.best(*constraints)
 
     def export(self, out: str | Path, row: Row | None = None, form: Format = "factored") -> Verified:
         """Write the model of ``row`` (by default the knee) to the new folder ``out``; see `export.export`."""
@@ -175,7 +198,7 @@ class Study:
 
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model so far."""
-        return fronts.tokens_of(self._optuna(), self.rows())
+        return fronts.tokens_of(self._optuna())
 
     def launch(
         self, console: Console | None = None, address: str | None = None, rebuild: bool = False, report: bool = True

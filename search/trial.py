@@ -23,11 +23,13 @@ from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
 from rankfront.search.fidelity import rung_windows
+from rankfront.search.goal import quality_of
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, check_disjoint, cost_of
-from rankfront.search.predictions import predict
+from rankfront.search.predictions import MENU_TOKENS, predict
 from rankfront.search.sampler import OURS
-from rankfront.search.space import Space
+from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
+from rankfront.search.space import Single, Space
 from rankfront.search.text import hash_tokens
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -72,10 +74,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, or the
-    menu."""
+    """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, the
+    menu, or the slopes around a plan."""
 
-    kind: Literal["trial", "report", "menu"]
+    kind: Literal["trial", "report", "menu", "slopes"]
     number: int
     plan: Plan
     rung: int = 0
@@ -211,6 +213,16 @@ class Resident:
         """What trials at ``rung`` read of the search split."""
         return self.setup.tokens["search"][self.rungs[rung]]
 
+    def spare(self, number: int, tokens: int) -> Tensor:
+        """Windows of about ``tokens`` tokens that no trial reads, others for each ``number``; where trials read the
+        whole search split, some of it."""
+        whole = self.setup.tokens["search"]
+        count = max(1, tokens // whole.shape[1])
+        pool = whole[self.rungs[-1].stop :]
+        if len(pool) < count:
+            pool = whole
+        return pool[(torch.arange(min(count, len(pool))) + number * count) % len(pool)]
+
     def teacher(self, rung: int) -> Teacher:
         """The dense model's predictions on the windows of a rung, computed once."""
         if rung not in self._teachers:
@@ -236,7 +248,8 @@ class Resident:
         `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
         """
         try:
-            return {"trial": self._trial, "report": self._report, "menu": self._menu}[job.kind](job)
+            measure = {"trial": self._trial, "report": self._report, "menu": self._menu, "slopes": self._slopes}
+            return measure[job.kind](job)
         except InputError:
             raise
         except (RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
@@ -289,13 +302,44 @@ class Resident:
             found = predict(
                 self.model,
                 self.apply_one,
-                self.setup.tokens["search"],
+                self.spare(0, MENU_TOKENS),
                 wanted,
                 self.store,
                 self.setup.config.search.menu,
                 self.setup.config.search.seed,
             )
         return found | {"seconds": clock.seconds}
+
+    def _slopes(self, job: Job) -> Record:
+        """What switching any option of the plan changes: site -> [a, b], in the order of its variable's options."""
+        clock = Clock()
+        windows = self.spare(job.number, SLOPE_TOKENS)
+        tokens = SLOPE_PASSES * windows.numel()
+        teacher = None
+        if list(self.setup.config.objectives)[quality_of(self.setup.config)] == "divergence":
+            tokens += windows.numel()
+            with clock.phase("teacher"):
+                self.apply(Plan(()))
+                teacher = teach(self.model, windows)
+        with clock.phase("apply"):
+            self.apply(job.plan)
+        with clock.phase("slopes"):
+            found = measure_slopes(
+                self.model,
+                windows,
+                self.store.usable(self.space.wanted()),
+                self.current,
+                self.dense_modules,
+                self.store,
+                teacher,
+                self.setup.config.search.seed + job.number,
+            )
+        packed = {}
+        for variable in self.space.variables:
+            if isinstance(variable, Single) and variable.name in found:
+                pairs = [found[variable.name].get(option.label) for option in variable.options]
+                packed[variable.name] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
+        return {"slopes": packed, "tokens": tokens, "seconds": clock.seconds}
 
     def _report(self, job: Job) -> Record:
         clock = Clock()

@@ -1,0 +1,103 @@
+"""A budget that was never searched, answered from what a run has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+
+from rankfront.methods import InputError
+from rankfront.search.config import StudyConfig
+from rankfront.search.device import DTYPES
+from rankfront.search.front import Constraint, Row, dense_row
+from rankfront.search.goal import ours
+from rankfront.search.menu import make_menu
+from rankfront.search.model import Source, find_sites, skeleton
+from rankfront.search.plan import Plan, cost_of
+from rankfront.search.sampler import OURS
+from rankfront.search.space import Space
+
+COSTS = ("parameters", "block_parameters", "parameter_count", "bytes")  # figures that a plan alone decides
+TRIES = 12  # budgets tried until the plan meets every limit
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The plan expected to be best within some limits.
+
+    Attributes:
+        plan: it.
+        draws: the same as values of the study's variables.
+        predicted: the modelled objective's value there; measured where ``trial`` says so.
+        figures: `COSTS` of the plan.
+        trial: the trial that measured the plan already, or None.
+    """
+
+    plan: Plan
+    draws: dict[str, int]
+    predicted: float
+    figures: dict[str, float]
+    trial: int | None
+
+
+def answer(
+    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source, limits: Sequence[Constraint]
+) -> Answer:
+    """Solve the corrected menu of a run within ``limits``; nothing is measured.
+
+    Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide, or none is met.
+    """
+    record, dense = study.user_attrs.get("menu"), dense_row(rows)
+    if config.search.sampler != OURS:
+        raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
+    if record is None or dense is None:
+        raise InputError("the run has no menu or dense trial yet: launch it first")
+    for limit in limits:
+        if limit.figure not in COSTS or not limit.operator.startswith("<"):
+            raise InputError(
+                f"a plan can be solved for limits such as {COSTS[0]}<=0.8, on {', '.join(COSTS)}: not {limit}"
+            )
+    space = Space(find_sites(skeleton(source)), config.space, 0)
+    menu = make_menu(space.wanted(), record["predictions"], record.get("cosines"))
+    origin = dict(dense.plan.origin)
+    sampler = ours(menu, space, config, dense, origin)
+    sampler.learn(study)
+    inside = {site: place.block is not None for site, place in space.sites.items()}
+
+    def figures(places: Sequence[int]) -> dict[str, float]:
+        plan = Plan.of(menu.choices(places))
+        cost = cost_of(plan, inside, int(dense.attributes["parameter_count"]), DTYPES[origin["dtype"]].itemsize)
+        found = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
+        return dict(zip(COSTS, map(float, found), strict=True))
+
+    budget = _budget(figures(menu.cheapest), figures([0] * len(menu.lines)), limits, menu.least, menu.dense)
+    for _ in range(TRIES):
+        places, value = sampler.best_within(budget)
+        found = figures(places)
+        over = max((found[limit.figure] / limit.bound for limit in limits if not _holds(limit, found)), default=None)
+        if over is None:
+            options = menu.choices(places)
+            draws = {v.name: 0 for v in space.variables} | {s: space.place(s, o) for s, o in options.items()}
+            known = sampler.measured.get(tuple(places))
+            return Answer(Plan.of(options, origin), draws, value, found, known.trial if known else None)
+        budget = max(menu.least, min(budget - 1, int(budget / over)))
+    cheapest = ", ".join(f"{name}={value:.6g}" for name, value in figures(menu.cheapest).items())
+    raise InputError(f"no plan meets {' and '.join(map(str, limits))}; the cheapest has {cheapest}: raise the limit")
+
+
+def _holds(limit: Constraint, figures: Mapping[str, float]) -> bool:
+    value = figures[limit.figure]
+    return value <= limit.bound if limit.operator == "<=" else value < limit.bound
+
+
+def _budget(
+    cheapest: Mapping[str, float], dense: Mapping[str, float], limits: Sequence[Constraint], least: int, most: int
+) -> float:
+    """Stored values at which the tightest limit is met, figures taken as straight lines in stored values."""
+    budget = float(most)
+    for limit in limits:
+        low, high = cheapest[limit.figure], dense[limit.figure]
+        share = (limit.bound - low) / (high - low) if high > low else 1.0
+        budget = min(budget, least + min(max(share, 0.0), 1.0) * (most - least))
+    return budget

@@ -1,0 +1,148 @@
+"""Slopes: what every switch of an option would change around a compressed plan, by a forward and two backward passes.
+
+    loss(plan with o at site i) ≈ loss(plan) + a_i(o) + b_i(o)
+    a_i(o) = (1/N) Σ_t g_tᵀ (Ŵ_o − Ŵ_i) x_t,    b_i(o) = ½ (1/N) Σ_t (h_tᵀ (Ŵ_o − Ŵ_i) x_t)²,
+
+with Ŵ_i what the plan has at site i, x_t its input within the compressed model, g_t the gradient of the searched loss
+(next-token negative log-likelihood, or KL from the dense model) with respect to its output, and h_t that of −log p(y)
+for labels y drawn from the compressed model, whose second moment is its Fisher information. Around the dense model
+the KL is flat and a vanishes, which leaves the menu's quadratic; around a compressed plan a says where the loss falls,
+effects of all the other sites included.
+
+Source: sequential quadratic approximation with the Gauss-Newton (Fisher) Hessian, Martens (1412.1193); gradient scores
+in the manner of ZS-SVD; ours is the application to switches of options around a measured plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import DENSE_OPTION, Option, Site
+from rankfront.objectives import Teacher, divergence_from
+from rankfront.search.factors import FactorStore
+from rankfront.search.gradient import BATCH_TOKENS, is_predictable, products
+
+SLOPE_TOKENS = 4096  # of the search split, for one plan
+SLOPE_PASSES = 5  # one forward pass and two backward ones of twice its cost
+
+
+@dataclass
+class Switches:
+    """Sums over tokens for one site: label of every option -> a and b."""
+
+    first: dict[str, float] = field(default_factory=dict)
+    second: dict[str, float] = field(default_factory=dict)
+
+
+def measure_slopes(
+    model: Any,
+    windows: Tensor,
+    wanted: Mapping[Site, Sequence[Option]],
+    current: Mapping[str, Option],
+    dense: Mapping[str, nn.Module],
+    store: FactorStore,
+    teacher: Teacher | None,
+    seed: int,
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Site name -> label of every option, dense included -> (a, b) in nats a token.
+
+    ``model`` runs the plan ``current`` (site name -> option) on ``windows`` (W, L); ``dense`` are its dense modules by
+    path. With a ``teacher`` on these windows the loss is KL from the dense model, else the negative log-likelihood.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items() if is_predictable(site)]
+    handles = [model.get_submodule(p.path).register_forward_hook(p.hook) for p in probes]
+    handles.append(
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: output.detach().requires_grad_(True)
+        )
+    )
+    step = max(1, BATCH_TOKENS // windows.shape[1])
+    try:
+        for start in range(0, len(windows), step):
+            ids = windows[start : start + step].to(next(model.parameters()).device)
+            with torch.enable_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (b, L - 1, V)
+                _searched_loss(logits, ids, teacher, start).backward(retain_graph=True)
+                for probe in probes:
+                    probe.second = True
+                flat = logits.flatten(0, 1)
+                labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum").backward()
+            for probe in probes:
+                probe.second = False
+    finally:
+        for handle in handles:
+            handle.remove()
+    predicted = len(windows) * (windows.shape[1] - 1)
+    return {
+        probe.site.name: {
+            label: (first / predicted, probe.found.second[label] / predicted)
+            for label, first in probe.found.first.items()
+        }
+        for probe in probes
+    }
+
+
+def _searched_loss(logits: Tensor, ids: Tensor, teacher: Teacher | None, start: int) -> Tensor:
+    """The sum over predicted tokens of what the study minimises, in nats."""
+    if teacher is None:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    return divergence_from(torch.log_softmax(logits, dim=-1), teacher, start)
+
+
+class _Probe:
+    """One site under the passes: gradients of the loss arrive first, then those of the drawn labels."""
+
+    def __init__(
+        self,
+        site: Site,
+        options: Sequence[Option],
+        current: Mapping[str, Option],
+        dense: Mapping[str, nn.Module],
+        store: FactorStore,
+    ) -> None:
+        self.site = site
+        self.path = site.weights[0].path
+        self.dense = dense[self.path]
+        self.now = current.get(site.name, DENSE_OPTION)
+        self.store = store
+        self.second = False
+        self.by_method: dict[str, list[Option]] = {}
+        for option in options:
+            self.by_method.setdefault(option.method, []).append(option)
+        labels = [DENSE_OPTION.label, *(option.label for option in options)]
+        self.found = Switches(dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0))
+
+    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook: what it needs is complete when a gradient of the output arrives."""
+
+        def arrived(gradient: Tensor) -> None:
+            g = gradient.flatten(0, -2)  # (tokens, m)
+            x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+            moved = {DENSE_OPTION.label: self._dense(g, x)}
+            for method, chosen in self.by_method.items():
+                moved |= {
+                    option.label: value for option, value in products(method, chosen, self.site, self.store, g, x)
+                }
+            base = moved[self.now.label]
+            for label, value in moved.items():
+                change = value - base  # (tokens,) gᵀ (Ŵ_o − Ŵ_i) x
+                if self.second:
+                    self.found.second[label] += 0.5 * float(change.square().sum())
+                else:
+                    self.found.first[label] += float(change.sum())
+
+        output.register_hook(arrived)
+
+    def _dense(self, g: Tensor, x: Tensor) -> Tensor:
+        """gᵀ W x (tokens,), without bias."""
+        y = self.dense(x)
+        bias = getattr(self.dense, "bias", None)
+        along: Tensor = (g.float() * (y if bias is None else y - bias).float()).sum(1)
+        return along
