@@ -15,6 +15,7 @@ from rankfront.search.goal import ours
 from rankfront.search.menu import make_menu
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan, cost_of
+from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import OURS
 from rankfront.search.space import Space
 
@@ -48,16 +49,14 @@ def answer(
 
     Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide, or none is met.
     """
-    record, dense = study.user_attrs.get("menu"), dense_row(rows)
+    record, dense = menu_record(study.user_attrs), dense_row(rows)
     if config.search.sampler != OURS:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:
         raise InputError("the run has no menu or dense trial yet: launch it first")
     for limit in limits:
         if limit.figure not in COSTS or not limit.operator.startswith("<"):
-            raise InputError(
-                f"a plan can be solved for limits such as {COSTS[0]}<=0.8, on {', '.join(COSTS)}: not {limit}"
-            )
+            raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(COSTS)}")
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu = make_menu(space.wanted(), record["predictions"], record.get("cosines"))
     origin = dict(dense.plan.origin)

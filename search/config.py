@@ -123,12 +123,13 @@ class SearchConfig(Strict):
     """The sampler, what it may spend, and how trials run.
 
     ``groups`` ties the variables of general samplers: one (method, keep) pair for each kind of projection and
-    each of that many bands of depth; 0 gives every site a variable of its own, as our sampler always has. ``menu``
-    is where our sampler's first predictions come from: a gradient pass, the spectrum alone, one measured probe per
-    site and method, or a few. ``tokens`` limits what trials and the menu may run through the model in all.
-    ``anchors`` are the kept fractions at which every method is measured uniformly before the sampler starts. ``rungs``
-    are fidelities in tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to
-    the next; empty, every trial reads the whole search split.
+    each of that many bands of depth; 0 gives every site a variable of its own, as our sampler always has; ``untie``
+    gives variables of their own to the sites of that many groups, those that the menu says hurt most. ``menu`` is
+    where predictions come from: a gradient pass, the spectrum alone, one measured probe per site and method, or a few.
+    ``tokens`` limits what trials, slopes and the menu may run through the model in all. ``anchors`` are the kept
+    fractions at which every method is measured uniformly before the sampler starts. ``rungs`` are fidelities in
+    tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to the next; empty,
+    every trial reads the whole search split.
     """
 
     sampler: str = "rankfront"
@@ -139,6 +140,7 @@ class SearchConfig(Strict):
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 1
     groups: Annotated[int, Field(ge=0)] = 4
+    untie: Annotated[int, Field(ge=0)] = 0
     anchors: tuple[float, ...] = (0.9, 0.7, 0.5)
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
     reduction: Annotated[int, Field(ge=2)] = 3

@@ -20,6 +20,7 @@ from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import ours, quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
+from rankfront.search.predictions import menu_jobs, menu_record
 from rankfront.search.sampler import INTERRUPTED, OURS, RankfrontSampler, make_sampler
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
 from rankfront.search.space import Space
@@ -84,10 +85,11 @@ class Driver:
         self._close_orphans()
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
-        self.menu_asked = False
+        self.record: Record | None = None  # what the menu is made of
+        self.menu_jobs = menu_jobs(config.search.menu, len(space.choices))
+        self.menu_asked: set[int] = set()
         self.sampler = self._first_sampler()
-        self._enqueue_anchors()
-        self._start_ours()
+        self._with_menu()
 
     def _first_sampler(self) -> BaseSampler:
         """The study's sampler; for ours, which needs the menu and the dense anchor, a stand-in that is never asked."""
@@ -111,6 +113,17 @@ class Driver:
         trial.set_user_attr("failure", reason)
         self.study.tell(trial, state=TrialState.FAIL)
 
+    def _with_menu(self) -> None:
+        """Do what is possible without the menu, or with it: untie variables, queue anchors, start our sampler."""
+        record = menu_record(self.study.user_attrs) if self._wants_menu else None
+        if self.config.search.untie and not self.ours:
+            if record is None:
+                return
+            self.space.untie(record["predictions"], self.config.search.untie)
+        self.record = record
+        self._enqueue_anchors()
+        self._start_ours()
+
     def _enqueue_anchors(self) -> None:
         """Queue the anchors that were neither measured nor are waiting; an interrupted one is due again."""
         for anchor in self.space.anchors(self.config.search.anchors):
@@ -129,11 +142,10 @@ class Driver:
 
     def _start_ours(self) -> None:
         """Once the menu and the dense model are measured: queue the predicted front, and hand over to our sampler."""
-        record = self.study.user_attrs.get("menu")
         dense = dense_row(self.rows())
-        if not self.ours or record is None or dense is None or self.menu is not None:
+        if not self.ours or self.record is None or dense is None or self.menu is not None:
             return
-        self.menu = make_menu(self.space.wanted(), record["predictions"], record.get("cosines"))
+        self.menu = make_menu(self.space.wanted(), self.record["predictions"], self.record.get("cosines"))
         if not self.menu.lines:
             source = self.config.search.menu
             raise InputError(
@@ -184,9 +196,10 @@ class Driver:
         Raises KeyboardInterrupt once a stop is requested.
         """
         self.stop.check()
-        if self.searching and self._menu_due:
-            self.menu_asked = True
-            return Job("menu", 0, Plan(()))
+        part = self._menu_due() if self.searching else None
+        if part is not None:
+            self.menu_asked.add(part)
+            return Job("menu", part, Plan(()))
         if self.searching and self._ready:
             self._ask_slopes()
         job = self._next_trial() if self.searching and self._ready else None
@@ -215,14 +228,25 @@ class Driver:
     def _dense_failure(self) -> str:
         return next((row.failure for row in self.rows() if row.failure and row.origin.endswith(": dense")), "no reason")
 
-    @property
-    def _menu_due(self) -> bool:
-        return self.ours and not self.menu_asked and "menu" not in self.study.user_attrs
+    def _menu_due(self) -> int | None:
+        """The next job of the menu, of those neither done nor asked for."""
+        if not self._wants_menu or self.record is not None:
+            return None
+        known = self.study.user_attrs
+        parts = range(self.menu_jobs)
+        return next((part for part in parts if part not in self.menu_asked and f"menu {part}" not in known), None)
 
     @property
     def _ready(self) -> bool:
         """Whether the sampler can be asked: ours only after its menu, while anchors are queued in any case."""
-        return not self.ours or self.menu is not None or self._waiting()
+        if self._waiting():
+            return True
+        return self.menu is not None if self.ours else not self._wants_menu or self.record is not None
+
+    @property
+    def _wants_menu(self) -> bool:
+        """Whether the study has a menu: our sampler's, or for untying the variables of another."""
+        return self.ours or self.config.search.untie > 0
 
     @property
     def done(self) -> bool:
@@ -247,6 +271,7 @@ class Driver:
             if "origin" not in trial.user_attrs:
                 trial.set_user_attr("origin", self.config.search.sampler)
             if isinstance(self.sampler, RankfrontSampler) and rung == 0:
+                self.sampler.learn(self.study)  # which a queued trial does not bring about
                 trial.set_user_attr("predicted", self.sampler.predict(plan.by_site))
             trial.set_user_attr("plan", plan.to_json())
             trial.set_user_attr("plan_key", plan.key)
@@ -274,8 +299,8 @@ class Driver:
         """Record what measuring ``job`` gave. Raises `InputError` for a cause that would fail every trial."""
         self.dead = 0
         if job.kind == "menu":
-            self.menu_asked = False
-            self._menu_arrived(record)
+            self.menu_asked.discard(job.number)
+            self._menu_arrived(job.number, record)
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
             self.study.set_user_attr(f"report {job.number}", record)
@@ -332,14 +357,14 @@ class Driver:
             kept = {key: source.user_attrs[key] for key in ("origin", "anchor") if key in source.user_attrs}
             self.study.enqueue_trial(source.params, user_attrs=kept | {"rung": rung, "promoted": dense.number})
 
-    def _menu_arrived(self, record: Record) -> None:
+    def _menu_arrived(self, part: int, record: Record) -> None:
         if "failure" in record:
             source = self.config.search.menu
             raise InputError(
                 f"the menu could not be made by {source!r} ({record['failure']}): set search.menu to another"
             )
-        self.study.set_user_attr("menu", record)
-        self._start_ours()
+        self.study.set_user_attr(f"menu {part}", record | {"jobs": self.menu_jobs})
+        self._with_menu()
 
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died; the study goes on, unless workers die again and again."""
@@ -347,7 +372,7 @@ class Driver:
         if job.kind in ("trial", "slopes"):
             self._fail(self.running.pop(job.number), reason)
         elif job.kind == "menu":
-            self.menu_asked = False
+            self.menu_asked.discard(job.number)
         else:
             self.reporting.discard(job.number)
             self.unreportable.add(job.number)  # until the next launch

@@ -102,7 +102,8 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
 
 def tokens_of(study: optuna.Study) -> int:
     """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward ones."""
-    menu = study.user_attrs.get("menu", {}).get("tokens", 0)
+    known = study.user_attrs
+    menu = sum(record["tokens"] for name, record in known.items() if name.startswith("menu "))
     return int(menu + sum(trial.user_attrs.get("tokens", 0) for trial in study.get_trials(deepcopy=False)))
 
 

@@ -18,8 +18,8 @@ import numpy as np
 # gave for switches of 10 to 100 sites (α 0.7 to 0.8, κ 3 to 4).
 FIRST, SECOND = (0.75, 0.2), (3.0, 1.5)
 BOUNDS = ((0.2, 1.5), (1.0, 12.0))
-NEAR = 0.6  # share of sites that may differ from a centre for its slopes to be asked
 ERROR, FLOOR = 0.25, 0.004  # of a predicted change: relative to its terms, and in nats
+LEARN_BELOW = 0.5  # of a centre's divergence: changes surer than that teach α and κ
 LEAST_SHARE = 0.3  # of a centre's divergence that a prediction leaves at least
 
 
@@ -55,12 +55,15 @@ class Local:
         """Each line's predicted change of D, for an allocator; ``caution`` above 1 asks for shorter steps."""
         return [trust.first * a + caution * trust.second * b for a, b in zip(self.first, self.second, strict=True)]
 
-    def predict(self, plans: np.ndarray, trust: Trust) -> np.ndarray:
-        """log D of plans (T, lines), (T,)."""
+    def predict(self, plans: np.ndarray, trust: Trust) -> tuple[np.ndarray, np.ndarray]:
+        """log D of plans (T, lines) and its standard deviation, (T,) each."""
         a, b = self.sums(plans)
         change = trust.first * a + trust.second * b
-        logs: np.ndarray = np.log(np.maximum(self.divergence + change, LEAST_SHARE * self.divergence))
-        return logs
+        divergence = np.maximum(self.divergence + change, LEAST_SHARE * self.divergence)
+        errors = np.full(len(plans), np.inf)
+        known = np.isfinite(divergence)
+        errors[known] = error_of(a, b)[known] / divergence[known]
+        return np.log(divergence), errors
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,33 @@ class Trust:
     second: float = SECOND[0]
 
 
-def nearest(locals_: Sequence[Local], places: np.ndarray) -> Local | None:
-    """The slopes whose centre shares most options with ``places``, None where all are far."""
-    if not locals_:
-        return None
-    differ = [float((local.places != places).mean()) for local in locals_]
-    best = int(np.argmin(differ))
-    return locals_[best] if differ[best] <= NEAR else None
+def error_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The standard deviation of a predicted change of D with the sums ``a`` and ``b``, in nats."""
+    return FLOOR + ERROR * (abs(FIRST[0] * a) + SECOND[0] * b)
 
 
-def learn_trust(locals_: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> Trust:
+def surest(found: Sequence[Local], plans: np.ndarray, trust: Trust) -> tuple[np.ndarray, np.ndarray]:
+    """log D of plans (T, lines) by the centre that is surest of each, and its standard deviation, (T,) each."""
+    logs, errors = np.zeros(len(plans)), np.full(len(plans), np.inf)
+    for local in found:
+        value, error = local.predict(plans, trust)
+        better = error < errors
+        logs[better], errors[better] = value[better], error[better]
+    return logs, errors
+
+
+def learn_trust(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> Trust:
     """The posterior mode of α and κ for measured ``plans`` (T, lines) and their ``divergence`` (T,).
 
-    Each plan is read through the nearest centre other than itself; its error is taken as Gaussian, in proportion to
-    the terms.
+    Each plan is read through every centre but itself; the error of a change is Gaussian, in proportion to its terms.
     """
     rows, targets = [[1 / FIRST[1], 0.0], [0.0, 1 / SECOND[1]]], [FIRST[0] / FIRST[1], SECOND[0] / SECOND[1]]
-    for places, value in zip(plans, divergence, strict=True):
-        local = nearest([local for local in locals_ if (local.places != places).any()], places)
-        if local is not None:
-            a, b = (float(values[0]) for values in local.sums(places[None]))
-            error = FLOOR + ERROR * (abs(FIRST[0] * a) + SECOND[0] * b) / 2
-            rows.append([a / error, b / error])
-            targets.append((value - local.divergence) / error)
-    found = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
-    first, second = (float(np.clip(value, *bounds)) for value, bounds in zip(found, BOUNDS, strict=True))
+    for local in found:
+        a, b = local.sums(plans)
+        error = error_of(a, b)
+        for i in np.flatnonzero((plans != local.places).any(1) & (error < LEARN_BELOW * local.divergence)):
+            rows.append([a[i] / error[i], b[i] / error[i]])
+            targets.append((divergence[i] - local.divergence) / error[i])
+    fitted = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
+    first, second = (float(np.clip(value, *bounds)) for value, bounds in zip(fitted, BOUNDS, strict=True))
     return Trust(first, second)

@@ -16,7 +16,30 @@ from rankfront.search.menu import TINY, Predictions, pack
 
 MENU_TOKENS = 4096  # of the search split, for the gradient's predictions
 PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
+PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them and an interruption loses little
 PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
+
+
+def menu_jobs(source: str, sites: int) -> int:
+    """How many jobs a menu of ``sites`` from ``source`` is measured in."""
+    return min(PROBE_JOBS, sites) if source in PROBE_FRACTIONS else 1
+
+
+def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The menu that a study's attributes hold, the records of its jobs as one; None while any is missing.
+
+    Attribute ``menu 0`` and so on hold a record each, with the number of them all under ``jobs``.
+    """
+    jobs = known["menu 0"]["jobs"] if "menu 0" in known else 1
+    parts = [known[name] for number in range(jobs) if (name := f"menu {number}") in known]
+    if len(parts) < jobs:
+        return None
+    merged = dict(parts[0])
+    for part in parts[1:]:
+        merged["predictions"] = merged["predictions"] | part["predictions"]
+        merged["tokens"] += part["tokens"]
+        merged["seconds"] = {k: v + part["seconds"].get(k, 0.0) for k, v in merged["seconds"].items()}
+    return merged
 
 
 def predict(

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import Option
 from rankfront.search.allocate import sweep
 from rankfront.search.descent import Descent
-from rankfront.search.local import Local, Trust, learn_trust, nearest
+from rankfront.search.local import Local, Trust, learn_trust, surest
 from rankfront.search.menu import Menu
 from rankfront.search.surrogate import Coefficients, Surrogate
 
@@ -51,11 +51,12 @@ STEPS = 100  # random steps before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
-LOCAL_MODES = ("slope", "slope", "solve", "slope", "slope", "sample", "slope", "slope", "switch")  # with slopes
-STEPS_PER_SLOPES = 3  # proposals measured between two passes
+STEPS_PER_SLOPES = 4  # proposals measured between two passes, all but the last of them downhill
 CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
 STRETCH, NEIGHBOURS = 0.04, 4  # budgets around a centre's: how far, relative to it, and how many
 NEARBY = 0.04  # kept fraction within which slopes count as measured nearby
+SLACK = 0.01  # kept fraction that a much better plan may store more for a front member not to be worth refining
+SURROGATE_ERROR = 0.08  # of a predicted log-divergence, standard deviation
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,18 @@ class RankfrontSampler(BaseSampler):
         everything = study.get_trials(deepcopy=False)
         others = [t for t in everything if t.number != trial.number and t.user_attrs.get("failure") != INTERRUPTED]
         tried = {self._key(t.params) for t in others if t.params}
-        by_site = self.menu.choices(self._propose(tried, self._mode(trial.number)))
+        by_site = self.menu.choices(self._propose(tried, self._mode(trial.number, everything)))
         return {
             site: list(found).index(by_site[site]) if site in by_site else 0 for site, found in self.options.items()
         }
 
-    def _mode(self, number: int) -> str:
-        modes = LOCAL_MODES if self.locals else MODES
-        return modes[number % len(modes)]
+    def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
+        """Steps downhill for the proposals after slopes were measured, else the other modes in turn."""
+        last = max((t.number for t in trials if "slopes" in t.user_attrs), default=number)
+        steps = sum(last < t.number < number and "slopes_of" not in t.user_attrs for t in trials)
+        if last < number and self.locals and steps < STEPS_PER_SLOPES - 1:
+            return "slope"
+        return MODES[number % len(MODES)]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -190,7 +195,8 @@ class RankfrontSampler(BaseSampler):
             if plan is not None and rung in dense:
                 level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
                 values = list(trial.values)
-                values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
+                if rung:
+                    values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
                 self.measured[tuple(plan)] = Measured(trial.number, level, values)
         learned = {plan: found.level for plan, found in self.measured.items() if any(plan)}
         if learned:
@@ -237,8 +243,11 @@ class RankfrontSampler(BaseSampler):
         centres = np.array([self.menu.parameters(local.plan) for local in self.locals])
         width = self.goal.reference[self.goal.quality] - self.goal.ideal[self.goal.quality]
         best: tuple[float, int] | None = None
+        levels = np.array([self.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
             found = self.measured[tuple(plan)]
+            if (levels[stored[1:-1] <= stored[i] + SLACK] < found.level - SURROGATE_ERROR).any():
+                continue  # for hardly more storage there is something much better
             inside = (found.values[self.goal.quality] - self.goal.ideal[self.goal.quality]) / width
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
             gain = min(inside, 1.0) * (stored[i + 1] - stored[i - 1]) / (1 + nearby) ** 2
@@ -256,13 +265,13 @@ class RankfrontSampler(BaseSampler):
         return self.goal.loss(float(self._levels([places])[0]))
 
     def _levels(self, plans: Sequence[list[int]], coefficients: Coefficients | None = None) -> np.ndarray:
-        """Predicted log-divergence of plans: from slopes measured nearby where there are any, else the surrogate's."""
-        logs = self.surrogate.predict(np.array(plans), coefficients)
-        for i, plan in enumerate(plans):
-            local = nearest(self.locals, np.array(plan))
-            if local is not None:
-                logs[i] = local.predict(np.array([plan]), self.trust)[0]
-        return logs
+        """Predicted log-divergence of plans: the surrogate's and that of slopes nearby, weighted by their precision."""
+        places = np.array(plans)
+        logs = self.surrogate.predict(places, coefficients)
+        near, errors = surest(self.locals, places, self.trust)
+        weight = SURROGATE_ERROR**2 / (SURROGATE_ERROR**2 + errors**2)
+        mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
+        return mixed
 
     # -- proposing
 
@@ -314,12 +323,15 @@ class RankfrontSampler(BaseSampler):
         none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
         for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:NEIGHBOURS]:
             plans += [Descent(self.menu, local.losses(self.trust, c), none).solve(budget) for c in CAUTIONS]
-        level = dict(zip(map(tuple, plans), map(float, self._levels(plans)), strict=True))
-        level |= {p: m.level for p, m in self.measured.items() if any(p) and self.menu.parameters(p) <= budget}
         if budget >= self.menu.dense:
             return [0] * len(self.menu.lines), self.goal.dense
-        best = min(level, key=lambda plan: level[plan])
-        return list(best), self.goal.loss(level[best])
+        levels = map(float, self._levels(plans))
+        value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}
+        for known, found in self.measured.items():
+            if self.menu.parameters(known) <= budget:
+                value[known] = found.values[self.goal.quality]
+        best = min(value, key=lambda plan: value[plan])
+        return list(best), value[best]
 
     def solver(self, coefficients: Coefficients | None = None) -> Solver:
         """What finds the plan of least predicted divergence at any budget, as far as the trials have taught."""

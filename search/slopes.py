@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Option, Site
+from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors import FactorStore
 from rankfront.search.gradient import BATCH_TOKENS, is_predictable, products
@@ -141,8 +142,6 @@ class _Probe:
         output.register_hook(arrived)
 
     def _dense(self, g: Tensor, x: Tensor) -> Tensor:
-        """gᵀ W x (tokens,), without bias."""
-        y = self.dense(x)
-        bias = getattr(self.dense, "bias", None)
-        along: Tensor = (g.float() * (y if bias is None else y - bias).float()).sum(1)
+        """gᵀ W x (tokens,), without bias; the module itself may carry our hook, so it is not called."""
+        along: Tensor = (g.float() * nn.functional.linear(x, weight_of(self.dense)).float()).sum(1)
         return along

@@ -117,6 +117,7 @@ class Space:
         self.sites = sites
         self.config = config
         self.groups = groups
+        self.untied: frozenset[str] = frozenset()  # groups whose sites have variables of their own
         chosen = [site for site, place in sites.items() if _included(site, place, config)]
         if not chosen:
             raise InputError(
@@ -171,10 +172,11 @@ class Space:
         """
         if self.groups == 0:
             return [self._single(site) for site in self.choices]
-        depth = 1 + max((place.block for place in self.sites.values() if place.block is not None), default=0)
+        depth = self._depth
         grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], dict[str, Choices]] = {}
         for site, choices in self.choices.items():
-            key = (self._group(self.sites[site], depth), choices.methods, choices.keep)
+            group = self._group(self.sites[site], depth)
+            key = (site.name if group in self.untied else group, choices.methods, choices.keep)
             grouped.setdefault(key, {})[site.name] = choices
         seen: dict[str, int] = {}
         variables: list[Variable] = []
@@ -182,6 +184,22 @@ class Space:
             seen[name] = seen.get(name, 0) + 1
             variables.append(Tied(name if seen[name] == 1 else f"{name} ({seen[name]})", members))
         return variables
+
+    @property
+    def _depth(self) -> int:
+        return 1 + max((place.block for place in self.sites.values() if place.block is not None), default=0)
+
+    def untie(self, predictions: Mapping[str, Mapping[str, float]], count: int) -> None:
+        """Give the sites of the ``count`` most sensitive groups variables of their own.
+
+        A group is as sensitive as its sites are predicted to hurt together, each at its middle option.
+        """
+        hurt: dict[str, float] = {}
+        for site in self.choices:
+            group, known = self._group(self.sites[site], self._depth), sorted(predictions.get(site.name, {}).values())
+            hurt[group] = hurt.get(group, 0.0) + (known[len(known) // 2] if known else 0.0)
+        self.untied = frozenset(sorted(hurt, key=lambda group: -hurt[group])[:count])
+        self.__dict__.pop("variables", None)  # made anew
 
     def _single(self, site: Site) -> Single:
         options = set(self.choices[site].options.values())

@@ -26,7 +26,7 @@ from rankfront.search.fidelity import rung_windows
 from rankfront.search.goal import quality_of
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, check_disjoint, cost_of
-from rankfront.search.predictions import MENU_TOKENS, predict
+from rankfront.search.predictions import MENU_TOKENS, menu_jobs, predict
 from rankfront.search.sampler import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
 from rankfront.search.space import Single, Space
@@ -294,20 +294,16 @@ class Resident:
         }
 
     def _menu(self, job: Job) -> Record:
-        """Predicted divergence of every option alone, from the source that the study names."""
+        """Predicted divergence of every option alone, from the source that the study names: the sites of one job."""
         clock = Clock()
         self.apply(job.plan)
+        search = self.setup.config.search
         wanted = self.store.usable(self.space.wanted())
+        jobs = menu_jobs(search.menu, len(self.space.choices))
+        own = dict(list(wanted.items())[job.number :: jobs])
         with clock.phase("menu"):
-            found = predict(
-                self.model,
-                self.apply_one,
-                self.spare(0, MENU_TOKENS),
-                wanted,
-                self.store,
-                self.setup.config.search.menu,
-                self.setup.config.search.seed,
-            )
+            windows = self.spare(0, MENU_TOKENS)
+            found = predict(self.model, self.apply_one, windows, own, self.store, search.menu, search.seed)
         return found | {"seconds": clock.seconds}
 
     def _slopes(self, job: Job) -> Record:

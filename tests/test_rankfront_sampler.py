@@ -17,6 +17,7 @@ from rankfront.objectives import make_objective
 from rankfront.search.driver import WARM_START, Driver
 from rankfront.search.goal import make_goal
 from rankfront.search.menu import Line, Menu
+from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import OURS, Goal, RankfrontSampler
 from rankfront.search.study import Interrupted, Study
 from rankfront.search.trial import Resident, make_space
@@ -252,7 +253,7 @@ def data(model_folder, text_file):
 
 def record_of(study):
     """The menu's record, as the storage has it."""
-    return study._optuna().user_attrs["menu"]
+    return menu_record(study._optuna().user_attrs)
 
 
 def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path):
