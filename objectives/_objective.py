@@ -14,10 +14,12 @@ class Objective(Protocol):
     Attributes:
         name: as the study file has it.
         unit: of the value.
+        logarithmic: whether the hypervolume measures its axis in logarithms, as befits an exponential of a loss.
     """
 
     name: str
     unit: str
+    logarithmic: bool
 
     def value(self, subject: Subject) -> float:
         """The objective's value for the model that ``subject`` holds."""

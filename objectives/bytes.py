@@ -16,6 +16,7 @@ class Bytes:
 
     name = "bytes"
     unit = "bytes"
+    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         return self.from_cost(subject.cost)

@@ -19,6 +19,7 @@ class Divergence:
 
     name = "divergence"
     unit = "nats/token"
+    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         return subject.scores.divergence

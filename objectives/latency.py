@@ -46,6 +46,7 @@ class Latency:
 
     name = "latency"
     unit = "ratio to dense"
+    logarithmic = False
 
     batch: int = 1
     prompt: int = 128

@@ -16,6 +16,7 @@ class Parameters:
 
     name = "parameters"
     unit = "kept fraction"
+    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         return self.from_cost(subject.cost)
@@ -34,6 +35,7 @@ class BlockParameters:
 
     name = "block_parameters"
     unit = "kept fraction"
+    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         return self.from_cost(subject.cost)

@@ -18,6 +18,7 @@ class Perplexity:
 
     name = "perplexity"
     unit = "exp(nats/token)"
+    logarithmic = True
 
     def value(self, subject: Subject) -> float:
         return subject.scores.perplexity

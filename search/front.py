@@ -139,22 +139,39 @@ def dense_row(rows: Iterable[Row]) -> Row | None:
 
 @dataclass(frozen=True)
 class Box:
-    """What the hypervolume is measured in: every axis runs from its ideal (0) to its reference (1)."""
+    """What the hypervolume is measured in: every axis runs from its ideal (0) to its reference (1).
+
+    ``logarithmic`` axes run evenly in the logarithm of the value: twice the excess loss is twice as far.
+    """
 
     ideal: dict[str, float]
     reference: dict[str, float]
+    logarithmic: frozenset[str] = frozenset()
 
     def scale(self, rows: Sequence[Row]) -> np.ndarray:
         """Rows as points (N, d) in units of the box."""
-        ideal, reference = (np.array(list(corner.values())) for corner in (self.ideal, self.reference))
-        scaled: np.ndarray = np.maximum((_matrix(rows) - ideal) / (reference - ideal), 0.0)
+        return self.unit(_matrix(rows))
+
+    def unit(self, values: np.ndarray) -> np.ndarray:
+        """Objective values (N, d), in the order of the axes, in units of the box; better than ideal counts as ideal."""
+        corners = np.array([list(self.ideal.values()), list(self.reference.values())])  # (2, d)
+        both = np.vstack([corners, np.asarray(values, dtype=float).reshape(-1, corners.shape[1])])
+        for axis, name in enumerate(self.ideal):
+            if name in self.logarithmic:
+                both[:, axis] = np.log(both[:, axis])
+        scaled: np.ndarray = np.maximum((both[2:] - both[0]) / (both[1] - both[0]), 0.0)
         return scaled
 
 
 def box_of(objectives: Settings, dense: Row) -> Box:
     """The box that the objectives state for this dense model."""
-    corners = {name: make_objective(name, settings).box(dense.values[name]) for name, settings in objectives.items()}
-    return Box({k: low for k, (low, _) in corners.items()}, {k: high for k, (_, high) in corners.items()})
+    made = {name: make_objective(name, settings) for name, settings in objectives.items()}
+    corners = {name: objective.box(dense.values[name]) for name, objective in made.items()}
+    return Box(
+        {name: low for name, (low, _) in corners.items()},
+        {name: high for name, (_, high) in corners.items()},
+        frozenset(name for name, objective in made.items() if objective.logarithmic),
+    )
 
 
 def hypervolume(rows: Sequence[Row], box: Box) -> float:

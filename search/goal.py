@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numpy as np
-
 from rankfront.methods import InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.config import StudyConfig
@@ -57,8 +55,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
         return {i: value for i, value in found.items() if value is not None}
 
-    corners = (np.array(list(corner.values())) for corner in (box.ideal, box.reference))
-    return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, *corners)
+    return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, len(names), box.unit)
 
 
 def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapping[str, str]) -> RankfrontSampler:

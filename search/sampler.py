@@ -85,7 +85,8 @@ class Goal:
         costs: options by site -> values of the objectives that the plan alone decides, by position.
         dense: value of the quality objective for the dense model, at the first rung.
         quality: position of the quality objective.
-        ideal, reference: of the box that hypervolume is measured in, (d,).
+        count: of objectives, d.
+        unit: values (N, d) -> the same in units of the box that hypervolume is measured in.
     """
 
     loss: Callable[[float], float]
@@ -93,8 +94,8 @@ class Goal:
     costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
     dense: float
     quality: int
-    ideal: np.ndarray
-    reference: np.ndarray
+    count: int
+    unit: Callable[[np.ndarray], np.ndarray]
 
 
 def rung_of(trial: FrozenTrial) -> int:
@@ -241,14 +242,13 @@ class RankfrontSampler(BaseSampler):
         done = {t.user_attrs["slopes_of"] for t in asked}
         stored = np.array([self.menu.least, *map(self.menu.parameters, front), self.menu.dense]) / self.menu.dense
         centres = np.array([self.menu.parameters(local.plan) for local in self.locals])
-        width = self.goal.reference[self.goal.quality] - self.goal.ideal[self.goal.quality]
         best: tuple[float, int] | None = None
         levels = np.array([self.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
             found = self.measured[tuple(plan)]
             if (levels[stored[1:-1] <= stored[i] + SLACK] < found.level - SURROGATE_ERROR).any():
                 continue  # for hardly more storage there is something much better
-            inside = (found.values[self.goal.quality] - self.goal.ideal[self.goal.quality]) / width
+            inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
             gain = min(inside, 1.0) * (stored[i + 1] - stored[i - 1]) / (1 + nearby) ** 2
             if found.trial not in done and inside < 1 and (best is None or gain > best[0]):
@@ -385,14 +385,9 @@ class RankfrontSampler(BaseSampler):
 
     def _gains(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted gain in hypervolume of every candidate over the measured front, in units of the box."""
-        width = self.goal.reference - self.goal.ideal
-        measured = (
-            np.array([found.values for found in self.measured.values()], dtype=float).reshape(-1, len(width))
-            - self.goal.ideal
-        ) / width
-        points = (self._values(candidates, coefficients) - self.goal.ideal) / width
-        measured, points = np.maximum(measured, 0.0), np.maximum(points, 0.0)
-        ones = np.ones(len(width))
+        measured = self.goal.unit(np.array([found.values for found in self.measured.values()], dtype=float))
+        points = self.goal.unit(self._values(candidates, coefficients))
+        ones = np.ones(self.goal.count)
         front = measured[moocore.is_nondominated(measured)] if len(measured) else measured
         before = moocore.hypervolume(front, ref=ones) if len(front) else 0.0
         gains = np.array([moocore.hypervolume(np.vstack([front, point]), ref=ones) - before for point in points])
@@ -405,7 +400,7 @@ class RankfrontSampler(BaseSampler):
         """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a
         straight line in the stored parameters, fitted to the measured trials."""
         logs = self._levels(candidates, coefficients)
-        values = np.full((len(candidates), len(self.goal.ideal)), np.nan)
+        values = np.full((len(candidates), self.goal.count), np.nan)
         stored = np.array([self.menu.parameters(candidate) for candidate in candidates]) / self.menu.dense
         for row, candidate in enumerate(candidates):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))

@@ -4,7 +4,7 @@
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
 svd-llm and dense. Tokens are counted everywhere (a backward pass as two forward ones): probes, menus, slopes and
-trials alike. Allocators that only predict are solved at block_parameters 0.9, 0.8, ... 0.4 and spend no tokens on
+trials alike. Allocators that only predict are solved at block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on
 looking at their plans; searches give, at each of those, the measured plan that is best on the search split. All these
 plans are measured on the report split. Hypervolume is that of (log perplexity excess over dense, block_parameters)
 within [0, ln 10] x [0, 1], as a share. Finished cells are kept in studies/results/search.jsonl, one line each, and
@@ -44,7 +44,7 @@ from rankfront.search.predictions import (
 from rankfront.search.trial import Job, Resident
 
 RESULTS = Path(__file__).parent / "results"
-GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions at which rows are compared
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6)
 TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")

@@ -129,6 +129,14 @@ def test_hypervolume_is_in_units_of_the_box():
     assert hypervolume(make_rows([(55, 0.5)]), box) == pytest.approx(0.25)
 
 
+def test_a_logarithmic_axis_is_measured_in_logarithms():
+    box = Box({"perplexity": 10.0, "parameters": 0.0}, {"perplexity": 1000.0, "parameters": 1.0}, {"perplexity"})
+    assert hypervolume(make_rows([(100, 0.5)]), box) == pytest.approx(0.25)
+    assert box.unit(np.array([[5.0, 0.5], [10, 0.5], [1000, 2]])) == pytest.approx(
+        np.array([[0, 0.5], [0, 0.5], [1, 2]])
+    )
+
+
 def test_a_dominated_row_adds_no_hypervolume():
     points = [tuple(p) for p in random_points(20, 2, 3)]
     box = unit_box(2)
@@ -141,6 +149,7 @@ def test_the_box_is_what_objectives_state():
     box = box_of({"perplexity": {}, "parameters": {}, "latency": {}}, dense)
     assert box.ideal == {"perplexity": 20.0, "parameters": 0.0, "latency": 0.0}
     assert box.reference == {"perplexity": 200.0, "parameters": 1.0, "latency": 1.1}
+    assert box.logarithmic == {"perplexity"}
     assert hypervolume([dense], box) == 0.0
 
 

@@ -103,7 +103,10 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
     model = common.architecture(name).build().to(dtype)
     wanted, store = stored(model, dtype=dtype)
     running = quadratic_divergence(model, windows, wanted, store, SEED).divergence
-    monkeypatch.setattr("rankfront.search.gradient.get_method", lambda name: SimpleNamespace(nested=False, storage=get_method(name).storage))
+    monkeypatch.setattr(
+        "rankfront.search.gradient.get_method",
+        lambda name: SimpleNamespace(nested=False, storage=get_method(name).storage),
+    )
     alone = quadratic_divergence(model, windows, wanted, store, SEED).divergence
     assert running.keys() == alone.keys()
     for site, found in running.items():

@@ -17,7 +17,7 @@ from rankfront.objectives import make_objective
 from rankfront.search.driver import WARM_START, Driver
 from rankfront.search.goal import make_goal
 from rankfront.search.menu import Line, Menu
-from rankfront.search.predictions import menu_record
+from rankfront.search.predictions import menu_jobs, menu_record
 from rankfront.search.sampler import OURS, Goal, RankfrontSampler
 from rankfront.search.study import Interrupted, Study
 from rankfront.search.trial import Resident, make_space
@@ -85,8 +85,8 @@ class Problem:
             costs=lambda options: {1: menu.parameters(menu.places(options)) / menu.dense},
             dense=NEVER,
             quality=0,
-            ideal=np.zeros(2 + self.slow),
-            reference=np.array([0.5, *[1.0] * (1 + self.slow)]),
+            count=2 + self.slow,
+            unit=lambda values: np.reshape(values, (-1, 2 + self.slow)) / np.array([0.5, *[1.0] * (1 + self.slow)]),
         )
 
     def sampler(self, seed):
@@ -123,7 +123,7 @@ class Problem:
 
     def share(self, plans):
         """Hypervolume of the plans' true values in the goal's box."""
-        points = np.array([self.values(plan) for plan in plans]) / self.goal.reference
+        points = self.goal.unit(np.array([self.values(plan) for plan in plans]))
         return moocore.hypervolume(points, ref=np.ones(points.shape[1]))
 
     def best(self):
@@ -286,8 +286,8 @@ def test_predictions_made_before_a_trial_hold(data, tmp_path):
     [
         ("gradient", lambda sites, methods: 3),  # a backward pass counts as two forward ones
         ("spectrum", lambda sites, methods: 0),
-        ("probe", lambda sites, methods: 1 + sites * methods),  # the teacher's, then one a site and method
-        ("probes", lambda sites, methods: 1 + 3 * sites * methods),
+        ("probe", lambda sites, methods: menu_jobs("probe", sites) + sites * methods),  # each job has a teacher
+        ("probes", lambda sites, methods: menu_jobs("probes", sites) + 3 * sites * methods),
     ],
 )
 def test_every_source_of_the_menu_works_and_its_tokens_count(data, tmp_path, source, passes):
@@ -458,5 +458,5 @@ def test_a_goal_reads_values_as_divergence(data, tmp_path, quality):
         exact = {0: row.values["block_parameters"], 2: row.values["bytes"]}
         assert goal.costs(row.plan.by_site) == pytest.approx(exact)
     boxes = [make_objective(name, {}).box(dense.values[name]) for name in data["objectives"]]
-    assert list(zip(goal.ideal, goal.reference, strict=True)) == boxes
+    assert goal.unit(np.array(boxes).T) == pytest.approx(np.array([[0, 0, 0], [1, 1, 1]]))
     assert math.isfinite(goal.loss(1000.0))

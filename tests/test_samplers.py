@@ -4,6 +4,7 @@ import pytest
 from launching import again, check_whole, make_run, small_data, values_of
 
 from rankfront.search.driver import WARM_START
+from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import OURS, SAMPLERS
 
 TRIALS = 7  # three anchors, then four of the sampler's own
@@ -47,3 +48,23 @@ def test_a_sampler_chooses_for_every_site_alone(model_folder, text_file, tmp_pat
         for plan in plans
         for kind in kinds
     )
+
+
+def test_the_most_sensitive_groups_are_untied(model_folder, text_file, tmp_path):
+    """Their sites have variables of their own, known from a menu that is measured first; the others stay tied."""
+    data = small_data(model_folder, text_file, sampler="random", trials=8, groups=1, untie=2)
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 8)
+    storage = study._optuna()
+    hurt: dict[str, float] = {}
+    for site, known in menu_record(storage.user_attrs)["predictions"].items():
+        kind = site.split(".", 3)[3]
+        hurt[kind] = hurt.get(kind, 0.0) + sorted(known.values())[len(known) // 2]
+    untied = sorted(hurt, key=hurt.get)[-2:]
+    names = {name.removesuffix(" keep").removesuffix(" method") for name in storage.trials[-1].params}
+    assert {name.split(".", 3)[3] for name in names if name.startswith("model.layers")} == set(untied)
+    assert {name for name in names if name.endswith(" 1/1")} == {f"{kind} 1/1" for kind in hurt if kind not in untied}
+    before = values_of(study)
+    longer = again(study, trials=10)
+    longer.launch()
+    check_whole(longer, before, 10)
