@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest
 from rankfront.objectives import make_objective
 from rankfront.search.fidelity import rung_windows
+from rankfront.search.front import Constraint
 from rankfront.search.sampler import SAMPLERS
 from rankfront.search.text import SPLITS, Split
 
@@ -129,7 +130,8 @@ class SearchConfig(Strict):
     ``tokens`` limits what trials, slopes and the menu may run through the model in all. ``anchors`` are the kept
     fractions at which every method is measured uniformly before the sampler starts. ``rungs`` are fidelities in
     tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to the next; empty,
-    every trial reads the whole search split.
+    every trial reads the whole search split. ``where`` are limits on objectives, such as ``block_parameters<=0.8``,
+    that the search keeps to: plans beyond them are measured only to learn from.
     """
 
     sampler: str = "rankfront"
@@ -144,6 +146,7 @@ class SearchConfig(Strict):
     anchors: tuple[float, ...] = (0.9, 0.7, 0.5)
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
     reduction: Annotated[int, Field(ge=2)] = 3
+    where: tuple[str, ...] = ()
     storage: str | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -177,6 +180,12 @@ class StudyConfig(Strict):
     space: SpaceConfig = SpaceConfig()
     objectives: dict[str, dict[str, Any]] = {"perplexity": {}, "parameters": {}}
     search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _limits_on_objectives(self) -> StudyConfig:
+        for text in self.search.where:
+            check_choice("objective in search.where", Constraint.parse(text).figure, list(self.objectives))
+        return self
 
     @model_validator(mode="after")
     def _enough_windows(self) -> StudyConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from rankfront.methods import InputError
 from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
 from rankfront.search.fidelity import pareto_order
-from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
+from rankfront.search.front import Calibration, Constraint, Row, calibration, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import ours, quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
@@ -71,6 +71,7 @@ class Driver:
         self.ours = config.search.sampler == OURS
         if self.ours:
             quality_of(config)
+        self.limits = [Constraint.parse(text) for text in config.search.where]
         self.space = space
         self.origin = origin
         self.listener = listener
@@ -151,12 +152,13 @@ class Driver:
             raise InputError(
                 f"search.menu = {source!r} predicts no option of this space: use another source or sampler"
             )
-        self.sampler = ours(self.menu, self.space, self.config, dense, self.origin)
-        self.study.sampler = self.sampler
+        self.study.sampler = self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin)
         solved = sweep(self.menu)
         for keep in WARM_START:
             if keep * self.menu.dense >= self.menu.least:
                 chosen = self.menu.choices(solved.solve(keep * self.menu.dense))
+                if not sampler.may_meet(chosen):
+                    continue
                 parameters = {name: self.space.place(name, option) for name, option in chosen.items()}
                 absent = {variable.name: 0 for variable in self.space.variables}
                 self._enqueue("menu", f"keep={keep:g}", absent | parameters)
@@ -176,6 +178,10 @@ class Driver:
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model, a backward pass counted as two forward ones."""
         return tokens_of(self.study)
+
+    def calibration(self, rows: Sequence[Row]) -> Calibration | None:
+        """How well our sampler's predictions held so far; None with another sampler, or too few of them."""
+        return calibration(rows, list(self.config.objectives)[quality_of(self.config)]) if self.ours else None
 
     @property
     def elapsed(self) -> float:
@@ -284,6 +290,7 @@ class Driver:
 
     def _unreported(self) -> list[Row]:
         front = front_of(self.rows()) if self.report else []
+        front = [row for row in front if all(limit.holds(row) for limit in self.limits)]
         skip = self.reporting | self.unreportable
         return [row for row in front if row.report is None and row.number not in skip]
 
@@ -318,6 +325,9 @@ class Driver:
             for key, value in record.items():
                 if key != "values":
                     trial.set_user_attr(key, value)
+            for limit in self.limits:
+                value = record["values"][limit.figure]
+                trial.set_constraint(str(limit), limit.missed(value))
             self.study.tell(trial, list(record["values"].values()))
             self._start_ours()
             self._promote(record["rung"])

@@ -271,8 +271,12 @@ class Constraint:
 
     def excess(self, row: Row) -> float:
         """How far ``row`` misses the bound, relative to it; 0 where it holds."""
-        gap = abs(row.figure(self.figure) - self.bound) / max(abs(self.bound), 1e-12)
-        return 0.0 if self.holds(row) else max(gap, 1e-12)
+        return self.missed(row.figure(self.figure))
+
+    def missed(self, value: float) -> float:
+        """How far ``value`` misses the bound, relative to it; 0 where it holds."""
+        gap = abs(value - self.bound) / max(abs(self.bound), 1e-12)
+        return 0.0 if TESTS[self.operator](value, self.bound) else max(gap, 1e-12)
 
     def __str__(self) -> str:
         return f"{self.figure}{self.operator}{self.bound:g}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from rankfront.methods import InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
-from rankfront.search.front import Row, box_of
+from rankfront.search.front import Constraint, Row, box_of
 from rankfront.search.menu import Menu
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.sampler import Goal, RankfrontSampler
@@ -55,7 +57,13 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
         return {i: value for i, value in found.items() if value is not None}
 
-    return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, len(names), box.unit)
+    limits = [Constraint.parse(text) for text in config.search.where]
+
+    def excess(values: np.ndarray) -> np.ndarray:
+        columns = [[limit.missed(float(v)) for v in values[:, names.index(limit.figure)]] for limit in limits]
+        return np.array(columns).sum(0) if limits else np.zeros(len(values))
+
+    return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, len(names), box.unit, excess)
 
 
 def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapping[str, str]) -> RankfrontSampler:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rankfront.search.driver import Driver
-from rankfront.search.front import Row, comparable, front_of
+from rankfront.search.front import Calibration, Row, comparable, front_of
 
 BUDGETS = (
     0.9,
@@ -62,7 +62,7 @@ class Display:
     def search(self, driver: Driver) -> None:
         """The live line: trials done, front size, best at each budget, time left."""
         rows = driver.rows()
-        status = _status(rows, list(driver.config.objectives), _left(driver))
+        status = _status(rows, list(driver.config.objectives), _left(driver), driver.calibration(rows))
         self.phase("search (trials)", driver.spent, driver.config.search.trials, status)
         if not driver.searching and not driver.running:
             front = front_of(rows)
@@ -80,7 +80,7 @@ def _left(driver: Driver) -> str:
     return f"{minutes}:{seconds:02d} left"
 
 
-def _status(rows: list[Row], objectives: list[str], left: str) -> str:
+def _status(rows: list[Row], objectives: list[str], left: str, calibrated: Calibration | None) -> str:
     first = objectives[0]
     measured = comparable(rows)
     best = []
@@ -89,5 +89,8 @@ def _status(rows: list[Row], objectives: list[str], left: str) -> str:
         if within:
             best.append(f"{budget:g}: {min(within):.4g}")
     failed = sum(1 for row in rows if row.state == "failed" and row.counts)
-    parts = [f"front {len(front_of(rows))}", f"best {first} at keep {', '.join(best)}" if best else "", left]
+    held = f"predictions hold to Spearman {calibrated.spearman:.2f}" if calibrated else ""
+    if calibrated and calibrated.poor:
+        held += " (poor: leaning on measured neighbours)"
+    parts = [f"front {len(front_of(rows))}", f"best {first} at keep {', '.join(best)}" if best else "", held, left]
     return " · ".join(part for part in [*parts, f"{failed} failed" if failed else ""] if part)

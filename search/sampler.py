@@ -87,6 +87,7 @@ class Goal:
         quality: position of the quality objective.
         count: of objectives, d.
         unit: values (N, d) -> the same in units of the box that hypervolume is measured in.
+        excess: values (N, d) -> how far they miss the study's limits, (N,); 0 where they meet them.
     """
 
     loss: Callable[[float], float]
@@ -96,6 +97,7 @@ class Goal:
     quality: int
     count: int
     unit: Callable[[np.ndarray], np.ndarray]
+    excess: Callable[[np.ndarray], np.ndarray] = lambda values: np.zeros(len(values))
 
 
 def rung_of(trial: FrozenTrial) -> int:
@@ -273,6 +275,13 @@ class RankfrontSampler(BaseSampler):
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
         return mixed
 
+    def may_meet(self, option_of: Mapping[str, Option]) -> bool:
+        """Whether a plan meets the study's limits on what the plan alone decides."""
+        values = np.array([[-math.inf] * self.goal.count, [math.inf] * self.goal.count])  # what is not known may be any
+        for column, value in self.goal.costs(option_of).items():
+            values[:, column] = value
+        return bool(self.goal.excess(values).min() == 0)
+
     # -- proposing
 
     def _propose(self, tried: set[tuple[int, ...]], mode: str) -> list[int]:
@@ -341,11 +350,20 @@ class RankfrontSampler(BaseSampler):
         return sweep(self.menu, losses) if coupling is None else Descent(self.menu, losses, coupling)
 
     def _front(self) -> list[list[int]]:
-        """The non-dominated plans."""
-        if not self.measured:
+        """The non-dominated plans that meet the study's limits."""
+        met = self._met()
+        if not len(met):
             return []
-        keep = moocore.is_nondominated(np.array([found.values for found in self.measured.values()], dtype=float))
-        return [list(plan) for plan, kept in zip(self.measured, keep, strict=True) if kept and any(plan)]
+        plans = [plan for plan, found in self.measured.items() if not self.goal.excess(np.array([found.values]))[0]]
+        keep = moocore.is_nondominated(met)
+        return [list(plan) for plan, kept in zip(plans, keep, strict=True) if kept and any(plan)]
+
+    def _met(self) -> np.ndarray:
+        """The values of the measured plans that meet the study's limits, (N, d)."""
+        values = np.array([found.values for found in self.measured.values()], dtype=float)
+        values = values.reshape(-1, self.goal.count)
+        met: np.ndarray = values[self.goal.excess(values) == 0]
+        return met
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
@@ -385,15 +403,19 @@ class RankfrontSampler(BaseSampler):
 
     def _gains(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted gain in hypervolume of every candidate over the measured front, in units of the box."""
-        measured = self.goal.unit(np.array([found.values for found in self.measured.values()], dtype=float))
-        points = self.goal.unit(self._values(candidates, coefficients))
+        values = self._values(candidates, coefficients)
+        points, excess = self.goal.unit(values), self.goal.excess(values)
+        measured = self.goal.unit(self._met())
         ones = np.ones(self.goal.count)
         front = measured[moocore.is_nondominated(measured)] if len(measured) else measured
         before = moocore.hypervolume(front, ref=ones) if len(front) else 0.0
         gains = np.array([moocore.hypervolume(np.vstack([front, point]), ref=ones) - before for point in points])
+        if excess.min() > 0:
+            return -excess  # nothing is predicted to meet the limits: come as near to them as possible
+        gains[excess > 0] = -1.0
         if gains.max() > 0:
             return gains
-        distance: np.ndarray = points.max(1)
+        distance: np.ndarray = points.max(1) + np.where(excess > 0, 1e6, 0.0)
         return -distance  # nothing predicted inside the box: come as near to it as possible
 
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:

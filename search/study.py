@@ -103,8 +103,8 @@ class Study:
         return fronts.rows_of(self._optuna(), list(self.config.objectives))
 
     def front(self, *constraints: str) -> list[Row]:
-        """The non-dominated trials that meet ``constraints``, best in the first objective first."""
-        parsed = [Constraint.parse(text) for text in constraints]
+        """The non-dominated trials that meet ``constraints`` and the study's own, best in the first objective first."""
+        parsed = [Constraint.parse(text) for text in (*self.config.search.where, *constraints)]
         return [row for row in fronts.front_of(self.rows()) if all(constraint.holds(row) for constraint in parsed)]
 
     def best(self, *constraints: str) -> Row:

@@ -6,8 +6,9 @@
 d is the menu's prediction for each site alone; θ corrects one (site, method), and is shared in part by the sites of a
 kind and of a block; C are the menu's cosines between sites and ρ how far they are believed; a and c let divergences
 add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured plans that
-share many options. All coefficients are Gaussian a priori, so fitting is a Gauss-Newton iteration of ridge
-regressions in the space of trials, and a posterior sample costs one more solve.
+share many options, the more the worse the rest explains what was measured. All coefficients are Gaussian a priori, so
+fitting is a Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample costs one more
+solve.
 
 Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
 linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).
@@ -28,7 +29,7 @@ SITE, KIND, BLOCK, METHOD = 0.4, 0.3, 0.2, 0.3
 OFFSET, SLOPE = 1.0, 0.3  # of a around 0 and of c around 1
 TRUST, TRUST_MEAN = 0.2, 0.5  # of ρ: cosines are estimated from few tokens, and believing all of them overfits
 NOISE = 0.05  # what additive terms cannot explain
-RESIDUAL = 0.1  # of what neighbours can
+RESIDUALS = (0.1, 0.03, 0.3, 1.0)  # of what neighbours can; which of them the evidence decides, the first a priori
 LEAST_SHARE = 0.1  # of what sites do alone that is left where they cancel; ρ C need not be positive definite
 ITERATIONS = 6
 
@@ -68,6 +69,7 @@ class Surrogate:
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self._weights = np.zeros(0)
+        self.residual = RESIDUALS[0]  # standard deviation of what neighbours explain
         self._cosines = np.zeros((len(menu.lines), len(menu.lines)))
         if menu.cosines is not None:
             self._cosines = menu.cosines - np.eye(len(menu.lines))
@@ -132,11 +134,10 @@ class Surrogate:
         base = self.explained(plans, coefficients)
         return base + self._alike(plans, self._plans) @ self._weights if len(self._weights) else base
 
-    @staticmethod
-    def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """RESIDUAL² exp(−share of sites that differ / 0.2), (A, B)."""
+    def _alike(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """residual² exp(−share of sites that differ / 0.2), (A, B)."""
         differ = (a[:, None, :] != b[None, :, :]).mean(-1)
-        kernel: np.ndarray = RESIDUAL**2 * np.exp(-differ / 0.2)
+        kernel: np.ndarray = self.residual**2 * np.exp(-differ / 0.2)
         return kernel
 
     # -- fitting
@@ -144,17 +145,31 @@ class Surrogate:
     def fit(self, plans: np.ndarray, log_divergence: np.ndarray) -> None:
         """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,)."""
         self._plans, self._observed = plans, log_divergence
-        self.mean = self._map(np.zeros(self._root.shape[1]), log_divergence)
-        residual = log_divergence - self.explained(plans)
+        fitted = {}
+        for self.residual in RESIDUALS:
+            mean = self._map(np.zeros(self._root.shape[1]), log_divergence)
+            fitted[self.residual] = self._evidence(mean), mean
+        self.residual = max(RESIDUALS, key=lambda residual: fitted[residual][0])
+        self.mean = fitted[self.residual][1]
         kernel = self._alike(plans, plans) + NOISE**2 * np.eye(len(plans))
-        self._weights = np.linalg.solve(kernel, residual)
+        self._weights = np.linalg.solve(kernel, log_divergence - self.explained(plans))
+
+    def _evidence(self, mean: Coefficients) -> float:
+        """log p(observed) but for a constant, linearised at ``mean``: Rasmussen & Williams equation 2.30."""
+        jacobian = self._jacobian(mean)
+        prior = np.array([*np.zeros(len(mean.theta)), TRUST_MEAN, 0.0, 1.0])
+        moved = np.array([*mean.theta, mean.trust, mean.offset, mean.slope]) - prior
+        gap = self._observed - self.explained(self._plans, mean) + jacobian @ moved
+        reach = jacobian @ self._root
+        covariance = reach @ reach.T + self._alike(self._plans, self._plans) + NOISE**2 * np.eye(len(gap))
+        return float(-0.5 * gap @ np.linalg.solve(covariance, gap) - 0.5 * np.linalg.slogdet(covariance)[1])
 
     def sample(self) -> Coefficients:
         """One setting of the coefficients from their posterior, by Matheron's rule on the linearised model."""
         if not len(self._observed):
             return self._unpack(self._root @ self.random.standard_normal(self._root.shape[1]))
         start: np.ndarray = np.array(self.random.standard_normal(self._root.shape[1]))
-        noise = np.hypot(NOISE, RESIDUAL) * self.random.standard_normal(len(self._observed))
+        noise = np.hypot(NOISE, self.residual) * self.random.standard_normal(len(self._observed))
         return self._map(start, self._observed + noise)
 
     def _map(self, prior: np.ndarray, observed: np.ndarray) -> Coefficients:
@@ -164,7 +179,7 @@ class Surrogate:
             current = self._unpack(self._root @ effects)
             jacobian = self._jacobian(current) @ self._root  # (T, P)
             gap = observed - self.explained(self._plans, current) + jacobian @ (effects - prior)
-            gain = jacobian @ jacobian.T + (NOISE**2 + RESIDUAL**2) * np.eye(len(observed))
+            gain = jacobian @ jacobian.T + (NOISE**2 + self.residual**2) * np.eye(len(observed))
             effects = prior + jacobian.T @ np.linalg.solve(gain, gap)
         return self._unpack(self._root @ effects)
 

@@ -3,6 +3,8 @@
 import pytest
 from launching import again, check_whole, make_run, small_data, values_of
 
+from rankfront.methods import InputError
+from rankfront.search.config import make_config
 from rankfront.search.driver import WARM_START
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import OURS, SAMPLERS
@@ -68,3 +70,60 @@ def test_the_most_sensitive_groups_are_untied(model_folder, text_file, tmp_path)
     longer = again(study, trials=10)
     longer.launch()
     check_whole(longer, before, 10)
+
+
+LIMIT = "block_parameters<=0.7"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_limits_are_kept_to(model_folder, text_file, tmp_path, sampler):
+    """The front holds what meets them, Optuna knows which trials do, and our own proposes nothing else."""
+    data = small_data(model_folder, text_file, sampler=sampler, trials=9, where=[LIMIT])
+    data["objectives"] = {"divergence": {}, "block_parameters": {}}
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 9)
+    rows = {row.number: row for row in study.rows()}
+    assert study.front()
+    assert all(row.values["block_parameters"] <= 0.7 for row in study.front())
+    assert all(row.report for row in study.front())
+    for trial in study._optuna().trials:
+        if trial.number in rows and trial.values:
+            met = all(value <= 0 for value in trial.constraints.values())
+            assert met == (rows[trial.number].values["block_parameters"] <= 0.7)
+    if sampler == OURS:
+        own = [row for row in rows.values() if row.origin == OURS or row.origin.startswith("menu")]
+        assert own
+        assert all(row.values["block_parameters"] <= 0.7 for row in own)
+
+
+def test_limits_are_on_objectives():
+    with pytest.raises(InputError, match=r"unknown objective in search.where 'block_params'.*block_parameters"):
+        make_config(
+            {"search": {"where": ["block_params<=0.7"]}, "objectives": {"divergence": {}, "block_parameters": {}}}
+        )
+    with pytest.raises(InputError, match="does not read as FIGURE<=NUMBER"):
+        make_config({"search": {"where": ["perplexity"]}})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_seed_decides_everything(model_folder, text_file, tmp_path, sampler):
+    """Two runs of one seed take the same plans, another seed others; no plan is measured twice."""
+    plans = {}
+    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
+        data = small_data(model_folder, text_file, sampler=sampler, trials=12, seed=seed)
+        rows = make_run(data, tmp_path / name).rows()
+        plans[name] = [row.plan_key for row in rows if row.state == "complete"]
+        assert len(set(plans[name])) == len(plans[name])
+    assert plans["first"] == plans["second"]
+    assert plans["first"] != plans["other"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_four_objectives_and_dense_among_the_trials(model_folder, text_file, tmp_path, sampler):
+    data = small_data(model_folder, text_file, sampler=sampler, trials=6)
+    data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}, "parameters": {}}
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 6)
+    dense = [row for row in study.rows() if not row.plan.choices]
+    assert len(dense) == 1
+    assert dense[0].values["divergence"] == pytest.approx(0, abs=1e-6)

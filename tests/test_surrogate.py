@@ -5,7 +5,7 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, Option
 from rankfront.search.menu import Line, Menu
-from rankfront.search.surrogate import NOISE, RESIDUAL, Coefficients, Surrogate
+from rankfront.search.surrogate import NOISE, RESIDUALS, Coefficients, Surrogate
 
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
 
@@ -172,7 +172,7 @@ def test_samples_spread_as_the_posterior_does():
     surrogate, plans = make_surrogate(), random_plans(8, 0)
     surrogate.fit(plans, truth(plans))
     jacobian = surrogate._jacobian(surrogate.mean) @ surrogate._root
-    gain = jacobian @ jacobian.T + (NOISE**2 + RESIDUAL**2) * np.eye(len(plans))
+    gain = jacobian @ jacobian.T + (NOISE**2 + surrogate.residual**2) * np.eye(len(plans))
     left = np.eye(jacobian.shape[1]) - jacobian.T @ np.linalg.solve(gain, jacobian)
     expected = np.sqrt(np.diag(jacobian @ left @ jacobian.T))  # (T,) of the measured plans' log-divergence
     assert spread(surrogate, plans, 400) == pytest.approx(expected, rel=0.25)
@@ -198,3 +198,18 @@ def test_the_jacobian_is_that_of_finite_differences():
         step[column] = 1e-5
         slow = (predicted(values + step) - predicted(values - step)) / 2e-5
         assert jacobian[:, column] == pytest.approx(slow, rel=1e-5, abs=1e-8)
+
+
+# -- leaning on neighbours
+
+
+def test_it_leans_on_neighbours_where_the_menu_is_no_guide():
+    """With the truth it trusts the terms; where divergence follows no site at all, the measured neighbours."""
+    plans = random_plans(40, 0)
+    told, untold = make_surrogate(), make_surrogate()
+    told.fit(plans, truth(plans, 0.3, 1.1, true_factors()))
+    assert told.residual <= RESIDUALS[0]
+    alike = (plans[:, None, :] != plans[None, :, :]).mean(-1)
+    covariance = np.exp(-alike / 0.2) + 1e-9 * np.eye(len(plans))
+    untold.fit(plans, np.linalg.cholesky(covariance) @ np.random.default_rng(1).standard_normal(len(plans)))
+    assert untold.residual == max(RESIDUALS)
