@@ -51,12 +51,15 @@ STEPS = 100  # random steps before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
-STEPS_PER_SLOPES = 4  # proposals measured between two passes, all but the last of them downhill
+STEPS_PER_SLOPES = 4  # proposals measured between two passes, all but the last of them from the newest
+GLOBAL_EVERY = 5  # trials of which one solves the corrected menu, though there are slopes
 CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
-STRETCH, NEIGHBOURS = 0.04, 4  # budgets around a centre's: how far, relative to it, and how many
+STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
+CENTRES = 8  # newest slopes that steps are taken from
 NEARBY = 0.04  # kept fraction within which slopes count as measured nearby
 SLACK = 0.01  # kept fraction that a much better plan may store more for a front member not to be worth refining
-SURROGATE_ERROR = 0.08  # of a predicted log-divergence, standard deviation
+SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation
+PESSIMISM = 0.5  # standard deviations that a candidate is taken to be worse than predicted: the best of many flatter
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,15 @@ class RankfrontSampler(BaseSampler):
         }
 
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
-        """Steps downhill for the proposals after slopes were measured, else the other modes in turn."""
-        last = max((t.number for t in trials if "slopes" in t.user_attrs), default=number)
+        """Without slopes the global modes in turn; with them, steps downhill from the newest, then from any of them,
+        and now and then a global one."""
+        last = max((t.number for t in trials if "slopes" in t.user_attrs), default=None)
+        if last is None or not self.locals:
+            return MODES[number % len(MODES)]
         steps = sum(last < t.number < number and "slopes_of" not in t.user_attrs for t in trials)
-        if last < number and self.locals and steps < STEPS_PER_SLOPES - 1:
-            return "slope"
-        return MODES[number % len(MODES)]
+        if steps < STEPS_PER_SLOPES - 1:
+            return "newest"
+        return MODES[number // GLOBAL_EVERY % len(MODES)] if number % GLOBAL_EVERY == 0 else "any"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -264,16 +270,19 @@ class RankfrontSampler(BaseSampler):
             return None
         if not any(places):
             return self.goal.dense
-        return self.goal.loss(float(self._levels([places])[0]))
+        return self.goal.loss(float(self._levels([places])[0][0]))
 
-    def _levels(self, plans: Sequence[list[int]], coefficients: Coefficients | None = None) -> np.ndarray:
-        """Predicted log-divergence of plans: the surrogate's and that of slopes nearby, weighted by their precision."""
+    def _levels(
+        self, plans: Sequence[list[int]], coefficients: Coefficients | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
+        nearby, weighted by their precision."""
         places = np.array(plans)
         logs = self.surrogate.predict(places, coefficients)
         near, errors = surest(self.locals, places, self.trust)
         weight = SURROGATE_ERROR**2 / (SURROGATE_ERROR**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
-        return mixed
+        return mixed, SURROGATE_ERROR * np.sqrt(1 - weight)
 
     def may_meet(self, option_of: Mapping[str, Option]) -> bool:
         """Whether a plan meets the study's limits on what the plan alone decides."""
@@ -287,8 +296,10 @@ class RankfrontSampler(BaseSampler):
     def _propose(self, tried: set[tuple[int, ...]], mode: str) -> list[int]:
         coefficients = self.surrogate.sample() if mode == "sample" else self.surrogate.mean
         front = self._front()
-        if mode == "slope":
-            candidates = self._downhill()
+        if mode == "newest":
+            candidates = self._downhill(self.locals[-1:], STRETCH)
+        elif mode == "any":
+            candidates = self._downhill(self.locals[-CENTRES:], FAR_STRETCH)
         else:
             candidates = self._solutions(coefficients)
             if mode == "switch" and front:
@@ -311,16 +322,16 @@ class RankfrontSampler(BaseSampler):
         shares = (np.arange(BUDGETS) + shift) / BUDGETS
         return [solved.solve(self.menu.least + share * (self.menu.dense - self.menu.least)) for share in shares]
 
-    def _downhill(self) -> list[list[int]]:
-        """The newest slopes, solved at budgets around their centre's."""
-        local = self.locals[-1]
-        centre = self.menu.parameters(local.plan)
+    def _downhill(self, centres: Sequence[Local], stretch: float) -> list[list[int]]:
+        """The slopes of ``centres``, solved at budgets around each."""
         none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
         found = []
-        for caution in CAUTIONS:
-            solved = Descent(self.menu, local.losses(self.trust, caution), none)
-            for share in (1.0, *(1 + STRETCH * self.random.uniform(-1, 1, NEIGHBOURS))):
-                found.append(solved.solve(min(max(share * centre, self.menu.least), self.menu.dense)))
+        for local in centres:
+            centre = self.menu.parameters(local.plan)
+            for caution in CAUTIONS:
+                solved = Descent(self.menu, local.losses(self.trust, caution), none)
+                for share in (1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))):
+                    found.append(solved.solve(min(max(share * centre, self.menu.least), self.menu.dense)))
         return found
 
     def best_within(self, budget: float) -> tuple[list[int], float]:
@@ -334,7 +345,7 @@ class RankfrontSampler(BaseSampler):
             plans += [Descent(self.menu, local.losses(self.trust, c), none).solve(budget) for c in CAUTIONS]
         if budget >= self.menu.dense:
             return [0] * len(self.menu.lines), self.goal.dense
-        levels = map(float, self._levels(plans))
+        levels = map(float, self._levels(plans)[0])
         value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}
         for known, found in self.measured.items():
             if self.menu.parameters(known) <= budget:
@@ -421,7 +432,8 @@ class RankfrontSampler(BaseSampler):
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a
         straight line in the stored parameters, fitted to the measured trials."""
-        logs = self._levels(candidates, coefficients)
+        logs, errors = self._levels(candidates, coefficients)
+        logs = logs + PESSIMISM * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
         stored = np.array([self.menu.parameters(candidate) for candidate in candidates]) / self.menu.dense
         for row, candidate in enumerate(candidates):
