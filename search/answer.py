@@ -11,12 +11,12 @@ from rankfront.methods import InputError
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, dense_row
-from rankfront.search.goal import ours
 from rankfront.search.menu import make_menu
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.predictions import menu_record
-from rankfront.search.sampler import OURS
+from rankfront.search.sampler import ours
+from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 
 COSTS = ("parameters", "block_parameters", "parameter_count", "bytes")  # figures that a plan alone decides
@@ -60,8 +60,8 @@ def answer(
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu = make_menu(space.wanted(), record["predictions"], record.get("cosines"))
     origin = dict(dense.plan.origin)
-    sampler = ours(menu, space, config, dense, origin)
-    sampler.learn(study)
+    beliefs = ours(menu, space, config, dense, origin).beliefs
+    beliefs.learn(study)
     inside = {site: place.block is not None for site, place in space.sites.items()}
 
     def figures(places: Sequence[int]) -> dict[str, float]:
@@ -72,13 +72,13 @@ def answer(
 
     budget = _budget(figures(menu.cheapest), figures([0] * len(menu.lines)), limits, menu.least, menu.dense)
     for _ in range(TRIES):
-        places, value = sampler.best_within(budget)
+        places, value = beliefs.best_within(budget)
         found = figures(places)
         over = max((found[limit.figure] / limit.bound for limit in limits if not _holds(limit, found)), default=None)
         if over is None:
             options = menu.choices(places)
             draws = {v.name: 0 for v in space.variables} | {s: space.place(s, o) for s, o in options.items()}
-            known = sampler.measured.get(tuple(places))
+            known = beliefs.measured.get(tuple(places))
             return Answer(Plan.of(options, origin), draws, value, found, known.trial if known else None)
         budget = max(menu.least, min(budget - 1, int(budget / over)))
     cheapest = ", ".join(f"{name}={value:.6g}" for name, value in figures(menu.cheapest).items())

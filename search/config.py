@@ -25,7 +25,7 @@ from rankfront.methods import DENSE, Grid, InputError, check_choice, method_name
 from rankfront.objectives import make_objective
 from rankfront.search.fidelity import rung_windows
 from rankfront.search.front import Constraint
-from rankfront.search.sampler import SAMPLERS
+from rankfront.search.samplers import SAMPLERS
 from rankfront.search.text import SPLITS, Split
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds

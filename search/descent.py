@@ -23,6 +23,7 @@ ROUNDS = 50  # passes over the sites for one multiplier; a handful is enough
 EXCHANGES = 200  # pairs of moves made at most after that
 PAIRED = 256  # moves up and moves down of which every pair is looked at
 TINY = 1e-15  # nats; less is rounding
+NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
 Places = list[int]
 
 
@@ -38,12 +39,12 @@ class Descent:
     def __post_init__(self) -> None:
         lines = self.menu.lines
         widest = max(len(line.options) for line in lines)
-        self._e = np.full((len(lines), widest), np.inf)
+        self._e = np.full((len(lines), widest), NEVER)
         self._saved = np.zeros((len(lines), widest))
         for i, (line, loss) in enumerate(zip(lines, self.losses, strict=True)):
-            self._e[i, : len(loss)] = loss
+            self._e[i, : len(loss)] = np.minimum(loss, NEVER)
             self._saved[i, : len(loss)] = line.parameters[0] - line.parameters
-        self._r = np.sqrt(2 * np.where(np.isfinite(self._e), np.maximum(self._e, 0), 0))
+        self._r = np.sqrt(2 * np.where(self._e < NEVER / 2, np.maximum(self._e, 0), 0))
         self._all = np.arange(len(lines))
         self._follow()
 
@@ -90,7 +91,7 @@ class Descent:
     def _follow(self) -> None:
         """Descend along the multipliers upwards from dense and downwards from the cheapest; keep the better of both."""
         slopes = self._e[:, 1:] / np.maximum(self._saved[:, 1:], 1)
-        known = slopes[np.isfinite(slopes) & (slopes > 0)]
+        known = slopes[(self._e[:, 1:] < NEVER / 2) & (slopes > 0)]
         low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
         multipliers = np.geomspace(low / 10, high * 100, MULTIPLIERS)
         up, down = [], []
@@ -151,14 +152,14 @@ class Descent:
     def _changes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For every line and option: by how much the move alone changes S, and the stored values that it adds.
 
-        Moves of lines whose rivals are treated count as infinitely bad.
+        Moves of lines whose rivals are treated count as bad as can be.
         """
         pull = self.coupling @ self._r[self._all, places]
         change = self._e + self._r * pull[:, None]
         change -= change[self._all, places][:, None]
         for i, rivals in enumerate(self.menu.rivals):
             if any(places[j] for j in rivals):
-                change[i, 1:] = np.inf
+                change[i, 1:] = NEVER
         return change, self._saved[self._all, places][:, None] - self._saved
 
     def _fill(self, places: np.ndarray, budget: float) -> np.ndarray:
@@ -180,7 +181,7 @@ class Descent:
         for _ in range(EXCHANGES):
             change, added = self._changes(places)
             room = budget - self.menu.dense + float(self._saved[self._all, places].sum())
-            rows, columns = np.nonzero(np.isfinite(change) & (change != 0))
+            rows, columns = np.nonzero((change < NEVER / 2) & (change != 0))
             worth, stored = change[rows, columns], added[rows, columns]
             up = np.argsort(np.where(stored > 0, worth, np.inf))[:PAIRED]
             down = np.argsort(np.where(stored < 0, worth, np.inf))[:PAIRED]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
@@ -15,13 +14,14 @@ from optuna.trial import TrialState
 from rankfront.methods import InputError
 from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
-from rankfront.search.fidelity import pareto_order
+from rankfront.search.fidelity import Ladder
 from rankfront.search.front import Calibration, Constraint, Row, calibration, dense_row, front_of, rows_of, tokens_of
-from rankfront.search.goal import ours, quality_of
+from rankfront.search.goal import quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_jobs, menu_record
-from rankfront.search.sampler import INTERRUPTED, OURS, RankfrontSampler, make_sampler
+from rankfront.search.sampler import RankfrontSampler, ours
+from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
 from rankfront.search.space import Space
 from rankfront.search.trial import Job, Record
@@ -84,6 +84,8 @@ class Driver:
         self.dead = 0
         self.exhausted = False
         self._close_orphans()
+        self.ladder = Ladder(study, len(config.search.rungs), config.search.reduction)
+        self.ladder.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.record: Record | None = None  # what the menu is made of
@@ -157,7 +159,7 @@ class Driver:
         for keep in WARM_START:
             if keep * self.menu.dense >= self.menu.least:
                 chosen = self.menu.choices(solved.solve(keep * self.menu.dense))
-                if not sampler.may_meet(chosen):
+                if not sampler.beliefs.may_meet(chosen):
                     continue
                 parameters = {name: self.space.place(name, option) for name, option in chosen.items()}
                 absent = {variable.name: 0 for variable in self.space.variables}
@@ -277,8 +279,8 @@ class Driver:
             if "origin" not in trial.user_attrs:
                 trial.set_user_attr("origin", self.config.search.sampler)
             if isinstance(self.sampler, RankfrontSampler) and rung == 0:
-                self.sampler.learn(self.study)  # which a queued trial does not bring about
-                trial.set_user_attr("predicted", self.sampler.predict(plan.by_site))
+                self.sampler.beliefs.learn(self.study)  # which a queued trial does not bring about
+                trial.set_user_attr("predicted", self.sampler.beliefs.predict(plan.by_site))
             trial.set_user_attr("plan", plan.to_json())
             trial.set_user_attr("plan_key", plan.key)
             trial.set_user_attr("seconds", {"propose": time.monotonic() - begun})
@@ -330,42 +332,8 @@ class Driver:
                 trial.set_constraint(str(limit), limit.missed(value))
             self.study.tell(trial, list(record["values"].values()))
             self._start_ours()
-            self._promote(record["rung"])
+            self.ladder.promote(self.rows())
         self.listener(self)
-
-    def _promote(self, rung: int) -> None:
-        """Queue the next fidelity for the best of ``rung``: one in ``reduction`` of its compressed plans."""
-        search = self.config.search
-        if rung + 1 >= len(search.rungs):
-            return
-        dense = Plan(()).key
-        here = [row for row in self.rows() if row.rung == rung and row.state == "complete" and row.plan_key != dense]
-        due = len(here) // search.reduction
-        trials = self.study.get_trials(deepcopy=False)
-        for place in pareto_order(np.array([list(row.values.values()) for row in here]))[:due] if due else []:
-            source = trials[here[place].number]
-            if not self._is_queued(source.number, rung + 1):
-                self._enqueue_dense(rung + 1)
-                kept = {key: source.user_attrs[key] for key in ("origin", "anchor") if key in source.user_attrs}
-                more = {"rung": rung + 1, "promoted": source.number, "predicted": source.user_attrs.get("predicted")}
-                self.study.enqueue_trial(source.params, user_attrs=kept | more)
-
-    def _is_queued(self, number: int, rung: int) -> bool:
-        """Whether trial ``number`` waits, runs or was measured at ``rung`` already; an interrupted one is due again."""
-        return any(
-            trial.user_attrs.get("promoted") == number
-            and trial.user_attrs.get("rung") == rung
-            and trial.user_attrs.get("failure") != INTERRUPTED
-            for trial in self.study.get_trials(deepcopy=False)
-        )
-
-    def _enqueue_dense(self, rung: int) -> None:
-        """The dense model at ``rung``, which compressed plans there are compared with."""
-        dense = next(row for row in self.rows() if row.plan_key == Plan(()).key and row.state == "complete")
-        if not self._is_queued(dense.number, rung):
-            source = self.study.get_trials(deepcopy=False)[dense.number]
-            kept = {key: source.user_attrs[key] for key in ("origin", "anchor") if key in source.user_attrs}
-            self.study.enqueue_trial(source.params, user_attrs=kept | {"rung": rung, "promoted": dense.number})
 
     def _menu_arrived(self, part: int, record: Record) -> None:
         if "failure" in record:

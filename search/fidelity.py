@@ -8,12 +8,18 @@ windows, and no window serves two rungs, so that a plan that was lucky at one ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import moocore
 import numpy as np
+import optuna
 
 from rankfront.methods import InputError
+from rankfront.search.front import Row
+from rankfront.search.samplers import INTERRUPTED
+
+KEPT = ("origin", "anchor", "predicted")  # attributes of a trial that its promotion has too
 
 
 def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]:
@@ -30,6 +36,49 @@ def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]
             f" {windows}: each rung takes windows of its own, so set data.search.windows to {ends[-1]} or more"
         )
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Moves a study's plans from rung to rung, by queueing the next measurement in its storage.
+
+    Attributes:
+        study: where trials are queued; trials carry ``rung``, and ``promoted``: the trial they continue.
+        rungs: how many there are; none or one is no ladder.
+        reduction: of the compressed plans measured at a rung, one in so many goes on.
+    """
+
+    study: optuna.Study
+    rungs: int
+    reduction: int
+
+    def promote(self, rows: Sequence[Row]) -> None:
+        """Queue what is due at every rung but the first, and before it the dense model there."""
+        if self.rungs < 2:
+            return
+        dense = next((row for row in rows if not row.rung and row.state == "complete" and row.is_dense), None)
+        for rung in range(self.rungs - 1) if dense else ():
+            here = [row for row in rows if row.rung == rung and row.state == "complete" and not row.is_dense]
+            due = len(here) // self.reduction
+            for place in pareto_order(np.array([list(row.values.values()) for row in here]))[:due] if due else ():
+                if not self._is_queued(here[place].number, rung + 1):
+                    if dense and not self._is_queued(dense.number, rung + 1):
+                        self._queue(dense.number, rung + 1)
+                    self._queue(here[place].number, rung + 1)
+
+    def _is_queued(self, number: int, rung: int) -> bool:
+        """Whether trial ``number`` waits, runs or was measured at ``rung`` already; an interrupted one is due again."""
+        return any(
+            trial.user_attrs.get("promoted") == number
+            and trial.user_attrs.get("rung") == rung
+            and trial.user_attrs.get("failure") != INTERRUPTED
+            for trial in self.study.get_trials(deepcopy=False)
+        )
+
+    def _queue(self, number: int, rung: int) -> None:
+        source = self.study.get_trials(deepcopy=False)[number]
+        kept = {key: source.user_attrs[key] for key in KEPT if key in source.user_attrs}
+        self.study.enqueue_trial(source.params, user_attrs=kept | {"rung": rung, "promoted": number})
 
 
 def pareto_order(values: np.ndarray) -> list[int]:

@@ -18,9 +18,10 @@ from scipy import stats
 from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
 from rankfront.search.plan import Plan
-from rankfront.search.sampler import INTERRUPTED
+from rankfront.search.samplers import INTERRUPTED
 
 Settings = Mapping[str, dict[str, Any]]
+DENSE_KEY = Plan(()).key
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Row:
     def counts(self) -> bool:
         """Whether the trial counts against the limit: complete, or failed by itself."""
         return self.state == "complete" or (self.state == "failed" and self.failure != INTERRUPTED)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its plan leaves every site dense."""
+        return self.plan_key == DENSE_KEY
 
     @property
     def rung(self) -> int:
@@ -114,8 +120,7 @@ def _matrix(rows: Sequence[Row]) -> np.ndarray:
 def comparable(rows: Iterable[Row]) -> list[Row]:
     """The complete rows of the highest rung that a compressed plan has reached: like is compared with like."""
     complete = [row for row in rows if row.state == "complete"]
-    dense = Plan(()).key
-    top = max((row.rung for row in complete if row.plan_key != dense), default=0)
+    top = max((row.rung for row in complete if not row.is_dense), default=0)
     return [row for row in complete if row.rung == top]
 
 
@@ -133,8 +138,7 @@ def front_of(rows: Iterable[Row]) -> list[Row]:
 
 def dense_row(rows: Iterable[Row]) -> Row | None:
     """The comparable row that measured the dense model, where there is one."""
-    dense = Plan(()).key
-    return next((row for row in comparable(rows) if row.plan_key == dense), None)
+    return next((row for row in comparable(rows) if row.is_dense), None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,10 +13,8 @@ from rankfront.objectives import make_objective
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, box_of
-from rankfront.search.menu import Menu
 from rankfront.search.plan import Plan, cost_of
-from rankfront.search.sampler import Goal, RankfrontSampler
-from rankfront.search.space import Single, Space
+from rankfront.search.space import Space
 
 QUALITY = ("divergence", "perplexity")
 SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
@@ -30,6 +29,31 @@ def quality_of(config: StudyConfig) -> int:
         f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
         " one of them, or choose another sampler"
     )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the search wants, as numbers for each plan.
+
+    Attributes:
+        loss: log-divergence of a plan -> value of the quality objective.
+        log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
+        costs: options by site -> values of the objectives that the plan alone decides, by position.
+        dense: value of the quality objective for the dense model, at the first rung.
+        quality: position of the quality objective.
+        count: of objectives, d.
+        unit: values (N, d) -> the same in units of the box that hypervolume is measured in.
+        excess: values (N, d) -> how far they miss the study's limits, (N,); 0 where they meet them.
+    """
+
+    loss: Callable[[float], float]
+    log_divergence: Callable[[float, float], float]
+    costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
+    dense: float
+    quality: int
+    count: int
+    unit: Callable[[np.ndarray], np.ndarray]
+    excess: Callable[[np.ndarray], np.ndarray] = lambda values: np.zeros(len(values))
 
 
 def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal:
@@ -64,13 +88,3 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         return np.array(columns).sum(0) if limits else np.zeros(len(values))
 
     return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, len(names), box.unit, excess)
-
-
-def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapping[str, str]) -> RankfrontSampler:
-    """Our sampler for a study whose menu and dense model are measured."""
-    places = {site.name: place for site, place in space.sites.items()}
-    kinds = [places[line.site].kind for line in menu.lines]
-    blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
-    options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
-    goal = make_goal(config, space, dense, origin["dtype"])
-    return RankfrontSampler(menu, options, kinds, blocks, goal, config.search.seed)

@@ -27,7 +27,7 @@ from rankfront.search.goal import quality_of
 from rankfront.search.model import cache_folder, load_tokenizer, resolve
 from rankfront.search.progress import Display
 from rankfront.search.run import Run
-from rankfront.search.sampler import OURS
+from rankfront.search.samplers import OURS
 from rankfront.search.text import cut, hash_tokens
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 

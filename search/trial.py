@@ -27,7 +27,7 @@ from rankfront.search.goal import quality_of
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, check_disjoint, cost_of
 from rankfront.search.predictions import MENU_TOKENS, menu_jobs, predict
-from rankfront.search.sampler import OURS
+from rankfront.search.samplers import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
 from rankfront.search.space import Single, Space
 from rankfront.search.text import hash_tokens

@@ -7,7 +7,7 @@ from launching import again, check_whole, finish, make_run, quiet, small_data, v
 
 from rankfront.methods import InputError
 from rankfront.search.answer import COSTS
-from rankfront.search.sampler import OURS
+from rankfront.search.samplers import OURS
 from rankfront.search.study import Study
 
 

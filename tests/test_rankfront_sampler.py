@@ -15,10 +15,11 @@ from optuna.trial import TrialState
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.driver import WARM_START, Driver
-from rankfront.search.goal import make_goal
+from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
 from rankfront.search.predictions import menu_jobs, menu_record
-from rankfront.search.sampler import OURS, Goal, RankfrontSampler
+from rankfront.search.sampler import RankfrontSampler
+from rankfront.search.samplers import INTERRUPTED, OURS
 from rankfront.search.study import Interrupted, Study
 from rankfront.search.trial import Resident, make_space
 
@@ -71,7 +72,7 @@ class Problem:
         """The true objectives of a plan given as places."""
         menu = self.menu
         alone = [line.divergence[place] * f for line, place, f in zip(menu.lines, plan, self.factors, strict=True)]
-        pairs = zip(alone[::2], alone[1::2], strict=True)  # the two sites of each block
+        pairs = zip(alone[: self.sites : 2], alone[1 : self.sites : 2], strict=True)  # the two sites of each block
         divergence = sum(alone) + self.interaction * sum(math.sqrt(a * b) for a, b in pairs)
         stored = menu.parameters(plan) / menu.dense
         return [max(divergence, NEVER), stored, *([0.2 + 0.5 * stored + 0.1 * (plan[0] == 0)] if self.slow else [])]
@@ -200,7 +201,7 @@ def test_trials_of_other_samplers_are_learned_from():
     assert tuple(after[0]) not in set(map(tuple, before))
     unseen = [list(np.random.default_rng(seed).integers(1, problem.levels, problem.sites)) for seed in range(30)]
     truth = np.log([problem.values(plan)[0] for plan in unseen])
-    known = np.log([sampler.predict(problem.menu.choices(plan)) for plan in unseen])
+    known = np.log([sampler.beliefs.predict(problem.menu.choices(plan)) for plan in unseen])
     assert np.abs(known - truth).mean() < 0.5 * np.abs(np.log([*map(problem.menu.divergence, unseen)]) - truth).mean()
 
 
@@ -229,7 +230,7 @@ def test_switches_keep_the_budget():
     random = np.random.default_rng(0)
     for _ in range(5):
         member = [int(place) for place in random.integers(0, problem.levels, problem.sites)]
-        switched = sampler._switches([member], sampler.surrogate.mean)
+        switched = sampler._switches([member], sampler.beliefs.surrogate.mean)
         assert switched
         assert all(problem.menu.parameters(plan) <= problem.menu.parameters(member) for plan in switched)
 
@@ -237,10 +238,161 @@ def test_switches_keep_the_budget():
 def test_what_it_predicts():
     problem = Problem()
     sampler, menu = problem.sampler(0), problem.menu
-    assert sampler.predict({}) == 0
+    assert sampler.beliefs.predict({}) == problem.goal.dense
     plan = menu.choices([1] * len(menu.lines))
-    assert sampler.predict(plan) == pytest.approx(menu.divergence([1] * len(menu.lines)), rel=1e-6)
-    assert sampler.predict(plan | {menu.lines[0].site: Option.of("svd", rank=99)}) is None
+    assert sampler.beliefs.predict(plan) == pytest.approx(menu.divergence([1] * len(menu.lines)), rel=1e-6)
+    assert sampler.beliefs.predict(plan | {menu.lines[0].site: Option.of("svd", rank=99)}) is None
+
+
+# -- sites that share weights, and slopes
+
+
+class Overlap(Problem):
+    """A block's two sites may also be treated as one, and so may the first sites of all blocks: lines that overlap."""
+
+    @cached_property
+    def menu(self):
+        singles, random = Problem.menu.func(self).lines, np.random.default_rng(self.seed)
+        claims = [range(site, site + 2) for site in range(0, self.sites, 2)] + [range(0, self.sites, 2)]
+        joint = []
+        for number, claim in enumerate(claims):
+            members = [singles[site] for site in claim]
+            dense = int(sum(line.parameters[0] for line in members))
+            stored = np.array([dense, int(0.7 * dense), int(0.4 * dense)])
+            hurt = sum(line.divergence[-1] for line in members) * random.uniform(0.2, 1.2) * np.array([0.0, 0.3, 0.8])
+            options = (DENSE_OPTION, Option.of("svd", rank=20), Option.of("svd", rank=10))
+            joint.append(Line(f"joint {number}", options, stored, hurt, tuple(line.site for line in members)))
+        return Menu((*singles, *joint))
+
+    @cached_property
+    def factors(self):
+        return np.exp(np.random.default_rng(self.seed + 1).normal(0, 0.5, len(self.menu.lines)))
+
+    def sampler(self, seed):
+        kinds, blocks = zip(*((KINDS[line % 2], line // 2) for line in range(len(self.menu.lines))), strict=True)
+        return RankfrontSampler(self.menu, self.options, kinds, blocks, self.goal, seed)
+
+    def best(self):
+        every = itertools.product(*(range(len(found)) for found in self.options.values()))
+        return self.share([plan for plan in every if self.menu.compatible(plan)])
+
+
+def plan_of(study, problem, number):
+    """A trial's plan as places."""
+    return [study.get_trials()[number].params[site] for site in problem.options]
+
+
+def measure_slopes(problem, study, number):
+    """A trial as a worker would leave it: the true change of every switch around a trial's plan, but of joint sites."""
+    plan = plan_of(study, problem, number)
+    study.enqueue_trial(study.get_trials()[number].params, user_attrs={"slopes_of": number})
+    trial, asked = problem.ask(study)
+    assert asked == plan
+    found = {}
+    for line, place, factor in zip(problem.menu.lines, plan, problem.factors, strict=True):
+        change = factor * (line.divergence - line.divergence[place])
+        found[line.site] = [
+            [None if line.weights else float(a) for a in change],
+            [None if line.weights else 0.0] * len(change),
+        ]
+    trial.set_user_attr("slopes", found)
+    study.tell(trial, state=TrialState.PRUNED)
+
+
+def run_with_slopes(problem, study, sampler, trials, pending=1):
+    """Slopes wherever the sampler wants them, as the driver has it; the plans that were proposed."""
+    plans, centres = [], []
+    while len(plans) < trials:
+        number = sampler.slopes_due(study)
+        if number is not None:
+            measure_slopes(problem, study, number)
+            centres.append(number)
+        plans += problem.run(study, pending, pending)
+    return plans, centres
+
+
+@pytest.mark.parametrize("pending", [1, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_overlapping_sites_are_proposed_apart_and_no_plan_twice(seed, pending):
+    problem = Overlap(seed=seed, sites=4)
+    plans = problem.run(problem.study(problem.sampler(0)), TRIALS, pending)
+    assert all(problem.menu.compatible(plan) for plan in plans)
+    assert len({tuple(plan) for plan in plans}) == len(plans)
+    assert any(place for plan in plans for place in plan[problem.sites :])
+    assert problem.share(plans) >= 0.93 * problem.best()
+
+
+@pytest.mark.parametrize("pending", [1, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_with_slopes_too(seed, pending):
+    """Around plans that treat joint sites as well, of which slopes say nothing."""
+    problem = Overlap(seed=seed, sites=4)
+    sampler = problem.sampler(0)
+    study = problem.study(sampler)
+    plans, centres = run_with_slopes(problem, study, sampler, TRIALS, pending)
+    assert len(centres) >= 2
+    assert any(any(plan_of(study, problem, number)[problem.sites :]) for number in centres)
+    assert all(problem.menu.compatible(plan) for plan in plans)
+    assert len({tuple(plan) for plan in plans}) == len(plans)
+    assert problem.share(plans) >= 0.93 * problem.best()
+
+
+@pytest.mark.parametrize("name", ["additive", "interactions", "noise"])
+def test_slopes_are_measured_around_front_members_each_once(name):
+    problem, least = PROBLEMS[name]
+    sampler = problem.sampler(0)
+    study = problem.study(sampler)
+    plans, centres = run_with_slopes(problem, study, sampler, TRIALS)
+    assert len(centres) >= 3
+    assert len(set(centres)) == len(centres)
+    assert all(sampler.beliefs.measured[tuple(plan_of(study, problem, number))].trial == number for number in centres)
+    assert len(sampler.beliefs.locals) == len(centres)
+    assert len({tuple(plan) for plan in plans}) == len(plans)
+    assert problem.share(plans) >= least * problem.best()
+
+
+def test_exact_slopes_teach_more_than_a_measurement():
+    """In an additive problem they say what every switch changes: plans nearby are predicted better for them."""
+    problem = Problem()
+    samplers = {slopes: problem.sampler(0) for slopes in (False, True)}
+    errors = {}
+    for slopes, sampler in samplers.items():
+        study = problem.study(optuna.samplers.RandomSampler(0))
+        plans = problem.run(study, 4)
+        if slopes:
+            measure_slopes(problem, study, 3)
+        sampler.beliefs.learn(study)
+        switches = itertools.product(range(problem.sites), range(problem.levels))
+        near = [[*plans[3][:site], place, *plans[3][site + 1 :]] for site, place in switches]
+        near = [plan for plan in near if plan not in plans]
+        truth = np.log([problem.values(plan)[0] for plan in near])
+        errors[slopes] = np.abs(
+            np.log([sampler.beliefs.predict(problem.menu.choices(plan)) for plan in near]) - truth
+        ).mean()
+    assert errors[True] < 0.5 * errors[False]
+
+
+def test_slopes_that_wait_or_run_are_not_asked_for_again():
+    """One pass at a time, however many workers there are; one that failed by itself is not tried again."""
+    problem = Problem()
+    sampler = problem.sampler(0)
+    study = problem.study(sampler)
+    problem.run(study, 10)
+    number = sampler.slopes_due(study)
+    assert number is not None
+    study.enqueue_trial(study.get_trials()[number].params, user_attrs={"slopes_of": number})
+    assert sampler.slopes_due(study) is None
+    trial, _ = problem.ask(study)
+    assert sampler.slopes_due(study) is None
+    trial.set_user_attr("failure", INTERRUPTED)
+    study.tell(trial, state=TrialState.FAIL)
+    assert sampler.slopes_due(study) == number
+    study.enqueue_trial(study.get_trials()[number].params, user_attrs={"slopes_of": number})
+    trial, _ = problem.ask(study)
+    trial.set_user_attr("failure", "MemoryError")
+    study.tell(trial, state=TrialState.PRUNED)
+    problem.run(study, 10)
+    assert sampler.slopes_due(study) not in (None, number)
 
 
 # -- whole studies
@@ -256,12 +408,19 @@ def record_of(study):
     return menu_record(study._optuna().user_attrs)
 
 
+def slope_trials(study):
+    """The trials that measured slopes, as the storage has them."""
+    return [trial for trial in study._optuna().get_trials() if "slopes_of" in trial.user_attrs]
+
+
 def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path):
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, 14)
     record, rows = record_of(study), study.rows()
     assert record["predictions"].keys() == {site.name for site in make_space(study.setup()).choices}
-    assert study.tokens() == record["tokens"] + sum(row.attributes["tokens"] for row in rows if row.state == "complete")
+    spent = [row.attributes["tokens"] for row in rows if row.state == "complete"]
+    spent += [trial.user_attrs["tokens"] for trial in slope_trials(study)]
+    assert study.tokens() == record["tokens"] + sum(spent)
     menu = [row for row in rows if row.origin.startswith("menu")]
     assert {row.origin for row in menu} <= {f"menu: keep={keep:g}" for keep in WARM_START}
     assert len(menu) >= 2
@@ -270,6 +429,89 @@ def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path)
     proposed = [row for row in rows if row.origin == OURS]
     assert len(proposed) >= 2
     assert all(row.attributes["predicted"] >= 0 for row in menu + proposed)
+
+
+def check_slopes(study):
+    """The laws of slopes: around different complete plans, of every site and option, and no rows of their own."""
+    trials = slope_trials(study)
+    done = [trial for trial in trials if trial.user_attrs.get("failure") != INTERRUPTED]
+    assert {trial.state for trial in done} == {TrialState.PRUNED}
+    assert not {trial.number for trial in done} & {row.number for row in study.rows()}
+    rows = {row.number: row for row in study.rows()}
+    centres = [rows[trial.user_attrs["slopes_of"]] for trial in done]
+    assert {row.state for row in centres} == {"complete"}
+    assert len({row.plan_key for row in centres}) == len(centres)
+    everything = {trial.number: trial for trial in study._optuna().get_trials()}
+    variables = {variable.name: variable for variable in make_space(study.setup()).variables}
+    for trial in done:
+        assert trial.params == everything[trial.user_attrs["slopes_of"]].params
+        assert trial.user_attrs["slopes"].keys() == variables.keys()
+        for site, (a, b) in trial.user_attrs["slopes"].items():
+            assert len(a) == len(b) == len(variables[site].options)
+            assert a[trial.params[site]] == b[trial.params[site]] == 0
+            assert all(math.isfinite(value) for value in (*a, *b))
+            assert min(b) >= 0
+    return done
+
+
+@pytest.mark.parametrize("objectives", [{"perplexity": {}, "parameters": {}}, {"divergence": {}, "bytes": {}}])
+def test_a_study_measures_slopes_around_its_front(data, tmp_path, objectives):
+    """Never twice around one plan, and neither as trials of the limit nor as rows."""
+    data["objectives"] = objectives
+    study = make_run(again_with(data, trials=20), tmp_path / "run")
+    check_whole(study, {}, 20)
+    done = check_slopes(study)
+    assert len(done) >= 2
+    windows = study.setup().tokens["search"].numel()
+    assert {trial.user_attrs["tokens"] for trial in done} == {(5 + ("divergence" in objectives)) * windows}
+    before = values_of(study)
+    longer = again(study, trials=26)
+    longer.launch(quiet())
+    check_whole(longer, before, 26)
+    assert len(check_slopes(longer)) > len(done)
+
+
+def again_with(data, **search):
+    return data | {"search": data["search"] | search}
+
+
+def test_interrupted_slopes_are_measured_again(data, tmp_path, monkeypatch):
+    measure, stopped = Resident._slopes, []
+
+    def interrupted(self, job):
+        if not stopped:
+            stopped.append(job.plan.key)
+            raise KeyboardInterrupt
+        return measure(self, job)
+
+    monkeypatch.setattr(Resident, "_slopes", interrupted)
+    study = Study(again_with(data, trials=17), tmp_path / "run")
+    with pytest.raises(Interrupted):
+        study.launch(quiet())
+    before = values_of(study)
+    study.launch(quiet())
+    check_whole(study, before, 17)
+    first, second = slope_trials(study)[:2]
+    assert first.user_attrs["failure"] == INTERRUPTED
+    assert first.state == TrialState.FAIL
+    assert second.user_attrs["slopes_of"] == first.user_attrs["slopes_of"]
+    check_slopes(study)
+
+
+def test_slopes_that_fail_cost_no_trial(data, tmp_path, monkeypatch):
+    """The study goes on without them, and does not try again around the same plan."""
+
+    def failing(self, job):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(Resident, "_slopes", failing)
+    study = make_run(again_with(data, trials=20), tmp_path / "run")
+    check_whole(study, {}, 20)
+    trials = slope_trials(study)
+    assert trials
+    assert {trial.user_attrs["failure"] for trial in trials} == {"RuntimeError: out of memory"}
+    assert len({trial.user_attrs["slopes_of"] for trial in trials}) == len(trials)
+    assert len(values_of(study)) == 20
 
 
 def test_predictions_made_before_a_trial_hold(data, tmp_path):

@@ -7,7 +7,7 @@ from rankfront.methods import InputError
 from rankfront.search.config import make_config
 from rankfront.search.driver import WARM_START
 from rankfront.search.predictions import menu_record
-from rankfront.search.sampler import OURS, SAMPLERS
+from rankfront.search.samplers import OURS, SAMPLERS
 
 TRIALS = 7  # three anchors, then four of the sampler's own
 MENU = [f"menu: keep={keep:g}" for keep in WARM_START]  # what our own measures first

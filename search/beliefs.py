@@ -1,0 +1,213 @@
+"""What our sampler believes: measured plans, a surrogate fitted to them, slopes around some of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import moocore
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.methods import Option
+from rankfront.search.allocate import sweep
+from rankfront.search.descent import Descent
+from rankfront.search.goal import Goal
+from rankfront.search.local import Local, Trust, learn_trust, surest
+from rankfront.search.menu import Menu
+from rankfront.search.surrogate import Coefficients, Surrogate
+
+SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation
+CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
+CENTRES = 8  # slopes that steps are taken from at once
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan that is known: its trial, log-divergence, and values as they would be at the first rung."""
+
+    trial: int
+    level: float
+    values: list[float]
+
+
+class Solver(Protocol):
+    """The corrected menu, solved for any budget."""
+
+    def solve(self, budget: float) -> list[int]:
+        """The plan of least predicted divergence within ``budget`` stored values; `InputError` where nothing fits."""
+
+
+def rung_of(trial: FrozenTrial) -> int:
+    """The fidelity that a trial was measured at, 0 the cheapest."""
+    return int(trial.user_attrs.get("rung", 0))
+
+
+class Beliefs:
+    """Everything that the trials of a study taught about the plans on its menu.
+
+    Args:
+        menu: what each option costs and is predicted to hurt.
+        options: site -> its options in the order of the study's integer variables.
+        kinds, blocks: the kind of projection and the block of each line of the menu.
+        goal: the objectives.
+        seed: of posterior samples.
+    """
+
+    def __init__(
+        self,
+        menu: Menu,
+        options: Mapping[str, Sequence[Option]],
+        kinds: Sequence[str],
+        blocks: Sequence[int],
+        goal: Goal,
+        seed: int,
+    ) -> None:
+        self.menu = menu
+        self.options = options
+        self.goal = goal
+        self.surrogate = Surrogate(menu, kinds, blocks, seed)
+        self.measured: dict[tuple[int, ...], Measured] = {}
+        self.locals: list[Local] = []
+        self.trust = Trust()
+        self._fitted = 0
+
+    # -- learning
+
+    def plan_of(self, params: Mapping[str, Any]) -> list[int] | None:
+        """A trial's parameters as places in the menu; None where it took an option that is not on it."""
+        return self.menu.places(
+            {site: self.options[site][int(place)] for site, place in params.items() if site in self.options}
+        )
+
+    def learn(self, study: optuna.Study) -> None:
+        """Fit the surrogate to what is measured, each plan at the highest rung that it has reached.
+
+        Quality is read relative to the dense model of the same rung, whose windows are others; `measured` holds the
+        values as they would be at the first.
+        """
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        if len(finished) == self._fitted:
+            return
+        complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
+        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self.plan_of(t.params) or [1])}
+        dense = {0: self.goal.dense} | at_dense
+        self.measured = {}
+        for trial in sorted(complete, key=rung_of):
+            plan, rung = self.plan_of(trial.params), rung_of(trial)
+            if plan is not None and rung in dense:
+                level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
+                values = list(trial.values)
+                if rung:
+                    values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
+                self.measured[tuple(plan)] = Measured(trial.number, level, values)
+        learned = {plan: found.level for plan, found in self.measured.items() if any(plan)}
+        if learned:
+            plans, levels = np.array(list(learned)), np.array(list(learned.values()))
+            self.surrogate.fit(plans, levels)
+            self.locals = [local for trial in finished if (local := self._local(trial)) is not None]
+            self.trust = learn_trust(self.locals, plans, np.exp(levels))
+        self._fitted = len(finished)
+
+    def _local(self, trial: FrozenTrial) -> Local | None:
+        """The slopes that a trial measured; None where it measured none, or their centre's level is unknown."""
+        packed = trial.user_attrs.get("slopes")
+        plan = self.plan_of(trial.params)
+        if packed is None or plan is None or tuple(plan) not in self.measured:
+            return None
+        first, second = [], []
+        for i, line in enumerate(self.menu.lines):
+            known = dict(zip(self.options[line.site], zip(*packed.get(line.site, [[], []]), strict=True), strict=False))
+            pairs = [known.get(option) or (None, None) for option in line.options]
+            pairs[plan[i]] = (0.0, 0.0)
+            first.append(np.array([0.0 if a is None else a for a, _ in pairs]))
+            second.append(np.array([np.inf if b is None else b for _, b in pairs]))
+        centre = self.measured[tuple(plan)]
+        return Local(centre.trial, np.array(plan), math.exp(centre.level), first, second)
+
+    # -- predicting
+
+    def predict(self, option_of: Mapping[str, Option]) -> float | None:
+        """The quality objective's predicted value for a plan; None where an option is not on the menu."""
+        places = self.menu.places(option_of)
+        if places is None:
+            return None
+        if not any(places):
+            return self.goal.dense
+        return self.goal.loss(float(self.levels([places])[0][0]))
+
+    def levels(
+        self, plans: Sequence[list[int]], coefficients: Coefficients | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
+        nearby, weighted by their precision."""
+        places = np.array(plans)
+        logs = self.surrogate.predict(places, coefficients)
+        near, errors = surest(self.locals, places, self.trust)
+        weight = SURROGATE_ERROR**2 / (SURROGATE_ERROR**2 + errors**2)
+        mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
+        return mixed, SURROGATE_ERROR * np.sqrt(1 - weight)
+
+    def may_meet(self, option_of: Mapping[str, Option]) -> bool:
+        """Whether a plan meets the study's limits on what the plan alone decides."""
+        values = np.array([[-math.inf] * self.goal.count, [math.inf] * self.goal.count])  # what is not known may be any
+        for column, value in self.goal.costs(option_of).items():
+            values[:, column] = value
+        return bool(self.goal.excess(values).min() == 0)
+
+    def front(self) -> list[list[int]]:
+        """The non-dominated plans that meet the study's limits."""
+        met = self.met()
+        if not len(met):
+            return []
+        plans = [plan for plan, found in self.measured.items() if not self.goal.excess(np.array([found.values]))[0]]
+        keep = moocore.is_nondominated(met)
+        return [list(plan) for plan, kept in zip(plans, keep, strict=True) if kept and any(plan)]
+
+    def met(self) -> np.ndarray:
+        """The values of the measured plans that meet the study's limits, (N, d)."""
+        values = np.array([found.values for found in self.measured.values()], dtype=float)
+        values = values.reshape(-1, self.goal.count)
+        met: np.ndarray = values[self.goal.excess(values) == 0]
+        return met
+
+    # -- solving
+
+    def solver(self, coefficients: Coefficients | None = None) -> Solver:
+        """What finds the plan of least predicted divergence at any budget, as far as the trials have taught."""
+        used = coefficients or self.surrogate.mean
+        coupling = self.surrogate.coupling(used)
+        losses = self.surrogate.losses(used)
+        return sweep(self.menu, losses) if coupling is None else Descent(self.menu, losses, coupling)
+
+    def downhill(self, local: Local, shares: Sequence[float]) -> list[list[int]]:
+        """The slopes of ``local``, solved at budgets that are ``shares`` of its centre's, boldly and with caution."""
+        none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
+        centre = self.menu.parameters(local.plan)
+        found = []
+        for caution in CAUTIONS:
+            solved = Descent(self.menu, local.losses(self.trust, caution), none)
+            found += [solved.solve(min(max(share * centre, self.menu.least), self.menu.dense)) for share in shares]
+        return found
+
+    def best_within(self, budget: float) -> tuple[list[int], float]:
+        """Of the measured plans within ``budget`` stored values and those solved for it, the one of least divergence.
+
+        With it, the modelled objective's value: measured where the plan was, else predicted.
+        """
+        plans = [self.solver().solve(budget)]
+        for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:CENTRES]:
+            plans += self.downhill(local, [budget / self.menu.parameters(local.plan)])
+        plans = [plan for plan in plans if self.menu.parameters(plan) <= budget]
+        if budget >= self.menu.dense:
+            return [0] * len(self.menu.lines), self.goal.dense
+        levels = map(float, self.levels(plans)[0])
+        value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}
+        for known, found in self.measured.items():
+            if self.menu.parameters(known) <= budget:
+                value[known] = found.values[self.goal.quality]
+        best = min(value, key=lambda plan: value[plan])
+        return list(best), value[best]
