@@ -12,11 +12,10 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from rankfront.methods import Option
 from rankfront.search.beliefs import CENTRES, SURROGATE_ERROR, Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
-from rankfront.search.goal import Goal, make_goal
+from rankfront.search.goal import make_goal
 from rankfront.search.local import Local
 from rankfront.search.menu import Menu
 from rankfront.search.samplers import INTERRUPTED
@@ -37,33 +36,22 @@ PESSIMISM = 0.5  # standard deviations that a candidate is taken to be worse tha
 
 
 class RankfrontSampler(BaseSampler):
-    """Proposes plans by re-solving the knapsack on a menu that every measured trial corrects.
+    """Proposes plans by solving again what every measured trial corrects.
 
-    Each proposal is the candidate with the largest predicted gain in hypervolume, among the solutions of the
-    corrected menu at many budgets, those of a posterior sample of its coefficients, and switches of levels within
-    front members that keep their budget. Plans that were measured or are running are never proposed again.
+    Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
+    candidates are steps downhill from their centres, at budgets around them, and now and then something global: the
+    solutions of the corrected menu at many budgets, those of a posterior sample of its coefficients, or switches of
+    levels within front members that keep their budget. Plans that were measured or are running are never proposed
+    again.
 
     Args:
-        menu: what each option costs and is predicted to hurt.
-        options: site -> its options in the order of the study's integer variables.
-        kinds, blocks: the kind of projection and the block of each line of the menu.
-        goal: the objectives.
+        beliefs: what is known of the plans, shared with whoever asks for predictions.
         seed: of everything random here.
     """
 
-    def __init__(
-        self,
-        menu: Menu,
-        options: Mapping[str, Sequence[Option]],
-        kinds: Sequence[str],
-        blocks: Sequence[int],
-        goal: Goal,
-        seed: int,
-    ) -> None:
-        self.menu = menu
-        self.options = options
-        self.goal = goal
-        self.beliefs = Beliefs(menu, options, kinds, blocks, goal, seed)
+    def __init__(self, beliefs: Beliefs, seed: int) -> None:
+        self.beliefs = beliefs
+        self.menu, self.options, self.goal = beliefs.menu, beliefs.options, beliefs.goal
         self.random = np.random.default_rng(seed)
 
     # -- Optuna's interface
@@ -253,4 +241,5 @@ def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapp
     blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
     options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
     goal = make_goal(config, space, dense, origin["dtype"])
-    return RankfrontSampler(menu, options, kinds, blocks, goal, config.search.seed)
+    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed)
+    return RankfrontSampler(beliefs, config.search.seed)

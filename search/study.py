@@ -171,7 +171,8 @@ class Study:
             attributes = {"origin": "solve", "anchor": " ".join(constraints)}
             with self.run.lock():
                 storage.enqueue_trial(found.draws, user_attrs=attributes)
-            trials = sum(row.counts for row in self.rows()) + 1
+            # Whatever an interrupted launch left waiting is asked for first.
+            trials = sum(row.counts or row.state == "waiting" for row in self.rows())
             only = {"trials": trials, "tokens": None, "time": None, "workers": 0}
             search = self.config.search.model_copy(update=only)
             Study(self.config.model_copy(update={"search": search}), self.run.path).launch(console)

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
+from rankfront.search.beliefs import Beliefs
 from rankfront.search.driver import WARM_START, Driver
 from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
@@ -92,7 +93,7 @@ class Problem:
 
     def sampler(self, seed):
         kinds, blocks = zip(*((KINDS[site % 2], site // 2) for site in range(self.sites)), strict=True)
-        return RankfrontSampler(self.menu, self.options, kinds, blocks, self.goal, seed)
+        return RankfrontSampler(Beliefs(self.menu, self.options, kinds, blocks, self.goal, seed), seed)
 
     def ask(self, study):
         """A running trial, and the plan it was given."""
@@ -270,7 +271,7 @@ class Overlap(Problem):
 
     def sampler(self, seed):
         kinds, blocks = zip(*((KINDS[line % 2], line // 2) for line in range(len(self.menu.lines))), strict=True)
-        return RankfrontSampler(self.menu, self.options, kinds, blocks, self.goal, seed)
+        return RankfrontSampler(Beliefs(self.menu, self.options, kinds, blocks, self.goal, seed), seed)
 
     def best(self):
         every = itertools.product(*(range(len(found)) for found in self.options.values()))
