@@ -28,9 +28,10 @@ PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
 STEPS_PER_SLOPES = 4  # proposals measured between two passes, all but the last of them from the newest
-GLOBAL_EVERY = 5  # trials of which one solves the corrected menu, though there are slopes
+GLOBAL_EVERY, GLOBAL_MODES = 6, ("solve", "switch")  # one trial in so many is not downhill, though there are slopes
 STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
-NEARBY = 0.04  # kept fraction within which slopes count as measured nearby
+NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
+WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
 SLACK = 0.01  # kept fraction that a much better plan may store more for a front member not to be worth refining
 PESSIMISM = 0.5  # standard deviations that a candidate is taken to be worse than predicted: the best of many flatter
 
@@ -80,7 +81,7 @@ class RankfrontSampler(BaseSampler):
         steps = sum(last < t.number < number and "slopes_of" not in t.user_attrs for t in trials)
         if steps < STEPS_PER_SLOPES - 1:
             return "newest"
-        return MODES[number // GLOBAL_EVERY % len(MODES)] if number % GLOBAL_EVERY == 0 else "any"
+        return GLOBAL_MODES[number // GLOBAL_EVERY % 2] if number % GLOBAL_EVERY == 0 else "any"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -117,7 +118,8 @@ class RankfrontSampler(BaseSampler):
                 continue  # for hardly more storage there is something much better
             inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
-            gain = min(inside, 1.0) * (stored[i + 1] - stored[i - 1]) / (1 + nearby) ** 2
+            gap = min(stored[i + 1] - stored[i - 1], WIDEST)
+            gain = math.sqrt(min(inside, 1.0)) * gap / (1 + nearby) ** 2
             if found.trial not in done and inside < 1 and (best is None or gain > best[0]):
                 best = gain, found.trial
         return None if best is None else best[1]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -259,6 +260,16 @@ def test_joint_sites_with_losses_of_either_sign_stay_compatible(seed):
         plan = descent.solve(budget)
         assert menu.compatible(plan)
         assert menu.parameters(plan) <= budget
+
+
+def test_a_joint_site_stays_where_nothing_is_known_of_leaving_it():
+    """As slopes around a plan that treats two weights as one: they say what single sites would change, but not that."""
+    singles = [make_line(name, [80, 10], [0.0, 1.0]) for name in "ab"]
+    menu = Menu((*singles, replace(make_line("a+b", [160, 100], [0.0, 0.1]), weights=("a", "b"))))
+    losses = [np.array([0.0, -0.1]), np.array([0.0, 2.0]), np.array([np.inf, 0.0])]
+    descent = Descent(menu, losses, nothing(menu))
+    for budget in (100, 120, 150):
+        assert descent.solve(budget) == [0, 0, 1]
 
 
 # -- the path and the ends

@@ -3,16 +3,18 @@
 import itertools
 
 import numpy as np
+import optuna
 import pytest
 from launching import again, make_run, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
+from rankfront.search.driver import Driver
 from rankfront.search.fidelity import pareto_order, rung_windows
 from rankfront.search.plan import Plan
 from rankfront.search.samplers import INTERRUPTED, OURS
 from rankfront.search.study import Interrupted, Study
 from rankfront.search.text import hash_tokens
-from rankfront.search.trial import Resident
+from rankfront.search.trial import Resident, make_space
 
 LENGTH, WINDOWS, RUNGS, REDUCTION, TRIALS = 32, 10, (32, 64, 128), 3, 25  # the rungs read 7 windows, 3 are spare
 DENSE = Plan(()).key
@@ -320,6 +322,37 @@ def test_an_interrupted_dense_model_is_measured_again(data, tmp_path, monkeypatc
     dense = [row.rung for row in complete(study) if row.plan_key == DENSE]
     assert dense == list(range(len(RUNGS)))
     check_promotions(study)
+
+
+def make_driver(data, run):
+    """A driver over a study in memory, and its resident model."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = Study(data, run)
+    setup = study.setup()
+    memory = optuna.create_study(directions=["minimize"] * 2)
+    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None), Resident(setup)
+
+
+def test_nothing_goes_on_before_the_dense_model_is_measured(data, tmp_path):
+    """Of several workers the one with the dense model may be the last."""
+    driver, resident = make_driver(data, tmp_path / "run")
+    jobs = [driver.next() for _ in range(REDUCTION + 1)]
+    assert not jobs[0].plan.choices
+    for job in jobs[1:]:
+        driver.finish(job, resident.run(job))
+    assert not [row for row in driver.rows() if row.rung]
+    driver.finish(jobs[0], resident.run(jobs[0]))
+    assert [row.state for row in driver.rows() if row.rung == 1] == ["waiting"] * 2  # dense, and one of three
+
+
+def test_without_the_dense_model_a_study_stays_on_the_first_rung(data, tmp_path):
+    driver, resident = make_driver(data, tmp_path / "run")
+    while not driver.done:
+        job = driver.next()
+        dense = job.kind == "trial" and not job.plan.choices
+        driver.finish(job, {"failure": "not finite: perplexity is inf"} if dense else resident.run(job))
+    assert {row.rung for row in driver.rows()} == {0}
+    assert driver.spent == TRIALS
 
 
 def test_a_failed_trial_does_not_go_on(data, tmp_path, monkeypatch):

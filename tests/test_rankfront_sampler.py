@@ -459,16 +459,16 @@ def check_slopes(study):
 def test_a_study_measures_slopes_around_its_front(data, tmp_path, objectives):
     """Never twice around one plan, and neither as trials of the limit nor as rows."""
     data["objectives"] = objectives
-    study = make_run(again_with(data, trials=20), tmp_path / "run")
-    check_whole(study, {}, 20)
+    study = make_run(again_with(data, trials=17), tmp_path / "run")
+    check_whole(study, {}, 17)
     done = check_slopes(study)
     assert len(done) >= 2
     windows = study.setup().tokens["search"].numel()
     assert {trial.user_attrs["tokens"] for trial in done} == {(5 + ("divergence" in objectives)) * windows}
     before = values_of(study)
-    longer = again(study, trials=26)
+    longer = again(study, trials=22)
     longer.launch(quiet())
-    check_whole(longer, before, 26)
+    check_whole(longer, before, 22)
     assert len(check_slopes(longer)) > len(done)
 
 
@@ -506,13 +506,13 @@ def test_slopes_that_fail_cost_no_trial(data, tmp_path, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(Resident, "_slopes", failing)
-    study = make_run(again_with(data, trials=20), tmp_path / "run")
-    check_whole(study, {}, 20)
+    study = make_run(again_with(data, trials=14), tmp_path / "run")
+    check_whole(study, {}, 14)
     trials = slope_trials(study)
     assert trials
     assert {trial.user_attrs["failure"] for trial in trials} == {"RuntimeError: out of memory"}
     assert len({trial.user_attrs["slopes_of"] for trial in trials}) == len(trials)
-    assert len(values_of(study)) == 20
+    assert len(values_of(study)) == 14
 
 
 def test_predictions_made_before_a_trial_hold(data, tmp_path):

@@ -34,9 +34,9 @@ class Between(nn.Module):
 class World:
     """A tiny model that runs a plan: every site, the embedding too, at dense or at one of its svd options."""
 
-    def __init__(self, name, folder, seed=0, treated=True):
-        self.model = common.architecture(name).build()
-        self.store = FactorStore(name, "text", torch.float32, folder)
+    def __init__(self, name, folder, seed=0, treated=True, dtype=torch.float32):
+        self.model = common.architecture(name).build().to(dtype)
+        self.store = FactorStore(name, "text", dtype, folder)
         self.sites = [site for site in find_sites(self.model) if get_method("svd").refuses(site) is None]
         self.wanted, self.current, self.dense = {}, {}, {}
         random = np.random.default_rng(seed)
@@ -188,6 +188,17 @@ def test_it_says_what_a_small_step_changes(llama):
         moved = [llama.moving(site.weights[0].path, start + sign * step, 0 * step)[0] for sign in (-1, 1)]
         before, after = (score(model, windows()).loss for model in moved)
         assert found[site.name][option.label][0] == pytest.approx((after - before) / 0.02, rel=0.02, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_says_the_same(name, tmp_path):
+    """Within what rounding leaves of sums over few tokens."""
+    exact, half = (World(name, tmp_path / str(dtype), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    switches = [(site, option) for site, option in every(exact) if option != exact.current[site.name]]
+    found = [world.slopes(world.teacher) for world in (exact, half)]
+    a, b = np.array([[one[site.name][option.label] for site, option in switches] for one in found]).transpose(2, 0, 1)
+    assert np.corrcoef(a)[0, 1] > 0.98
+    assert np.corrcoef(np.log(b))[0, 1] > 0.9
 
 
 # -- what must hold
