@@ -119,7 +119,7 @@ class RankfrontSampler(BaseSampler):
             inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
             gap = min(stored[i + 1] - stored[i - 1], WIDEST)
-            gain = math.sqrt(min(inside, 1.0)) * gap / (1 + nearby) ** 2
+            gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
             if found.trial not in done and inside < 1 and (best is None or gain > best[0]):
                 best = gain, found.trial
         return None if best is None else best[1]
