@@ -27,7 +27,7 @@ from rankfront.search.space import Space
 from rankfront.search.trial import Job, Record
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
-WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # kept fractions of the treated weights at which the menu is measured
+WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions of the treated weights at which the menu is measured
 MAX_DEAD = 3  # workers in a row that died without finishing anything
 
 Listener = Callable[["Driver"], None]
