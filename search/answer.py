@@ -49,7 +49,7 @@ def answer(
 
     Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide, or none is met.
     """
-    record, dense = menu_record(study.user_attrs), dense_row(rows)
+    record, dense = menu_record(study.user_attrs), dense_row(rows, rung=0)
     if config.search.sampler != OURS:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:

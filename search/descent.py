@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rankfront.methods import InputError
+from rankfront.search.allocate import sweep
 from rankfront.search.menu import Menu
 
 MULTIPLIERS = 48  # along the path, from one that keeps everything dense to one that keeps everything cheapest
@@ -22,6 +23,7 @@ BISECTIONS = 8  # multipliers tried between two of the path for a given budget
 ROUNDS = 50  # passes over the sites for one multiplier; a handful is enough
 EXCHANGES = 200  # pairs of moves made at most after that
 PAIRED = 256  # moves up and moves down of which every pair is looked at
+FEW = 32  # lines
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
 Places = list[int]
@@ -83,6 +85,8 @@ class Descent:
                     candidates.append(places)
                 else:
                     low = middle
+        if len(self._all) <= FEW:  # where a local optimum can be far off, start from the additive one too
+            candidates.append(np.array(sweep(self.menu, self.losses).solve(budget)))
         distinct = {tuple(places): places for places in candidates}.values()
         refined = [self._exchange(self._fill(places, budget), budget) for places in distinct]
         values = [self.value(places) for places in refined]
@@ -136,8 +140,8 @@ class Descent:
         trial = r.copy()
         trial[i] = self._r[i, place]
         for j in rivals:
-            trial[j] = 0.0
-            change -= priced[j, places[j]]
+            trial[j] = self._r[j, 0]
+            change += priced[j, 0] - priced[j, places[j]]
         if rivals:
             alone = self._r[i, place] * pull[i] - r[i] * pull[i]
             change += 0.5 * float(trial @ self.coupling @ trial - r @ self.coupling @ r) - float(alone)

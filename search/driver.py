@@ -145,7 +145,7 @@ class Driver:
 
     def _start_ours(self) -> None:
         """Once the menu and the dense model are measured: queue the predicted front, and hand over to our sampler."""
-        dense = dense_row(self.rows())
+        dense = dense_row(self.rows(), rung=0)
         if not self.ours or self.record is None or dense is None or self.menu is not None:
             return
         self.menu = make_menu(self.space.wanted(), self.record["predictions"], self.record.get("cosines"))
@@ -315,10 +315,7 @@ class Driver:
             self.study.set_user_attr(f"report {job.number}", record)
             self.reporting.discard(job.number)
         elif job.kind == "slopes":
-            trial = self.running.pop(job.number)
-            for key, value in record.items():
-                trial.set_user_attr(key, value)
-            self.study.tell(trial, state=TrialState.PRUNED)  # its plan was measured before
+            self._finish_slopes(self.running.pop(job.number), record)
         elif "failure" in record:
             self._fail(self.running.pop(job.number), record["failure"])
         else:
@@ -335,6 +332,12 @@ class Driver:
             self.ladder.promote(self.rows())
         self.listener(self)
 
+    def _finish_slopes(self, trial: optuna.Trial, record: Record) -> None:
+        """Keep what was measured around a plan; the trial is a repetition of that plan's."""
+        for key, value in record.items():
+            trial.set_user_attr(key, value)
+        self.study.tell(trial, state=TrialState.PRUNED)
+
     def _menu_arrived(self, part: int, record: Record) -> None:
         if "failure" in record:
             source = self.config.search.menu
@@ -347,8 +350,10 @@ class Driver:
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died; the study goes on, unless workers die again and again."""
         self.dead += 1
-        if job.kind in ("trial", "slopes"):
+        if job.kind == "trial":
             self._fail(self.running.pop(job.number), reason)
+        elif job.kind == "slopes":
+            self._finish_slopes(self.running.pop(job.number), {"failure": reason})
         elif job.kind == "menu":
             self.menu_asked.discard(job.number)
         else:

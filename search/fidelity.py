@@ -53,18 +53,24 @@ class Ladder:
     reduction: int
 
     def promote(self, rows: Sequence[Row]) -> None:
-        """Queue what is due at every rung but the first, and before it the dense model there."""
+        """Queue what is due at every rung but the first, and before it the dense model there.
+
+        Of the plans in the best ``1 / reduction`` of a rung as it stands, those that were not moved on before, as long
+        as no more than that share have moved on in all.
+        """
         if self.rungs < 2:
             return
         dense = next((row for row in rows if not row.rung and row.state == "complete" and row.is_dense), None)
         for rung in range(self.rungs - 1) if dense else ():
             here = [row for row in rows if row.rung == rung and row.state == "complete" and not row.is_dense]
+            moved = [row for row in here if self._is_queued(row.number, rung + 1)]
             due = len(here) // self.reduction
-            for place in pareto_order(np.array([list(row.values.values()) for row in here]))[:due] if due else ():
-                if not self._is_queued(here[place].number, rung + 1):
-                    if dense and not self._is_queued(dense.number, rung + 1):
-                        self._queue(dense.number, rung + 1)
-                    self._queue(here[place].number, rung + 1)
+            best = pareto_order(np.array([list(row.values.values()) for row in here]))[:due] if due else []
+            chosen = [here[place] for place in best if here[place] not in moved][: max(due - len(moved), 0)]
+            if dense and (chosen or moved) and not self._is_queued(dense.number, rung + 1):
+                self._queue(dense.number, rung + 1)
+            for row in chosen:
+                self._queue(row.number, rung + 1)
 
     def _is_queued(self, number: int, rung: int) -> bool:
         """Whether trial ``number`` waits, runs or was measured at ``rung`` already; an interrupted one is due again."""

@@ -79,13 +79,13 @@ OWN_COLUMNS = ("origin", "plan", "plan_key", "failure", "anchor")
 
 
 def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
-    """Every trial of a study, in order; proposals that had been measured before are left out."""
+    """Every trial of a study, in order; proposals that had been measured before, and slopes, are left out."""
     reports = study.user_attrs
     trials = study.get_trials(deepcopy=False)
     return [
         _row(trial, objectives, reports.get(f"report {trial.number}"))
         for trial in trials
-        if trial.state != TrialState.PRUNED
+        if trial.state != TrialState.PRUNED and "slopes_of" not in trial.user_attrs
     ]
 
 
@@ -136,9 +136,10 @@ def front_of(rows: Iterable[Row]) -> list[Row]:
     )
 
 
-def dense_row(rows: Iterable[Row]) -> Row | None:
-    """The comparable row that measured the dense model, where there is one."""
-    return next((row for row in comparable(rows) if row.is_dense), None)
+def dense_row(rows: Iterable[Row], rung: int | None = None) -> Row | None:
+    """The complete row that measured the dense model at ``rung``; by default at the highest rung that has one."""
+    found = [row for row in rows if row.is_dense and row.state == "complete" and rung in (None, row.rung)]
+    return max(found, key=lambda row: row.rung, default=None)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class RankfrontSampler(BaseSampler):
         if since < STEPS_PER_SLOPES:
             return None
         front = sorted(self.beliefs.front(), key=self.menu.parameters)
-        done = {t.user_attrs["slopes_of"] for t in asked}
+        done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
         stored = np.array([self.menu.least, *map(self.menu.parameters, front), self.menu.dense]) / self.menu.dense
         centres = np.array([self.menu.parameters(local.plan) for local in self.beliefs.locals])
         best: tuple[float, int] | None = None
@@ -120,7 +120,7 @@ class RankfrontSampler(BaseSampler):
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
             gap = min(stored[i + 1] - stored[i - 1], WIDEST)
             gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
-            if found.trial not in done and inside < 1 and (best is None or gain > best[0]):
+            if tuple(plan) not in done and inside < 1 and (best is None or gain > best[0]):
                 best = gain, found.trial
         return None if best is None else best[1]
 

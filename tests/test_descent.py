@@ -330,3 +330,37 @@ def test_what_it_is_given_stays_as_it_is():
     Descent(menu, losses, coupling).solve(menu.dense // 2 + menu.least // 2)
     assert all(np.array_equal(a, b) for a, b in zip(losses, before[0], strict=True))
     assert np.array_equal(coupling, before[1])
+
+
+# -- rivals, and few lines
+
+
+def test_a_joint_centre_stays_where_nothing_is_known_of_leaving_it():
+    singles = [make_line(name, [80, 10], [0.0, 1.0]) for name in "ab"]
+    menu = Menu((*singles, replace(make_line("a+b", [160, 100], [0.0, 0.1]), weights=("a", "b"))))
+    slopes = [np.array([0.0, -0.1]), np.array([0.0, 2.0]), np.array([np.inf, 0.0])]  # a+b treated at the centre
+    descent = Descent(menu, slopes, nothing(menu))
+    assert np.isfinite(descent.value(descent.solve(120)))  # [0, 0, 1] stores 100 and changes nothing
+
+
+def test_a_move_counts_what_its_rivals_lose():
+    """Giving up `a+b` costs 5, more than moving `a` gains."""
+    singles = [make_line(name, [80, 10], [0.0, 1.0]) for name in "ab"]
+    menu = Menu((*singles, replace(make_line("a+b", [160, 100], [0.0, 0.1]), weights=("a", "b"))))
+    slopes = [np.array([0.0, -0.1]), np.array([0.0, 2.0]), np.array([5.0, 0.0])]
+    descent, places, multiplier = Descent(menu, slopes, nothing(menu)), np.array([0, 0, 1]), 1e-3
+    before = descent._priced(places, multiplier)
+    priced = descent._e - multiplier * descent._saved
+    descent._improve(0, places, priced, descent._r[descent._all, places], np.zeros(3))
+    assert descent._priced(places, multiplier) <= before
+
+
+def test_it_is_never_worse_than_the_additive_plan():
+    for seed in range(12):
+        for lines, options in ((4, 5), (5, 4), (6, 4)):
+            menu = random_menu(seed, lines, options)
+            for scale in (0.0, 0.5):
+                descent, additive = Descent(menu, divergences(menu), cosines(menu, seed, scale)), sweep(menu)
+                for budget in np.linspace(menu.least, menu.dense, 10):
+                    ours = descent.value(descent.solve(budget))
+                    assert ours <= descent.value(additive.solve(budget)) + 1e-9, (seed, lines, scale, budget)

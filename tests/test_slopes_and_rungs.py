@@ -1,0 +1,76 @@
+"""Where slopes, rungs, interruptions and failures meet."""
+
+import pytest
+from launching import again, make_run, quiet
+from test_fidelity import DENSE, make_data
+from test_rankfront_sampler import Problem, make_driver, measure_slopes
+
+from rankfront.search.driver import Driver
+from rankfront.search.samplers import OURS
+from rankfront.search.study import Interrupted, Study
+from rankfront.search.trial import Resident, make_space
+
+
+def test_slopes_are_not_measured_again_around_a_promoted_plan():
+    problem = Problem()
+    sampler = problem.sampler(0)
+    study = problem.study(sampler)
+    problem.run(study, 12)
+    number = sampler.slopes_due(study)
+    measure_slopes(problem, study, number)
+    source = study.get_trials()[number]
+    for params in (dict.fromkeys(problem.options, 0), source.params):
+        study.enqueue_trial(params, user_attrs={"rung": 1, "promoted": number})
+        problem.tell(study, *problem.ask(study))
+    for _ in range(12):
+        problem.run(study, 4)
+        due = sampler.slopes_due(study)
+        if due is not None:
+            assert study.get_trials()[due].params != source.params
+            measure_slopes(problem, study, due)
+
+
+def test_the_goal_is_that_of_the_first_rung_after_a_resume(model_folder, text_file, tmp_path):
+    study = make_run(make_data(model_folder, text_file, OURS, rungs=[32, 64], reduction=2, trials=20), tmp_path / "run")
+    longer, dense = again(study, trials=30), {}
+    dense = {row.rung: row.values["perplexity"] for row in study.rows() if row.plan_key == DENSE}
+    setup = longer.setup()
+    driver = Driver(longer._optuna(), longer.config, make_space(setup), setup.origin(), lambda driver: None)
+    assert driver.sampler.goal.dense == dense[0] != dense[1]
+
+
+@pytest.mark.parametrize("what", ["interrupted", "failed"])
+def test_a_run_without_the_dense_model_at_the_highest_rung_goes_on(
+    model_folder, text_file, tmp_path, monkeypatch, what
+):
+    trial, seen = Resident._trial, []
+
+    def spoiled(self, job):
+        if job.rung == 1 and not job.plan.choices and not seen:
+            seen.append(job)
+            if what == "interrupted":
+                raise KeyboardInterrupt
+            return {"failure": "not finite: perplexity is inf"}
+        return trial(self, job)
+
+    monkeypatch.setattr(Resident, "_trial", spoiled)
+    study = Study(make_data(model_folder, text_file, OURS, rungs=[32, 64], reduction=2, trials=16), tmp_path / "run")
+    try:
+        study.launch(quiet())
+    except Interrupted:
+        study = again(study, trials=len([row for row in study.rows() if row.state == "complete"]) + 1)
+        study.launch(quiet())
+    study = again(study, trials=22)
+    study.launch(quiet())
+    assert study.hypervolume() > 0
+
+
+def test_slopes_lost_with_their_worker_count_for_nothing(model_folder, text_file, tmp_path):
+    study = Study(make_data(model_folder, text_file, OURS, rungs=[]), tmp_path / "run")
+    driver, resident = make_driver(study), Resident(study.setup())
+    while (job := driver.next()).kind != "slopes":
+        driver.finish(job, resident.run(job))
+    spent, rows = driver.spent, len([row for row in driver.rows() if row.plan_key])
+    driver.lost(job, "the worker died")
+    assert driver.spent == spent
+    assert len(driver.rows()) == rows
