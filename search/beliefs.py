@@ -72,7 +72,7 @@ class Beliefs:
         self.surrogate = Surrogate(menu, kinds, blocks, seed)
         self.measured: dict[tuple[int, ...], Measured] = {}
         self.locals: list[Local] = []
-        self.trust = Trust()
+        self.trusts: list[Trust] = []  # of each of them
         self._fitted = 0
 
     # -- learning
@@ -109,7 +109,7 @@ class Beliefs:
             plans, levels = np.array(list(learned)), np.array(list(learned.values()))
             self.surrogate.fit(plans, levels)
             self.locals = [local for trial in finished if (local := self._local(trial)) is not None]
-            self.trust = learn_trust(self.locals, plans, np.exp(levels))
+            self.trusts = [learn_trust(self.locals, plans, np.exp(levels), own) for own in self.locals]
         self._fitted = len(finished)
 
     def _local(self, trial: FrozenTrial) -> Local | None:
@@ -146,7 +146,7 @@ class Beliefs:
         nearby, weighted by their precision."""
         places = np.array(plans)
         logs = self.surrogate.predict(places, coefficients)
-        near, errors = surest(self.locals, places, self.trust)
+        near, errors = surest(self.locals, places, self.trusts)
         weight = SURROGATE_ERROR**2 / (SURROGATE_ERROR**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
         return mixed, SURROGATE_ERROR * np.sqrt(1 - weight)
@@ -187,9 +187,10 @@ class Beliefs:
         """The slopes of ``local``, solved at budgets that are ``shares`` of its centre's, boldly and with caution."""
         none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
         centre = self.menu.parameters(local.plan)
+        trust = self.trusts[self.locals.index(local)]
         found = []
         for caution in CAUTIONS:
-            solved = Descent(self.menu, local.losses(self.trust, caution), none)
+            solved = Descent(self.menu, local.losses(trust, caution), none)
             found += [solved.solve(min(max(share * centre, self.menu.least), self.menu.dense)) for share in shares]
         return found
 

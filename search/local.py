@@ -20,10 +20,11 @@ FIRST, SECOND = (0.75, 0.2), (3.0, 1.5)
 BOUNDS = ((0.2, 1.5), (1.0, 12.0))
 ERROR, FLOOR = 0.25, 0.004  # of a predicted change: relative to its terms, and in nats
 LEARN_BELOW = 0.5  # of a centre's divergence: changes surer than that teach α and κ
+ELSEWHERE = 3.0  # times as large as around its own centre is the error of what another one teaches
 LEAST_SHARE = 0.3  # of a centre's divergence that a prediction leaves at least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Local:
     """Slopes around one measured plan.
 
@@ -79,25 +80,26 @@ def error_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return FLOOR + ERROR * (abs(FIRST[0] * a) + SECOND[0] * b)
 
 
-def surest(found: Sequence[Local], plans: np.ndarray, trust: Trust) -> tuple[np.ndarray, np.ndarray]:
+def surest(found: Sequence[Local], plans: np.ndarray, trusts: Sequence[Trust]) -> tuple[np.ndarray, np.ndarray]:
     """log D of plans (T, lines) by the centre that is surest of each, and its standard deviation, (T,) each."""
     logs, errors = np.zeros(len(plans)), np.full(len(plans), np.inf)
-    for local in found:
+    for local, trust in zip(found, trusts, strict=True):
         value, error = local.predict(plans, trust)
         better = error < errors
         logs[better], errors[better] = value[better], error[better]
     return logs, errors
 
 
-def learn_trust(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> Trust:
+def learn_trust(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray, own: Local | None = None) -> Trust:
     """The posterior mode of α and κ for measured ``plans`` (T, lines) and their ``divergence`` (T,).
 
     Each plan is read through every centre but itself; the error of a change is Gaussian, in proportion to its terms.
+    For the slopes of ``own``, what was learned around other centres says less.
     """
     rows, targets = [[1 / FIRST[1], 0.0], [0.0, 1 / SECOND[1]]], [FIRST[0] / FIRST[1], SECOND[0] / SECOND[1]]
     for local in found:
         a, b = local.sums(plans)
-        error = error_of(a, b)
+        error = error_of(a, b) * (1.0 if own in (None, local) else ELSEWHERE)
         for i in np.flatnonzero((plans != local.places).any(1) & (error < LEARN_BELOW * local.divergence)):
             rows.append([a[i] / error[i], b[i] / error[i]])
             targets.append((divergence[i] - local.divergence) / error[i])

@@ -211,8 +211,10 @@ class RankfrontSampler(BaseSampler):
         gains[excess > 0] = -1.0
         if gains.max() > 0:
             return gains
-        distance: np.ndarray = points.max(1) + np.where(excess > 0, 1e6, 0.0)
-        return -distance  # nothing predicted inside the box: come as near to it as possible
+        # Nothing is predicted to gain: what the front dominates least, in every objective at once, may do so after all.
+        depth = (points[:, None, :] - front[None, :, :]).min(2).max(1) if len(front) else points.max(1)
+        behind: np.ndarray = depth + np.where(excess > 0, 1e6, 0.0)
+        return -behind
 
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a

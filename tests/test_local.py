@@ -124,23 +124,25 @@ def test_the_surest_centre_is_asked():
         places[:differing] = 1
         centres.append(make_local(trial, trial, places))
     plans = np.concatenate([base[None], *(near(local, 5, 10, 6) for local in centres)])
-    logs, errors = surest(centres, plans, PRIOR)
+    logs, errors = surest(centres, plans, [PRIOR] * len(centres))
     for plan, log, error in zip(plans, logs, errors, strict=True):
         every = [[float(value[0]) for value in local.predict(plan[None], PRIOR)] for local in centres]
         expected = min(every, key=lambda pair: pair[1])
         assert (log, error) == pytest.approx(expected)
-    assert surest(centres[::-1], plans, PRIOR)[0] == pytest.approx(logs)
+    assert surest(centres[::-1], plans, [PRIOR] * len(centres))[0] == pytest.approx(logs)
     for local in centres:
-        assert surest(centres, local.places[None], PRIOR)[0] == pytest.approx([math.log(local.divergence)])
+        assert surest(centres, local.places[None], [PRIOR] * len(centres))[0] == pytest.approx(
+            [math.log(local.divergence)]
+        )
 
 
 def test_without_slopes_nobody_is_sure():
     plans = np.zeros((3, LINES), dtype=int)
-    assert (surest([], plans, PRIOR)[1] == math.inf).all()
+    assert (surest([], plans, [])[1] == math.inf).all()
     local = make_local(0, 0, np.ones(LINES, dtype=int))
     for b in local.second:
         b[0] = np.inf
-    assert (surest([local], plans, PRIOR)[1] == math.inf).all()
+    assert (surest([local], plans, [PRIOR])[1] == math.inf).all()
 
 
 # -- how far they are believed
@@ -246,3 +248,16 @@ def test_the_same_measurements_give_the_same_trust():
     plans = near(local, 0, 20, 8)
     values = measured(local, plans, 0.9, 4.0, 0.2)
     assert learn_trust([local], plans, values) == learn_trust([local], plans, values)
+
+
+def test_what_was_learned_elsewhere_says_less():
+    """Plans around one centre teach its own slopes all they can, and another centre's only some of it."""
+    found = [make_local(seed, seed, np.full(LINES, seed)) for seed in (0, 1)]
+    for local in found:
+        for b in local.second:
+            b[1 - int(local.places[0])] = 1.0
+    plans = near(found[1], 1, 30, 8)
+    values = measured(found[1], plans, 0.75, 6.0)
+    other, own = (learn_trust(found, plans, values, local) for local in found)
+    assert own == learn_trust(found, plans, values)
+    assert SECOND[0] < other.second < own.second
