@@ -45,7 +45,7 @@ from rankfront.search.trial import Job, Resident
 
 RESULTS = Path(__file__).parent / "results"
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
-SHOWN = (0.9, 0.8, 0.7, 0.6)
+SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
 
@@ -241,6 +241,7 @@ def report(bench: Bench, found: Found) -> dict[str, object]:
 def table(cells: list[dict[str, object]]) -> str:
     """Median over seeds of every row and budget, as markdown."""
     head = ["budget", "row", "seeds", "tokens", "hypervolume", *(f"ppl at {keep}" for keep in SHOWN), "overhead, s"]
+    head.append("Spearman")
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     groups: dict[tuple[int, str], list[dict]] = {}
     for cell in cells:
@@ -253,9 +254,34 @@ def table(cells: list[dict[str, object]]) -> str:
         shown = [f"{median(values):.1f}" if values else "-" for values in at]
         tokens, overhead = (median(cell[key] for cell in members) for key in ("tokens", "overhead"))
         volume = f"{median(volumes):.4f}{spread}"
+        ranked = [cell["spearman"] for cell in members if cell["spearman"] is not None]
         row_cells = [f"{budget:,}", row, str(len(members)), f"{tokens:,.0f}", volume, *shown, f"{overhead:.1f}"]
+        row_cells.append(f"{median(ranked):.3f}" if ranked else "-")
         lines.append(f"| {' | '.join(row_cells)} |")
     return "\n".join(lines)
+
+
+PAGE = """# Search against search
+
+SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense. What is measured and how is said at the top of
+`studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first.
+
+{table}
+
+{sources}
+"""
+
+
+def sources(cells: list[dict[str, object]]) -> str:
+    """Commit and machine of every cell, those that share them together."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        where = str(cell["from"]).partition("commit: ")[2].replace("\nmachine: ", ", ")
+        groups.setdefault(where, []).append(f"{cell['row']} {cell['budget']:,} seed {cell['seed']}")
+    lines = [f"- commit {where}: {'; '.join(members)}" for where, members in groups.items()]
+    return "\n".join(
+        ["Command: `python studies/search_benchmark.py TEXT --rows ... --budgets ... --seeds ...`", "", *lines]
+    )
 
 
 def main() -> None:
@@ -284,8 +310,9 @@ def main() -> None:
                 with file.open("a") as out:
                     out.write(json.dumps(cell) + "\n")
                 print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
-    print(table(cells))
-    print(provenance())
+    page = PAGE.format(table=table(cells), sources=sources(cells))
+    (RESULTS / "search.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":
