@@ -162,10 +162,10 @@ def _delete_first(cache):
 
     subject = Resident.subject
 
-    def deleting(self, plan, clock):
+    def deleting(self, plan, clock, rung=0):
         for path in cache.rglob("*.safetensors"):
             path.unlink()
-        return subject(self, plan, clock)
+        return subject(self, plan, clock, rung)
 
     return deleting
 
