@@ -21,7 +21,10 @@ from launching import (
 
 from rankfront.methods import InputError
 from rankfront.search.driver import WorkersDied
+from rankfront.search.predictions import menu_jobs
+from rankfront.search.samplers import OURS
 from rankfront.search.study import Study
+from rankfront.search.trial import make_space
 from rankfront.search.workers import DIED
 
 TRIALS = 8
@@ -180,3 +183,21 @@ def test_ctrl_c_ends_the_cluster_too(data, tmp_path):
     shorter = again(study, workers=0, trials=len(before) + 1)
     shorter.launch(quiet())
     check_whole(shorter, before, len(before) + 1)
+
+
+@pytest.mark.parametrize("source", ["probes", "gradient"])
+def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, source):
+    """Probes are jobs like trials: every part is measured once, by whichever worker is free, and so are slopes."""
+    data = small_data(model_folder, text_file, sampler=OURS, menu=source, trials=14, workers=2)
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 14)
+    attributes = study._optuna().user_attrs
+    parts = [name for name in attributes if name.startswith("menu ")]
+    wanted = make_space(study.setup()).wanted()
+    assert len(parts) == attributes["menu 0"]["jobs"] == menu_jobs(source, len(wanted))
+    assert (len(parts) > 1) == (source == "probes")
+    sites = [site for name in parts for site in attributes[name]["predictions"]]
+    assert len(set(sites)) == len(sites) == len(wanted)
+    slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
+    assert slopes
+    assert all("slopes" in trial.user_attrs for trial in slopes)

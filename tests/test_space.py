@@ -7,6 +7,7 @@ import pytest
 from rankfront.methods import DENSE_OPTION, Grid, InputError, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.model import Place, find_sites
+from rankfront.search.plan import check_disjoint
 from rankfront.search.space import Space, Tied
 
 KEEP = (0.3, 0.5, 0.8)
@@ -250,3 +251,25 @@ def test_an_anchor_between_levels_is_the_nearest_once():
 def test_needs_are_those_of_the_methods_in_the_space():
     assert make_space(methods=["svd"]).needs == frozenset()
     assert make_space(methods=["svd", "asvd", "svd-llm"]).needs == {"absolute", "gram"}
+
+
+# -- sites that share weights
+
+
+def test_general_samplers_never_treat_a_weight_twice():
+    """They draw every variable; where draws overlap, the larger site keeps its weights."""
+    space = make_space()
+    singles = {site.name: site for site in space.choices}
+    pair = [singles[f"model.layers.0.{kind}"] for kind in list(KINDS)[:2]]
+    joint = type(pair[0])("model.layers.0.pair", tuple(weight for site in pair for weight in site.weights))
+    option = next(iter(space.choices[pair[0]].options.values()))
+    space.choices[joint] = space.choices[pair[0]]
+    drawn = dict.fromkeys([*singles, joint.name], option)
+    kept = space._disjoint(drawn)
+    assert set(kept) == set(drawn) - {site.name for site in pair}
+    assert set(space._disjoint(drawn | {joint.name: DENSE_OPTION})) == set(singles)
+    check_disjoint([site for site in space.choices if site.name in kept])
+    with pytest.raises(
+        InputError, match=r"treats 'model.layers.0.* twice, at 'model.layers.0.*leave one of them dense"
+    ):
+        check_disjoint([joint, pair[1]])
