@@ -18,7 +18,8 @@ MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded u
 Places = list[int]
 
 
-def _check(menu: Menu, budget: float) -> None:
+def check_budget(menu: Menu, budget: float) -> None:
+    """Raise `InputError` where nothing on the menu fits ``budget`` stored values."""
     if budget < menu.least:
         raise InputError(
             f"a budget of {budget:,.0f} parameters is below the {menu.least:,} that every site at its cheapest option"
@@ -46,7 +47,7 @@ class Sweep:
 
     def solve(self, budget: float) -> Places:
         """The optimum within ``budget`` stored values; `InputError` where nothing fits."""
-        _check(self.menu, budget)
+        check_budget(self.menu, budget)
         # Costs are rounded up to the grid, and so would be dense: its own budget is the last column.
         last = len(self.loss) - 1
         column = last if budget >= self.menu.dense else min(int(budget // self.unit), last)
@@ -157,7 +158,7 @@ def _rule(menu: Menu, choose: Callable[[Line], int]) -> Places:
 
 def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places]) -> Places:
     """The plan of ``rule`` at the knob in [0, 1] that stores the most within ``budget``; plans grow with the knob."""
-    _check(menu, budget)
+    check_budget(menu, budget)
     low, high = 0.0, 1.0
     if menu.parameters(rule(high)) <= budget:
         return rule(high)
@@ -230,7 +231,7 @@ def sensitivity(menu: Menu, budget: float) -> Places:
 
     Options are visited by rising divergence; a site moves to an option when it stores less than what it has.
     """
-    _check(menu, budget)
+    check_budget(menu, budget)
     places = [0] * len(menu.lines)
     stored = menu.dense
     effects = [(float(d), i, k) for i, line in enumerate(menu.lines) for k, d in enumerate(line.divergence) if k]

@@ -74,20 +74,16 @@ def answer(
     for _ in range(TRIES):
         places, value = beliefs.best_within(budget)
         found = figures(places)
-        over = max((found[limit.figure] / limit.bound for limit in limits if not _holds(limit, found)), default=None)
+        over = max(
+            (found[limit.figure] / limit.bound for limit in limits if limit.missed(found[limit.figure])), default=None
+        )
         if over is None:
             options = menu.choices(places)
-            draws = {v.name: 0 for v in space.variables} | {s: space.place(s, o) for s, o in options.items()}
             known = beliefs.measured.get(tuple(places))
-            return Answer(Plan.of(options, origin), draws, value, found, known.trial if known else None)
+            return Answer(Plan.of(options, origin), space.draws(options), value, found, known.trial if known else None)
         budget = max(menu.least, min(budget - 1, int(budget / over)))
     cheapest = ", ".join(f"{name}={value:.6g}" for name, value in figures(menu.cheapest).items())
     raise InputError(f"no plan meets {' and '.join(map(str, limits))}; the cheapest has {cheapest}: raise the limit")
-
-
-def _holds(limit: Constraint, figures: Mapping[str, float]) -> bool:
-    value = figures[limit.figure]
-    return value <= limit.bound if limit.operator == "<=" else value < limit.bound
 
 
 def _budget(

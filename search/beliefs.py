@@ -199,12 +199,12 @@ class Beliefs:
 
         With it, the modelled objective's value: measured where the plan was, else predicted.
         """
+        if budget >= self.menu.dense:
+            return [0] * len(self.menu.lines), self.goal.dense
         plans = [self.solver().solve(budget)]
         for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:CENTRES]:
             plans += self.downhill(local, [budget / self.menu.parameters(local.plan)])
         plans = [plan for plan in plans if self.menu.parameters(plan) <= budget]
-        if budget >= self.menu.dense:
-            return [0] * len(self.menu.lines), self.goal.dense
         levels = map(float, self.levels(plans)[0])
         value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}
         for known, found in self.measured.items():

@@ -189,8 +189,12 @@ class StudyConfig(Strict):
 
     @model_validator(mode="after")
     def _enough_windows(self) -> StudyConfig:
-        rung_windows(self.search.rungs, self.data.search.windows, self.data.length)
+        self.rung_windows()
         return self
+
+    def rung_windows(self) -> list[slice]:
+        """Which windows of the search split each rung reads; `InputError` where the split has too few."""
+        return rung_windows(self.search.rungs, self.data.search.windows, self.data.length)
 
     @field_validator("objectives")
     @classmethod

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rankfront.methods import InputError
-from rankfront.search.allocate import sweep
+from rankfront.search.allocate import check_budget, sweep
 from rankfront.search.menu import Menu
 
 MULTIPLIERS = 48  # along the path, from one that keeps everything dense to one that keeps everything cheapest
@@ -67,11 +66,7 @@ class Descent:
 
     def solve(self, budget: float) -> Places:
         """A plan of least S within ``budget`` stored values; `InputError` where nothing fits."""
-        if budget < self.menu.least:
-            raise InputError(
-                f"a budget of {budget:,.0f} parameters is below the {self.menu.least:,} that every site at its cheapest"
-                " option stores: raise the budget, or offer lower levels in space.keep"
-            )
+        check_budget(self.menu, budget)
         stored = [self.menu.dense - self._saved[self._all, places].sum() for _, places in self._path]
         within = [i for i, amount in enumerate(stored) if amount <= budget]
         candidates = [np.array(self.menu.cheapest)] if not within else [self._path[within[0]][1]]

@@ -161,9 +161,7 @@ class Driver:
                 chosen = self.menu.choices(solved.solve(keep * self.menu.dense))
                 if not sampler.beliefs.may_meet(chosen):
                     continue
-                parameters = {name: self.space.place(name, option) for name, option in chosen.items()}
-                absent = {variable.name: 0 for variable in self.space.variables}
-                self._enqueue("menu", f"keep={keep:g}", absent | parameters)
+                self._enqueue("menu", f"keep={keep:g}", self.space.draws(chosen))
 
     # -- ask
 
@@ -183,7 +181,7 @@ class Driver:
 
     def calibration(self, rows: Sequence[Row]) -> Calibration | None:
         """How well our sampler's predictions held so far; None with another sampler, or too few of them."""
-        return calibration(rows, list(self.config.objectives)[quality_of(self.config)]) if self.ours else None
+        return calibration(rows, quality_of(self.config)) if self.ours else None
 
     @property
     def elapsed(self) -> float:

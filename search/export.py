@@ -19,7 +19,6 @@ from rankfront.methods import InputError
 from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
 from rankfront.methods.layers import set_module
 from rankfront.search import verify
-from rankfront.search.fidelity import rung_windows
 from rankfront.search.front import Row
 from rankfront.search.model import load_tokenizer, quiet, staged
 from rankfront.search.trial import Resident, Setup
@@ -132,8 +131,7 @@ def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules
 
 def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
     """Reload ``folder`` in a fresh process, count its parameters and score what its trial read of the search split."""
-    data = setup.config.data
-    windows = rung_windows(setup.config.search.rungs, data.search.windows, data.length)[rung]
+    windows = setup.config.rung_windows()[rung]
     tokens = folder.with_name(folder.name + ".tokens")
     try:
         save_file({"windows": setup.tokens["search"][windows].contiguous()}, tokens)

@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 
 from rankfront.methods import InputError
-from rankfront.search.front import Row
+from rankfront.search.front import Row, dense_row
 from rankfront.search.samplers import INTERRUPTED
 
 KEPT = ("origin", "anchor", "predicted")  # attributes of a trial that its promotion has too
@@ -60,26 +60,27 @@ class Ladder:
         """
         if self.rungs < 2:
             return
-        dense = next((row for row in rows if not row.rung and row.state == "complete" and row.is_dense), None)
+        dense = dense_row(rows, rung=0)
+        queued = self._queued()
         for rung in range(self.rungs - 1) if dense else ():
             here = [row for row in rows if row.rung == rung and row.state == "complete" and not row.is_dense]
-            moved = [row for row in here if self._is_queued(row.number, rung + 1)]
             due = len(here) // self.reduction
             best = pareto_order(np.array([list(row.values.values()) for row in here]))[:due] if due else []
-            chosen = [here[place] for place in best if here[place] not in moved][: max(due - len(moved), 0)]
-            if dense and (chosen or moved) and not self._is_queued(dense.number, rung + 1):
+            moved = sum((row.number, rung + 1) in queued for row in here)
+            fresh = [here[place].number for place in best if (here[place].number, rung + 1) not in queued]
+            chosen = fresh[: max(due - moved, 0)]
+            if dense and (chosen or moved) and (dense.number, rung + 1) not in queued:
                 self._queue(dense.number, rung + 1)
-            for row in chosen:
-                self._queue(row.number, rung + 1)
+            for number in chosen:
+                self._queue(number, rung + 1)
 
-    def _is_queued(self, number: int, rung: int) -> bool:
-        """Whether trial ``number`` waits, runs or was measured at ``rung`` already; an interrupted one is due again."""
-        return any(
-            trial.user_attrs.get("promoted") == number
-            and trial.user_attrs.get("rung") == rung
-            and trial.user_attrs.get("failure") != INTERRUPTED
+    def _queued(self) -> set[tuple[int, int]]:
+        """(trial, rung) of all that wait, run or were measured at a higher rung; interrupted ones are due again."""
+        return {
+            (trial.user_attrs["promoted"], trial.user_attrs["rung"])
             for trial in self.study.get_trials(deepcopy=False)
-        )
+            if "promoted" in trial.user_attrs and trial.user_attrs.get("failure") != INTERRUPTED
+        }
 
     def _queue(self, number: int, rung: int) -> None:
         source = self.study.get_trials(deepcopy=False)[number]

@@ -20,11 +20,11 @@ QUALITY = ("divergence", "perplexity")
 SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
 
 
-def quality_of(config: StudyConfig) -> int:
-    """The position of the objective that our sampler models; `InputError` where the study has none."""
+def quality_of(config: StudyConfig) -> str:
+    """The objective that our sampler models; `InputError` where the study has none."""
     for name in QUALITY:
         if name in config.objectives:
-            return list(config.objectives).index(name)
+            return name
     raise InputError(
         f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
         " one of them, or choose another sampler"
@@ -63,7 +63,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
     """
     names = list(config.objectives)
     quality = quality_of(config)
-    base = dense.values[names[quality]] if names[quality] == "perplexity" else None
+    base = dense.values[quality] if quality == "perplexity" else None
     box = box_of(config.objectives, dense)
     objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
     inside = {site: place.block is not None for site, place in space.sites.items()}
@@ -87,4 +87,4 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         columns = [[limit.missed(float(v)) for v in values[:, names.index(limit.figure)]] for limit in limits]
         return np.array(columns).sum(0) if limits else np.zeros(len(values))
 
-    return Goal(loss, log_divergence, costs, dense.values[names[quality]], quality, len(names), box.unit, excess)
+    return Goal(loss, log_divergence, costs, dense.values[quality], names.index(quality), len(names), box.unit, excess)

@@ -15,7 +15,8 @@ of ZS-SVD; the quadratic form over whole options, and between sites, is ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,32 +56,43 @@ def quadratic_divergence(
     """
     generator = torch.Generator().manual_seed(seed)
     scored = [_Scored(site, options, store) for site, options in wanted.items() if is_predictable(site)]
-    handles = [model.get_submodule(s.site.weights[0].path).register_forward_hook(s.hook) for s in scored]
-    handles.append(
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, inputs, output: output.detach().requires_grad_(True)
-        )
-    )
     products = torch.zeros(LEVELS, len(scored), len(scored))
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    try:
+    with differentiated(model, {s.site.weights[0].path: s.hook for s in scored}):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
-            with torch.enable_grad():
-                logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # (tokens, V)
-                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
+            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # (tokens, V)
+            drawn_loss(logits, generator).backward()
             if scored:
                 moved = torch.stack([s.moved for s in scored], dim=1)  # (levels, sites, tokens)
                 products += (moved @ moved.mT).cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
     return Quadratic(
         {s.site.name: {label: total / windows.numel() for label, total in s.totals.items()} for s in scored},
         [s.site.name for s in scored],
         _cosines(products),
     )
+
+
+@contextmanager
+def differentiated(model: Any, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
+    """Within, gradients reach the output of every module from the embeddings on, though weights are frozen, and the
+    forward ``hooks`` (module path -> hook) are in place."""
+    handles = []
+    try:
+        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+        table = model.get_input_embeddings()
+        handles.append(table.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True)))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Σ −log p(y) over tokens, for labels y drawn from ``logits`` (tokens, V) themselves."""
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
 
 def is_predictable(site: Site) -> bool:
@@ -101,15 +113,13 @@ class _Scored:
 
     def __init__(self, site: Site, options: Sequence[Option], store: FactorStore) -> None:
         self.site = site
+        self.options = options
         self.store = store
         self.totals = {option.label: 0.0 for option in options}
         by_cost = sorted(options, key=lambda o: (get_method(o.method).storage(site, o).parameters, o.label))
         last = len(by_cost) - 1
         self.levels = [by_cost[round(last * level / (LEVELS - 1))].label for level in range(LEVELS)]
         self.moved = torch.zeros(0)
-        self.nested: dict[str, list[Option]] = {}
-        for option in options:
-            self.nested.setdefault(option.method, []).append(option)
 
     def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook: what it needs is complete when the output's gradient arrives."""
@@ -121,31 +131,43 @@ class _Scored:
             y = output.detach().flatten(0, -2).float()  # (tokens, m)
             dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
             moved = {}
-            for method, chosen in self.nested.items():
-                for option, compressed in products(method, chosen, self.site, self.store, g, x):
-                    moved[option.label] = dense - compressed
-                    self.totals[option.label] += 0.5 * float(moved[option.label].square().sum())
+            for label, compressed in products(self.options, self.site, self.store, g, x).items():
+                moved[label] = dense - compressed
+                self.totals[label] += 0.5 * float(moved[label].square().sum())
             self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
 
         output.register_hook(arrived)
 
 
-def products(
-    method: str, options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor
-) -> list[tuple[Option, Tensor]]:
-    """(option, gᵀ Ŵ x (tokens,)) for every option of one method at one site, for g (tokens, m) and x (tokens, n).
+def products(options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Label -> gᵀ Ŵ x (tokens,) for every one of ``options`` at a site, for g (tokens, m) and x (tokens, n).
 
     Matrix products run in the dtype of the factors, sums over components in fp32.
     """
-    role = site.weights[0].role
-    if get_method(method).nested:
-        largest = max(options, key=lambda option: int(option["rank"]))
-        tensors = store.factors(site, largest)[role].tensors
-        left, right = (tensors[name].to(g.device) for name in ("left", "right"))
-        components = (g.to(left.dtype) @ left).float() * (x.to(right.dtype) @ right.T).float()  # (tokens, r)
-        running = components.cumsum(1)
-        return [(option, running[:, int(option["rank"]) - 1]) for option in options]
-    return [(option, (g.float() * _run(store.factors(site, option)[role], x.float())).sum(1)) for option in options]
+    by_method: dict[str, list[Option]] = {}
+    for option in options:
+        by_method.setdefault(option.method, []).append(option)
+    found: dict[str, Tensor] = {}
+    for method, chosen in by_method.items():
+        if get_method(method).nested:
+            found |= _nested_products(chosen, site, store, g, x)
+        else:
+            role = site.weights[0].role
+            for option in chosen:
+                found[option.label] = (g.float() * _run(store.factors(site, option)[role], x.float())).sum(1)
+    return found
+
+
+def _nested_products(
+    options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor
+) -> dict[str, Tensor]:
+    """`products` of one nested method: a running sum over the components of its largest rank."""
+    largest = max(options, key=lambda option: int(option["rank"]))
+    tensors = store.factors(site, largest)[site.weights[0].role].tensors
+    left, right = (tensors[name].to(g.device) for name in ("left", "right"))
+    components = (g.to(left.dtype) @ left).float() * (x.to(right.dtype) @ right.T).float()  # (tokens, r)
+    running = components.cumsum(1)
+    return {option.label: running[:, int(option["rank"]) - 1] for option in options}
 
 
 def _run(factors: Factors, x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ in the manner of ZS-SVD; ours is the application to switches of options around a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,18 +25,10 @@ from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors import FactorStore
-from rankfront.search.gradient import BATCH_TOKENS, is_predictable, products
+from rankfront.search.gradient import BATCH_TOKENS, differentiated, drawn_loss, is_predictable, products
 
 SLOPE_TOKENS = 4096  # of the search split, for one plan
 SLOPE_PASSES = 5  # one forward pass and two backward ones of twice its cost
-
-
-@dataclass
-class Switches:
-    """Sums over tokens for one site: label of every option -> a and b."""
-
-    first: dict[str, float] = field(default_factory=dict)
-    second: dict[str, float] = field(default_factory=dict)
 
 
 def measure_slopes(
@@ -57,35 +48,20 @@ def measure_slopes(
     """
     generator = torch.Generator().manual_seed(seed)
     probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items() if is_predictable(site)]
-    handles = [model.get_submodule(p.path).register_forward_hook(p.hook) for p in probes]
-    handles.append(
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, inputs, output: output.detach().requires_grad_(True)
-        )
-    )
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    try:
+    with differentiated(model, {probe.path: probe.hook for probe in probes}):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
-            with torch.enable_grad():
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (b, L - 1, V)
-                _searched_loss(logits, ids, teacher, start).backward(retain_graph=True)
-                for probe in probes:
-                    probe.second = True
-                flat = logits.flatten(0, 1)
-                labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum").backward()
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (b, L - 1, V)
             for probe in probes:
-                probe.second = False
-    finally:
-        for handle in handles:
-            handle.remove()
+                probe.drawn = False
+            _searched_loss(logits, ids, teacher, start).backward(retain_graph=True)
+            for probe in probes:
+                probe.drawn = True
+            drawn_loss(logits.flatten(0, 1), generator).backward()
     predicted = len(windows) * (windows.shape[1] - 1)
     return {
-        probe.site.name: {
-            label: (first / predicted, probe.found.second[label] / predicted)
-            for label, first in probe.found.first.items()
-        }
+        probe.site.name: {label: (a / predicted, probe.second[label] / predicted) for label, a in probe.first.items()}
         for probe in probes
     }
 
@@ -113,12 +89,10 @@ class _Probe:
         self.dense = dense[self.path]
         self.now = current.get(site.name, DENSE_OPTION)
         self.store = store
-        self.second = False
-        self.by_method: dict[str, list[Option]] = {}
-        for option in options:
-            self.by_method.setdefault(option.method, []).append(option)
+        self.options = options
+        self.drawn = False  # whether the gradients that arrive are those of drawn labels
         labels = [DENSE_OPTION.label, *(option.label for option in options)]
-        self.found = Switches(dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0))
+        self.first, self.second = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0)  # sums over tokens of a, b
 
     def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook: what it needs is complete when a gradient of the output arrives."""
@@ -126,18 +100,14 @@ class _Probe:
         def arrived(gradient: Tensor) -> None:
             g = gradient.flatten(0, -2)  # (tokens, m)
             x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
-            moved = {DENSE_OPTION.label: self._dense(g, x)}
-            for method, chosen in self.by_method.items():
-                moved |= {
-                    option.label: value for option, value in products(method, chosen, self.site, self.store, g, x)
-                }
+            moved = {DENSE_OPTION.label: self._dense(g, x)} | products(self.options, self.site, self.store, g, x)
             base = moved[self.now.label]
             for label, value in moved.items():
                 change = value - base  # (tokens,) gᵀ (Ŵ_o − Ŵ_i) x
-                if self.second:
-                    self.found.second[label] += 0.5 * float(change.square().sum())
+                if self.drawn:
+                    self.second[label] += 0.5 * float(change.square().sum())
                 else:
-                    self.found.first[label] += float(change.sum())
+                    self.first[label] += float(change.sum())
 
         output.register_hook(arrived)
 

@@ -220,6 +220,10 @@ class Space:
             raise ValueError(f"the variables of this space are tied: {site!r} has none of its own")
         return variable.options.index(option)
 
+    def draws(self, options: Mapping[str, Option]) -> dict[str, int]:
+        """What every variable has to draw for ``options`` by site, the others dense; each site has its own variable."""
+        return {v.name: 0 for v in self.variables} | {site: self.place(site, o) for site, o in options.items()}
+
     def suggest(self, trial: optuna.Trial, origin: Mapping[str, str]) -> Plan:
         """The plan that a sampler's draws for ``trial`` describe."""
         options: dict[str, Option] = {}

@@ -143,7 +143,7 @@ class Study:
         """How well our sampler's predictions held; None where there are too few, or another sampler ran."""
         if self.config.search.sampler != OURS:
             return None
-        return fronts.calibration(self.rows(), list(self.config.objectives)[quality_of(self.config)])
+        return fronts.calibration(self.rows(), quality_of(self.config))
 
     def frame(self) -> pd.DataFrame:
         """Every trial as one row of a pandas frame."""

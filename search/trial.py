@@ -22,7 +22,6 @@ from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
-from rankfront.search.fidelity import rung_windows
 from rankfront.search.goal import quality_of
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, check_disjoint, cost_of
@@ -151,8 +150,7 @@ class Resident:
         }
         self.current: dict[str, Option] = {}
         self.modules: dict[str, nn.Module] = {}
-        data = setup.config.data
-        self.rungs = rung_windows(setup.config.search.rungs, data.search.windows, data.length)
+        self.rungs = setup.config.rung_windows()
         self._teachers: dict[int, Teacher] = {}
 
     def apply(self, plan: Plan) -> None:
@@ -312,7 +310,7 @@ class Resident:
         windows = self.spare(job.number, SLOPE_TOKENS)
         tokens = SLOPE_PASSES * windows.numel()
         teacher = None
-        if list(self.setup.config.objectives)[quality_of(self.setup.config)] == "divergence":
+        if quality_of(self.setup.config) == "divergence":
             tokens += windows.numel()
             with clock.phase("teacher"):
                 self.apply(Plan(()))
