@@ -126,7 +126,8 @@ class SearchConfig(Strict):
     ``groups`` ties the variables of general samplers: one (method, keep) pair for each kind of projection and
     each of that many bands of depth; 0 gives every site a variable of its own, as our sampler always has; ``untie``
     gives variables of their own to the sites of that many groups, those that the menu says hurt most. ``menu`` is
-    where predictions come from: a gradient pass, the spectrum alone, one measured probe per site and method, or a few.
+    where predictions come from: a gradient pass scaled by a measured probe of each group of sites, a gradient pass
+    alone, the spectrum alone, one measured probe per site and method, or a few.
     ``tokens`` limits what trials, slopes and the menu may run through the model in all. ``anchors`` are the kept
     fractions at which every method is measured uniformly before the sampler starts. ``rungs`` are fidelities in
     tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to the next; empty,
@@ -135,7 +136,7 @@ class SearchConfig(Strict):
     """
 
     sampler: str = "rankfront"
-    menu: Literal["gradient", "spectrum", "probe", "probes"] = "gradient"
+    menu: Literal["grouped", "gradient", "spectrum", "probe", "probes"] = "grouped"
     trials: Annotated[int, Field(ge=0)] = 32
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None

@@ -19,7 +19,7 @@ from rankfront.search.front import Calibration, Constraint, Row, calibration, de
 from rankfront.search.goal import quality_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
-from rankfront.search.predictions import menu_jobs, menu_record
+from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs, menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
 from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
@@ -28,6 +28,7 @@ from rankfront.search.trial import Job, Record
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions of the treated weights at which the menu is measured
+STEPS_AFTER = 2  # trials that the limit on tokens must leave room for after slopes
 MAX_DEAD = 3  # workers in a row that died without finishing anything
 
 Listener = Callable[["Driver"], None]
@@ -89,7 +90,6 @@ class Driver:
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.record: Record | None = None  # what the menu is made of
-        self.menu_jobs = menu_jobs(config.search.menu, len(space.choices))
         self.menu_asked: set[int] = set()
         self.sampler = self._first_sampler()
         self._with_menu()
@@ -202,10 +202,10 @@ class Driver:
         Raises KeyboardInterrupt once a stop is requested.
         """
         self.stop.check()
-        part = self._menu_due() if self.searching else None
-        if part is not None:
-            self.menu_asked.add(part)
-            return Job("menu", part, Plan(()))
+        due = self._menu_due() if self.searching else None
+        if due is not None:
+            self.menu_asked.add(due.number)
+            return due
         if self.searching and self._ready:
             self._ask_slopes()
         job = self._next_trial() if self.searching and self._ready else None
@@ -222,11 +222,17 @@ class Driver:
         if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
             return
         left = math.inf if self.config.search.tokens is None else self.config.search.tokens - self.tokens
-        if left > 2 * SLOPE_PASSES * SLOPE_TOKENS:
+        if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self._trial_tokens:
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 source = self.study.get_trials(deepcopy=False)[number]
                 self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
+
+    @property
+    def _trial_tokens(self) -> int:
+        """What a trial at the first rung runs through the model."""
+        windows = self.config.rung_windows()[0]
+        return len(range(windows.stop)[windows]) * self.config.data.length
 
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -234,13 +240,23 @@ class Driver:
     def _dense_failure(self) -> str:
         return next((row.failure for row in self.rows() if row.failure and row.origin.endswith(": dense")), "no reason")
 
-    def _menu_due(self) -> int | None:
+    def _menu_due(self) -> Job | None:
         """The next job of the menu, of those neither done nor asked for."""
         if not self._wants_menu or self.record is not None:
             return None
         known = self.study.user_attrs
-        parts = range(self.menu_jobs)
-        return next((part for part in parts if part not in self.menu_asked and f"menu {part}" not in known), None)
+        plans = self._menu_plans(known.get("menu 0"))
+        due = (part for part in range(len(plans)) if part not in self.menu_asked and f"menu {part}" not in known)
+        part = next(due, None)
+        return None if part is None else Job("menu", part, plans[part])
+
+    def _menu_plans(self, first: Record | None) -> list[Plan]:
+        """The plan of each of the menu's jobs: dense, but where a group is probed, which the first job decides on."""
+        source = self.config.search.menu
+        plans = [Plan(())] * menu_jobs(source, len(self.space.choices))
+        if source == GROUPED and first is not None:
+            plans += group_plans(self.space.bands(GROUP_BANDS), self.space.wanted(), first["predictions"])
+        return plans
 
     @property
     def _ready(self) -> bool:
@@ -342,7 +358,8 @@ class Driver:
             raise InputError(
                 f"the menu could not be made by {source!r} ({record['failure']}): set search.menu to another"
             )
-        self.study.set_user_attr(f"menu {part}", record | {"jobs": self.menu_jobs})
+        first = self.study.user_attrs.get("menu 0", record if part == 0 else None)
+        self.study.set_user_attr(f"menu {part}", record | {"jobs": len(self._menu_plans(first))})
         self._with_menu()
 
     def lost(self, job: Job, reason: str) -> None:

@@ -1,4 +1,15 @@
-"""Where the menu's predictions come from: the gradient, the spectrum, or the spectrum scaled by measured probes."""
+"""Where the menu's predictions come from: the gradient, the spectrum, or either scaled by measured probes.
+
+A source is measured in jobs, and each job's record is kept with the study. Source ``grouped``, the default, is the
+gradient's (see `gradient`), then one probe of each group of sites (kind of projection x band of depth): its sites
+compressed together to about `GROUP_KEEP`, all else dense. The measured divergence over the predicted one scales the
+predictions of the group,
+
+    d'_i(o) = d_i(o) · KL(group) / Σ_{j in group} d_j(o_j),
+
+for a quadratic around the dense model misjudges large steps alike in sites that are alike: through the softmax of
+attention above all. One probe a site at a large step is what LEMS does; probes of whole groups are ours.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +24,19 @@ from rankfront.objectives import score, teach
 from rankfront.search.factors import FactorStore
 from rankfront.search.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.menu import TINY, Predictions, pack
+from rankfront.search.plan import Plan
 
 MENU_TOKENS = 4096  # of the search split, for the gradient's predictions
 PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
 PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them and an interruption loses little
 PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
+GROUPED = "grouped"
+GROUP_BANDS, GROUP_KEEP = 3, 0.5  # bands of depth of the grouped source, and the fraction its sites are probed at
+WORST_RATIO = 30.0  # of a measured to a predicted divergence, either way: beyond, one of the two is not to be believed
 
 
 def menu_jobs(source: str, sites: int) -> int:
-    """How many jobs a menu of ``sites`` from ``source`` is measured in."""
+    """How many jobs a menu of ``sites`` from ``source`` is measured in, before any probes of groups."""
     return min(PROBE_JOBS, sites) if source in PROBE_FRACTIONS else 1
 
 
@@ -36,10 +51,44 @@ def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     merged = dict(parts[0])
     for part in parts[1:]:
-        merged["predictions"] = merged["predictions"] | part["predictions"]
         merged["tokens"] += part["tokens"]
         merged["seconds"] = {k: v + part["seconds"].get(k, 0.0) for k, v in merged["seconds"].items()}
+        if "probed" in part:
+            merged["predictions"] = scaled_by_group(merged["predictions"], part["probed"], part["divergence"])
+        else:
+            merged["predictions"] = merged["predictions"] | part["predictions"]
     return merged
+
+
+def group_plans(
+    groups: Iterable[Sequence[Site]], wanted: Mapping[Site, Sequence[Option]], predictions: Predictions
+) -> list[Plan]:
+    """What the grouped source probes: each group's sites at the option nearest `GROUP_KEEP` of their storage, of the
+    method with the least predicted divergence there. Groups of which nothing is predicted are left out."""
+    plans = []
+    for sites in groups:
+        near = probe_options({site: wanted[site] for site in sites if site in wanted}, (GROUP_KEEP,))
+        chosen = {}
+        for site, options in near.items():
+            known = predictions.get(site.name, {})
+            predicted = [option for option in options if option.label in known]
+            if predicted:
+                chosen[site.name] = min(predicted, key=lambda option: known[option.label])
+        if chosen:
+            plans.append(Plan.of(chosen))
+    return plans
+
+
+def scaled_by_group(
+    predictions: Predictions, probed: Mapping[str, str], divergence: float | None
+) -> dict[str, Mapping[str, float]]:
+    """``predictions`` with those of the ``probed`` sites (name -> label) scaled to what was measured of them together;
+    None where that was not finite."""
+    predicted = max(sum(predictions[site][label] for site, label in probed.items()), TINY)
+    ratio = WORST_RATIO if divergence is None else max(divergence, TINY) / predicted
+    ratio = min(max(ratio, 1 / WORST_RATIO), WORST_RATIO)
+    scaled = {site: {label: ratio * value for label, value in predictions[site].items()} for site in probed}
+    return {**predictions, **scaled}
 
 
 def predict(
@@ -57,11 +106,12 @@ def predict(
     ``model`` is dense, ``apply`` makes it dense but for one option, ``windows`` (W, L) are of the search split.
     """
     length = windows.shape[1]
-    if source == "gradient":
+    if source in ("gradient", GROUPED):
         used = windows[: max(1, MENU_TOKENS // length)]
         found = quadratic_divergence(model, used, wanted, store, seed)
-        cosines = pack(found.sites, found.cosines.numpy())
-        return {"predictions": found.divergence, "cosines": cosines, "tokens": PASS_TOKENS * used.numel()}
+        record = {"predictions": found.divergence, "tokens": PASS_TOKENS * used.numel()}
+        # Probes of groups hold what their sites do together, and cosines on top of that predict worse.
+        return record if source == GROUPED else record | {"cosines": pack(found.sites, found.cosines.numpy())}
     spectrum = spectrum_predictions(wanted, store)
     if source == "spectrum":
         return {"predictions": spectrum, "tokens": 0}

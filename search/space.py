@@ -172,10 +172,9 @@ class Space:
         """
         if self.groups == 0:
             return [self._single(site) for site in self.choices]
-        depth = self._depth
         grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], dict[str, Choices]] = {}
         for site, choices in self.choices.items():
-            group = self._group(self.sites[site], depth)
+            group = self._group(site, self.groups)
             key = (site.name if group in self.untied else group, choices.methods, choices.keep)
             grouped.setdefault(key, {})[site.name] = choices
         seen: dict[str, int] = {}
@@ -185,7 +184,7 @@ class Space:
             variables.append(Tied(name if seen[name] == 1 else f"{name} ({seen[name]})", members))
         return variables
 
-    @property
+    @cached_property
     def _depth(self) -> int:
         return 1 + max((place.block for place in self.sites.values() if place.block is not None), default=0)
 
@@ -196,7 +195,7 @@ class Space:
         """
         hurt: dict[str, float] = {}
         for site in self.choices:
-            group, known = self._group(self.sites[site], self._depth), sorted(predictions.get(site.name, {}).values())
+            group, known = self._group(site, self.groups), sorted(predictions.get(site.name, {}).values())
             hurt[group] = hurt.get(group, 0.0) + (known[len(known) // 2] if known else 0.0)
         self.untied = frozenset(sorted(hurt, key=lambda group: -hurt[group])[:count])
         self.__dict__.pop("variables", None)  # made anew
@@ -207,11 +206,18 @@ class Space:
         ordered = sorted(options, key=lambda option: (-cost[option], option.label))
         return Single(site.name, self.choices[site], (DENSE_OPTION, *ordered))
 
-    def _group(self, place: Place, depth: int) -> str:
+    def _group(self, site: Site, bands: int) -> str:
+        place, depth = self.sites[site], self._depth
         if place.block is None:
             return place.kind
-        band = place.block * self.groups // depth
-        return f"{place.kind} {band + 1}/{min(self.groups, depth)}"
+        return f"{place.kind} {place.block * bands // depth + 1}/{min(bands, depth)}"
+
+    def bands(self, count: int) -> list[list[Site]]:
+        """The sites to choose for, by kind of projection and ``count`` bands of depth."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.choices:
+            groups.setdefault(self._group(site, count), []).append(site)
+        return list(groups.values())
 
     def place(self, site: str, option: Option) -> int:
         """Where ``option`` stands among the values of the variable that is ``site``'s own."""

@@ -25,7 +25,7 @@ from rankfront.search.factors import FactorStore
 from rankfront.search.goal import quality_of
 from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
 from rankfront.search.plan import Plan, check_disjoint, cost_of
-from rankfront.search.predictions import MENU_TOKENS, menu_jobs, predict
+from rankfront.search.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
 from rankfront.search.samplers import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
 from rankfront.search.space import Single, Space
@@ -152,6 +152,7 @@ class Resident:
         self.modules: dict[str, nn.Module] = {}
         self.rungs = setup.config.rung_windows()
         self._teachers: dict[int, Teacher] = {}
+        self._probed: Teacher | None = None  # on the windows of the menu's probes
 
     def apply(self, plan: Plan) -> None:
         """Make the model run ``plan``: only the sites whose option changed are touched.
@@ -292,8 +293,14 @@ class Resident:
         }
 
     def _menu(self, job: Job) -> Record:
-        """Predicted divergence of every option alone, from the source that the study names: the sites of one job."""
+        """Predicted divergence of every option alone, from the source that the study names: the sites of one job.
+
+        A job with a plan measures the divergence of that plan instead, which predictions are scaled by.
+        """
         clock = Clock()
+        if job.plan.choices:
+            with clock.phase("menu"):
+                return self._probe(job.plan) | {"seconds": clock.seconds}
         self.apply(job.plan)
         search = self.setup.config.search
         wanted = self.store.usable(self.space.wanted())
@@ -303,6 +310,21 @@ class Resident:
             windows = self.spare(0, MENU_TOKENS)
             found = predict(self.model, self.apply_one, windows, own, self.store, search.menu, search.seed)
         return found | {"seconds": clock.seconds}
+
+    def _probe(self, plan: Plan) -> Record:
+        windows = self.spare(0, MENU_TOKENS)[: max(1, PROBE_TOKENS // self.setup.config.data.length)]
+        tokens = windows.numel()
+        if self._probed is None:
+            tokens += windows.numel()
+            with self.dense():
+                self._probed = teach(self.model, windows)
+        self.apply(plan)
+        divergence = score(self.model, windows, self._probed).divergence
+        return {
+            "probed": {site: option.label for site, option in plan.by_site.items()},
+            "divergence": divergence if math.isfinite(divergence) else None,
+            "tokens": tokens,
+        }
 
     def _slopes(self, job: Job) -> Record:
         """What switching any option of the plan changes: site -> [a, b], in the order of its variable's options."""

@@ -527,6 +527,7 @@ def test_predictions_made_before_a_trial_hold(data, tmp_path):
 @pytest.mark.parametrize(
     ("source", "passes"),
     [
+        ("grouped", lambda sites, methods: 3 + 1 + sites),  # two blocks: every site is a group
         ("gradient", lambda sites, methods: 3),  # a backward pass counts as two forward ones
         ("spectrum", lambda sites, methods: 0),
         ("probe", lambda sites, methods: menu_jobs("probe", sites) + sites * methods),  # each job has a teacher
@@ -595,7 +596,8 @@ def test_several_workers_measure_different_plans(data, resident):
     rows = driver.rows()
     origins = [row.origin for row in rows if row.state == "complete"]
     assert kinds[0] == ["menu", "trial", "trial", "trial"]
-    assert sum(kind == "menu" for group in kinds for kind in group) == 1
+    parts = driver.study.user_attrs["menu 0"]["jobs"]
+    assert sum(kind == "menu" for group in kinds for kind in group) == parts > 1
     assert origins.count(OURS) >= 2
     keys = [row.plan_key for row in rows if row.state == "complete"]
     assert len(set(keys)) == len(keys) == 14

@@ -185,7 +185,7 @@ def test_ctrl_c_ends_the_cluster_too(data, tmp_path):
     check_whole(shorter, before, len(before) + 1)
 
 
-@pytest.mark.parametrize("source", ["probes", "gradient"])
+@pytest.mark.parametrize("source", ["probes", "gradient", "grouped"])
 def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, source):
     """Probes are jobs like trials: every part is measured once, by whichever worker is free, and so are slopes."""
     data = small_data(model_folder, text_file, sampler=OURS, menu=source, trials=14, workers=2)
@@ -194,9 +194,10 @@ def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path
     attributes = study._optuna().user_attrs
     parts = [name for name in attributes if name.startswith("menu ")]
     wanted = make_space(study.setup()).wanted()
-    assert len(parts) == attributes["menu 0"]["jobs"] == menu_jobs(source, len(wanted))
-    assert (len(parts) > 1) == (source == "probes")
-    sites = [site for name in parts for site in attributes[name]["predictions"]]
+    groups = len(wanted) if source == "grouped" else 0  # two blocks: every site is a group
+    assert len(parts) == attributes["menu 0"]["jobs"] == menu_jobs(source, len(wanted)) + groups
+    assert (len(parts) > 1) == (source != "gradient")
+    sites = [site for name in parts for site in attributes[name].get("predictions", {})]
     assert len(set(sites)) == len(sites) == len(wanted)
     slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
     assert slopes
