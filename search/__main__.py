@@ -140,6 +140,25 @@ def _print_front(study: Study, where: list[str]) -> None:
 
 
 @app.command()
+def menu(
+    run: RunArgument,
+    as_json: JsonOption = False,
+    csv: Annotated[Path | None, typer.Option(help="write it to this CSV file")] = None,
+) -> None:
+    """Show what each option of each site stores and is predicted to hurt."""
+    from rankfront.search.tables import menu_table
+
+    frame = Study.open(run).menu()
+    if csv is not None:
+        frame.to_csv(csv, index=False)
+        terminal.print(f"wrote {csv}")
+    if as_json:
+        _print_json(frame.to_dict("records"))
+    elif csv is None:
+        output.print(menu_table(frame))
+
+
+@app.command()
 def show(
     run: RunArgument,
     trial: Annotated[int, typer.Argument(help="its number")],

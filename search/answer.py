@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
+import pandas as pd
 
-from rankfront.methods import InputError
+from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, dense_row
-from rankfront.search.menu import make_menu
+from rankfront.search.menu import Menu, make_menu
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.predictions import menu_record
@@ -49,16 +50,11 @@ def answer(
 
     Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide, or none is met.
     """
-    record, dense = menu_record(study.user_attrs), dense_row(rows, rung=0)
-    if config.search.sampler != OURS:
-        raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
-    if record is None or dense is None:
-        raise InputError("the run has no menu or dense trial yet: launch it first")
     for limit in limits:
         if limit.figure not in COSTS or not limit.operator.startswith("<"):
             raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(COSTS)}")
     space = Space(find_sites(skeleton(source)), config.space, 0)
-    menu = make_menu(space.wanted(), record["predictions"], record.get("cosines"))
+    menu, dense = _known(study, config, rows, space)
     origin = dict(dense.plan.origin)
     beliefs = ours(menu, space, config, dense, origin).beliefs
     beliefs.learn(study)
@@ -84,6 +80,35 @@ def answer(
         budget = max(menu.least, min(budget - 1, int(budget / over)))
     cheapest = ", ".join(f"{name}={value:.6g}" for name, value in figures(menu.cheapest).items())
     raise InputError(f"no plan meets {' and '.join(map(str, limits))}; the cheapest has {cheapest}: raise the limit")
+
+
+def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:
+    """The run's menu, a row for each (site, option), dense first: ``site``, ``option``, ``method``, the stored
+    ``parameters`` and ``bytes`` of the site, and the ``divergence`` predicted before any plan was measured, in nats a
+    token. Raises `InputError` where the run has no menu yet."""
+    space = Space(find_sites(skeleton(source)), config.space, 0)
+    menu, dense = _known(study, config, rows, space)
+    value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
+    sites = {site.name: site for site in space.choices}
+    found = []
+    for line in menu.lines:
+        for option, divergence in zip(line.options, line.divergence, strict=True):
+            site = sites[line.site]
+            treated = option != DENSE_OPTION
+            stored = get_method(option.method).storage(site, option) if treated else site.storage
+            figures = {"parameters": stored.parameters, "bytes": stored.bytes(value_bytes), "divergence": divergence}
+            found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
+    return pd.DataFrame(found)
+
+
+def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row]:
+    """The run's menu and its dense trial; `InputError` where there is none."""
+    record, dense = menu_record(study.user_attrs), dense_row(rows, rung=0)
+    if config.search.sampler != OURS:
+        raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
+    if record is None or dense is None:
+        raise InputError("the run has no menu or dense trial yet: launch it first")
+    return make_menu(space.wanted(), record["predictions"], record.get("cosines")), dense
 
 
 def _budget(

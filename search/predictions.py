@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from rankfront.methods import Option, Site, get_method
@@ -169,7 +170,8 @@ def scaled_predictions(spectrum: Predictions, probes: Predictions) -> dict[str, 
     """The spectrum's tails scaled by measured divergences, between probes by a straight line in logarithms.
 
     With one probe at r_ref this is LEMS' score d(r) = KL(r_ref) · tail(r) / tail(r_ref); with several, Maestro's
-    estimator: the factor KL / tail is interpolated in the logarithm of the tail and kept beyond the ends.
+    estimator: an isotonic fit of log KL over the probes, which takes their noise out, then the factor KL / tail
+    interpolated in the logarithm of the tail and kept beyond the ends.
     """
     result: dict[str, dict[str, float]] = {}
     for site, tails in spectrum.items():
@@ -181,7 +183,8 @@ def scaled_predictions(spectrum: Predictions, probes: Predictions) -> dict[str, 
             )
             if not knots:
                 continue
-            at, logs = np.array(knots).T
+            at, measured_logs = np.array(knots).T
+            logs = isotonic_regression(measured_logs).x
             for label, tail in own.items():
                 factor = np.interp(np.log(tail), at, logs - at)
                 result.setdefault(site, {})[label] = float(tail * np.exp(factor))

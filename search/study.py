@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rankfront.methods import InputError
 from rankfront.search import front as fronts
-from rankfront.search.answer import Answer, answer
+from rankfront.search.answer import Answer, answer, menu_frame
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
@@ -157,6 +157,10 @@ class Study:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``; not measured."""
         limits = [Constraint.parse(text) for text in constraints]
         return answer(self._optuna(), self.config, self.rows(), resolve(self.config.model.name), limits)
+
+    def menu(self) -> pd.DataFrame:
+        """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""
+        return menu_frame(self._optuna(), self.config, self.rows(), resolve(self.config.model.name))
 
     # -- doing
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
 from rich.table import Table
 
 from rankfront.methods import DENSE, InputError, get_method, method_names
@@ -114,6 +115,16 @@ def plan_table(plan: dict[str, Any]) -> Table:
     for site in plan["sites"]:
         level = " ".join(f"{name}={value}" for name, value in site["level"].items())
         table.add_row(site["site"], site["method"], level, f"{site['parameters']:,}", f"{site['keep']:.3f}")
+    return table
+
+
+def menu_table(frame: pd.DataFrame) -> Table:
+    """A run's menu as a rich table."""
+    table = Table(title="menu: what each option stores, and its predicted divergence alone", title_justify="left")
+    for name in ("site", "option", "parameters", "bytes", "divergence"):
+        table.add_column(name, justify="left" if name in ("site", "option") else "right")
+    for row in frame.itertuples():
+        table.add_row(str(row.site), str(row.option), f"{row.parameters:,}", f"{row.bytes:,}", f"{row.divergence:.3g}")
     return table
 
 

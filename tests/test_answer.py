@@ -2,13 +2,18 @@
 
 import json
 
+import pandas as pd
 import pytest
 from launching import again, check_whole, finish, make_run, quiet, small_data, values_of
 
 from rankfront.methods import InputError
+from rankfront.search.__main__ import run
 from rankfront.search.answer import COSTS
+from rankfront.search.device import DTYPES
+from rankfront.search.plan import Plan, cost_of
 from rankfront.search.samplers import OURS
 from rankfront.search.study import Study
+from rankfront.search.trial import make_space
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +119,35 @@ def test_the_command_line(finished):
     wrong = finish("solve", finished.run.path, "speed<=1", "--no-measure")
     assert wrong.returncode == 2
     assert "is not on what a plan decides" in wrong.stderr
+
+
+def test_the_menu_lists_every_option_with_what_it_stores(finished):
+    """Bytes and parameters are the plan's own, option by option; predictions never rise with storage in a method."""
+    frame = finished.menu()
+    assert list(frame.columns) == ["site", "option", "method", "parameters", "bytes", "divergence"]
+    setup = finished.setup()
+    space = make_space(setup)
+    wanted = space.wanted()
+    assert set(frame.site) == {site.name for site in wanted}
+    inside = {site: place.block is not None for site, place in space.sites.items()}
+    dense = cost_of(Plan(()), inside, 10**6, DTYPES[setup.dtype].itemsize)
+    for site, options in wanted.items():
+        rows = frame[frame.site == site.name].set_index("option")
+        assert next(iter(rows.index)) == "dense"
+        assert set(rows.index) == {"dense", *(option.label for option in options)}
+        for option in options:
+            cost = cost_of(Plan.of({site.name: option}), inside, 10**6, DTYPES[setup.dtype].itemsize)
+            assert dense.values - cost.values == rows.parameters["dense"] - rows.parameters[option.label]
+            assert dense.bytes - cost.bytes == rows.bytes["dense"] - rows.bytes[option.label]
+        for _, known in rows[rows.method != "dense"].groupby("method"):
+            assert known.sort_values("parameters").divergence.is_monotonic_decreasing
+
+
+def test_the_menu_on_the_command_line(finished, tmp_path, capsys):
+    path = str(finished.run.path)
+    assert run(["menu", path, "--csv", str(tmp_path / "menu.csv")]) == 0
+    assert run(["menu", path, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert pd.read_csv(tmp_path / "menu.csv").option.tolist() == [row["option"] for row in listed]
+    assert run(["menu", path]) == 0
+    assert "dense" in capsys.readouterr().out

@@ -242,6 +242,14 @@ def test_between_probes_is_a_straight_line_in_logarithms():
     assert np.diff(logs) == pytest.approx([math.log(1e-3) / 4] * 4)
 
 
+def test_probes_that_fall_out_of_order_are_made_monotone():
+    """More of the tail cut off cannot hurt less: what noise turned round is pooled, in logarithms."""
+    tails = {"site": {f"svd rank={r}": math.exp(-r) for r in range(1, 5)}}
+    probed = {"site": {"svd rank=1": 1.0, "svd rank=2": 0.1, "svd rank=3": 0.4, "svd rank=4": 0.01}}
+    found = scaled_predictions(tails, probed)["site"]
+    assert [found[f"svd rank={r}"] for r in range(1, 5)] == pytest.approx([1.0, 0.2, 0.2, 0.01])
+
+
 def test_a_probe_of_nothing_is_no_error():
     """Compressing a site that no output depends on measures a divergence of zero."""
     tails = falling_tails()
