@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankfront.methods._algebra import eigh_descending, fix_signs
 from rankfront.methods._errors import InputError
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
 from rankfront.methods._metric import Metric
 from rankfront.methods._statistics import Statistics
 from rankfront.methods._storage import Storage, break_even_rank, low_rank_storage
@@ -38,11 +38,7 @@ def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Ten
 
 
 def _rank(option: Option) -> int:
-    """The option's rank; `InputError` where it has none."""
-    rank = dict(option.level).get("rank")
-    if type(rank) is not int or rank < 1:
-        raise InputError(f"option {option.label!r} has {rank=}: it needs a whole number of at least 1")
-    return rank
+    return whole_level(option, "rank")
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,11 @@ class LowRank:
         return low_rank_storage(weight.out_features, weight.in_features, _rank(option))
 
     def prepare(
-        self, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], options: Sequence[Option]
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        options: Sequence[Option],
     ) -> Prepared:
         (weight,) = weights.values()
         weighting = self.weighting.weigh(statistics["weight"]) if self.needs else self.weighting.weigh(Statistics(0))
@@ -126,3 +126,15 @@ class LowRank:
 
     def error(self, prepared: Prepared, option: Option) -> float:
         return float(prepared["energy"][_rank(option) :].double().sum())
+
+    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+        return self.truncate(prepared, option)["weight"]
+
+    def along(
+        self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
+    ) -> dict[str, Tensor]:
+        largest = max(map(_rank, options))
+        left, right = (prepared[name][:largest].to(g.device) for name in ("left", "right"))
+        components = (g.to(left.dtype) @ left.T).float() * (x.to(right.dtype) @ right.T).float()  # (tokens, r)
+        running = components.cumsum(1)
+        return {option.label: running[:, _rank(option) - 1] for option in options}

@@ -28,6 +28,7 @@ class Weight:
         in_features: n. For an embedding table, the width of the model.
         kind: "linear", or "embedding" for an untied table, whose inputs are token ids.
         tied: other modules that read the same matrix and follow whatever happens to it.
+        bias: whether the module adds one, (m,).
     """
 
     role: str
@@ -36,6 +37,7 @@ class Weight:
     in_features: int
     kind: Literal["linear", "embedding"] = "linear"
     tied: tuple[str, ...] = ()
+    bias: bool = False
 
     @property
     def storage(self) -> Storage:
@@ -43,11 +45,46 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """How an attention's projections split into heads.
+
+    Attributes:
+        queries, keys: numbers of query heads and of key-value heads; queries // keys of the former share one of these.
+        width: d, the dimension of a head.
+        planes: the pairs of dimensions that rotary positions turn together, (d // 2); None without rotary positions.
+        fixed: why queries and keys have to stay as they are; None where they need not.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    planes: tuple[tuple[int, int], ...] | None = None
+    fixed: str | None = None
+
+
+@dataclass(frozen=True)
 class Site:
-    """The smallest unit that gets a treatment of its own: one weight, or a few treated jointly."""
+    """The smallest unit that gets a treatment of its own: one weight, or a few treated jointly.
+
+    Attributes:
+        name: the module path, with what is treated of it where a module holds several.
+        weights: what the site claims. The last one is the `anchor`.
+        heads: of the attention that the weights belong to; None elsewhere.
+    """
 
     name: str
     weights: tuple[Weight, ...]
+    heads: Heads | None = None
+
+    @property
+    def anchor(self) -> Weight:
+        """The weight that alone could bring about what a joint treatment does (see `Method.alone`)."""
+        return self.weights[-1]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What its weights are to each other: ("weight",) where there is one."""
+        return tuple(weight.role for weight in self.weights)
 
     @property
     def storage(self) -> Storage:
@@ -154,15 +191,48 @@ class Method(Protocol):
         """What ``option`` stores at ``site``, exactly."""
 
     def prepare(
-        self, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics], options: Sequence[Option]
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        options: Sequence[Option],
     ) -> Prepared:
-        """The expensive step, once per site: role -> W (m, n) and its statistics to named tensors."""
+        """The expensive step, once per site: role -> W (m, n) and its statistics to named tensors.
+
+        Where a module has a bias, ``weights`` hold it under ``ROLE.bias``. Matrices in fp64 stay exact in the store
+        (fp32); others are kept in the dtype that they run in.
+        """
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
         """The cheap step: prepared tensors to each role's factors at one level."""
 
     def error(self, prepared: Prepared, option: Option) -> float:
         """‖(W − Ŵ) S‖²_F at ``option``, the predicted squared error in the method's own metric."""
+
+    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+        """What the site's anchor would have to run, everything else dense, for the model to do the same."""
+
+    def along(
+        self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
+    ) -> dict[str, Tensor]:
+        """Label -> gᵀ (ŷ − b) (tokens,) of what `alone` runs, b the anchor's dense bias, for every one of ``options``.
+
+        ``g`` (tokens, m) are gradients at the anchor's output and ``x`` (tokens, n) its inputs in the dense model.
+        """
+
+
+def whole_level(option: Option, name: str) -> int:
+    """The level ``name`` of an option; `InputError` where it is not a whole number of at least 1."""
+    value = dict(option.level).get(name)
+    if type(value) is not int or value < 1:
+        raise InputError(f"option {option.label!r} has {name}={value!r}: it needs a whole number of at least 1")
+    return value
+
+
+def stepped(grid: Grid, full: int, step: int) -> dict[float, int]:
+    """Kept fraction -> the multiple of ``step`` nearest to that share of ``full``, at least one step and below it."""
+    largest = (full - 1) // step * step
+    return {keep: min(max(step * round(keep * full / step), step), largest) for keep in grid.keep if largest}
 
 
 _METHODS: dict[str, Method] = {}

@@ -10,12 +10,21 @@ from torch import Tensor, nn
 
 from rankfront.methods._errors import check_choice
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # tensor -> shape, and dtype unless the model's
+
 
 class Factored(Protocol):
     """What every module here offers beside ``forward``."""
 
     def matrix(self) -> Tensor:
-        """Ŵ (out_features, in_features), rebuilt in fp32 from the stored factors."""
+        """Ŵ in fp32, rebuilt from what is stored. Where it is smaller than the dense weight, zeros follow."""
+
+    def full_bias(self) -> Tensor | None:
+        """The bias that goes with `matrix`."""
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+        """The tensors that run in the place of a dense weight (rows, columns): what loading fills."""
 
 
 class LowRankLinear(nn.Module):
@@ -34,6 +43,13 @@ class LowRankLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         return self.left.float() @ self.right.float()
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+        return {"left": ((rows, settings["rank"]), None), "right": ((settings["rank"], columns), None)}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
@@ -60,8 +76,144 @@ class LowRankEmbedding(nn.Module):
     def matrix(self) -> Tensor:
         return self.left.float() @ self.right.float()
 
+    def full_bias(self) -> Tensor | None:
+        return None
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+
+
+class HeadsLinear(nn.Module):
+    """A projection to heads that keeps ``kept`` of the ``width`` outputs of each, the others zero.
+
+    weight (heads · kept, n), bias (heads · kept,), x (..., n) to (..., heads · width). ``place`` (heads, kept) says
+    which of a head's outputs they are; without it they are the first.
+    """
+
+    place: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int, place: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias)
+        self.register_buffer("place", place)
+        self.heads, self.kept, self.width = heads, kept, width
+
+    def _spread(self, kept: Tensor) -> Tensor:
+        """(..., heads · kept) to (..., heads · width)."""
+        by_head = kept.unflatten(-1, (self.heads, self.kept))
+        if self.place is None:
+            return nn.functional.pad(by_head, (0, self.width - self.kept)).flatten(-2)
+        zeros = by_head.new_zeros(*by_head.shape[:-1], self.width)
+        spread: Tensor = zeros.scatter(-1, self.place.long().expand_as(by_head), by_head)
+        return spread.flatten(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._spread(nn.functional.linear(x, self.weight, self.bias))
+
+    def matrix(self) -> Tensor:
+        return self._spread(self.weight.float().T).T
+
+    def full_bias(self) -> Tensor | None:
+        return None if self.bias is None else self._spread(self.bias)
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+        heads, kept = settings["heads"], settings["kept"]
+        found: Shapes = {"weight": ((heads * kept, columns), None)}
+        if settings["placed"]:
+            found["place"] = ((heads, kept), torch.uint8)
+        if bias:
+            found["bias"] = ((heads * kept,), None)
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.heads} heads, {self.kept} of {self.width} each"
+
+
+class FromHeadsLinear(nn.Module):
+    """A projection of heads that reads the first ``kept`` of each one's ``width`` inputs.
+
+    weight (m, heads · kept), x (..., heads · width) to (..., m).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int) -> None:
+        super().__init__()
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias)
+        self.heads, self.kept, self.width = heads, kept, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x.unflatten(-1, (self.heads, self.width))[..., : self.kept].flatten(-2)
+        return nn.functional.linear(kept, self.weight, self.bias)
+
+    def matrix(self) -> Tensor:
+        by_head = self.weight.float().unflatten(-1, (self.heads, self.kept))
+        return nn.functional.pad(by_head, (0, self.width - self.kept)).flatten(-2)
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+        return {"weight": ((rows, settings["heads"] * settings["kept"]), None)}
+
+    def extra_repr(self) -> str:
+        return f"{self.heads} heads, {self.kept} of {self.width} each, {self.weight.shape[0]}"
+
+
+class PlainLinear(nn.Module):
+    """y = W x + bias with a dense W (rows, columns) of its own size: fewer neurons than the model had."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def matrix(self) -> Tensor:
+        return self.weight.float()
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+        found: Shapes = {"weight": ((settings["rows"], settings["columns"]), None)}
+        if bias and settings["rows"] != rows:
+            found["bias"] = ((settings["rows"],), None)
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+class AbsentLinear(nn.Module):
+    """y = 0 (..., rows): a projection that was left out, with its bias."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.rows)
+
+    def matrix(self) -> Tensor:
+        return torch.zeros(self.rows, 0)
+
+    def full_bias(self) -> Tensor | None:
+        return torch.zeros(self.rows)
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}"
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -69,7 +221,13 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
-LAYERS: dict[str, type[nn.Module]] = {"low-rank": LowRankLinear}
+LAYERS: dict[str, type[nn.Module]] = {
+    "low-rank": LowRankLinear,
+    "heads": HeadsLinear,
+    "from-heads": FromHeadsLinear,
+    "plain": PlainLinear,
+    "absent": AbsentLinear,
+}
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -81,29 +239,37 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
-def replacement(dense: nn.Module, kind: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+def replacement(
+    dense: nn.Module, kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, int] | None = None
+) -> nn.Module:
     """The module that runs ``tensors`` in the place of ``dense``, keeping its bias and its embedding scale."""
     check_choice("layer kind", kind, LAYERS)
-    if isinstance(dense, nn.Embedding):
-        # A number, not the buffer beside it: a buffer that is not saved has no value while a model is being loaded.
-        return LowRankEmbedding(tensors["left"], tensors["right"], getattr(dense, "scalar_embed_scale", None))
-    return LAYERS[kind](**tensors, bias=getattr(dense, "bias", None))
+    bias = {"bias": tensors.get("bias", getattr(dense, "bias", None))}
+    match kind:
+        case "low-rank" if isinstance(dense, nn.Embedding):
+            # A number, not the buffer beside it: a buffer that is not saved has no value while a model is loaded.
+            return LowRankEmbedding(tensors["left"], tensors["right"], getattr(dense, "scalar_embed_scale", None))
+        case "low-rank" | "plain":
+            return LAYERS[kind](**{**bias, **tensors})
+        case "absent":
+            return AbsentLinear(weight_of(dense).shape[0])
+        case _:
+            sizes = {name: value for name, value in (settings or {}).items() if name != "placed"}
+            return LAYERS[kind](**{**bias, **tensors}, **sizes)
 
 
 def empty_replacement(dense: nn.Module, kind: str, settings: Mapping[str, int]) -> nn.Module:
-    """Like `replacement`, with factors of the right shape and no values yet: what loading fills.
-
-    A low-rank matrix needs only its rank beside the shape (m, n) of the dense weight.
-    """
+    """Like `replacement`, with tensors of the right shape and no values yet: what loading fills."""
     check_choice("layer kind", kind, LAYERS)
-    weight, rank = weight_of(dense), settings["rank"]
+    weight = weight_of(dense)
+    layer = cast(type[Factored], LAYERS[kind])
     rows, columns = weight.shape
-    shapes = {"left": (rows, rank), "right": (rank, columns)}
-    return replacement(
-        dense,
-        kind,
-        {name: torch.empty(shape, dtype=weight.dtype, device=weight.device) for name, shape in shapes.items()},
-    )
+    shapes = layer.shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+        for name, (shape, dtype) in shapes.items()
+    }
+    return replacement(dense, kind, tensors, settings)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:

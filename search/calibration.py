@@ -38,7 +38,7 @@ class _Recorder:
 
     def attach(self, model: nn.Module, paths: Sequence[str]) -> list[Any]:
         handles = []
-        for path in paths:
+        for path in dict.fromkeys(paths):  # a weight may belong to several sites
             self.sums[path] = _Sums()
             handles.append(model.get_submodule(path).register_forward_hook(self._hook(path)))
         return handles
@@ -84,7 +84,7 @@ def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor) -> dict[s
 
         return remember
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in dict.fromkeys(paths)]
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)

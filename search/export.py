@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankfront.methods import InputError
+from rankfront.methods import DENSE_OPTION, InputError, Storage, get_method
 from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
-from rankfront.methods.layers import set_module
+from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.search import verify
 from rankfront.search.front import Row
 from rankfront.search.model import load_tokenizer, quiet, staged
@@ -55,11 +56,20 @@ def export(setup: Setup, row: Row, out: Path, form: Format) -> Verified:
             )
     resident = Resident(setup)
     resident.apply(row.plan)
-    expected = row.attributes["parameter_count"] if form == "factored" else resident.dense_values
+    expected = resident.dense_values
+    if form == "factored":
+        expected = row.attributes["parameter_count"] - _index_parameters(resident)
     try:
         return _write_verified(resident, row, out, form, expected)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+
+
+def _index_parameters(resident: Resident) -> int:
+    """What the plan's index bits count as, which are no parameters of a module."""
+    treated = ((site, resident.current.get(site.name, DENSE_OPTION)) for site in resident.sites)
+    used = (get_method(option.method).storage(site, option) for site, option in treated if option != DENSE_OPTION)
+    return Storage(0, sum(storage.index_bits for storage in used)).parameters
 
 
 def _write_verified(resident: Resident, row: Row, out: Path, form: Format, expected: int) -> Verified:
@@ -100,8 +110,8 @@ def _mark(model: Any, resident: Resident) -> None:
     modules: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
     for site in resident.sites:
-        option = resident.current.get(site.name)
-        if option is None or site.weights[0].path not in resident.modules:
+        option = resident.current.get(site.name, DENSE_OPTION)
+        if option == DENSE_OPTION:
             continue
         for weight in site.weights:
             factors = resident.store.factors(site, option)[weight.role]
@@ -119,14 +129,27 @@ def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules
     """Put plain dense modules back, with the weights that the factors multiply to; shared factors stay shared."""
     products: dict[int, nn.Parameter] = {}
     for path, module in modules.items():
-        dense: Any = dense_modules[path]
-        key = id(module.left)
+        dense, factored = cast(Any, dense_modules[path]), cast(Factored, module)
+        key = id(next(module.parameters(), module))
         if key not in products:
-            matrix: Tensor = module.matrix()  # type: ignore[operator]
+            matrix = _padded(factored.matrix(), weight_of(dense).shape)
             stored = matrix.T if type(dense).__name__ == "Conv1D" else matrix
-            products[key] = nn.Parameter(stored.to(dense.weight.dtype).contiguous(), requires_grad=False)
+            products[key] = _frozen(stored, dense)
         dense.weight = products[key]
+        bias = factored.full_bias()
+        if bias is not None and getattr(dense, "bias", None) is not None:
+            dense.bias = _frozen(_padded(bias, dense.bias.shape), dense)
         set_module(model, path, dense)
+
+
+def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """``tensor`` with zeros after it up to ``shape``."""
+    padding = [zeros for size, wanted in zip(tensor.shape, shape, strict=True) for zeros in (wanted - size, 0)]
+    return nn.functional.pad(tensor, padding[::-1])
+
+
+def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:
+    return nn.Parameter(tensor.to(like.weight.device, like.weight.dtype).contiguous(), requires_grad=False)
 
 
 def _verify(setup: Setup, folder: Path, rung: int) -> Verified:

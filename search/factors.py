@@ -107,7 +107,7 @@ class FactorStore:
         for path, served in by_file.items():
             method = get_method(served[0].method)
             try:
-                prepared = method.prepare(weights, statistics, served)
+                prepared = method.prepare(site, weights, statistics, served)
             except torch.OutOfMemoryError:
                 raise  # another day there may be room
             except (RuntimeError, ValueError) as error:
@@ -118,9 +118,12 @@ class FactorStore:
             self._write(path, {name: self._narrow(tensor) for name, tensor in prepared.items()})
 
     def _narrow(self, tensor: Tensor) -> Tensor:
-        """Matrices in the dtype they will run in; spectra and other vectors stay fp32."""
-        keep = tensor.ndim < 2 or not tensor.is_floating_point()
-        return (tensor if keep else tensor.to(self.dtype)).contiguous().cpu()
+        """Matrices in the dtype they will run in; spectra and other vectors, and what is in fp64, in fp32."""
+        if tensor.dtype == torch.float64:
+            tensor = tensor.float()
+        elif tensor.ndim >= 2 and tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        return tensor.contiguous().cpu()
 
     @staticmethod
     def _write(path: Path, tensors: Prepared) -> None:

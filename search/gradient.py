@@ -7,7 +7,8 @@ with x_ti the input of site i's weight at token t and g_ti the gradient of Σ �
 labels y drawn from the model itself. E[g gᵀ] over such labels is the Fisher information, which is the Hessian of
 KL(dense ‖ compressed) at zero, so d is the second-order divergence, tokens taken as independent. Its diagonal, one
 site alone, is predicted for every option; for what two sites do together the cosine of their δ is kept, a mean over
-a few levels. For nested low-rank factors gᵀ Ŵ_r x is a running sum over components: all ranks in one pass.
+a few levels. For nested factors gᵀ Ŵ_r x is a running sum over components: all levels in one pass. What a joint
+treatment does is, to first order or exactly, what a change of one of its weights would do: its site's anchor.
 
 Sources: the Fisher as Hessian of KL, Martens (1412.1193) section 9.2; gradient scores of singular values in the manner
 of ZS-SVD; the quadratic form over whole options, and between sites, is ours.
@@ -23,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import Factors, Option, Site, get_method
-from rankfront.methods.layers import LAYERS
+from rankfront.methods import Option, Site, get_method
 from rankfront.search.factors import FactorStore
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
@@ -58,7 +58,7 @@ def quadratic_divergence(
     scored = [_Scored(site, options, store) for site, options in wanted.items() if is_predictable(site)]
     products = torch.zeros(LEVELS, len(scored), len(scored))
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    with differentiated(model, {s.site.weights[0].path: s.hook for s in scored}):
+    with differentiated(model, [(s.site.anchor.path, s.hook) for s in scored]):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
             logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # (tokens, V)
@@ -74,12 +74,12 @@ def quadratic_divergence(
 
 
 @contextmanager
-def differentiated(model: Any, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
+def differentiated(model: Any, hooks: Sequence[tuple[str, Callable[..., None]]]) -> Iterator[None]:
     """Within, gradients reach the output of every module from the embeddings on, though weights are frozen, and the
-    forward ``hooks`` (module path -> hook) are in place."""
+    forward ``hooks`` (module path, hook) are in place."""
     handles = []
     try:
-        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks]
         table = model.get_input_embeddings()
         handles.append(table.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True)))
         with torch.enable_grad():
@@ -96,8 +96,8 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def is_predictable(site: Site) -> bool:
-    """Whether the products gᵀ Ŵ x of a site can be formed: one weight, and inputs that are vectors."""
-    return len(site.weights) == 1 and site.weights[0].kind == "linear"
+    """Whether the products gᵀ Ŵ x of a site can be formed: its anchor's inputs are vectors."""
+    return site.anchor.kind == "linear"
 
 
 def _cosines(products: Tensor) -> Tensor:
@@ -140,38 +140,16 @@ class _Scored:
 
 
 def products(options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Label -> gᵀ Ŵ x (tokens,) for every one of ``options`` at a site, for g (tokens, m) and x (tokens, n).
-
-    Matrix products run in the dtype of the factors, sums over components in fp32.
-    """
+    """Label -> gᵀ Ŵ x (tokens,) at the site's anchor, for every one of ``options``; g (tokens, m) and x (tokens, n)."""
     by_method: dict[str, list[Option]] = {}
     for option in options:
         by_method.setdefault(option.method, []).append(option)
     found: dict[str, Tensor] = {}
-    for method, chosen in by_method.items():
-        if get_method(method).nested:
-            found |= _nested_products(chosen, site, store, g, x)
+    for name, chosen in by_method.items():
+        method = get_method(name)
+        if method.nested:
+            found |= method.along(site, store.load(site, chosen[0]), chosen, g, x)
         else:
-            role = site.weights[0].role
             for option in chosen:
-                found[option.label] = (g.float() * _run(store.factors(site, option)[role], x.float())).sum(1)
+                found |= method.along(site, store.load(site, option), [option], g, x)
     return found
-
-
-def _nested_products(
-    options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor
-) -> dict[str, Tensor]:
-    """`products` of one nested method: a running sum over the components of its largest rank."""
-    largest = max(options, key=lambda option: int(option["rank"]))
-    tensors = store.factors(site, largest)[site.weights[0].role].tensors
-    left, right = (tensors[name].to(g.device) for name in ("left", "right"))
-    components = (g.to(left.dtype) @ left).float() * (x.to(right.dtype) @ right.T).float()  # (tokens, r)
-    running = components.cumsum(1)
-    return {option.label: running[:, int(option["rank"]) - 1] for option in options}
-
-
-def _run(factors: Factors, x: Tensor) -> Tensor:
-    """Ŵ x (tokens, m), without bias."""
-    tensors = {name: tensor.to(x.device).float() for name, tensor in factors.tensors.items()}
-    y: Tensor = LAYERS[factors.kind](**tensors)(x)
-    return y

@@ -142,7 +142,8 @@ def make_menu(
         by_method: dict[str, list[tuple[int, Option, float]]] = {}
         for option in options:
             if np.isfinite(known.get(option.label, np.nan)):
-                stored = get_method(option.method).storage(site, option).parameters
+                # What saves biases on top of all its weights stores no less than nothing here.
+                stored = max(get_method(option.method).storage(site, option).parameters, 0)
                 by_method.setdefault(option.method, []).append((stored, option, max(known[option.label], TINY)))
         entries: list[tuple[int, Option, float]] = []
         for found in by_method.values():

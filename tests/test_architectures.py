@@ -7,7 +7,7 @@ from torch import nn
 
 from rankfront.methods import InputError, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.search.model import blocks, count_parameters, find_sites
+from rankfront.search.model import blocks, count_parameters
 
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # fp32 through two blocks
 
@@ -22,7 +22,7 @@ def factor(model, site, rank=None):
     (weight,) = site.weights
     dense = model.get_submodule(weight.path)
     option = common.rank_option("svd", rank or min(weight.out_features, weight.in_features))
-    prepared = get_method("svd").prepare({"weight": weight_of(dense)}, {}, [option])
+    prepared = get_method("svd").prepare(site, {"weight": weight_of(dense)}, {}, [option])
     factors = get_method("svd").truncate(prepared, option)["weight"]
     shared = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in factors.tensors.items()}
     for path in (weight.path, *weight.tied):
@@ -30,7 +30,7 @@ def factor(model, site, rank=None):
 
 
 def test_sites_inside_the_blocks_are_its_linears(architecture, model):
-    inside = {site: place for site, place in find_sites(model).items() if place.block is not None}
+    inside = {site: place for site, place in common.single_sites(model).items() if place.block is not None}
     found = {site.name: (site.weights[0].out_features, site.weights[0].in_features) for site in inside}
     assert found == architecture.linears
     for site, place in inside.items():
@@ -39,7 +39,7 @@ def test_sites_inside_the_blocks_are_its_linears(architecture, model):
 
 
 def test_sites_outside_are_the_head_and_the_table(architecture, model):
-    outside = [site for site, place in find_sites(model).items() if place.block is None]
+    outside = [site for site, place in common.single_sites(model).items() if place.block is None]
     weights = {site.name: (site.weights[0].kind, site.weights[0].tied) for site in outside}
     if architecture.tied:
         assert weights == {architecture.head: ("linear", (architecture.table,))}
@@ -53,7 +53,7 @@ def test_sites_outside_are_the_head_and_the_table(architecture, model):
 
 
 def test_places_follow_the_order_of_the_blocks(model):
-    numbers = [place.block for place in find_sites(model).values() if place.block is not None]
+    numbers = [place.block for place in common.single_sites(model).values() if place.block is not None]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(common.BLOCKS))
 
@@ -61,7 +61,7 @@ def test_places_follow_the_order_of_the_blocks(model):
 def test_a_skeleton_has_the_same_sites(architecture, model):
     with torch.device("meta"):
         empty = type(model)(model.config)
-    assert find_sites(empty) == find_sites(model)
+    assert common.single_sites(empty) == common.single_sites(model)
 
 
 def test_blocks_are_found(architecture, model):
@@ -93,13 +93,13 @@ def test_biases_are_not_zero(architecture, model):
 def test_every_full_rank_site_leaves_the_logits_alone(model):
     """Transposition, biases, embedding scales and tying all survive the swap."""
     before = logits(model)
-    for site in find_sites(model):
+    for site in common.single_sites(model):
         factor(model, site)
     torch.testing.assert_close(logits(model), before, **TOLERANCE)
 
 
 def test_full_rank_factors_are_what_runs(architecture, model):
-    for site in find_sites(model):
+    for site in common.single_sites(model):
         factor(model, site)
     kept = [path for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
     assert not kept
@@ -109,13 +109,13 @@ def test_full_rank_factors_are_what_runs(architecture, model):
 
 def test_low_rank_changes_the_logits(model):
     before = logits(model)
-    factor(model, next(iter(find_sites(model))), rank=2)
+    factor(model, next(iter(common.single_sites(model))), rank=2)
     assert (logits(model) - before).abs().max() > 1e-3
 
 
 def test_the_head_alone_leaves_the_logits_alone(architecture, model):
     before = logits(model)
-    for site, place in find_sites(model).items():
+    for site, place in common.single_sites(model).items():
         if place.block is None:
             factor(model, site)
     torch.testing.assert_close(logits(model), before, **TOLERANCE)
@@ -125,7 +125,7 @@ def test_a_tied_head_stays_tied_to_its_table(architecture, model):
     """One pair of factors, read by both modules and counted once."""
     dense = count_parameters(model)
     rank = 4
-    site = next(site for site in find_sites(model) if site.name == architecture.head)
+    site = next(site for site in common.single_sites(model) if site.name == architecture.head)
     factor(model, site, rank)
     head, table = model.get_submodule(architecture.head), model.get_submodule(architecture.table)
     if not architecture.tied:
@@ -139,7 +139,7 @@ def test_a_tied_head_stays_tied_to_its_table(architecture, model):
 
 def test_generation_runs_on_factors(model):
     """Prefill, then single tokens through the key-value cache, give the logits of one pass."""
-    for site in find_sites(model):
+    for site in common.single_sites(model):
         factor(model, site)
     ids = common.tokens(1, 6)
     with torch.no_grad():

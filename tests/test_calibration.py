@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from rankfront.search.calibration import BATCH_TOKENS, STATISTIC_BYTES, _passes, calibrate, shared_inputs
-from rankfront.search.model import find_sites
 
 NEEDS = frozenset({"gram", "absolute", "fisher"})
 WINDOWS, LENGTH = 3, 12
@@ -19,7 +18,7 @@ def windows():
 
 def linear_sites(model):
     """The sites with inputs to measure: everything but an untied table."""
-    return [site for site in find_sites(model) if site.weights[0].kind == "linear"]
+    return [site for site in common.single_sites(model) if site.weights[0].kind == "linear"]
 
 
 def collect(model, windows, sites=None, needs=NEEDS, **more):
@@ -180,7 +179,7 @@ def test_no_weight_gradient_is_formed_and_no_hook_is_left(model, windows):
 
 def test_tables_have_no_inputs_to_measure(windows):
     model = common.architecture("llama").build()
-    assert "model.embed_tokens" not in collect(model, windows, sites=list(find_sites(model)))
+    assert "model.embed_tokens" not in collect(model, windows, sites=list(common.single_sites(model)))
 
 
 def test_bfloat16_sums_are_kept_in_fp32(windows):

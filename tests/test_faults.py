@@ -94,10 +94,10 @@ def test_a_site_that_cannot_be_factored_fails_its_trials_and_the_study_goes_on(d
     """Of svd's factorisations one does not converge: the trials that want it fail, with that reason."""
     prepare, calls = LowRank.prepare, itertools.count()
 
-    def diverging(self, weights, statistics, options):
+    def diverging(self, site, weights, statistics, options):
         if self.name == "svd" and next(calls) == 0:
             raise torch.linalg.LinAlgError("eigh did not converge")
-        return prepare(self, weights, statistics, options)
+        return prepare(self, site, weights, statistics, options)
 
     with monkeypatch.context() as patch:
         patch.setattr(LowRank, "prepare", diverging)

@@ -13,7 +13,6 @@ from rankfront.methods import Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors import FactorStore
 from rankfront.search.gradient import BATCH_TOKENS, quadratic_divergence
-from rankfront.search.model import find_sites
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
 
@@ -30,7 +29,7 @@ def stored(tmp_path):
     def make(model, ranks=None, dtype=torch.float32):
         store = FactorStore("model", "text", dtype, tmp_path)
         wanted = {}
-        for site in find_sites(model):
+        for site in common.single_sites(model):
             grid = sorted(set(get_method("svd").options(site, Grid((0.3, 0.6), 2)).values()), key=lambda o: o.label)
             wanted[site] = grid if ranks is None else [common.rank_option("svd", rank) for rank in ranks]
             weights = {weight.role: weight_of(model.get_submodule(weight.path)) for weight in site.weights}
@@ -103,14 +102,18 @@ def test_batches_add_up(monkeypatch, windows, stored, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_running_sums_over_components_are_each_options_own(monkeypatch, windows, stored, name, dtype):
-    """Methods that do not nest run every option's factors; on nested ones both ways give the same."""
+    """One pass over components gives for each option what its whole matrix gives."""
     model = common.architecture(name).build().to(dtype)
     wanted, store = stored(model, dtype=dtype)
     running = quadratic_divergence(model, windows, wanted, store, SEED).divergence
-    monkeypatch.setattr(
-        "rankfront.search.gradient.get_method",
-        lambda name: SimpleNamespace(nested=False, storage=get_method(name).storage),
-    )
+
+    def one_by_one(site, prepared, options, g, x):
+        (option,) = options
+        tensors = get_method("svd").truncate(prepared, option)["weight"].tensors
+        return {option.label: (g.float() * (x.float() @ (tensors["left"] @ tensors["right"]).float().T)).sum(1)}
+
+    slow = SimpleNamespace(nested=False, storage=get_method("svd").storage, along=one_by_one)
+    monkeypatch.setattr("rankfront.search.gradient.get_method", lambda name: slow)
     alone = quadratic_divergence(model, windows, wanted, store, SEED).divergence
     assert running.keys() == alone.keys()
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # products run in the dtype of the factors
@@ -197,7 +200,7 @@ def measured(model, windows, site, option, store):
 
 def with_falling_spectra(model):
     """The model with σ_i ∝ 0.8^i in each linear: cutting at rank r is then a small perturbation."""
-    for site in find_sites(model):
+    for site in common.single_sites(model):
         weight = weight_of(model.get_submodule(site.weights[0].path))
         u, sigma, v = torch.linalg.svd(weight, full_matrices=False)
         falling = sigma[0] * 0.8 ** torch.arange(len(sigma))

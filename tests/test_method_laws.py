@@ -6,7 +6,7 @@ import math
 import common
 import pytest
 import torch
-from rows import METHOD_ROWS, Sample
+from rows import JOINT_METHODS, METHOD_ROWS, Sample
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -51,7 +51,9 @@ def make_sample(shape, kind="plain", seed=1):
 def prepare(name, weight, sample, options=None):
     method = get_method(name)
     ladder = METHOD_ROWS[name].ladder(name, *weight.shape) if options is None else options
-    return method.prepare({"weight": weight}, {"weight": sample.statistics()}, ladder)
+    return method.prepare(
+        METHOD_ROWS[name].site(*weight.shape), {"weight": weight}, {"weight": sample.statistics()}, ladder
+    )
 
 
 def rebuilt(name, prepared, option):
@@ -70,7 +72,7 @@ def optimum(weight, root, rank):
 
 
 def test_every_method_has_a_row():
-    assert sorted(METHOD_ROWS) == sorted(method_names())
+    assert sorted([*METHOD_ROWS, *JOINT_METHODS]) == sorted(method_names())
 
 
 @each_method
@@ -114,7 +116,8 @@ def test_preparing_leaves_its_inputs_alone(name):
     weight, sample = make_weight((12, 8)), make_sample((12, 8))
     before, statistics = weight.clone(), sample.statistics()
     raw = {"gram": statistics.gram.raw.clone(), "absolute": statistics.absolute.clone()}
-    get_method(name).prepare({"weight": weight}, {"weight": statistics}, ladder_of(name, weight))
+    site = METHOD_ROWS[name].site(*weight.shape)
+    get_method(name).prepare(site, {"weight": weight}, {"weight": statistics}, ladder_of(name, weight))
     assert torch.equal(weight, before)
     assert torch.equal(statistics.gram.raw, raw["gram"])
     assert torch.equal(statistics.absolute, raw["absolute"])
@@ -252,7 +255,9 @@ def test_missing_statistics_are_named(name):
     for need in get_method(name).needs:
         setattr(statistics, need, None)
     with pytest.raises(ValueError, match=get_method(name).needs[0]):
-        get_method(name).prepare({"weight": make_weight((6, 5))}, {"weight": statistics}, [])
+        get_method(name).prepare(
+            METHOD_ROWS[name].site(6, 5), {"weight": make_weight((6, 5))}, {"weight": statistics}, []
+        )
 
 
 @each_method

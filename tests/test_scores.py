@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rankfront.objectives import Scores, score, teach
-from rankfront.search.model import find_sites
 
 WINDOWS, LENGTH = 3, 10
 
@@ -23,7 +22,7 @@ def student(architecture):
     model = architecture.build()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for site in find_sites(model):
+        for site in common.single_sites(model):
             weight = model.get_submodule(site.name).weight
             weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
     return model

@@ -1,0 +1,168 @@
+"""``vo-svd``: fewer dimensions in each head's values, value and output projection factored together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._algebra import eigh_descending, fix_signs
+from rankfront.methods._method import (
+    Factors,
+    Grid,
+    Heads,
+    Option,
+    Prepared,
+    Site,
+    register,
+    stepped,
+    whole_level,
+)
+from rankfront.methods._statistics import Statistics, collected
+from rankfront.methods._storage import Storage
+
+ROLES = ("value", "output")
+
+
+def _width(option: Option) -> int:
+    return whole_level(option, "width")
+
+
+def heads_of(site: Site) -> Heads:
+    """The site's heads; ValueError where it has none."""
+    if site.heads is None:
+        raise ValueError(f"site {site.name!r} does not say how its projections split into heads")
+    return site.heads
+
+
+def width_step(site: Site, grid: Grid) -> int:
+    """Widths are multiples of this: the grid's, or an eighth of a head where heads are narrow."""
+    return max(1, min(grid.rank_multiple, heads_of(site).width // 8))
+
+
+class ValueOutput:
+    """Keeps ρ of the d dimensions of each head's values, in the basis in which fewer lose least.
+
+    Of key-value head g with values W_v (d, n) and the stacked output columns W_o (q N, d) of the q query heads that
+    share it, the product matters alone: W_o P_ρ P_ρ⁺ W_v, the rank-ρ minimiser of ‖(W_o W_v − Ŵ) C^{1/2}‖_F, C the Gram
+    of the values' inputs. With W_o = Q R it is Q U_ρ U_ρᵀ R W_v, where U are eigenvectors of R W_v C W_vᵀ Rᵀ: both
+    projections stay dense, thinner by d − ρ a head, and so does the cache of values.
+
+    Nested. Biases of the values follow their basis. Source: MoDeGPT (2408.09632), Type III modules; its joint SVD of
+    C^{1/2} W_v W_o per head, over groups of query heads as a stack.
+    """
+
+    name = "vo-svd"
+    paper = "MoDeGPT, 2408.09632"
+    family = "joint low rank"
+    metric = "whitening"
+    formula = "W_o W_v ≈ Q U_ρ · U_ρᵀ R W_v by head, W_o = Q R, U of R W_v C W_vᵀ Rᵀ"
+    needs = ("gram",)
+    nested = True
+
+    def refuses(self, site: Site) -> str | None:
+        if site.roles != ROLES or site.heads is None:
+            return "it treats an attention's value and output projections together"
+        return None
+
+    def check(self, option: Option) -> None:
+        _width(option)
+
+    def options(self, site: Site, grid: Grid) -> dict[float, Option]:
+        if self.refuses(site):
+            return {}
+        widths = stepped(grid, heads_of(site).width, width_step(site, grid))
+        return {keep: Option.of(self.name, width=width) for keep, width in widths.items()}
+
+    def storage(self, site: Site, option: Option) -> Storage:
+        """ρ rows of each value head, ρ columns of each query head; biases of dimensions that go are saved too."""
+        heads, kept = heads_of(site), _width(option)
+        value, output = site.weights
+        stored = kept * (heads.keys * value.in_features + heads.queries * output.out_features)
+        return Storage(stored - value.bias * heads.keys * (heads.width - kept))
+
+    def prepare(
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        options: Sequence[Option],
+    ) -> Prepared:
+        heads = heads_of(site)
+        gram = collected(statistics["value"].gram, "gram")
+        shared = heads.queries // heads.keys
+        values = weights["value"].double().unflatten(0, (heads.keys, heads.width))  # (keys, d, n)
+        outputs = weights["output"].double().unflatten(1, (heads.keys, shared, heads.width))  # (N, keys, q, d)
+        bias = weights.get("value.bias")
+        value, output, basis, energy, biases = [], [], [], [], []
+        for head in range(heads.keys):
+            stack = outputs[:, head].permute(1, 0, 2).flatten(0, 1)  # (q N, d)
+            orthonormal, upper = torch.linalg.qr(stack)
+            squares, vectors = eigh_descending(gram.sandwich(upper @ values[head]))
+            vectors = fix_signs(vectors)
+            coordinates = vectors.T @ upper  # Uᵀ R (d, d), from value dimensions to components
+            thin = coordinates @ values[head]  # (d, n)
+            tiny = torch.finfo(torch.float32).tiny
+            balance = thin.norm(dim=1).clamp_min(tiny).sqrt()  # shared between both sides, as in narrow formats it must
+            value.append(thin / balance[:, None])
+            basis.append(coordinates / balance[:, None])
+            wide = (orthonormal @ vectors) * balance  # (q N, d)
+            output.append(wide.unflatten(0, (shared, -1)).permute(2, 1, 0))  # (d, N, q)
+            energy.append(squares)
+            if bias is not None:
+                biases.append(basis[-1] @ bias.double().unflatten(0, (heads.keys, heads.width))[head])
+        prepared = {
+            "value": torch.stack(value, dim=1).float(),  # (d, keys, n), component by component
+            "output": torch.cat(output, dim=2).float(),  # (d, N, queries)
+            "basis": torch.stack(basis, dim=1),  # (d, keys, d)
+            "energy": torch.stack(energy).sum(0).float(),
+        }
+        if biases:
+            prepared["value.bias"] = torch.stack(biases, dim=1)
+        return prepared
+
+    def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
+        kept = _width(option)
+        value, output = prepared["value"][:kept], prepared["output"][:kept]
+        width, keys, _ = prepared["value"].shape
+        tensors = {"weight": value.transpose(0, 1).flatten(0, 1)}
+        if "value.bias" in prepared:
+            tensors["bias"] = prepared["value.bias"][:kept].T.flatten()
+        sizes = {"heads": keys, "kept": kept, "width": width, "placed": 0}
+        wide = output.permute(1, 2, 0).flatten(1)  # (N, queries · ρ)
+        return {
+            "value": Factors("heads", tensors, sizes, Storage(value.numel())),
+            "output": Factors(
+                "from-heads", {"weight": wide}, sizes | {"heads": output.shape[2]}, Storage(output.numel())
+            ),
+        }
+
+    def error(self, prepared: Prepared, option: Option) -> float:
+        return float(prepared["energy"][_width(option) :].double().sum())
+
+    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+        heads, kept = heads_of(site), _width(option)
+        basis = self._by_query(heads, prepared["basis"][:kept])  # (ρ, queries, d)
+        whole = torch.einsum("rmq,rqd->mqd", prepared["output"][:kept].float(), basis.float()).flatten(1)
+        settings = {"rows": whole.shape[0], "columns": whole.shape[1]}
+        return Factors("plain", {"weight": whole}, settings, site.anchor.storage)
+
+    @staticmethod
+    def _by_query(heads: Heads, by_key: Tensor) -> Tensor:
+        """(r, keys, d) for the query heads that share each: (r, queries, d)."""
+        return by_key.repeat_interleave(heads.queries // heads.keys, dim=1)
+
+    def along(
+        self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
+    ) -> dict[str, Tensor]:
+        heads, largest = heads_of(site), max(map(_width, options))
+        output = prepared["output"][:largest].to(g.device)
+        basis = self._by_query(heads, prepared["basis"][:largest].to(g.device)).float()
+        left = torch.einsum("tm,rmq->tqr", g.to(output.dtype), output).float()
+        right = torch.einsum("tqd,rqd->tqr", x.float().unflatten(1, (heads.queries, heads.width)), basis)
+        running = (left * right).sum(1).cumsum(1)  # (tokens, ρ)
+        return {option.label: running[:, _width(option) - 1] for option in options}
+
+
+register(ValueOutput())

@@ -1,0 +1,110 @@
+"""Joint sites: which weights of a block belong together, by its modules' names and its weights' shapes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfront.methods import Heads, Site, Weight
+from rankfront.methods.layers import weight_of
+
+# What the parts of an attention and of an MLP are called across architectures.
+ATTENTION = {
+    "query": ("q_proj", "query", "q_lin"),
+    "key": ("k_proj", "key", "k_lin"),
+    "value": ("v_proj", "value", "v_lin"),
+    "output": ("o_proj", "out_proj", "dense", "out_lin"),
+}
+MLP = {
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "w3"),
+    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2"),
+}
+# What is treated together, by role; the last one is the site's anchor.
+TOGETHER = (("key", "query"), ("value", "output"), ("query", "key", "value", "output"))
+
+
+def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.Module]) -> Iterator[Site]:
+    """The joint sites of the block at ``path``; ``linears`` are its dense linears by path."""
+    for name, module in block.named_modules():
+        parent = f"{path}.{name}" if name else path
+        own = {child: f"{parent}.{child}" for child, _ in module.named_children() if f"{parent}.{child}" in linears}
+        attention = _weights(own, linears, ATTENTION)
+        if len(attention) == len(ATTENTION):
+            heads = _heads(model, module, attention)
+            if heads is not None:
+                for roles in TOGETHER:
+                    yield _site(parent, [attention[role] for role in roles], heads)
+        mlp = _weights(own, linears, MLP)
+        if {"up", "down"} <= mlp.keys() and _fits(mlp):
+            yield _site(parent, list(mlp.values()))
+
+
+def _weights(
+    own: dict[str, str], linears: dict[str, nn.Module], names: dict[str, tuple[str, ...]]
+) -> dict[str, Weight]:
+    """Role -> weight, for the roles that ``own`` children have."""
+    found = {}
+    for role, known in names.items():
+        path = next((own[name] for name in known if name in own), None)
+        if path is not None:
+            rows, columns = weight_of(linears[path]).shape
+            bias = getattr(linears[path], "bias", None) is not None
+            found[role] = Weight(role, path, rows, columns, bias=bias)
+    return found
+
+
+def _site(parent: str, weights: list[Weight], heads: Heads | None = None) -> Site:
+    """Named after what it claims: ``model.layers.0.self_attn.v_proj+o_proj``."""
+    children = "+".join(weight.path.rpartition(".")[2] for weight in weights)
+    return Site(f"{parent}.{children}", tuple(weights), heads)
+
+
+def _fits(mlp: dict[str, Weight]) -> bool:
+    """Whether every neuron is one row of the projections up and one column of the one down."""
+    inner = mlp["down"].in_features
+    return all(weight.out_features == inner for role, weight in mlp.items() if role != "down")
+
+
+def _heads(model: Any, attention: nn.Module, weights: dict[str, Weight]) -> Heads | None:
+    """How the projections split into heads; None where they do not do so evenly."""
+    config = model.config
+    count = getattr(config, "num_attention_heads", None)
+    width = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    if width is None and count:
+        width = weights["query"].out_features // count
+    if not isinstance(width, int):
+        return None
+    queries, keys = (weights[role].out_features // width for role in ("query", "key"))
+    shapes = (queries * width, keys * width, keys * width, queries * width)
+    found = (*(weights[role].out_features for role in ("query", "key", "value")), weights["output"].in_features)
+    if shapes != found or not keys or queries % keys:
+        return None
+    planes, fixed = _rotary(model, attention, width)
+    if any("norm" in name for name, _ in attention.named_children()):
+        fixed = "queries and keys are normalised after their projections"
+    return Heads(queries, keys, width, planes, fixed)
+
+
+def _rotary(model: Any, attention: nn.Module, width: int) -> tuple[tuple[tuple[int, int], ...] | None, str | None]:
+    """The pairs of dimensions that rotary positions turn, and why queries and keys cannot be changed, if so.
+
+    Which dimensions go together is read from what the model's own ``rotate_half`` does to 1, 2, ..., d.
+    """
+    if not any(path.rpartition(".")[2] == "rotary_emb" for path, _ in model.named_modules()):
+        return None, None
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    partial = getattr(model.config, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
+    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    if partial != 1 or rotate is None:
+        return None, "its rotary positions turn a part of each head, or in a way that is not known"
+    with torch.device("cpu"):
+        turned = rotate(torch.arange(1.0, width + 1)).abs().long() - 1  # partner of every dimension
+    planes = tuple((i, int(j)) for i, j in enumerate(turned) if i < j)
+    if sorted(dimension for plane in planes for dimension in plane) != list(range(width)):
+        return None, "its rotary positions do not turn dimensions in pairs"
+    return planes, None

@@ -1,0 +1,400 @@
+"""Laws of joint treatments, over every method that has one, through whole tiny models of every architecture."""
+
+import itertools
+
+import common
+import pytest
+import torch
+from launching import make_run, small_data
+from rows import JOINT_METHODS
+
+from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
+from rankfront.methods.layers import set_module, weight_of
+from rankfront.search.calibration import calibrate
+from rankfront.search.export import export
+from rankfront.search.model import find_sites, load_model
+from rankfront.search.plan import Plan
+from rankfront.search.study import Study
+from rankfront.search.trial import Resident, _tensors
+
+METHODS = JOINT_METHODS
+FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}
+ATTENTION, GATED, PLAIN = {"lama", "vo-svd", "drop-block"}, {"nystrom", "drop-block"}, {"nystrom", "drop-block"}
+TREATED = {  # what can be treated of which architecture: fused projections and normalised queries cannot
+    "llama": ATTENTION | GATED,
+    "llama-tied": ATTENTION | GATED,
+    "mistral": ATTENTION | GATED,
+    "qwen2": ATTENTION | GATED,
+    "qwen3": (ATTENTION - {"lama"}) | GATED,
+    "gemma2": ATTENTION | GATED,
+    "gemma3": (ATTENTION - {"lama"}) | GATED,
+    "phi3": set(),
+    "gpt-neox": PLAIN,
+    "opt": ATTENTION | PLAIN,
+    "gpt2": PLAIN,
+}
+NAMES = [name for name, treated in TREATED.items() if treated]
+PAIRS = [(name, method) for name in NAMES for method in METHODS if method in TREATED[name]]
+each_pair = pytest.mark.parametrize(("name", "method"), PAIRS, ids=lambda value: value)
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}
+
+
+class World:
+    """A tiny model resident with everything that can be treated jointly, and its statistics."""
+
+    def __init__(self, name, folder, text):
+        data = common.study_data(common.save_folder(name, folder), text)
+        data["space"] = {"methods": sorted(TREATED[name]), "keep": [0.3, 0.5, 0.8], "rank_multiple": 2}
+        self.setup = Study(data).setup()
+        self.resident = Resident(self.setup)
+        self.sites = list(self.resident.space.choices)
+        self.ids = common.tokens(2, 24, seed=3)
+        model = load_model(self.setup.source, torch.float32, "cpu")
+        windows = self.setup.tokens["calibrate"]
+        self.statistics = dict(calibrate(model, windows, self.sites, frozenset({"gram"}), lambda done, total: None))
+        self.model = model
+
+    def treated(self, method):
+        """(site, its options of the method from the cheapest)."""
+        for site, options in self.resident.space.wanted().items():
+            own = [option for option in options if option.method == method]
+            if own:
+                yield site, sorted(own, key=lambda o: get_method(method).storage(site, o).parameters)
+
+    def prepared(self, site, option):
+        return self.resident.store.load(site, option)
+
+    def logits(self):
+        with torch.no_grad():
+            return self.resident.model(input_ids=self.ids, use_cache=False).logits
+
+    def weights(self, site):
+        return _tensors(self.model, site)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory, text_file):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = World(name, tmp_path_factory.mktemp(name), text_file)
+        common.restore(made[name].resident)
+        return made[name]
+
+    return make
+
+
+def full(method, site):
+    """The level that keeps everything."""
+    level = FULL[method]
+    return Option.of(method, **{level: site.anchor.in_features if level == "neurons" else site.heads.width})
+
+
+def test_every_architecture_says_what_can_be_treated_jointly(architecture):
+    model = architecture.build()
+    grid = Grid((0.5,), 2)
+    offered = {
+        name
+        for site in find_sites(model)
+        for name in method_names()
+        if len(site.weights) > 1 and get_method(name).options(site, grid)
+    }
+    assert offered == TREATED[architecture.name]
+
+
+def test_a_joint_site_is_named_after_what_it_claims(architecture):
+    names = set()
+    for site, place in find_sites(architecture.build()).items():
+        names.add(site.name)
+        if len(site.weights) > 1:
+            parent, _, children = site.name.rpartition(".")
+            assert [f"{parent}.{child}" for child in children.split("+")] == [weight.path for weight in site.weights]
+            assert site.name.endswith(place.kind)
+    assert len(names) == len(find_sites(architecture.build()))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_normalised_queries_are_refused_with_the_reason(name):
+    reasons = [get_method("lama").refuses(site) for site in find_sites(common.architecture(name).build())]
+    assert "queries and keys are normalised after their projections" in reasons
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_rotary_planes_are_what_the_model_turns(name):
+    site = next(s for s in find_sites(common.architecture(name).build()) if s.roles == ("key", "query"))
+    half = common.HEAD_WIDTH // 2
+    assert site.heads.planes == tuple((i, i + half) for i in range(half))
+    assert (site.heads.queries, site.heads.keys) == (common.HEADS, common.KEY_VALUE_HEADS)
+
+
+def test_learned_positions_have_no_planes():
+    site = next(s for s in find_sites(common.architecture("opt").build()) if s.roles == ("key", "query"))
+    assert site.heads.planes is None
+
+
+@each_pair
+def test_the_full_level_changes_nothing(worlds, name, method):
+    if method == "drop-block":
+        pytest.skip("it has no full level")
+    world = worlds(name)
+    before = world.logits()
+    for site, options in world.treated(method):
+        factors = get_method(method).truncate(world.prepared(site, options[0]), full(method, site))
+        for weight in site.weights:
+            modules = world.resident._modules([weight.path], factors[weight.role])
+            set_module(world.resident.model, weight.path, modules[weight.path])
+    torch.testing.assert_close(world.logits(), before, **CLOSE)
+    for path, module in world.resident.dense_modules.items():
+        set_module(world.resident.model, path, module)
+
+
+@each_pair
+def test_the_anchor_alone_does_the_same(worlds, name, method):
+    """Every level: the whole treatment, and its anchor's stand-in with all else dense, give the same logits."""
+    world = worlds(name)
+    for site, options in world.treated(method):
+        for option in options:
+            world.resident.apply(Plan.of({site.name: option}))
+            treated = world.logits()
+            with world.resident.anchored():
+                torch.testing.assert_close(world.logits(), treated, **CLOSE)
+            torch.testing.assert_close(world.logits(), treated)
+
+
+@each_pair
+def test_all_joint_sites_together_run_alone_too(worlds, name, method):
+    world = worlds(name)
+    world.resident.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
+    treated = world.logits()
+    with world.resident.anchored():
+        torch.testing.assert_close(world.logits(), treated, **CLOSE)
+
+
+@each_pair
+def test_products_are_those_of_the_stand_in(worlds, name, method):
+    """along(g, x) = gᵀ (ŷ − b), token by token, with ŷ what `alone` gives and b the dense bias."""
+    world, generator = worlds(name), torch.Generator().manual_seed(0)
+    for site, options in world.treated(method):
+        prepared, anchor = world.prepared(site, options[0]), site.anchor
+        g = torch.randn(7, anchor.out_features, generator=generator)
+        x = torch.randn(7, anchor.in_features, generator=generator)
+        found = get_method(method).along(site, prepared, options, g, x)
+        assert found.keys() == {option.label for option in options}
+        for option in options:
+            tensors = get_method(method).alone(site, prepared, option).tensors
+            y = x @ tensors["weight"].float().T
+            if "bias" in tensors:
+                y = y + tensors["bias"].float() - world.weights(site)[f"{anchor.role}.bias"]
+            torch.testing.assert_close(found[option.label], (g * y).sum(1), rtol=1e-3, atol=1e-3)
+
+
+@each_pair
+def test_what_is_stored_is_what_was_claimed(worlds, name, method):
+    """Parameters of the modules, biases included, fall by what the plan says; index bits are told apart."""
+    world = worlds(name)
+    before = sum(parameter.numel() for parameter in world.resident.model.parameters())
+    for site, options in world.treated(method):
+        for option in options:
+            world.resident.apply(Plan.of({site.name: option}))
+            now = sum(parameter.numel() for parameter in world.resident.model.parameters())
+            storage = get_method(method).storage(site, option)
+            assert before - now == site.storage.values - storage.values
+            assert storage.parameters < site.storage.parameters
+
+
+@each_pair
+def test_error_never_rises_with_level_and_ends_at_nothing(worlds, name, method):
+    world = worlds(name)
+    for site, options in world.treated(method):
+        errors = [get_method(method).error(world.prepared(site, option), option) for option in options]
+        assert all(later <= earlier for earlier, later in itertools.pairwise(errors))
+        assert all(error > 0 for error in errors)
+        if method in FULL:
+            assert get_method(method).error(world.prepared(site, options[0]), full(method, site)) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "nystrom" in TREATED[name]])
+def test_nystrom_error_is_that_of_the_down_projection(worlds, name):
+    """‖(W − Ŵ) C^{1/2}‖² with Ŵ = W C_{:J} C_JJ⁻¹ by a plain solve, and J the largest leverage scores."""
+    world = worlds(name)
+    for site, options in world.treated("nystrom"):
+        weight = world.weights(site)["down"].double()
+        gram = world.statistics[site]["down"].gram.raw.double()
+        for option in options:
+            prepared = world.prepared(site, option)
+            kept = prepared["order"][: option["neurons"]]
+            down = get_method("nystrom").alone(site, prepared, option).tensors["weight"].double()
+            assert (down[:, [i for i in range(down.shape[1]) if i not in set(kept.tolist())]] == 0).all()
+            delta = weight - down
+            measured = float(torch.einsum("ij,jk,ik->", delta, gram, delta))
+            whole = float(torch.einsum("ij,jk,ik->", weight, gram, weight))
+            assert get_method("nystrom").error(prepared, option) == pytest.approx(measured, rel=2e-2, abs=1e-4 * whole)
+            ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
+            exact = weight @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept] + ridge)
+            best = weight.clone()
+            best[:, :] = 0
+            best[:, kept] = exact
+            least = float(torch.einsum("ij,jk,ik->", weight - best, gram, weight - best))
+            assert measured <= least * 1.05 + 1e-4 * whole
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "vo-svd" in TREATED[name]])
+def test_value_output_is_the_best_of_its_rank(worlds, name):
+    """Per key-value head, the tail of the singular values of the stacked W_o W_v C^{1/2}."""
+    world = worlds(name)
+    for site, options in world.treated("vo-svd"):
+        heads, weights = site.heads, world.weights(site)
+        root = world.statistics[site]["value"].gram.root
+        shared = heads.queries // heads.keys
+        for option in options:
+            expected = 0.0
+            for head in range(heads.keys):
+                value = weights["value"].double().unflatten(0, (heads.keys, heads.width))[head]
+                output = weights["output"].double().unflatten(1, (heads.queries, heads.width))
+                stack = torch.cat([output[:, head * shared + i] for i in range(shared)])
+                expected += float(torch.linalg.svdvals(stack @ value @ root)[option["width"] :].square().sum())
+            prepared = world.prepared(site, option)
+            assert get_method("vo-svd").error(prepared, option) == pytest.approx(expected, rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen2"])
+def test_rotary_queries_and_keys_keep_whole_planes_of_the_largest_score(worlds, name):
+    world = worlds(name)
+    for site, options in world.treated("lama"):
+        heads, weights = site.heads, world.weights(site)
+        gram, half = world.statistics[site]["key"].gram.matrix, site.heads.width // 2
+        squares = {role: weights[role].double() for role in site.roles}
+        energy = {role: torch.einsum("ij,jk,ik->i", weight, gram, weight) for role, weight in squares.items()}
+        key = energy["key"].unflatten(0, (heads.keys, heads.width))
+        query = energy["query"].unflatten(0, (heads.keys, -1, heads.width)).sum(1)
+        scores = (key[:, :half] + key[:, half:]) * (query[:, :half] + query[:, half:])
+        for option in options:
+            factors = get_method("lama").truncate(world.prepared(site, option), option)
+            for head, places in enumerate(factors["key"].tensors["place"].tolist()):
+                planes = sorted(place for place in places if place < half)
+                assert sorted(places) == sorted([*planes, *(plane + half for plane in planes)])
+                best = scores[head].argsort(descending=True)[: option["width"] // 2]
+                assert planes == sorted(best.tolist())
+
+
+def test_affinity_without_rotary_positions_is_the_best_of_its_rank(worlds):
+    """‖C_q^{1/2} (I − P Qᵀ) C_k^{1/2}‖² is the tail of the singular values of C_q^{1/2} C_k^{1/2}."""
+    world = worlds("opt")
+    for site, options in world.treated("lama"):
+        heads, weights = site.heads, world.weights(site)
+        root = world.statistics[site]["key"].gram.root
+        for option in options:
+            expected = 0.0
+            for head in range(heads.keys):
+                by_head = (weights[role].double().unflatten(0, (heads.keys, -1))[head] for role in ("query", "key"))
+                query, key = (weight @ root for weight in by_head)
+                expected += float(_affinity_tail(query, key, option["width"]))
+            prepared = world.prepared(site, option)
+            assert get_method("lama").error(prepared, option) == pytest.approx(expected, rel=1e-2, abs=1e-6)
+
+
+def _affinity_tail(query, key, width):
+    """Σ_{i > width} σ_i² of C_q^{1/2} C_k^{1/2}."""
+    values, vectors = torch.linalg.eigh(query @ query.T)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    others, directions = torch.linalg.eigh(key @ key.T)
+    other = (directions * others.clamp_min(0).sqrt()) @ directions.T
+    return torch.linalg.svdvals(root @ other)[width:].square().sum()
+
+
+@each_pair
+def test_the_dense_export_of_a_plan_gives_the_same_logits(worlds, name, method):
+    from rankfront.search.export import _multiply_out
+
+    world = worlds(name)
+    resident = Resident(world.setup)
+    resident.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
+    ids = world.ids
+    with torch.no_grad():
+        treated = resident.model(input_ids=ids, use_cache=False).logits
+        _multiply_out(resident.model, resident.modules, resident.dense_modules)
+        torch.testing.assert_close(resident.model(input_ids=ids, use_cache=False).logits, treated, **CLOSE)
+    assert {type(module).__name__ for module in resident.model.modules()}.isdisjoint(
+        {"HeadsLinear", "FromHeadsLinear", "PlainLinear", "AbsentLinear"}
+    )
+
+
+@pytest.mark.parametrize("form", ["factored", "dense"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "gpt2"])
+def test_a_joint_plan_is_exported_and_reloaded(text_file, tmp_path, name, form):
+    """A study of every joint method; each export is verified in a fresh process, biases and all."""
+    data = common.study_data(common.save_folder(name, tmp_path / "model"), text_file)
+    data["space"] = {"methods": sorted(TREATED[name]), "keep": [0.5, 0.8], "rank_multiple": 2}
+    data["search"] |= {"sampler": "random", "trials": 6, "anchors": [0.5], "groups": 0}
+    study = make_run(data, tmp_path / "run")
+    rows = [row for row in study.rows() if row.state == "complete" and len(row.plan.choices) > 1]
+    methods = {option.method for row in rows for option in row.plan.by_site.values()}
+    assert len(methods) > 1
+    row = max(rows, key=lambda row: len({option.method for option in row.plan.by_site.values()}))
+    verified = export(study.setup(), row, tmp_path / "out", form)
+    assert verified.perplexity == pytest.approx(row.attributes["perplexity"], rel=5e-3)
+
+
+def test_a_study_searches_joint_and_single_sites_together(model_folder, text_file, tmp_path):
+    """Our sampler over everything: no plan treats a weight twice, slopes are measured, a budget is answered."""
+    data = small_data(model_folder, text_file, sampler="rankfront", trials=18)
+    data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.6, 0.8]}
+    study = make_run(data, tmp_path / "run")
+    rows = [row for row in study.rows() if row.state == "complete"]
+    weights = {site.name: [w.path for w in site.weights] for site in find_sites(Resident(study.setup()).model)}
+    for row in rows:
+        claimed = [path for site in row.plan.by_site for path in weights[site]]
+        assert len(claimed) == len(set(claimed))
+    methods = {option.method for row in rows for option in row.plan.by_site.values()}
+    assert methods >= {"svd-llm", "lama", "vo-svd", "nystrom"}
+    slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
+    assert slopes
+    assert all("slopes" in trial.user_attrs for trial in slopes)
+    assert study.answer("block_parameters<=0.77").figures["block_parameters"] <= 0.77
+
+
+def test_anchors_of_a_single_method_leave_joint_sites_dense(model_folder, text_file):
+    data = small_data(model_folder, text_file)
+    data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.8]}
+    data["search"]["groups"] = 0
+    from rankfront.search.trial import make_space
+
+    space = make_space(Study(data).setup())
+    for anchor in space.anchors((0.8,)):
+        draws = space.anchor_parameters(anchor)
+        options = {v.name: v.options[draws[v.name]] for v in space.variables}
+        treated = space._disjoint(options)
+        if anchor.method == "svd-llm":
+            assert {option.method for option in treated.values()} == {"svd-llm"}
+        if anchor.method == "nystrom":
+            assert "nystrom" in {option.method for option in treated.values()}
+        if anchor.label == "dense":
+            assert all(option == DENSE_OPTION for option in options.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [("nystrom neurons=0", "neurons"), ("vo-svd width=x", "width"), ("lama", "width")],
+)
+def test_levels_that_are_none_are_refused(option, remedy):
+    method, _, level = option.partition(" ")
+    parsed = {} if not level else {level.split("=")[0]: int(v) if (v := level.split("=")[1]).isdigit() else v}
+    with pytest.raises(InputError, match=remedy):
+        get_method(method).check(Option.of(method, **parsed))
+
+
+def test_single_methods_refuse_joint_sites_and_the_other_way_round():
+    for site in find_sites(common.architecture("llama").build()):
+        for name in method_names():
+            if (len(site.weights) > 1) != (name in METHODS):
+                assert get_method(name).refuses(site)
+                assert get_method(name).options(site, Grid((0.5,), 2)) == {}
+
+
+def test_weights_without_bias_or_with_one_are_told_apart():
+    model = common.architecture("qwen2").build()
+    for site in find_sites(model):
+        for weight in site.weights:
+            assert weight.bias == (getattr(model.get_submodule(weight.path), "bias", None) is not None)
+            assert tuple(weight_of(model.get_submodule(weight.path)).shape) == (weight.out_features, weight.in_features)
