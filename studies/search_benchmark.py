@@ -3,13 +3,13 @@
     python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
-svd-llm and dense. Tokens are counted everywhere (a backward pass as two forward ones): probes, menus, slopes and
-trials alike. Allocators that only predict are solved at block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on
-looking at their plans; searches give, at each of those, the measured plan that is best on the search split. All these
-plans are measured on the report split. Hypervolume is that of (log perplexity excess over dense, block_parameters)
-within [0, ln 10] x [0, 1], as a share. Finished cells are kept in studies/results/search.jsonl, one line each, and
-never measured again: stop it at any time and start it again. Rows that no budget changes are measured once, at the
-first one.
+svd-llm and dense; one row adds the methods that treat several weights jointly. Tokens are counted everywhere (a
+backward pass as two forward ones): probes, menus, slopes and trials alike. Allocators that only predict are solved at
+block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on looking at their plans; searches give, at each of those, the
+measured plan that is best on the search split. All these plans are measured on the report split. Hypervolume is that
+of (log perplexity excess over dense, block_parameters) within [0, ln 10] x [0, 1], as a share. Finished cells are kept
+in studies/results/search.jsonl, one line each, and never measured again: stop it at any time and start it again. Rows
+that no budget changes are measured once, at the first one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -50,6 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
+JOINT = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
 
 
@@ -194,10 +195,14 @@ def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> 
     return plan
 
 
-def sampler_row(sampler: str) -> Callable[[Bench, int, int], Found]:
+def sampler_row(sampler: str, methods: Sequence[str] = ()) -> Callable[[Bench, int, int], Found]:
+    """A whole study; ``methods`` replace those of the shared space."""
+
     def run(bench: Bench, budget: int, seed: int) -> Found:
         overrides = [f"search.sampler={sampler}", f"search.seed={seed}", f"search.tokens={budget}"]
-        study = Study(bench.settings, run=RESULTS / "runs" / f"{sampler}-{seed}", overrides=overrides)
+        overrides += [f"space.methods={json.dumps(methods)}"] if methods else []
+        folder = "-".join([sampler, *methods, str(seed)])
+        study = Study(bench.settings, run=RESULTS / "runs" / folder, overrides=overrides)
         study.launch(Console(quiet=True), report=False)
         rows = [row for row in study.rows() if row.state == "complete"]
         overhead = sum(row.attributes["seconds"]["propose"] for row in rows)
@@ -225,8 +230,9 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "gradient + knapsack": menu_row(grouped=False),
     "menu + knapsack": menu_row(grouped=True),
     **{name: sampler_row(name) for name in SAMPLERS},
+    "rankfront, joint methods too": sampler_row("rankfront", JOINT),
 }
-SEEDED = {"level evolution", *SAMPLERS}
+SEEDED = {"level evolution", "rankfront, joint methods too", *SAMPLERS}
 ONCE = {  # at any budget
     "uniform",
     "spectrum knapsack",
