@@ -230,9 +230,9 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "gradient + knapsack": menu_row(grouped=False),
     "menu + knapsack": menu_row(grouped=True),
     **{name: sampler_row(name) for name in SAMPLERS},
-    "rankfront, joint methods too": sampler_row("rankfront", JOINT),
+    "rankfront with joint methods": sampler_row("rankfront", JOINT),
 }
-SEEDED = {"level evolution", "rankfront, joint methods too", *SAMPLERS}
+SEEDED = {"level evolution", "rankfront with joint methods", *SAMPLERS}
 ONCE = {  # at any budget
     "uniform",
     "spectrum knapsack",
