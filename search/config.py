@@ -98,7 +98,7 @@ class RuleConfig(Strict):
 class SpaceConfig(Strict):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    methods: Methods = ("svd", "asvd", "fwsvd", "svd-llm")
+    methods: Methods = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     rank_multiple: int = 8
     rule: tuple[RuleConfig, ...] = ()

@@ -261,7 +261,12 @@ def study_data(folder: Path, text: Path) -> dict[str, Any]:
             "search": {"text": str(text), "windows": 4},
             "report": {"text": str(text), "windows": 4},
         },
-        "space": {"include": ["*", "lm_head"], "keep": [0.4, 0.7], "rank_multiple": 2},
+        "space": {
+            "include": ["*", "lm_head"],
+            "methods": ["svd", "asvd", "fwsvd", "svd-llm"],
+            "keep": [0.4, 0.7],
+            "rank_multiple": 2,
+        },
         "objectives": {"perplexity": {}, "parameters": {}},
         "search": {"workers": 0, "trials": 4, "resources": {"cpu": 1}},
     }
