@@ -20,7 +20,7 @@ from rankfront.methods._method import (
     register,
     source_of,
 )
-from rankfront.methods._statistics import Statistics
+from rankfront.methods._statistics import Statistics, narrow_outputs
 from rankfront.methods._storage import Cost, Storage
 from rankfront.methods._weighting import Gram
 
@@ -43,6 +43,7 @@ __all__ = [
     "check_choice",
     "get_method",
     "method_names",
+    "narrow_outputs",
     "nearest",
     "register",
     "source_of",

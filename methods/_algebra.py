@@ -56,6 +56,23 @@ def regularised_root(gram: Tensor) -> Tensor:
     return (vectors * (values + _ridge(values.mean())).sqrt()) @ vectors.T
 
 
+def shrunk(gram: Tensor, share: float) -> Tensor:
+    """(1 − s) C + s (tr C / n) I in fp64, (n, n), for a share s in (0, 1]; the identity where C is zero."""
+    work = gram.double()
+    if not torch.isfinite(work).all():
+        raise ValueError(f"a Gram of shape {tuple(gram.shape)} has values that are not finite")
+    mean = work.diagonal().mean()
+    identity = torch.eye(len(work), dtype=work.dtype, device=work.device)
+    return torch.where(mean > 0, (1 - share) * work + share * mean * identity, identity)
+
+
+def root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """R = Rᵀ with Rᵀ R = G, and R⁻¹, for a positive definite G (m, m), in fp64."""
+    values, vectors = eigh_descending(gram)
+    roots = (values + _ridge(values.mean())).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
 def fix_signs(columns: Tensor) -> Tensor:
     """Each column's sign chosen so that its entry of largest magnitude is positive; (m, k) to (m, k).
 

@@ -1,4 +1,4 @@
-"""The low-rank family under any one-sided metric: W ≈ left · right."""
+"""The low-rank family under any metric: W ≈ left · right."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import eigh_descending, fix_signs
+from rankfront.methods._algebra import eigh_descending, fix_signs, root_and_inverse
 from rankfront.methods._errors import InputError
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
 from rankfront.methods._metric import Metric
-from rankfront.methods._statistics import Statistics
+from rankfront.methods._statistics import Statistics, narrow_outputs
 from rankfront.methods._storage import Storage, break_even_rank, low_rank_storage
 from rankfront.methods._weighting import Weighting
 
@@ -43,7 +43,7 @@ def _rank(option: Option) -> int:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Ŵ = left · right with left (m, r) and right (r, n), the rank-r minimiser of ‖(W − Ŵ) S‖_F.
+    """Ŵ = left · right with left (m, r) and right (r, n), the rank-r minimiser of ‖R (W − Ŵ) S‖_F.
 
     Nested: the first r components of one preparation are the optimum at rank r. Preparing keeps components up
     to break-even rank (or up to the largest rank asked for), with the norm of each component shared equally
@@ -62,7 +62,9 @@ class LowRank:
 
     @property
     def formula(self) -> str:
-        return f"Ŵ = U_r U_rᵀ W, W S = U Σ Vᵀ, {self.weighting.formula}"
+        if self.weighting.left is None:
+            return f"Ŵ = U_r U_rᵀ W, W S = U Σ Vᵀ, {self.weighting.formula}"
+        return f"Ŵ = R⁻¹ U_r U_rᵀ R W, R W S = U Σ Vᵀ, {self.weighting.formula}"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -73,6 +75,8 @@ class LowRank:
             return "it treats one weight at a time"
         if site.weights[0].kind == "embedding" and self.needs:
             return f"an embedding table's inputs are token ids, which have no {', '.join(self.needs)} statistics"
+        if "gradient" in self.needs and not narrow_outputs(site.weights[0].out_features, site.weights[0].in_features):
+            return "the Gram of its output gradients would be far larger than the weight"
         if break_even_rank(site.weights[0].out_features, site.weights[0].in_features) == 0:
             return "no rank stores less than the dense weight"
         return None
@@ -104,15 +108,22 @@ class LowRank:
     ) -> Prepared:
         (weight,) = weights.values()
         weighting = self.weighting.weigh(statistics["weight"]) if self.needs else self.weighting.weigh(Statistics(0))
-        basis, energy = weighted_subspace(weight, weighting)
+        work = weight.double()
+        inverse = None
+        if self.weighting.left is not None:
+            root, inverse = root_and_inverse(self.weighting.left(statistics["weight"]))
+            work = root @ work
+        basis, energy = weighted_subspace(work, weighting)
         kept = max([break_even_rank(*weight.shape), *(_rank(option) for option in options)])
         left = basis[:, :kept]  # (m, k)
-        right = left.T @ weight.double()  # (k, n)
-        balance = right.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        right = left.T @ work  # (k, n)
+        left = left if inverse is None else inverse @ left
+        tiny = torch.finfo(torch.float32).tiny
+        balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
         return {
             "left": (left * balance).T.float().contiguous(),  # (k, m): slicing a level reads one run of memory
             "right": (right / balance[:, None]).float().contiguous(),
-            "energy": energy.float(),
+            "energy": energy.clamp_max(torch.finfo(torch.float32).max).float(),
         }
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:

@@ -1,14 +1,18 @@
-"""Metrics: from what calibration measured to the right weighting S of ‖(W − Ŵ) S‖_F."""
+"""Metrics: from what calibration measured to the weightings R and S of ‖R (W − Ŵ) S‖_F."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from rankfront.methods._algebra import shrunk
 from rankfront.methods._statistics import Statistics, collected
-from rankfront.methods._weighting import Diagonal, Unweighted, Weighting
+from rankfront.methods._weighting import Diagonal, Gram, Unweighted, Weighting
 
 ASVD_ALPHA = 0.5  # ASVD (2312.05821), the published exponent
+INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.1, 0.3  # KFAC-SVD in LEMS, the shipped shares
 
 
 @dataclass(frozen=True)
@@ -19,13 +23,15 @@ class Metric:
         name: as shown to users.
         formula: S in one line.
         needs: the statistics it reads.
-        weigh: statistics of one weight to its weighting.
+        weigh: statistics of one weight to its weighting S.
+        left: statistics to Rᵀ R (m, m), positive definite; None where R = I.
     """
 
     name: str
     formula: str
     needs: tuple[str, ...]
     weigh: Callable[[Statistics], Weighting]
+    left: Callable[[Statistics], Tensor] | None = None
 
 
 IDENTITY = Metric("identity", "S = I", (), lambda statistics: Unweighted())
@@ -51,4 +57,12 @@ WHITENING = Metric(
     "S Sᵀ = C = Σ_t x_t x_tᵀ",
     ("gram",),
     lambda statistics: collected(statistics.gram, "gram"),
+)
+
+TWO_SIDED = Metric(
+    "two-sided whitening",
+    f"S Sᵀ = C shrunk by {INPUT_SHRINKAGE}, RᵀR = Γ = Σ_t g_t g_tᵀ clipped and shrunk by {GRADIENT_SHRINKAGE}",
+    ("gram", "gradient"),
+    lambda statistics: Gram(shrunk(collected(statistics.gram, "gram").raw, INPUT_SHRINKAGE)),
+    lambda statistics: shrunk(collected(statistics.gradient, "gradient"), GRADIENT_SHRINKAGE),
 )

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from rankfront.methods._weighting import Gram
 
-NEEDS = ("gram", "absolute", "fisher")
+NEEDS = ("gram", "absolute", "fisher", "gradient")
+WIDEST = 8  # outputs per input up to which Γ is summed: that of a head would be the vocabulary squared
 T = TypeVar("T")
+
+
+def narrow_outputs(out_features: int, in_features: int) -> bool:
+    """Whether a weight's Γ (m, m) is summed at all."""
+    return out_features <= WIDEST * in_features
 
 
 @dataclass
@@ -25,12 +31,14 @@ class Statistics:
         gram: C = Σ_t x_t x_tᵀ, (n, n), uncentred.
         absolute: Σ_t |x_t|, (n,).
         fisher: f_j = Σ_t ‖g_t‖² x_tj², (n,): token-wise Fisher information, summed over outputs.
+        gradient: Γ = Σ_t g_t g_tᵀ, (m, m), over the tokens of each batch whose ‖g_t‖ lies in the middle three quarters.
     """
 
     tokens: int
     gram: Gram | None = None
     absolute: Tensor | None = None
     fisher: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 def collected(statistic: T | None, name: str) -> T:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import Gram, Site, Statistics
+from rankfront.methods import Gram, Site, Statistics, narrow_outputs
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
 STATISTIC_BYTES = 4  # sums are kept in fp32
 GRAM_BYTES = 20  # the sum, and while its sites are factored its regularised form and root in fp64
 BATCH_TOKENS = 2048  # tokens a forward pass takes at once
+GRADIENTS = frozenset({"fisher", "gradient"})  # statistics that a backward pass brings
+MIDDLE = (0.125, 0.875)  # quantiles of a batch's ‖g_t‖² between which tokens count for the Gram of gradients
 Progress = Callable[[int, int], None]
 
 
@@ -26,6 +28,7 @@ class _Sums:
     gram: Tensor | None = None
     absolute: Tensor | None = None
     fisher: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 @dataclass
@@ -54,15 +57,20 @@ class _Recorder:
                     sums.gram = _add(sums.gram, x.T @ x)
                 if "absolute" in self.needs:
                     sums.absolute = _add(sums.absolute, x.abs().sum(0))
-            if "fisher" in self.needs:
+            if self.needs & GRADIENTS:
                 output.register_hook(lambda gradient: self._gradient(sums, raw, gradient))
 
         return hook
 
-    @staticmethod
-    def _gradient(sums: _Sums, x: Tensor, gradient: Tensor) -> None:
-        squares = gradient.flatten(0, -2).float().square().sum(1)  # (tokens,) ‖g_t‖²
-        sums.fisher = _add(sums.fisher, squares @ x.float().square())
+    def _gradient(self, sums: _Sums, x: Tensor, gradient: Tensor) -> None:
+        g = gradient.flatten(0, -2).float()  # (tokens, m)
+        squares = g.square().sum(1)  # (tokens,) ‖g_t‖²
+        if "fisher" in self.needs:
+            sums.fisher = _add(sums.fisher, squares @ x.float().square())
+        if "gradient" in self.needs and narrow_outputs(g.shape[1], x.shape[1]):
+            low, high = squares.quantile(squares.new_tensor(MIDDLE))
+            middle = g[(low <= squares) & (squares <= high)]
+            sums.gradient = _add(sums.gradient, middle.T @ middle)
 
 
 def _add(total: Tensor | None, term: Tensor) -> Tensor:
@@ -103,6 +111,8 @@ def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[s
     def size_of(site: Site, counted: set[str]) -> int:
         new = {groups.get(w.path, w.path): w.in_features for w in site.weights}
         grams = sum(n * n for lead, n in new.items() if lead not in counted) if "gram" in needs else 0
+        if "gradient" in needs:
+            grams += sum(w.out_features**2 for w in site.weights if narrow_outputs(w.out_features, w.in_features))
         return GRAM_BYTES * grams + STATISTIC_BYTES * sum(w.in_features for w in site.weights)
 
     for site in sites:
@@ -128,7 +138,7 @@ def calibrate(
     """(site, statistics by role) for every site that has inputs to measure, in order.
 
     Runs ``windows`` (W, L) through the dense model once for each group of sites whose statistics fit under
-    ``limit`` bytes, and drops a group's statistics before the next pass. Gradients, where "fisher" is needed,
+    ``limit`` bytes, and drops a group's statistics before the next pass. Gradients, where one of `GRADIENTS` is needed,
     are those of the summed next-token cross-entropy with respect to each weight's output; no weight gradient
     is ever formed. ``progress`` hears (windows done, windows in all).
     """
@@ -142,7 +152,7 @@ def calibrate(
         recorder = _Recorder(needs, _leaders_within(chosen, groups))
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.weights])
         try:
-            for done in _run(model, windows, gradients="fisher" in needs):
+            for done in _run(model, windows, gradients=bool(needs & GRADIENTS)):
                 progress(number * len(windows) + done, total)
         finally:
             for handle in handles:
@@ -169,7 +179,7 @@ def _hand_over(sites: Sequence[Site], recorder: _Recorder, tokens: int) -> Itera
             shared, own = recorder.sums[lead], recorder.sums[weight.path]
             if shared.gram is not None and lead not in grams:
                 grams[lead] = Gram(shared.gram)
-            statistics[weight.role] = Statistics(tokens, grams.get(lead), shared.absolute, own.fisher)
+            statistics[weight.role] = Statistics(tokens, grams.get(lead), shared.absolute, own.fisher, own.gradient)
             readers[lead] -= 1
             if not readers[lead]:
                 grams.pop(lead, None)

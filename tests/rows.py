@@ -26,7 +26,15 @@ class Sample:
             gram=Gram((self.x.T @ self.x).float()),
             absolute=self.x.abs().sum(0).float(),
             fisher=(self.g.square().sum(1) @ self.x.square()).float(),
+            gradient=(self.middle.T @ self.middle).float(),
         )
+
+    @property
+    def middle(self) -> Tensor:
+        """The gradients whose norm is neither among the lowest nor the highest eighth."""
+        norms = self.g.norm(dim=1)
+        low, high = norms.quantile(0.125), norms.quantile(0.875)
+        return torch.stack([g for g, norm in zip(self.g, norms, strict=True) if low <= norm <= high])
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class MethodRow:
 
     Attributes:
         loss: (Δ (m, n), sample) -> ‖Δ S‖²_F, token by token, with Δ = W − Ŵ.
-        root: sample -> S (n, ·), for which the SVD of W S gives the optimum.
+        root: sample -> S (n, ·), for which the SVD of R W S gives the optimum.
+        left: sample -> R (m, m); None where R = I.
         needs: the statistics it reads.
         embedding: whether it treats an embedding table, whose inputs are token ids.
         site: (m, n) -> a site that it treats.
@@ -45,6 +54,7 @@ class MethodRow:
     loss: Callable[[Tensor, Sample], float]
     root: Callable[[Sample], Tensor]
     needs: tuple[str, ...]
+    left: Callable[[Sample], Tensor] | None = None
     embedding: bool = False
     site: Callable[[int, int], Site] = linear_site
     ladder: Callable[[str, int, int], list[Option]] = lambda name, m, n: [
@@ -73,6 +83,18 @@ def output_loss(delta: Tensor, sample: Sample) -> float:
     return float(sum((delta @ x).square().sum() for x in sample.x))
 
 
+def shrink(gram: Tensor, share: float) -> Tensor:
+    """Towards its mean eigenvalue; the identity where there is nothing."""
+    mean, identity = gram.diagonal().mean(), torch.eye(len(gram), dtype=gram.dtype)
+    return (1 - share) * gram + share * mean * identity if mean > 0 else identity
+
+
+def kronecker_loss(delta: Tensor, sample: Sample) -> float:
+    """tr(Γ Δ C Δᵀ), both shrunk, Γ over the middle three quarters of the tokens."""
+    inputs, gradients = shrink(sample.x.T @ sample.x, 0.1), shrink(sample.middle.T @ sample.middle, 0.3)
+    return float(torch.einsum("ij,jk,kl,il->", gradients, delta, inputs, delta))
+
+
 METHOD_ROWS = {
     "svd": MethodRow(
         loss=plain_loss,
@@ -94,6 +116,12 @@ METHOD_ROWS = {
         loss=output_loss,
         root=lambda sample: sample.x.T,  # S Sᵀ = Xᵀ X, whichever root of it
         needs=("gram",),
+    ),
+    "kfac-svd": MethodRow(
+        loss=kronecker_loss,
+        root=lambda sample: torch.linalg.cholesky(shrink(sample.x.T @ sample.x, 0.1)),
+        left=lambda sample: torch.linalg.cholesky(shrink(sample.middle.T @ sample.middle, 0.3)).T,
+        needs=("gram", "gradient"),
     ),
 }
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from rankfront.search.calibration import BATCH_TOKENS, STATISTIC_BYTES, _passes, calibrate, shared_inputs
 
-NEEDS = frozenset({"gram", "absolute", "fisher"})
+NEEDS = frozenset({"gram", "absolute", "fisher", "gradient"})
 WINDOWS, LENGTH = 3, 12
 
 
@@ -73,6 +73,10 @@ def test_sums_are_those_of_a_loop_over_tokens(model, windows):
         assert_near(statistics.absolute, sum(token.abs() for token in x))
         assert_near(statistics.fisher, sum((b @ b) * a.square() for a, b in zip(x, g, strict=True)))
         assert statistics.fisher.abs().max() > 0
+        norms = g.norm(dim=1)  # all tokens are one batch
+        middle = [b for b, norm in zip(g, norms, strict=True) if norms.quantile(0.125) <= norm <= norms.quantile(0.875)]
+        assert 0.7 * len(g) < len(middle) < 0.9 * len(g)  # gradients of exactly zero at the ends of windows tie
+        assert_near(statistics.gradient, sum(torch.outer(b, b) for b in middle))
 
 
 def test_weights_that_read_one_input_share_one_gram(architecture, model, windows):
@@ -99,7 +103,7 @@ def test_shared_inputs_run_once_and_leave_no_hooks(architecture, model, windows)
 
 
 @pytest.mark.parametrize(
-    "needs", [{"gram"}, {"absolute"}, {"fisher"}, {"gram", "fisher"}], ids=lambda n: "+".join(sorted(n))
+    "needs", [{"gram"}, {"absolute"}, {"fisher"}, {"gradient"}, {"gram", "fisher"}], ids=lambda n: "+".join(sorted(n))
 )
 def test_only_what_is_needed_is_collected(windows, needs):
     model = common.architecture("llama").build()
@@ -108,6 +112,7 @@ def test_only_what_is_needed_is_collected(windows, needs):
         assert (statistics.gram is not None) == ("gram" in needs)
         assert (statistics.absolute is not None) == ("absolute" in needs)
         assert (statistics.fisher is not None) == ("fisher" in needs)
+        assert (statistics.gradient is not None) == ("gradient" in needs)
         if "gram" in needs:
             torch.testing.assert_close(statistics.gram.raw, whole[path].gram.raw)
         if "fisher" in needs:

@@ -43,9 +43,10 @@ def make_sample(shape, kind="plain", seed=1):
         x[:, 0] *= 300
     if kind == "dead inputs":
         x[:, ::3] = 0
+    g = torch.randn(count, m, generator=generator, dtype=torch.float64)
     if kind == "zero":
-        x *= 0
-    return Sample(x, torch.randn(count, m, generator=generator, dtype=torch.float64))
+        x, g = 0 * x, 0 * g
+    return Sample(x, g)
 
 
 def prepare(name, weight, sample, options=None):
@@ -66,9 +67,14 @@ def ladder_of(name, weight):
     return METHOD_ROWS[name].ladder(name, *weight.shape)
 
 
-def optimum(weight, root, rank):
-    """Σ_{i > rank} σ_i²(W S), the least loss that any matrix of that rank has."""
-    return float(torch.linalg.svdvals(weight.double() @ root)[rank:].square().sum())
+def left_of(row, sample, weight):
+    """R (m, m)."""
+    return torch.eye(len(weight), dtype=torch.float64) if row.left is None else row.left(sample)
+
+
+def optimum(weight, left, root, rank):
+    """Σ_{i > rank} σ_i²(R W S), the least loss that any matrix of that rank has."""
+    return float(torch.linalg.svdvals(left @ weight.double() @ root)[rank:].square().sum())
 
 
 def test_every_method_has_a_row():
@@ -186,7 +192,7 @@ def test_loss_is_the_least_of_its_rank(name, shape, kind):
     prepared, root = prepare(name, weight, sample), row.root(sample)
     whole = row.loss(weight.double(), sample)
     for option in ladder_of(name, weight):
-        best = optimum(weight, root, option["rank"])
+        best = optimum(weight, left_of(row, sample, weight), root, option["rank"])
         ours = row.loss(weight.double() - rebuilt(name, prepared, option), sample)
         assert ours == pytest.approx(best, rel=1e-3, abs=FLOOR * whole)
         assert ours >= best - 1e-6 * whole
@@ -195,15 +201,15 @@ def test_loss_is_the_least_of_its_rank(name, shape, kind):
 @each_method
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)])
 def test_matrix_is_the_truncated_svd_of_ws_times_the_inverse(name, shape):
-    """Ŵ = [W S]_r S⁻¹ where S can be inverted."""
+    """Ŵ = R⁻¹ [R W S]_r S⁻¹ where S can be inverted."""
     weight, sample = make_weight(shape), make_sample(shape)
-    root = METHOD_ROWS[name].root(sample)
+    root, left = METHOD_ROWS[name].root(sample), left_of(METHOD_ROWS[name], sample, weight)
     square = torch.linalg.cholesky(root @ root.T)
-    u, s, vh = torch.linalg.svd(weight.double() @ square, full_matrices=False)
+    u, s, vh = torch.linalg.svd(left @ weight.double() @ square, full_matrices=False)
     prepared = prepare(name, weight, sample)
     for option in ladder_of(name, weight):
         r = option["rank"]
-        reference = (u[:, :r] * s[:r]) @ vh[:r] @ torch.linalg.inv(square)
+        reference = torch.linalg.inv(left) @ (u[:, :r] * s[:r]) @ vh[:r] @ torch.linalg.inv(square)
         torch.testing.assert_close(rebuilt(name, prepared, option), reference, rtol=2e-3, atol=2e-4)
 
 
