@@ -184,18 +184,19 @@ class Resident:
         self.apply(Plan.of({site.name: option}))
 
     def _swap(self, site: Site, option: Option) -> None:
-        factors = {} if option.method == DENSE else self.store.factors(site, option)
-        for weight in site.weights:
-            paths = (weight.path, *weight.tied)
-            if option.method == DENSE:
-                modules = {path: self.dense_modules[path] for path in paths}
-                for path in paths:
-                    self.modules.pop(path, None)
-            else:
-                modules = self._modules(paths, factors[weight.role])
-                self.modules |= modules
-            for path, module in modules.items():
-                set_module(self.model, path, module)
+        paths = {weight.role: (weight.path, *weight.tied) for weight in site.weights}
+        if option.method == DENSE:
+            modules = {path: self.dense_modules[path] for own in paths.values() for path in own}
+            for path in modules:
+                self.modules.pop(path, None)
+        else:
+            factors = self.store.factors(site, option)
+            # All of them are made before any is put in place: a site is treated whole or not at all.
+            made = [self._modules(own, factors[role]) for role, own in paths.items()]
+            modules = {path: module for own in made for path, module in own.items()}
+            self.modules |= modules
+        for path, module in modules.items():
+            set_module(self.model, path, module)
         self.current[site.name] = option
 
     def _modules(self, paths: Sequence[str], factors: Factors) -> dict[str, nn.Module]:

@@ -398,3 +398,23 @@ def test_weights_without_bias_or_with_one_are_told_apart():
         for weight in site.weights:
             assert weight.bias == (getattr(model.get_submodule(weight.path), "bias", None) is not None)
             assert tuple(weight_of(model.get_submodule(weight.path)).shape) == (weight.out_features, weight.in_features)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_is_treated_whole_or_not_at_all(worlds, monkeypatch, method):
+    """Memory that ends halfway through a joint site leaves the model as it was."""
+    world = worlds("llama")
+    before, real = world.logits(), Resident._modules
+    for site, options in world.treated(method):
+        calls = itertools.count()
+
+        def failing(self, paths, factors, calls=calls):
+            if next(calls) == 1:
+                raise torch.OutOfMemoryError("no room")
+            return real(self, paths, factors)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Resident, "_modules", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                world.resident.apply(Plan.of({site.name: options[0]}))
+        torch.testing.assert_close(world.logits(), before, rtol=0, atol=0)
