@@ -154,6 +154,12 @@ class Factors:
     storage: Storage
 
 
+def plain_factors(weight: Tensor, storage: Storage, bias: Tensor | None = None) -> Factors:
+    """A dense matrix (rows, columns) of any size, with a bias (rows,) where it replaces the module's own."""
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return Factors("plain", tensors, {"rows": weight.shape[0], "columns": weight.shape[1]}, storage)
+
+
 Prepared = dict[str, Tensor]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, register
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, plain_factors, register
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 from rankfront.methods.nystrom import ROLES as NEURONS
@@ -70,8 +70,7 @@ class DropBlock:
 
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         zeros = torch.zeros(site.anchor.out_features, site.anchor.in_features)
-        tensors = {"weight": zeros} | ({"bias": zeros[:, 0]} if site.anchor.bias else {})
-        return Factors("plain", tensors, {"rows": zeros.shape[0], "columns": zeros.shape[1]}, site.anchor.storage)
+        return plain_factors(zeros, site.anchor.storage, zeros[:, 0] if site.anchor.bias else None)
 
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor

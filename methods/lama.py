@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._algebra import eigh_descending, fix_signs
+from rankfront.methods._heads import by_query, heads_of, width_of, width_step
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -15,20 +16,15 @@ from rankfront.methods._method import (
     Option,
     Prepared,
     Site,
+    plain_factors,
     register,
     stepped,
-    whole_level,
 )
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Gram
-from rankfront.methods.vo_svd import heads_of, width_step
 
 ROLES = ("key", "query")
-
-
-def _width(option: Option) -> int:
-    return whole_level(option, "width")
 
 
 class LowRankAffinity:
@@ -60,7 +56,7 @@ class LowRankAffinity:
         return site.heads.fixed
 
     def check(self, option: Option) -> None:
-        _width(option)
+        width_of(option)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
@@ -71,7 +67,7 @@ class LowRankAffinity:
 
     def storage(self, site: Site, option: Option) -> Storage:
         """ρ rows of each head's queries and keys; rotary planes are told by one bit for each of a key head."""
-        heads, kept = heads_of(site), _width(option)
+        heads, kept = heads_of(site), width_of(option)
         key, query = site.weights
         gone = heads.width - kept
         stored = kept * (heads.keys * key.in_features + heads.queries * query.in_features)
@@ -131,7 +127,7 @@ class LowRankAffinity:
         return left.T @ inverse, left.T @ root, energy
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        kept = _width(option)
+        kept = width_of(option)
         keys, width = prepared["spread"].shape[1:]
         found = {}
         for role in ROLES:
@@ -148,29 +144,23 @@ class LowRankAffinity:
         return found
 
     def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][_width(option) :].double().sum())
+        return float(prepared["energy"][width_of(option) :].double().sum())
 
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        heads, kept = heads_of(site), _width(option)
-        spread = self._by_query(heads, prepared["spread"][:kept]).float()  # (ρ, queries, d)
+        heads, kept = heads_of(site), width_of(option)
+        spread = by_query(heads, prepared["spread"][:kept]).float()  # (ρ, queries, d)
         whole = torch.einsum("rqd,rqn->qdn", spread, prepared["query"][:kept].float()).flatten(0, 1)
-        tensors = {"weight": whole}
+        bias = None
         if "query.bias" in prepared:
-            bias = prepared["query.bias"][:kept].float()
-            tensors["bias"] = torch.einsum("rqd,rq->qd", spread, bias).flatten()
-        return Factors("plain", tensors, {"rows": whole.shape[0], "columns": whole.shape[1]}, site.anchor.storage)
-
-    @staticmethod
-    def _by_query(heads: Heads, by_key: Tensor) -> Tensor:
-        """(r, keys, d) for the query heads that share each: (r, queries, d)."""
-        return by_key.repeat_interleave(heads.queries // heads.keys, dim=1)
+            bias = torch.einsum("rqd,rq->qd", spread, prepared["query.bias"][:kept].float()).flatten()
+        return plain_factors(whole, site.anchor.storage, bias)
 
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        heads, largest = heads_of(site), max(map(_width, options))
+        heads, largest = heads_of(site), max(map(width_of, options))
         query = prepared["query"][:largest].to(g.device)
-        spread = self._by_query(heads, prepared["spread"][:largest].to(g.device)).float()
+        spread = by_query(heads, prepared["spread"][:largest].to(g.device)).float()
         left = torch.einsum("tqd,rqd->tqr", g.float().unflatten(1, (heads.queries, heads.width)), spread)
         right = torch.einsum("tn,rqn->tqr", x.to(query.dtype), query).float()
         if "query.bias" in prepared:
@@ -178,7 +168,7 @@ class LowRankAffinity:
         running = (left * right).sum(1).cumsum(1)  # (tokens, ρ)
         if "bias" in prepared:
             running = running - (g.float() @ prepared["bias"].to(g.device))[:, None]
-        return {option.label: running[:, _width(option) - 1] for option in options}
+        return {option.label: running[:, width_of(option) - 1] for option in options}
 
 
 register(LowRankAffinity())

@@ -14,6 +14,7 @@ from rankfront.methods._method import (
     Option,
     Prepared,
     Site,
+    plain_factors,
     register,
     stepped,
     whole_level,
@@ -108,11 +109,9 @@ class Nystrom:
         for role in ("gate", "up"):
             if role in prepared:
                 rows = prepared[role][:kept]
-                tensors = {"weight": rows}
-                if f"{role}.bias" in prepared:
-                    tensors["bias"] = prepared[f"{role}.bias"][:kept]
-                found[role] = Factors("plain", tensors, _shape(rows), Storage(rows.numel()))
-        return found | {"down": Factors("plain", {"weight": down}, _shape(down), Storage(down.numel()))}
+                bias = prepared[f"{role}.bias"][:kept] if f"{role}.bias" in prepared else None
+                found[role] = plain_factors(rows, Storage(rows.numel()), bias)
+        return found | {"down": plain_factors(down, Storage(down.numel()))}
 
     @staticmethod
     def _down(prepared: Prepared, kept: int) -> Tensor:
@@ -127,7 +126,7 @@ class Nystrom:
         down = self._down(prepared, kept)
         whole = down.new_zeros(len(down), site.anchor.in_features)
         whole[:, prepared["order"][:kept]] = down
-        return Factors("plain", {"weight": whole}, _shape(whole), site.anchor.storage)
+        return plain_factors(whole, site.anchor.storage)
 
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
@@ -137,10 +136,6 @@ class Nystrom:
         components = (g.float() @ ahead[:, :largest]) * (x.float()[:, order[:largest]] @ back[:largest, :largest].T)
         running = components.cumsum(1)  # (tokens, k): R is triangular, so k components read k neurons
         return {option.label: running[:, _neurons(option) - 1] for option in options}
-
-
-def _shape(weight: Tensor) -> dict[str, int]:
-    return {"rows": weight.shape[0], "columns": weight.shape[1]}
 
 
 register(Nystrom())

@@ -8,37 +8,21 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._algebra import eigh_descending, fix_signs
+from rankfront.methods._heads import by_query, heads_of, width_of, width_step
 from rankfront.methods._method import (
     Factors,
     Grid,
-    Heads,
     Option,
     Prepared,
     Site,
+    plain_factors,
     register,
     stepped,
-    whole_level,
 )
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 
 ROLES = ("value", "output")
-
-
-def _width(option: Option) -> int:
-    return whole_level(option, "width")
-
-
-def heads_of(site: Site) -> Heads:
-    """The site's heads; ValueError where it has none."""
-    if site.heads is None:
-        raise ValueError(f"site {site.name!r} does not say how its projections split into heads")
-    return site.heads
-
-
-def width_step(site: Site, grid: Grid) -> int:
-    """Widths are multiples of this: the grid's, or an eighth of a head where heads are narrow."""
-    return max(1, min(grid.rank_multiple, heads_of(site).width // 8))
 
 
 class ValueOutput:
@@ -67,7 +51,7 @@ class ValueOutput:
         return None
 
     def check(self, option: Option) -> None:
-        _width(option)
+        width_of(option)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
@@ -77,7 +61,7 @@ class ValueOutput:
 
     def storage(self, site: Site, option: Option) -> Storage:
         """ρ rows of each value head, ρ columns of each query head; biases of dimensions that go are saved too."""
-        heads, kept = heads_of(site), _width(option)
+        heads, kept = heads_of(site), width_of(option)
         value, output = site.weights
         stored = kept * (heads.keys * value.in_features + heads.queries * output.out_features)
         return Storage(stored - value.bias * heads.keys * (heads.width - kept))
@@ -123,7 +107,7 @@ class ValueOutput:
         return prepared
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        kept = _width(option)
+        kept = width_of(option)
         value, output = prepared["value"][:kept], prepared["output"][:kept]
         width, keys, _ = prepared["value"].shape
         tensors = {"weight": value.transpose(0, 1).flatten(0, 1)}
@@ -139,30 +123,24 @@ class ValueOutput:
         }
 
     def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][_width(option) :].double().sum())
+        return float(prepared["energy"][width_of(option) :].double().sum())
 
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        heads, kept = heads_of(site), _width(option)
-        basis = self._by_query(heads, prepared["basis"][:kept])  # (ρ, queries, d)
+        heads, kept = heads_of(site), width_of(option)
+        basis = by_query(heads, prepared["basis"][:kept])  # (ρ, queries, d)
         whole = torch.einsum("rmq,rqd->mqd", prepared["output"][:kept].float(), basis.float()).flatten(1)
-        settings = {"rows": whole.shape[0], "columns": whole.shape[1]}
-        return Factors("plain", {"weight": whole}, settings, site.anchor.storage)
-
-    @staticmethod
-    def _by_query(heads: Heads, by_key: Tensor) -> Tensor:
-        """(r, keys, d) for the query heads that share each: (r, queries, d)."""
-        return by_key.repeat_interleave(heads.queries // heads.keys, dim=1)
+        return plain_factors(whole, site.anchor.storage)
 
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        heads, largest = heads_of(site), max(map(_width, options))
+        heads, largest = heads_of(site), max(map(width_of, options))
         output = prepared["output"][:largest].to(g.device)
-        basis = self._by_query(heads, prepared["basis"][:largest].to(g.device)).float()
+        basis = by_query(heads, prepared["basis"][:largest].to(g.device)).float()
         left = torch.einsum("tm,rmq->tqr", g.to(output.dtype), output).float()
         right = torch.einsum("tqd,rqd->tqr", x.float().unflatten(1, (heads.queries, heads.width)), basis)
         running = (left * right).sum(1).cumsum(1)  # (tokens, ρ)
-        return {option.label: running[:, _width(option) - 1] for option in options}
+        return {option.label: running[:, width_of(option) - 1] for option in options}
 
 
 register(ValueOutput())
