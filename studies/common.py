@@ -17,7 +17,7 @@ def _processor() -> str:
 
 
 def provenance() -> str:
-    """Command, commit (with a mark where the tree was not clean) and machine, in three lines."""
+    """Command, commit (with a mark where the tree was not clean, results aside) and machine, in three lines."""
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -25,7 +25,7 @@ def provenance() -> str:
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD") + (
-        " with local changes" if git("status", "--porcelain", "-uno") else ""
+        " with local changes" if git("status", "--porcelain", "-uno", ":!results") else ""
     )
     machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return f"\ncommand: python {' '.join(sys.argv)}\ncommit: {commit}\nmachine: {machine}"

@@ -290,7 +290,8 @@ def table(cells: list[dict[str, object]]) -> str:
 PAGE = """# Search against search
 
 SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense. What is measured and how is said at the top of
-`studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first.
+`studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first. Where a
+commit has local changes, they are these results.
 
 {table}
 
