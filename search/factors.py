@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import shutil
+import socket
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rankfront.methods import (
@@ -34,6 +36,7 @@ from rankfront.methods import (
 from rankfront.search import calibration
 
 KEY_LENGTH = 16  # hex digits of a cache key
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 @cache
@@ -128,12 +131,19 @@ class FactorStore:
     @staticmethod
     def _write(path: Path, tensors: Prepared) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_HOST}-{os.getpid()}")
         try:
-            save_file(tensors, partial, metadata={"crc32": _checksum(tensors)})
+            partial.write_bytes(save(tensors, metadata={"crc32": _checksum(tensors)}))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def sweep(self, methods: Iterable[str]) -> None:
+        """Drop what writers on this machine that were killed have left half written."""
+        for name in methods:
+            for partial in self.folder(get_method(name)).glob(f".*.{_HOST}-*"):
+                if not _is_alive(int(partial.name.rpartition("-")[2])):
+                    partial.unlink(missing_ok=True)
 
     def load(self, site: Site, option: Option) -> Prepared:
         """The prepared tensors behind ``option``, memory-mapped; checked once per process.
@@ -170,6 +180,19 @@ class FactorStore:
 
 
 REBUILD = "rebuild it with `rankfront launch STUDY.toml --rebuild`"
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process with this number runs here; taken for granted where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _failure_file(path: Path) -> Path:

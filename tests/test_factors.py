@@ -1,11 +1,14 @@
 """The factor store: keyed by everything that factors depend on, written whole or not at all."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 from common import linear_site, rank_option
 
 from rankfront.methods import Gram, InputError, Statistics, get_method, method_names
-from rankfront.search.factors import FactorStore
+from rankfront.search.factors import _HOST, FactorStore
 
 SITE = linear_site(12, 8)
 WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
@@ -102,11 +105,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def fail(path, content):
+        path.write_text("half", encoding="utf-8")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("rankfront.search.factors.save_file", fail)
+    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
     with pytest.raises(OSError, match="no space"):
         fill(make_store(tmp_path))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -118,3 +121,21 @@ def test_clearing_drops_the_named_methods_only(tmp_path):
     store.clear(["svd"])
     assert {option.method for option in store.missing({SITE: EVERY})[SITE]} == {"svd"}
     assert other.missing({SITE: EVERY}) == {}
+
+
+def test_what_a_killed_writer_left_is_dropped_and_others_are_not(tmp_path):
+    """A process that was killed while it wrote; this one, which is alive; and one on another machine."""
+    context = multiprocessing.get_context("fork")
+    gone = context.Process(target=lambda: None)
+    gone.start()
+    gone.join()
+    store = fill(make_store(tmp_path))
+    folder = store.folder(get_method("svd"))
+    mine, dead, elsewhere = f"{_HOST}-{os.getpid()}", f"{_HOST}-{gone.pid}", f"0123abcd-{gone.pid}"
+    for writer in (mine, dead, elsewhere):
+        (folder / f".site.safetensors.{'0' * 32}.{writer}").write_bytes(b"half")
+    before = set(folder.glob("*.safetensors"))
+    store.sweep(METHODS)
+    left = {path.name.rpartition(".")[2] for path in folder.iterdir() if path.name.startswith(".")}
+    assert left == {mine, elsewhere}
+    assert set(folder.glob("*.safetensors")) >= before

@@ -34,7 +34,8 @@ def _site(path, m, n, **more):
 
 
 def make_space(sites=None, groups=0, **settings):
-    config = SpaceConfig.model_validate({"keep": KEEP, "rank_multiple": 2, **settings})
+    methods = ("svd", "asvd", "fwsvd", "svd-llm")
+    config = SpaceConfig.model_validate({"methods": methods, "keep": KEEP, "rank_multiple": 2, **settings})
     return Space(sites or deep_sites(2), config, groups)
 
 
