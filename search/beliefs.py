@@ -23,6 +23,7 @@ from rankfront.search.surrogate import Coefficients, Surrogate
 SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation
 CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
 CENTRES = 8  # slopes that steps are taken from at once
+NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solving around one takes a while
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Beliefs:
         if budget >= self.menu.dense:
             return [0] * len(self.menu.lines), self.goal.dense
         plans = [self.solver().solve(budget)]
-        for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:CENTRES]:
+        for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:NEAREST]:
             plans += self.downhill(local, [budget / self.menu.parameters(local.plan)])
         plans = [plan for plan in plans if self.menu.parameters(plan) <= budget]
         levels = map(float, self.levels(plans)[0])

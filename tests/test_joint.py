@@ -11,11 +11,11 @@ from rows import JOINT_METHODS
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import set_module, weight_of
 from rankfront.search.calibration import calibrate
-from rankfront.search.export import export
+from rankfront.search.export import _multiply_out, export
 from rankfront.search.model import find_sites, load_model
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, _tensors
+from rankfront.search.trial import Resident, _tensors, make_space
 
 METHODS = JOINT_METHODS
 FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}
@@ -232,8 +232,7 @@ def test_nystrom_error_is_that_of_the_down_projection(worlds, name):
             assert get_method("nystrom").error(prepared, option) == pytest.approx(measured, rel=2e-2, abs=1e-4 * whole)
             ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
             exact = weight @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept] + ridge)
-            best = weight.clone()
-            best[:, :] = 0
+            best = torch.zeros_like(weight)
             best[:, kept] = exact
             least = float(torch.einsum("ij,jk,ik->", weight - best, gram, weight - best))
             assert measured <= least * 1.05 + 1e-4 * whole
@@ -305,8 +304,6 @@ def _affinity_tail(query, key, width):
 
 @each_pair
 def test_the_dense_export_of_a_plan_gives_the_same_logits(worlds, name, method):
-    from rankfront.search.export import _multiply_out
-
     world = worlds(name)
     resident = Resident(world.setup)
     resident.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
@@ -358,8 +355,6 @@ def test_anchors_of_a_single_method_leave_joint_sites_dense(model_folder, text_f
     data = small_data(model_folder, text_file)
     data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.8]}
     data["search"]["groups"] = 0
-    from rankfront.search.trial import make_space
-
     space = make_space(Study(data).setup())
     for anchor in space.anchors((0.8,)):
         draws = space.anchor_parameters(anchor)
