@@ -89,7 +89,7 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu, dense = _known(study, config, rows, space)
     value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
-    sites = {site.name: site for site in space.choices}
+    sites = {site.name: site for site in space.sites}
     found = []
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):

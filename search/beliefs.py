@@ -121,7 +121,8 @@ class Beliefs:
             return None
         first, second = [], []
         for i, line in enumerate(self.menu.lines):
-            known = dict(zip(self.options[line.site], zip(*packed.get(line.site, [[], []]), strict=True), strict=False))
+            own = self.options.get(line.site, ())  # none for a weight that only joint sites treat
+            known = dict(zip(own, zip(*packed.get(line.site, [[], []]), strict=True), strict=False))
             pairs = [known.get(option) or (None, None) for option in line.options]
             pairs[plan[i]] = (0.0, 0.0)
             first.append(np.array([0.0 if a is None else a for a, _ in pairs]))

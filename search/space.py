@@ -239,7 +239,8 @@ class Space:
 
     def draws(self, options: Mapping[str, Option]) -> dict[str, int]:
         """What every variable has to draw for ``options`` by site, the others dense; each site has its own variable."""
-        return {v.name: 0 for v in self.variables} | {site: self.place(site, o) for site, o in options.items()}
+        treated = {site: option for site, option in options.items() if option != DENSE_OPTION}
+        return {v.name: 0 for v in self.variables} | {site: self.place(site, o) for site, o in treated.items()}
 
     def suggest(self, trial: optuna.Trial, origin: Mapping[str, str]) -> Plan:
         """The plan that a sampler's draws for ``trial`` describe."""

@@ -351,6 +351,21 @@ def test_a_study_searches_joint_and_single_sites_together(model_folder, text_fil
     assert study.answer("block_parameters<=0.77").figures["block_parameters"] <= 0.77
 
 
+@pytest.mark.parametrize("methods", [["nystrom"], ["lama", "vo-svd"]], ids="+".join)
+def test_a_space_of_joint_sites_alone_is_searched(model_folder, text_file, tmp_path, methods):
+    """Weights that only joint sites treat have no variable of their own: warm start, slopes, menu and answer do."""
+    data = small_data(model_folder, text_file, sampler="rankfront", trials=14)
+    data["space"] |= {"methods": methods, "keep": [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}
+    study = make_run(data, tmp_path / "run")
+    rows = [row for row in study.rows() if row.state == "complete"]
+    assert len(rows) == 14
+    assert {option.method for row in rows for option in row.plan.by_site.values()} == set(methods)
+    assert any(row.origin.startswith("menu") for row in rows)
+    assert any("slopes" in trial.user_attrs for trial in study._optuna().trials)
+    assert set(study.menu().method) == {"dense", *methods}
+    assert study.answer("block_parameters<=0.9").figures["block_parameters"] <= 0.9
+
+
 def test_anchors_of_a_single_method_leave_joint_sites_dense(model_folder, text_file):
     data = small_data(model_folder, text_file)
     data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.8]}
