@@ -52,8 +52,8 @@ def regularised_root(gram: Tensor) -> Tensor:
     The ridge goes on top of the clamped eigenvalues: those of a Gram summed in fp32 may be as negative as the
     ridge is large.
     """
-    values, vectors = eigh_descending(gram)
-    return (vectors * (values + _ridge(values.mean())).sqrt()) @ vectors.T
+    vectors, roots = _rooted(gram)
+    return (vectors * roots) @ vectors.T
 
 
 def shrunk(gram: Tensor, share: float) -> Tensor:
@@ -68,9 +68,14 @@ def shrunk(gram: Tensor, share: float) -> Tensor:
 
 def root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R = Rᵀ with Rᵀ R = G, and R⁻¹, for a positive definite G (m, m), in fp64."""
-    values, vectors = eigh_descending(gram)
-    roots = (values + _ridge(values.mean())).sqrt()
+    vectors, roots = _rooted(gram)
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _rooted(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (n, n) of a Gram, and the roots (n,) of its clamped eigenvalues with their ridge."""
+    values, vectors = eigh_descending(gram)
+    return vectors, (values + _ridge(values.mean())).sqrt()
 
 
 def fix_signs(columns: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""What methods that treat heads share: widths as levels, and key heads seen from the query heads that share them."""
+"""What methods that treat heads share: the grid of widths, and key heads seen from the query heads that share them."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rankfront.methods._method import Grid, Heads, Option, Site, whole_level
+from rankfront.methods._method import Grid, Heads, Site
 
 
 def heads_of(site: Site) -> Heads:
@@ -12,11 +12,6 @@ def heads_of(site: Site) -> Heads:
     if site.heads is None:
         raise ValueError(f"site {site.name!r} does not say how its projections split into heads")
     return site.heads
-
-
-def width_of(option: Option) -> int:
-    """ρ, the dimensions that an option keeps of every head."""
-    return whole_level(option, "width")
 
 
 def width_step(site: Site, grid: Grid) -> int:

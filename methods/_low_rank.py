@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rankfront.methods._algebra import eigh_descending, fix_signs, root_and_inverse
 from rankfront.methods._errors import InputError
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site
 from rankfront.methods._metric import Metric
+from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, narrow_outputs
 from rankfront.methods._storage import Storage, break_even_rank, low_rank_storage
 from rankfront.methods._weighting import Weighting
@@ -37,12 +38,8 @@ def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Ten
     return fix_signs(basis), energy
 
 
-def _rank(option: Option) -> int:
-    return whole_level(option, "rank")
-
-
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Nested):
     """Ŵ = left · right with left (m, r) and right (r, n), the rank-r minimiser of ‖R (W − Ŵ) S‖_F.
 
     Nested: the first r components of one preparation are the optimum at rank r. Preparing keeps components up
@@ -54,7 +51,7 @@ class LowRank:
     paper: str
     weighting: Metric
     family: str = "low rank"
-    nested: bool = True
+    level = "rank"
 
     @property
     def metric(self) -> str:
@@ -81,9 +78,6 @@ class LowRank:
             return "no rank stores less than the dense weight"
         return None
 
-    def check(self, option: Option) -> None:
-        _rank(option)
-
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
             return {}
@@ -97,7 +91,7 @@ class LowRank:
 
     def storage(self, site: Site, option: Option) -> Storage:
         weight = site.weights[0]
-        return low_rank_storage(weight.out_features, weight.in_features, _rank(option))
+        return low_rank_storage(weight.out_features, weight.in_features, self.kept(option))
 
     def prepare(
         self,
@@ -114,7 +108,7 @@ class LowRank:
             root, inverse = root_and_inverse(self.weighting.left(statistics["weight"]))
             work = root @ work
         basis, energy = weighted_subspace(work, weighting)
-        kept = max([break_even_rank(*weight.shape), *(_rank(option) for option in options)])
+        kept = max([break_even_rank(*weight.shape), *(self.kept(option) for option in options)])
         left = basis[:, :kept]  # (m, k)
         right = left.T @ work  # (k, n)
         left = left if inverse is None else inverse @ left
@@ -127,7 +121,7 @@ class LowRank:
         }
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        rank = _rank(option)
+        rank = self.kept(option)
         available = len(prepared["right"])
         if rank > available:
             raise InputError(f"rank {rank} was asked of {available} prepared components: rebuild the factor store")
@@ -135,17 +129,13 @@ class LowRank:
         storage = low_rank_storage(left.shape[0], right.shape[1], rank)
         return {"weight": Factors("low-rank", {"left": left, "right": right}, {"rank": rank}, storage)}
 
-    def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][_rank(option) :].double().sum())
-
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)["weight"]
 
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        largest = max(map(_rank, options))
+        largest = max(map(self.kept, options))
         left, right = (prepared[name][:largest].to(g.device) for name in ("left", "right"))
         components = (g.to(left.dtype) @ left.T).float() * (x.to(right.dtype) @ right.T).float()  # (tokens, r)
-        running = components.cumsum(1)
-        return {option.label: running[:, _rank(option) - 1] for option in options}
+        return self.running(components, options)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import eigh_descending, fix_signs
-from rankfront.methods._heads import by_query, heads_of, width_of, width_step
+from rankfront.methods._algebra import eigh_descending, fix_signs, root_and_inverse
+from rankfront.methods._heads import by_query, heads_of, width_step
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -20,6 +20,7 @@ from rankfront.methods._method import (
     register,
     stepped,
 )
+from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Gram
@@ -27,7 +28,7 @@ from rankfront.methods._weighting import Gram
 ROLES = ("key", "query")
 
 
-class LowRankAffinity:
+class LowRankAffinity(Nested):
     """Keeps ρ of the d dimensions in which each head compares queries and keys.
 
     LAMA makes a head's bilinear form W_qᵀ W_k low rank (rank one in the paper, over GRU states); here its rank is the
@@ -48,15 +49,12 @@ class LowRankAffinity:
     metric = "affinity"
     formula = "qᵀk ≈ q'ᵀk', ρ dimensions a head: rotary planes of largest √(E‖q_p‖² E‖k_p‖²), else whitened joint SVD"
     needs = ("gram",)
-    nested = True
+    level = "width"
 
     def refuses(self, site: Site) -> str | None:
         if site.roles != ROLES or site.heads is None:
             return "it treats an attention's query and key projections together"
         return site.heads.fixed
-
-    def check(self, option: Option) -> None:
-        width_of(option)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
@@ -67,7 +65,7 @@ class LowRankAffinity:
 
     def storage(self, site: Site, option: Option) -> Storage:
         """ρ rows of each head's queries and keys; rotary planes are told by one bit for each of a key head."""
-        heads, kept = heads_of(site), width_of(option)
+        heads, kept = heads_of(site), self.kept(option)
         key, query = site.weights
         gone = heads.width - kept
         stored = kept * (heads.keys * key.in_features + heads.queries * query.in_features)
@@ -118,16 +116,13 @@ class LowRankAffinity:
             order = product.argsort(descending=True, stable=True)
             chosen = identity[pairs[order].flatten()]
             return chosen, chosen, (product[order] / 2).repeat_interleave(2)
-        values, vectors = eigh_descending(c_query)
-        values = values + torch.where(values.mean() > 0, values.mean() * 1e-8, torch.ones_like(values[0]))
-        root = (vectors * values.sqrt()) @ vectors.T
-        inverse = (vectors / values.sqrt()) @ vectors.T
+        root, inverse = root_and_inverse(c_query)
         energy, left = eigh_descending(root @ c_key @ root)  # σ² and U of C_q^{1/2} C_k^{1/2}
         left = fix_signs(left)
         return left.T @ inverse, left.T @ root, energy
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        kept = width_of(option)
+        kept = self.kept(option)
         keys, width = prepared["spread"].shape[1:]
         found = {}
         for role in ROLES:
@@ -143,11 +138,8 @@ class LowRankAffinity:
             found[role] = Factors("heads", tensors, settings, Storage(rows.numel(), bits))
         return found
 
-    def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][width_of(option) :].double().sum())
-
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        heads, kept = heads_of(site), width_of(option)
+        heads, kept = heads_of(site), self.kept(option)
         spread = by_query(heads, prepared["spread"][:kept]).float()  # (ρ, queries, d)
         whole = torch.einsum("rqd,rqn->qdn", spread, prepared["query"][:kept].float()).flatten(0, 1)
         bias = None
@@ -158,17 +150,18 @@ class LowRankAffinity:
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        heads, largest = heads_of(site), max(map(width_of, options))
+        heads, largest = heads_of(site), max(map(self.kept, options))
         query = prepared["query"][:largest].to(g.device)
         spread = by_query(heads, prepared["spread"][:largest].to(g.device)).float()
         left = torch.einsum("tqd,rqd->tqr", g.float().unflatten(1, (heads.queries, heads.width)), spread)
         right = torch.einsum("tn,rqn->tqr", x.to(query.dtype), query).float()
         if "query.bias" in prepared:
             right = right + prepared["query.bias"][:largest].to(g.device).float().T
-        running = (left * right).sum(1).cumsum(1)  # (tokens, ρ)
+        found = self.running((left * right).sum(1), options)
         if "bias" in prepared:
-            running = running - (g.float() @ prepared["bias"].to(g.device))[:, None]
-        return {option.label: running[:, width_of(option) - 1] for option in options}
+            dense = g.float() @ prepared["bias"].to(g.device)
+            found = {label: product - dense for label, product in found.items()}
+        return found
 
 
 register(LowRankAffinity())

@@ -17,8 +17,8 @@ from rankfront.methods._method import (
     plain_factors,
     register,
     stepped,
-    whole_level,
 )
+from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 
@@ -27,11 +27,7 @@ RIDGE = 1.0  # λ of the leverage scores, in mean eigenvalues of C [M]: the pape
 DAMPING = 1e-6  # of the mean diagonal, on C where it is inverted
 
 
-def _neurons(option: Option) -> int:
-    return whole_level(option, "neurons")
-
-
-class Nystrom:
+class Nystrom(Nested):
     """Keeps k neurons J of an MLP and lets the down projection make up for the others.
 
     With C (n, n) the Gram of the down projection's inputs, J are the k largest ridge leverage scores, the diagonal of
@@ -50,15 +46,12 @@ class Nystrom:
     metric = "whitening"
     formula = "W_down C_:J C_JJ⁻¹, gate_J, up_J; J of largest diag C(C + λI)⁻¹"
     needs = ("gram",)
-    nested = True
+    level = "neurons"
 
     def refuses(self, site: Site) -> str | None:
         if site.roles not in ROLES:
             return "it treats an MLP's gate, up and down projections together"
         return None
-
-    def check(self, option: Option) -> None:
-        _neurons(option)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
@@ -68,7 +61,7 @@ class Nystrom:
 
     def storage(self, site: Site, option: Option) -> Storage:
         """k rows of gate and up, k columns of down; biases of neurons that go are saved too."""
-        kept, down = _neurons(option), site.anchor
+        kept, down = self.kept(option), site.anchor
         biases = sum(weight.bias for weight in site.weights[:-1])
         others = sum(weight.in_features for weight in site.weights[:-1])
         return Storage(kept * (others + down.out_features) - biases * (down.in_features - kept))
@@ -103,7 +96,7 @@ class Nystrom:
         return prepared
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        kept = _neurons(option)
+        kept = self.kept(option)
         down = self._down(prepared, kept)
         found = {}
         for role in ("gate", "up"):
@@ -118,11 +111,8 @@ class Nystrom:
         """Ŵ_down (N, k)."""
         return prepared["ahead"][:, :kept] @ prepared["back"][:kept, :kept]
 
-    def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][_neurons(option) :].double().sum())
-
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        kept = _neurons(option)
+        kept = self.kept(option)
         down = self._down(prepared, kept)
         whole = down.new_zeros(len(down), site.anchor.in_features)
         whole[:, prepared["order"][:kept]] = down
@@ -131,11 +121,10 @@ class Nystrom:
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        largest = max(map(_neurons, options))
+        largest = max(map(self.kept, options))
         order, ahead, back = (prepared[name].to(g.device) for name in ("order", "ahead", "back"))
         components = (g.float() @ ahead[:, :largest]) * (x.float()[:, order[:largest]] @ back[:largest, :largest].T)
-        running = components.cumsum(1)  # (tokens, k): R is triangular, so k components read k neurons
-        return {option.label: running[:, _neurons(option) - 1] for option in options}
+        return self.running(components, options)  # R is triangular, so k components read k neurons
 
 
 register(Nystrom())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._algebra import eigh_descending, fix_signs
-from rankfront.methods._heads import by_query, heads_of, width_of, width_step
+from rankfront.methods._heads import by_query, heads_of, width_step
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -19,13 +19,14 @@ from rankfront.methods._method import (
     register,
     stepped,
 )
+from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 
 ROLES = ("value", "output")
 
 
-class ValueOutput:
+class ValueOutput(Nested):
     """Keeps ρ of the d dimensions of each head's values, in the basis in which fewer lose least.
 
     Of key-value head g with values W_v (d, n) and the stacked output columns W_o (q N, d) of the q query heads that
@@ -43,15 +44,12 @@ class ValueOutput:
     metric = "whitening"
     formula = "W_o W_v ≈ Q U_ρ · U_ρᵀ R W_v by head, W_o = Q R, U of R W_v C W_vᵀ Rᵀ"
     needs = ("gram",)
-    nested = True
+    level = "width"
 
     def refuses(self, site: Site) -> str | None:
         if site.roles != ROLES or site.heads is None:
             return "it treats an attention's value and output projections together"
         return None
-
-    def check(self, option: Option) -> None:
-        width_of(option)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
@@ -61,7 +59,7 @@ class ValueOutput:
 
     def storage(self, site: Site, option: Option) -> Storage:
         """ρ rows of each value head, ρ columns of each query head; biases of dimensions that go are saved too."""
-        heads, kept = heads_of(site), width_of(option)
+        heads, kept = heads_of(site), self.kept(option)
         value, output = site.weights
         stored = kept * (heads.keys * value.in_features + heads.queries * output.out_features)
         return Storage(stored - value.bias * heads.keys * (heads.width - kept))
@@ -107,7 +105,7 @@ class ValueOutput:
         return prepared
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        kept = width_of(option)
+        kept = self.kept(option)
         value, output = prepared["value"][:kept], prepared["output"][:kept]
         width, keys, _ = prepared["value"].shape
         tensors = {"weight": value.transpose(0, 1).flatten(0, 1)}
@@ -122,11 +120,8 @@ class ValueOutput:
             ),
         }
 
-    def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][width_of(option) :].double().sum())
-
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        heads, kept = heads_of(site), width_of(option)
+        heads, kept = heads_of(site), self.kept(option)
         basis = by_query(heads, prepared["basis"][:kept])  # (ρ, queries, d)
         whole = torch.einsum("rmq,rqd->mqd", prepared["output"][:kept].float(), basis.float()).flatten(1)
         return plain_factors(whole, site.anchor.storage)
@@ -134,13 +129,12 @@ class ValueOutput:
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        heads, largest = heads_of(site), max(map(width_of, options))
+        heads, largest = heads_of(site), max(map(self.kept, options))
         output = prepared["output"][:largest].to(g.device)
         basis = by_query(heads, prepared["basis"][:largest].to(g.device)).float()
         left = torch.einsum("tm,rmq->tqr", g.to(output.dtype), output).float()
         right = torch.einsum("tqd,rqd->tqr", x.float().unflatten(1, (heads.queries, heads.width)), basis)
-        running = (left * right).sum(1).cumsum(1)  # (tokens, ρ)
-        return {option.label: running[:, width_of(option) - 1] for option in options}
+        return self.running((left * right).sum(1), options)
 
 
 register(ValueOutput())

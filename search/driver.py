@@ -232,7 +232,7 @@ class Driver:
     def _trial_tokens(self) -> int:
         """What a trial at the first rung runs through the model."""
         windows = self.config.rung_windows()[0]
-        return len(range(windows.stop)[windows]) * self.config.data.length
+        return int(windows.stop - windows.start) * self.config.data.length
 
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))

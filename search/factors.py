@@ -138,7 +138,7 @@ class FactorStore:
         finally:
             partial.unlink(missing_ok=True)
 
-    def sweep(self, methods: Iterable[str]) -> None:
+    def drop_partials(self, methods: Iterable[str]) -> None:
         """Drop what writers on this machine that were killed have left half written."""
         for name in methods:
             for partial in self.folder(get_method(name)).glob(f".*.{_HOST}-*"):

@@ -140,7 +140,7 @@ class _Scored:
 
 
 def products(options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Label -> gᵀ Ŵ x (tokens,) at the site's anchor, for every one of ``options``; g (tokens, m) and x (tokens, n)."""
+    """What `Method.along` gives at the site's anchor, for options of several methods."""
     by_method: dict[str, list[Option]] = {}
     for option in options:
         by_method.setdefault(option.method, []).append(option)

@@ -52,10 +52,14 @@ def _weights(
     for role, known in names.items():
         path = next((own[name] for name in known if name in own), None)
         if path is not None:
-            rows, columns = weight_of(linears[path]).shape
-            bias = getattr(linears[path], "bias", None) is not None
-            found[role] = Weight(role, path, rows, columns, bias=bias)
+            found[role] = weight_at(role, path, linears[path])
     return found
+
+
+def weight_at(role: str, path: str, module: nn.Module, **more: Any) -> Weight:
+    """The weight of the dense linear or table ``module`` at ``path``."""
+    rows, columns = weight_of(module).shape
+    return Weight(role, path, rows, columns, bias=getattr(module, "bias", None) is not None, **more)
 
 
 def _site(parent: str, weights: list[Weight], heads: Heads | None = None) -> Site:

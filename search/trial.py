@@ -103,7 +103,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
     missing = store.missing(space.wanted())
     if not missing:
         return False
-    store.sweep(space.methods)
+    store.drop_partials(space.methods)
     progress("load", 0, 1)
     weights_from = load_model(setup.source, "auto", setup.device)
     dtype = DTYPES[setup.dtype]

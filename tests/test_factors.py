@@ -135,7 +135,7 @@ def test_what_a_killed_writer_left_is_dropped_and_others_are_not(tmp_path):
     for writer in (mine, dead, elsewhere):
         (folder / f".site.safetensors.{'0' * 32}.{writer}").write_bytes(b"half")
     before = set(folder.glob("*.safetensors"))
-    store.sweep(METHODS)
+    store.drop_partials(METHODS)
     left = {path.name.rpartition(".")[2] for path in folder.iterdir() if path.name.startswith(".")}
     assert left == {mine, elsewhere}
     assert set(folder.glob("*.safetensors")) >= before

@@ -1,0 +1,36 @@
+"""What methods share whose levels are how many components of one preparation stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rankfront.methods._method import Option, Prepared, whole_level
+
+
+class Nested:
+    """The first k components of one preparation are the treatment at level k.
+
+    Attributes:
+        level: the name of k.
+    """
+
+    nested = True
+    level: str
+
+    def kept(self, option: Option) -> int:
+        """k of an option; `InputError` where it has none."""
+        return whole_level(option, self.level)
+
+    def check(self, option: Option) -> None:
+        self.kept(option)
+
+    def error(self, prepared: Prepared, option: Option) -> float:
+        """What the components that go hold: Σ_{i > k} ``energy``_i."""
+        return float(prepared["energy"][self.kept(option) :].double().sum())
+
+    def running(self, components: Tensor, options: Sequence[Option]) -> dict[str, Tensor]:
+        """Label -> the sum (tokens,) of an option's own ``components`` (tokens, the largest k), for `Method.along`."""
+        sums = components.cumsum(1)
+        return {option.label: sums[:, self.kept(option) - 1] for option in options}
