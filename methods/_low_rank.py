@@ -50,8 +50,15 @@ class LowRank(Nested):
     name: str
     paper: str
     weighting: Metric
-    family: str = "low rank"
     level = "rank"
+
+    @property
+    def family(self) -> str:
+        return "weighted subspace" if self.needs else "subspace"
+
+    @property
+    def geometry(self) -> str:
+        return f"outputs projected on r directions, {self.weighting.geometry}"
 
     @property
     def metric(self) -> str:

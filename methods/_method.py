@@ -166,7 +166,8 @@ Prepared = dict[str, Tensor]
 class Method(Protocol):
     """A family with its metric, under a name users know. Pure functions of tensors.
 
-    ``nested`` says whether one preparation serves every level (low rank) or each level needs its own.
+    ``family`` is one of `_taxonomy.FAMILIES` and ``geometry`` its own line there. ``nested`` says whether one
+    preparation serves every level (low rank) or each level needs its own.
     """
 
     @property
@@ -175,6 +176,8 @@ class Method(Protocol):
     def paper(self) -> str: ...
     @property
     def family(self) -> str: ...
+    @property
+    def geometry(self) -> str: ...
     @property
     def metric(self) -> str: ...
     @property
@@ -205,12 +208,16 @@ class Method(Protocol):
     ) -> Prepared:
         """The expensive step, once per site: role -> W (m, n) and its statistics to named tensors.
 
+        ``energy`` among them sums to the squared error, in the method's own metric, of leaving everything out.
         Where a module has a bias, ``weights`` hold it under ``ROLE.bias``. Matrices in fp64 stay exact in the store
         (fp32); others are kept in the dtype that they run in.
         """
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        """The cheap step: prepared tensors to each role's factors at one level."""
+        """The cheap step: prepared tensors to each role's factors at one level.
+
+        Roles that are given the very same tensor share it: it is stored once, and the first of them counts it.
+        """
 
     def error(self, prepared: Prepared, option: Option) -> float:
         """‖(W − Ŵ) S‖²_F at ``option``, the predicted squared error in the method's own metric."""

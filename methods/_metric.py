@@ -22,6 +22,7 @@ class Metric:
     Attributes:
         name: as shown to users.
         formula: S in one line.
+        geometry: how distances are measured, in words.
         needs: the statistics it reads.
         weigh: statistics of one weight to its weighting S.
         left: statistics to Rᵀ R (m, m), positive definite; None where R = I.
@@ -29,16 +30,18 @@ class Metric:
 
     name: str
     formula: str
+    geometry: str
     needs: tuple[str, ...]
     weigh: Callable[[Statistics], Weighting]
     left: Callable[[Statistics], Tensor] | None = None
 
 
-IDENTITY = Metric("identity", "S = I", (), lambda statistics: Unweighted())
+IDENTITY = Metric("identity", "S = I", "all entries alike", (), lambda statistics: Unweighted())
 
 FISHER = Metric(
     "fisher",
     "S = diag(√f), f_j = Σ_t ‖g_t‖² x_tj²",
+    "inputs weighed by how much the loss feels them",
     ("fisher",),
     lambda statistics: Diagonal(collected(statistics.fisher, "fisher")),
 )
@@ -46,6 +49,7 @@ FISHER = Metric(
 ACTIVATION = Metric(
     "activation",
     f"S = diag(mean|x|^{ASVD_ALPHA})",
+    "inputs weighed by their size",
     ("absolute",),
     lambda statistics: Diagonal(
         (collected(statistics.absolute, "absolute").double() / statistics.tokens) ** (2 * ASVD_ALPHA)
@@ -55,6 +59,7 @@ ACTIVATION = Metric(
 WHITENING = Metric(
     "whitening",
     "S Sᵀ = C = Σ_t x_t x_tᵀ",
+    "weighed by the outputs on real inputs",
     ("gram",),
     lambda statistics: collected(statistics.gram, "gram"),
 )
@@ -62,6 +67,7 @@ WHITENING = Metric(
 TWO_SIDED = Metric(
     "two-sided whitening",
     f"S Sᵀ = C shrunk by {INPUT_SHRINKAGE}, RᵀR = Γ = Σ_t g_t g_tᵀ clipped and shrunk by {GRADIENT_SHRINKAGE}",
+    "weighed by real inputs and by the loss's gradients",
     ("gram", "gradient"),
     lambda statistics: Gram(shrunk(collected(statistics.gram, "gram").raw, INPUT_SHRINKAGE)),
     lambda statistics: shrunk(collected(statistics.gradient, "gradient"), GRADIENT_SHRINKAGE),

@@ -22,7 +22,7 @@ from rankfront.methods._errors import InputError
 from rankfront.methods.layers import empty_replacement, set_module
 
 QUANT_METHOD = "rankfront"
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 
 
 class RankfrontConfig(QuantizationConfigMixin):
@@ -30,8 +30,8 @@ class RankfrontConfig(QuantizationConfigMixin):
 
     Attributes:
         modules: module path -> kind of layer and the settings its shapes follow from.
-        tied: module path -> path of the module whose factors it shares (a tied embedding and head).
-        version: of this format; a newer one than this code knows raises `InputError`.
+        tied: name of a tensor -> name of the tensor that it is (a tied embedding and head, a basis of several weights).
+        version: of this format; another one than this code writes raises `InputError`.
     """
 
     def __init__(
@@ -41,10 +41,9 @@ class RankfrontConfig(QuantizationConfigMixin):
         version: int = CONFIG_VERSION,
         **_: Any,
     ) -> None:
-        if version > CONFIG_VERSION:
-            raise InputError(
-                f"the export has format {version=}, this rankfront reads up to {CONFIG_VERSION}: upgrade it"
-            )
+        if version != CONFIG_VERSION:
+            remedy = "upgrade it" if version > CONFIG_VERSION else "export again"
+            raise InputError(f"the export has format {version=}, this rankfront reads {CONFIG_VERSION}: {remedy}")
         self.quant_method = QUANT_METHOD
         self.modules = modules or {}
         self.tied = tied or {}
@@ -75,14 +74,13 @@ class RankfrontQuantizer(HfQuantizer):
 
 
 def tie_factors(model: Any, tied: dict[str, str]) -> None:
-    """Tell transformers that ``tied`` modules share their factors instead of their dense weight."""
+    """Tell transformers that tensors are ``tied``, instead of the dense weights of their modules."""
     if not tied:
         return
     keys = dict(model._tied_weights_keys or {})
-    for target, source in tied.items():
-        keys.pop(f"{target}.weight", None)
-        keys.pop(f"{source}.weight", None)
-        keys |= {f"{target}.{name}": f"{source}.{name}" for name in ("left", "right")}
+    for name in (*tied, *tied.values()):
+        keys.pop(f"{name.rpartition('.')[0]}.weight", None)
+    keys |= tied
     model._tied_weights_keys = keys
     model.all_tied_weights_keys = dict(keys)
 

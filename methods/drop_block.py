@@ -25,7 +25,8 @@ class DropBlock:
 
     name = "drop-block"
     paper = "EvoPress, 2410.14649"
-    family = "selected coordinates"
+    family = "nested and selected coordinates"
+    geometry = "no coordinates at all of one attention or MLP"
     metric = "whitening"
     formula = "ŷ = 0 for a whole attention or MLP"
     needs = ("gram",)

@@ -45,7 +45,8 @@ class LowRankAffinity(Nested):
 
     name = "lama"
     paper = "LAMA, 1912.00835"
-    family = "joint low rank"
+    family = "nested and selected coordinates"
+    geometry = "the rotary planes of each head that attention uses most; without positions, its best directions"
     metric = "affinity"
     formula = "qᵀk ≈ q'ᵀk', ρ dimensions a head: rotary planes of largest √(E‖q_p‖² E‖k_p‖²), else whitened joint SVD"
     needs = ("gram",)

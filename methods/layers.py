@@ -1,16 +1,22 @@
-"""The modules that compressed weights run as: always their factors, never a rebuilt dense matrix."""
+"""The modules that compressed weights run as: what each offers, their registry, and putting them in place.
+
+The classes stand in ``layers_*.py`` by family and register themselves under their kind. They run what is stored, never
+a dense matrix rebuilt ahead. Floating tensors are parameters, which gradients reach; supports are buffers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.methods._errors import check_choice
+from rankfront.methods._method import Factors
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # tensor -> shape, and dtype unless the model's
+Settings = Mapping[str, int]
 
 
 class Factored(Protocol):
@@ -23,211 +29,36 @@ class Factored(Protocol):
         """The bias that goes with `matrix`."""
 
     @staticmethod
-    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
+    def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
+        """The module that runs ``tensors`` in the place of ``dense`` with ``bias``."""
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         """The tensors that run in the place of a dense weight (rows, columns): what loading fills."""
 
 
-class LowRankLinear(nn.Module):
-    """y = left (right x) + bias: left (m, r), right (r, n), x (..., n) to y (..., m)."""
-
-    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.left = _parameter(left)
-        self.right = _parameter(right)
-        self.bias = None if bias is None else _parameter(bias)
-        self.out_features, self.in_features, self.rank = left.shape[0], right.shape[1], right.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = nn.functional.linear(x, self.right)  # (..., r)
-        return nn.functional.linear(hidden, self.left, self.bias)  # (..., m)
-
-    def matrix(self) -> Tensor:
-        return self.left.float() @ self.right.float()
-
-    def full_bias(self) -> Tensor | None:
-        return self.bias
-
-    @staticmethod
-    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
-        return {"left": ((rows, settings["rank"]), None), "right": ((settings["rank"], columns), None)}
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+LAYERS: dict[str, type[Factored]] = {}
+Layer = TypeVar("Layer", bound=type)
 
 
-class LowRankEmbedding(nn.Module):
-    """Rows of E = left · right: left (vocabulary, r), right (r, width), ids (...) to (..., width).
+def layer(kind: str) -> Callable[[Layer], Layer]:
+    """A decorator: the class is what factors of ``kind`` run as."""
 
-    The table's rows are tokens, so here ``left`` is looked up and ``right`` is applied. ``scale`` multiplies
-    the result for models that scale their embeddings (Gemma).
-    """
+    def registered(cls: Layer) -> Layer:
+        LAYERS[kind] = cast(type[Factored], cls)
+        return cls
 
-    def __init__(self, left: Tensor, right: Tensor, scale: float | None = None) -> None:
-        super().__init__()
-        self.left = _parameter(left)
-        self.right = _parameter(right)
-        self.num_embeddings, self.embedding_dim, self.rank = left.shape[0], right.shape[1], right.shape[0]
-        self.scale = scale
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = nn.functional.embedding(ids, self.left) @ self.right  # (..., width)
-        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
-
-    def matrix(self) -> Tensor:
-        return self.left.float() @ self.right.float()
-
-    def full_bias(self) -> Tensor | None:
-        return None
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+    return registered
 
 
-class HeadsLinear(nn.Module):
-    """A projection to heads that keeps ``kept`` of the ``width`` outputs of each, the others zero.
-
-    weight (heads · kept, n), bias (heads · kept,), x (..., n) to (..., heads · width). ``place`` (heads, kept) says
-    which of a head's outputs they are; without it they are the first.
-    """
-
-    place: Tensor | None
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int, place: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = _parameter(weight)
-        self.bias = None if bias is None else _parameter(bias)
-        self.register_buffer("place", place)
-        self.heads, self.kept, self.width = heads, kept, width
-
-    def _spread(self, kept: Tensor) -> Tensor:
-        """(..., heads · kept) to (..., heads · width)."""
-        by_head = kept.unflatten(-1, (self.heads, self.kept))
-        if self.place is None:
-            return nn.functional.pad(by_head, (0, self.width - self.kept)).flatten(-2)
-        zeros = by_head.new_zeros(*by_head.shape[:-1], self.width)
-        spread: Tensor = zeros.scatter(-1, self.place.long().expand_as(by_head), by_head)
-        return spread.flatten(-2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._spread(nn.functional.linear(x, self.weight, self.bias))
-
-    def matrix(self) -> Tensor:
-        return self._spread(self.weight.float().T).T
-
-    def full_bias(self) -> Tensor | None:
-        return None if self.bias is None else self._spread(self.bias)
-
-    @staticmethod
-    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
-        heads, kept = settings["heads"], settings["kept"]
-        found: Shapes = {"weight": ((heads * kept, columns), None)}
-        if settings["placed"]:
-            found["place"] = ((heads, kept), torch.uint8)
-        if bias:
-            found["bias"] = ((heads * kept,), None)
-        return found
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.heads} heads, {self.kept} of {self.width} each"
-
-
-class FromHeadsLinear(nn.Module):
-    """A projection of heads that reads the first ``kept`` of each one's ``width`` inputs.
-
-    weight (m, heads · kept), x (..., heads · width) to (..., m).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int) -> None:
-        super().__init__()
-        self.weight = _parameter(weight)
-        self.bias = None if bias is None else _parameter(bias)
-        self.heads, self.kept, self.width = heads, kept, width
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = x.unflatten(-1, (self.heads, self.width))[..., : self.kept].flatten(-2)
-        return nn.functional.linear(kept, self.weight, self.bias)
-
-    def matrix(self) -> Tensor:
-        by_head = self.weight.float().unflatten(-1, (self.heads, self.kept))
-        return nn.functional.pad(by_head, (0, self.width - self.kept)).flatten(-2)
-
-    def full_bias(self) -> Tensor | None:
-        return self.bias
-
-    @staticmethod
-    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
-        return {"weight": ((rows, settings["heads"] * settings["kept"]), None)}
-
-    def extra_repr(self) -> str:
-        return f"{self.heads} heads, {self.kept} of {self.width} each, {self.weight.shape[0]}"
-
-
-class PlainLinear(nn.Module):
-    """y = W x + bias with a dense W (rows, columns) of its own size: fewer neurons than the model had."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = _parameter(weight)
-        self.bias = None if bias is None else _parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    def matrix(self) -> Tensor:
-        return self.weight.float()
-
-    def full_bias(self) -> Tensor | None:
-        return self.bias
-
-    @staticmethod
-    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
-        found: Shapes = {"weight": ((settings["rows"], settings["columns"]), None)}
-        if bias and settings["rows"] != rows:
-            found["bias"] = ((settings["rows"],), None)
-        return found
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
-
-
-class AbsentLinear(nn.Module):
-    """y = 0 (..., rows): a projection that was left out, with its bias."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.rows)
-
-    def matrix(self) -> Tensor:
-        return torch.zeros(self.rows, 0)
-
-    def full_bias(self) -> Tensor | None:
-        return torch.zeros(self.rows)
-
-    @staticmethod
-    def shapes(rows: int, columns: int, settings: Mapping[str, int], bias: bool) -> Shapes:
-        return {}
-
-    def extra_repr(self) -> str:
-        return f"{self.rows}"
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
+def parameter(tensor: Tensor) -> nn.Parameter:
     """The tensor itself where it is a parameter already, so that tied modules and biases stay shared."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
-LAYERS: dict[str, type[nn.Module]] = {
-    "low-rank": LowRankLinear,
-    "heads": HeadsLinear,
-    "from-heads": FromHeadsLinear,
-    "plain": PlainLinear,
-    "absent": AbsentLinear,
-}
+def optional_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """`parameter`, or None."""
+    return None if tensor is None else parameter(tensor)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -240,36 +71,32 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def replacement(
-    dense: nn.Module, kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, int] | None = None
+    dense: nn.Module, kind: str, tensors: Mapping[str, Tensor], settings: Settings | None = None
 ) -> nn.Module:
-    """The module that runs ``tensors`` in the place of ``dense``, keeping its bias and its embedding scale."""
+    """The module that runs ``tensors`` in the place of ``dense``, keeping its bias unless they bring their own."""
     check_choice("layer kind", kind, LAYERS)
-    bias = {"bias": tensors.get("bias", getattr(dense, "bias", None))}
-    match kind:
-        case "low-rank" if isinstance(dense, nn.Embedding):
-            # A number, not the buffer beside it: a buffer that is not saved has no value while a model is loaded.
-            return LowRankEmbedding(tensors["left"], tensors["right"], getattr(dense, "scalar_embed_scale", None))
-        case "low-rank" | "plain":
-            return LAYERS[kind](**{**bias, **tensors})
-        case "absent":
-            return AbsentLinear(weight_of(dense).shape[0])
-        case _:
-            sizes = {name: value for name, value in (settings or {}).items() if name != "placed"}
-            return LAYERS[kind](**{**bias, **tensors}, **sizes)
+    own = {name: tensor for name, tensor in tensors.items() if name != "bias"}
+    return LAYERS[kind].build(dense, own, tensors.get("bias", getattr(dense, "bias", None)), settings or {})
 
 
-def empty_replacement(dense: nn.Module, kind: str, settings: Mapping[str, int]) -> nn.Module:
+def empty_replacement(dense: nn.Module, kind: str, settings: Settings) -> nn.Module:
     """Like `replacement`, with tensors of the right shape and no values yet: what loading fills."""
     check_choice("layer kind", kind, LAYERS)
     weight = weight_of(dense)
-    layer = cast(type[Factored], LAYERS[kind])
     rows, columns = weight.shape
-    shapes = layer.shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
+    shapes = LAYERS[kind].shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
     tensors = {
         name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
         for name, (shape, dtype) in shapes.items()
     }
     return replacement(dense, kind, tensors, settings)
+
+
+def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:
+    """Ŵ (rows, columns) in fp32 that ``factors`` of a dense weight of that size multiply to."""
+    with torch.device("meta"):
+        dense = nn.Linear(columns, rows, bias=False)
+    return cast(Factored, replacement(dense, factors.kind, factors.tensors, factors.settings)).matrix()
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -42,7 +42,8 @@ class Nystrom(Nested):
 
     name = "nystrom"
     paper = "MoDeGPT, 2408.09632"
-    family = "selected coordinates"
+    family = "nested and selected coordinates"
+    geometry = "k of the MLP's neurons, the others predicted from them"
     metric = "whitening"
     formula = "W_down C_:J C_JJ⁻¹, gate_J, up_J; J of largest diag C(C + λI)⁻¹"
     needs = ("gram",)

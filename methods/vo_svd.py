@@ -40,7 +40,8 @@ class ValueOutput(Nested):
 
     name = "vo-svd"
     paper = "MoDeGPT, 2408.09632"
-    family = "joint low rank"
+    family = "weighted subspace"
+    geometry = "each head's values in the subspace that loses least of what the head writes"
     metric = "whitening"
     formula = "W_o W_v ≈ Q U_ρ · U_ρᵀ R W_v by head, W_o = Q R, U of R W_v C W_vᵀ Rᵀ"
     needs = ("gram",)

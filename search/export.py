@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -108,7 +108,6 @@ def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
 def _mark(model: Any, resident: Resident) -> None:
     """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
     modules: dict[str, dict[str, Any]] = {}
-    tied: dict[str, str] = {}
     for site in resident.sites:
         option = resident.current.get(site.name, DENSE_OPTION)
         if option == DENSE_OPTION:
@@ -117,20 +116,32 @@ def _mark(model: Any, resident: Resident) -> None:
             factors = resident.store.factors(site, option)[weight.role]
             for path in (weight.path, *weight.tied):
                 modules[path] = {"kind": factors.kind, **factors.settings}
-            if weight.tied:
-                tied[weight.path] = weight.tied[0]  # as transformers has it: head -> embedding
+    tied = _tied(model, modules)
     config = RankfrontConfig(modules=modules, tied=tied)
     model.config.quantization_config = config
     model.hf_quantizer = RankfrontQuantizer(config)
     tie_factors(model, tied)
 
 
+def _tied(model: nn.Module, treated: Iterable[str]) -> dict[str, str]:
+    """Name of a parameter -> name of the first that is the very same, in the modules at ``treated``."""
+    first: dict[int, str] = {}
+    tied = {}
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    for path in sorted(treated, key=order.__getitem__):
+        for name, parameter in model.get_submodule(path).named_parameters():
+            known = first.setdefault(id(parameter), f"{path}.{name}")
+            if known != f"{path}.{name}":
+                tied[f"{path}.{name}"] = known
+    return tied
+
+
 def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules: dict[str, nn.Module]) -> None:
     """Put plain dense modules back, with the weights that the factors multiply to; shared factors stay shared."""
-    products: dict[int, nn.Parameter] = {}
+    products: dict[tuple[int, ...], nn.Parameter] = {}
     for path, module in modules.items():
         dense, factored = cast(Any, dense_modules[path]), cast(Factored, module)
-        key = id(next(module.parameters(), module))
+        key = tuple(id(each) for name, each in module.named_parameters() if name != "bias") or (id(module),)
         if key not in products:
             matrix = _padded(factored.matrix(), weight_of(dense).shape)
             stored = matrix.T if type(dense).__name__ == "Conv1D" else matrix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,23 +193,32 @@ class Resident:
         else:
             factors = self.store.factors(site, option)
             # All of them are made before any is put in place: a site is treated whole or not at all.
-            made = [self._modules(own, factors[role]) for role, own in paths.items()]
-            modules = {path: module for own in made for path, module in own.items()}
+            modules = self._made(paths, factors)
             self.modules |= modules
         for path, module in modules.items():
             set_module(self.model, path, module)
         self.current[site.name] = option
 
-    def _modules(self, paths: Sequence[str], factors: Factors) -> dict[str, nn.Module]:
-        """Modules that run ``factors`` in the place of the dense ones at ``paths``, which share them."""
+    def _made(self, paths: Mapping[str, Sequence[str]], factors: Mapping[str, Factors]) -> dict[str, nn.Module]:
+        """Modules that run each role's ``factors`` in the place of the dense ones at its ``paths``.
+
+        A tensor that several of them have stays one.
+        """
         device, dtype = self.setup.device, DTYPES[self.setup.dtype]
-        tensors = {
-            name: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+        distinct = {id(tensor): tensor for role in paths for tensor in factors[role].tensors.values()}
+        held = {
+            number: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
             if tensor.is_floating_point()
             else tensor.to(device)
-            for name, tensor in factors.tensors.items()
+            for number, tensor in distinct.items()
         }
-        return {path: replacement(self.dense_modules[path], factors.kind, tensors, factors.settings) for path in paths}
+        modules = {}
+        for role, own in paths.items():
+            chosen = factors[role]
+            tensors = {name: held[id(tensor)] for name, tensor in chosen.tensors.items()}
+            for path in own:
+                modules[path] = replacement(self.dense_modules[path], chosen.kind, tensors, chosen.settings)
+        return modules
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
@@ -224,7 +233,8 @@ class Resident:
                         set_module(self.model, weight.path, self.dense_modules[weight.path])
                     path = site.anchor.path
                     factors = get_method(option.method).alone(site, self.store.load(site, option), option)
-                    set_module(self.model, path, self._modules([path], factors)[path])
+                    modules = self._made({site.anchor.role: [path]}, {site.anchor.role: factors})
+                    set_module(self.model, path, modules[path])
             yield
         finally:
             for path, module in self.modules.items():

@@ -125,4 +125,26 @@ METHOD_ROWS = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class FittedRow:
+    """What a method claims that fits each of its levels anew; its laws are in test_fitted_laws.
+
+    Attributes:
+        loss: as in `MethodRow`.
+        needs: the statistics it reads.
+        exact: (name, m, n) -> an option that reproduces W, or None where the family cannot.
+        own: (name, m, n) -> the options that laws walk, from the cheapest; by default those offered on a fine grid.
+        falls: whether its error never rises with its level; False where the fit is a local optimum, and says so.
+    """
+
+    loss: Callable[[Tensor, Sample], float]
+    needs: tuple[str, ...]
+    exact: Callable[[str, int, int], Option | None] = lambda name, m, n: None
+    own: Callable[[str, int, int], list[Option]] | None = None
+    falls: bool = True
+
+
+FITTED_ROWS: dict[str, FittedRow] = {}
+
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankfront.methods import InputError
-from rankfront.methods.layers import LowRankEmbedding, LowRankLinear
+from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.search import export as module
 from rankfront.search.__main__ import run
 from rankfront.search.export import ExportError, export

@@ -9,7 +9,8 @@ from launching import make_run, small_data
 from rows import JOINT_METHODS
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
-from rankfront.methods.layers import set_module, weight_of
+from rankfront.methods.layers import replacement, set_module, weight_of
+from rankfront.search import trial
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import _multiply_out, export
 from rankfront.search.model import find_sites, load_model
@@ -141,9 +142,8 @@ def test_the_full_level_changes_nothing(worlds, name, method):
     before = world.logits()
     for site, options in world.treated(method):
         factors = get_method(method).truncate(world.prepared(site, options[0]), full(method, site))
-        for weight in site.weights:
-            modules = world.resident._modules([weight.path], factors[weight.role])
-            set_module(world.resident.model, weight.path, modules[weight.path])
+        for path, module in world.resident._made({w.role: [w.path] for w in site.weights}, factors).items():
+            set_module(world.resident.model, path, module)
     torch.testing.assert_close(world.logits(), before, **CLOSE)
     for path, module in world.resident.dense_modules.items():
         set_module(world.resident.model, path, module)
@@ -414,17 +414,17 @@ def test_weights_without_bias_or_with_one_are_told_apart():
 def test_a_site_is_treated_whole_or_not_at_all(worlds, monkeypatch, method):
     """Memory that ends halfway through a joint site leaves the model as it was."""
     world = worlds("llama")
-    before, real = world.logits(), Resident._modules
+    before = world.logits()
     for site, options in world.treated(method):
         calls = itertools.count()
 
-        def failing(self, paths, factors, calls=calls):
+        def failing(*arguments, calls=calls):
             if next(calls) == 1:
                 raise torch.OutOfMemoryError("no room")
-            return real(self, paths, factors)
+            return replacement(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Resident, "_modules", failing)
+            patch.setattr(trial, "replacement", failing)
             with pytest.raises(torch.OutOfMemoryError):
                 world.resident.apply(Plan.of({site.name: options[0]}))
         torch.testing.assert_close(world.logits(), before, rtol=0, atol=0)

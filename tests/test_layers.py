@@ -6,14 +6,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError
-from rankfront.methods.layers import (
-    LowRankEmbedding,
-    LowRankLinear,
-    empty_replacement,
-    replacement,
-    set_module,
-    weight_of,
-)
+from rankfront.methods.layers import empty_replacement, replacement, set_module, weight_of
+from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 
 
 def factors(m, n, rank, seed=0):

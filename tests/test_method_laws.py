@@ -6,11 +6,12 @@ import math
 import common
 import pytest
 import torch
-from rows import JOINT_METHODS, METHOD_ROWS, Sample
+from rows import FITTED_ROWS, JOINT_METHODS, METHOD_ROWS, Sample
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import Grid, InputError, Option, Site, Weight, get_method, method_names
+from rankfront.methods._taxonomy import FAMILIES
 from rankfront.methods.layers import replacement
 
 SHAPES = [(24, 10), (10, 24), (16, 16), (3, 17), (1, 9), (9, 1), (2, 2)]  # tall, wide, square, awkward
@@ -78,7 +79,16 @@ def optimum(weight, left, root, rank):
 
 
 def test_every_method_has_a_row():
-    assert sorted([*METHOD_ROWS, *JOINT_METHODS]) == sorted(method_names())
+    assert sorted([*METHOD_ROWS, *FITTED_ROWS, *JOINT_METHODS]) == sorted(method_names())
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_has_its_place_in_the_taxonomy(name):
+    method = get_method(name)
+    assert method.family in FAMILIES
+    assert method.geometry
+    assert method.paper
+    assert method.formula
 
 
 @each_method
@@ -86,8 +96,6 @@ def test_says_what_it_needs(name):
     method = get_method(name)
     assert method.needs == METHOD_ROWS[name].needs
     assert method.name == name
-    assert method.paper
-    assert method.formula
 
 
 @each_method

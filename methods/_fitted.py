@@ -1,0 +1,50 @@
+"""What methods share that treat one weight and fit each level anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._method import Factors, Option, Prepared, Site
+from rankfront.methods._weighting import Weighting
+from rankfront.methods.layers import matrix_of
+
+
+class Fitted:
+    """One preparation for each option, with its squared ``error`` and the ``energy`` of the whole beside the factors.
+
+    Products with gradients and inputs go through the rebuilt matrix: two dense products an option.
+    """
+
+    nested = False
+
+    def error(self, prepared: Prepared, option: Option) -> float:
+        return float(prepared["error"])
+
+    def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
+        raise NotImplementedError
+
+    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+        return self.truncate(prepared, option)["weight"]
+
+    def along(
+        self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
+    ) -> dict[str, Tensor]:
+        found = {}
+        for option in options:
+            factors = self.truncate(prepared, option)["weight"]
+            matrix = matrix_of(factors, site.anchor.out_features, site.anchor.in_features).to(x.device, x.dtype)
+            found[option.label] = (g.float() * (x @ matrix.T).float()).sum(1)
+        return found
+
+
+def measured(weight: Tensor, approximation: Tensor, weighting: Weighting) -> dict[str, Tensor]:
+    """``error`` ‖(W − Ŵ) S‖²_F and ``energy`` ‖W S‖²_F, (1,) each, for W and Ŵ (m, n)."""
+    error, energy = (
+        weighting.times_root(matrix).square().sum()[None]
+        for matrix in (weight.double() - approximation.double(), weight.double())
+    )
+    largest = torch.finfo(torch.float32).max
+    return {"error": error.clamp_max(largest).float(), "energy": energy.clamp_max(largest).float()}

@@ -1,0 +1,44 @@
+"""Supports of sparse factors as they are stored: packed bits, or nothing but a seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BYTE = 8
+
+
+def packed_bits(count: int, width: int) -> int:
+    """Bits on disk of ``count`` whole numbers of ``width`` bits each: whole bytes."""
+    return -(-count * width // BYTE) * BYTE
+
+
+def index_width(length: int) -> int:
+    """Bits of an index below ``length``: ⌈log₂ length⌉, at least 1."""
+    return max(1, (length - 1).bit_length())
+
+
+def pack(numbers: Tensor, width: int) -> Tensor:
+    """Whole numbers in [0, 2^width), flattened, to uint8 (⌈count · width / 8⌉,), lowest bit first."""
+    places = torch.arange(width, device=numbers.device)
+    bits = ((numbers.flatten().long()[:, None] >> places) & 1).flatten()
+    padded = torch.nn.functional.pad(bits, (0, -len(bits) % BYTE)).unflatten(0, (-1, BYTE))
+    return (padded << torch.arange(BYTE, device=numbers.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, width: int, count: int) -> Tensor:
+    """What `pack` was given, (count,) int64."""
+    bits = ((packed.long()[:, None] >> torch.arange(BYTE, device=packed.device)) & 1).flatten()
+    numbers = bits[: count * width].unflatten(0, (count, width))
+    return (numbers << torch.arange(width, device=packed.device)).sum(1)
+
+
+def seeded_support(seed: int, rows: int, columns: int, kept: int) -> Tensor:
+    """``kept`` distinct columns for each of ``rows``, uniformly drawn, rising, (rows, kept) int64.
+
+    From the raw words of PCG64, which NumPy promises not to change: a seed is all that needs to be stored.
+    """
+    words = np.random.PCG64(seed).random_raw(rows * columns).reshape(rows, columns)
+    chosen = np.argsort(words, axis=1, kind="stable")[:, :kept]
+    return torch.from_numpy(np.sort(chosen, axis=1))

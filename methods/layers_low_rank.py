@@ -1,0 +1,74 @@
+"""Low rank: two thin products, or rows looked up and one thin product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
+
+
+@layer("low-rank")
+class LowRankLinear(nn.Module):
+    """y = left (right x) + bias: left (m, r), right (r, n), x (..., n) to y (..., m)."""
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.left = parameter(left)
+        self.right = parameter(right)
+        self.bias = optional_parameter(bias)
+        self.out_features, self.in_features, self.rank = left.shape[0], right.shape[1], right.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x, self.right)  # (..., r)
+        return nn.functional.linear(hidden, self.left, self.bias)  # (..., m)
+
+    @staticmethod
+    def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
+        if isinstance(dense, nn.Embedding):
+            # A number, not the buffer beside it: a buffer that is not saved has no value while a model is loaded.
+            return LowRankEmbedding(**tensors, scale=getattr(dense, "scalar_embed_scale", None))
+        return LowRankLinear(**tensors, bias=bias)
+
+    def matrix(self) -> Tensor:
+        return self.left.float() @ self.right.float()
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
+        return {"left": ((rows, settings["rank"]), None), "right": ((settings["rank"], columns), None)}
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class LowRankEmbedding(nn.Module):
+    """Rows of E = left · right: left (vocabulary, r), right (r, width), ids (...) to (..., width).
+
+    The table's rows are tokens, so here ``left`` is looked up and ``right`` is applied. ``scale`` multiplies
+    the result for models that scale their embeddings (Gemma).
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float | None = None) -> None:
+        super().__init__()
+        self.left = parameter(left)
+        self.right = parameter(right)
+        self.num_embeddings, self.embedding_dim, self.rank = left.shape[0], right.shape[1], right.shape[0]
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = nn.functional.embedding(ids, self.left) @ self.right  # (..., width)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+    def matrix(self) -> Tensor:
+        return self.left.float() @ self.right.float()
+
+    def full_bias(self) -> Tensor | None:
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
