@@ -39,6 +39,6 @@ def seeded_support(seed: int, rows: int, columns: int, kept: int) -> Tensor:
 
     From the raw words of PCG64, which NumPy promises not to change: a seed is all that needs to be stored.
     """
-    words = np.random.PCG64(seed).random_raw(rows * columns).reshape(rows, columns)
+    words = np.asarray(np.random.PCG64(seed).random_raw(rows * columns)).reshape(rows, columns)
     chosen = np.argsort(words, axis=1, kind="stable")[:, :kept]
     return torch.from_numpy(np.sort(chosen, axis=1))
