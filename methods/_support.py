@@ -24,14 +24,16 @@ def pack(numbers: Tensor, width: int) -> Tensor:
     places = torch.arange(width, device=numbers.device)
     bits = ((numbers.flatten().long()[:, None] >> places) & 1).flatten()
     padded = torch.nn.functional.pad(bits, (0, -len(bits) % BYTE)).unflatten(0, (-1, BYTE))
-    return (padded << torch.arange(BYTE, device=numbers.device)).sum(1).to(torch.uint8)
+    packed: Tensor = (padded << torch.arange(BYTE, device=numbers.device)).sum(1).to(torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, width: int, count: int) -> Tensor:
     """What `pack` was given, (count,) int64."""
     bits = ((packed.long()[:, None] >> torch.arange(BYTE, device=packed.device)) & 1).flatten()
     numbers = bits[: count * width].unflatten(0, (count, width))
-    return (numbers << torch.arange(width, device=packed.device)).sum(1)
+    shifted: Tensor = numbers << torch.arange(width, device=packed.device)
+    return shifted.sum(1)
 
 
 def seeded_support(seed: int, rows: int, columns: int, kept: int) -> Tensor:
