@@ -70,16 +70,24 @@ class Site:
         name: the module path, with what is treated of it where a module holds several.
         weights: what the site claims. The last one is the `anchor`.
         heads: of the attention that the weights belong to; None elsewhere.
+        apart: whether each weight keeps its own place in the model's function, as those of several blocks do: then each
+            of them is a part that is looked at on its own, and there is no one anchor.
     """
 
     name: str
     weights: tuple[Weight, ...]
     heads: Heads | None = None
+    apart: bool = False
 
     @property
     def anchor(self) -> Weight:
         """The weight that alone could bring about what a joint treatment does (see `Method.alone`)."""
         return self.weights[-1]
+
+    @property
+    def parts(self) -> tuple[Site, ...]:
+        """What each anchor stands for: the site itself, or every one of its weights where they are apart."""
+        return tuple(Site(self.name, (weight,)) for weight in self.weights) if self.apart else (self,)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -223,7 +231,10 @@ class Method(Protocol):
         """‖(W − Ŵ) S‖²_F at ``option``, the predicted squared error in the method's own metric."""
 
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        """What the site's anchor would have to run, everything else dense, for the model to do the same."""
+        """What the site's anchor would have to run, everything else dense, for the model to do the same.
+
+        ``site``, here and in `along`, is one of the `Site.parts` of the site that was prepared.
+        """
 
     def along(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor

@@ -58,11 +58,13 @@ def quadratic_divergence(
     scored = [_Scored(site, options, store) for site, options in wanted.items() if is_predictable(site)]
     products = torch.zeros(LEVELS, len(scored), len(scored))
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    with differentiated(model, [(s.site.anchor.path, s.hook) for s in scored]):
+    with differentiated(model, [hook for s in scored for hook in s.hooks()]):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
             logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # (tokens, V)
             drawn_loss(logits, generator).backward()
+            for s in scored:
+                s.settle()
             if scored:
                 moved = torch.stack([s.moved for s in scored], dim=1)  # (levels, sites, tokens)
                 products += (moved @ moved.mT).cpu()
@@ -96,8 +98,8 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def is_predictable(site: Site) -> bool:
-    """Whether the products gᵀ Ŵ x of a site can be formed: its anchor's inputs are vectors."""
-    return site.anchor.kind == "linear"
+    """Whether the products gᵀ Ŵ x of a site can be formed: its anchors' inputs are vectors."""
+    return all(part.anchor.kind == "linear" for part in site.parts)
 
 
 def _cosines(products: Tensor) -> Tensor:
@@ -120,27 +122,41 @@ class _Scored:
         last = len(by_cost) - 1
         self.levels = [by_cost[round(last * level / (LEVELS - 1))].label for level in range(LEVELS)]
         self.moved = torch.zeros(0)
+        self._arrived: list[dict[str, Tensor]] = []  # δ of every part for every option, of the tokens just seen
 
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook: what it needs is complete when the output's gradient arrives."""
-        bias = getattr(module, "bias", None)
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        """(module path, forward hook) at every anchor."""
+        return [(part.anchor.path, self._hook(part)) for part in self.site.parts]
 
-        def arrived(gradient: Tensor) -> None:
-            g = gradient.flatten(0, -2)  # (tokens, m)
-            x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
-            y = output.detach().flatten(0, -2).float()  # (tokens, m)
-            dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
-            moved = {}
-            for label, compressed in products(self.options, self.site, self.store, g, x).items():
-                moved[label] = dense - compressed
-                self.totals[label] += 0.5 * float(moved[label].square().sum())
-            self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
+    def _hook(self, part: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
 
-        output.register_hook(arrived)
+            def arrived(gradient: Tensor) -> None:  # when what it needs is complete
+                g = gradient.flatten(0, -2)  # (tokens, m)
+                x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+                y = output.detach().flatten(0, -2).float()  # (tokens, m)
+                dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
+                along = products(self.options, self.site, part, self.store, g, x)
+                self._arrived.append({label: dense - compressed for label, compressed in along.items()})
+
+            output.register_hook(arrived)
+
+        return hook
+
+    def settle(self) -> None:
+        """After a backward pass: the parts' δ add up to the site's."""
+        moved = {label: torch.stack([part[label] for part in self._arrived]).sum(0) for label in self.totals}
+        self._arrived = []
+        for label, value in moved.items():
+            self.totals[label] += 0.5 * float(value.square().sum())
+        self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
 
 
-def products(options: Sequence[Option], site: Site, store: FactorStore, g: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """What `Method.along` gives at the site's anchor, for options of several methods."""
+def products(
+    options: Sequence[Option], site: Site, part: Site, store: FactorStore, g: Tensor, x: Tensor
+) -> dict[str, Tensor]:
+    """What `Method.along` gives at the anchor of a ``part`` of the ``site``, for options of several methods."""
     by_method: dict[str, list[Option]] = {}
     for option in options:
         by_method.setdefault(option.method, []).append(option)
@@ -148,8 +164,8 @@ def products(options: Sequence[Option], site: Site, store: FactorStore, g: Tenso
     for name, chosen in by_method.items():
         method = get_method(name)
         if method.nested:
-            found |= method.along(site, store.load(site, chosen[0]), chosen, g, x)
+            found |= method.along(part, store.load(site, chosen[0]), chosen, g, x)
         else:
             for option in chosen:
-                found |= method.along(site, store.load(site, option), [option], g, x)
+                found |= method.along(part, store.load(site, option), [option], g, x)
     return found

@@ -15,7 +15,7 @@ in the manner of ZS-SVD; ours is the application to switches of options around a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,16 +49,16 @@ def measure_slopes(
     generator = torch.Generator().manual_seed(seed)
     probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items() if is_predictable(site)]
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    with differentiated(model, [(probe.path, probe.hook) for probe in probes]):
+    with differentiated(model, [hook for probe in probes for hook in probe.hooks()]):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (b, L - 1, V)
-            for probe in probes:
-                probe.drawn = False
             _searched_loss(logits, ids, teacher, start).backward(retain_graph=True)
             for probe in probes:
-                probe.drawn = True
+                probe.settle_first()
             drawn_loss(logits.flatten(0, 1), generator).backward()
+            for probe in probes:
+                probe.settle_second()
     predicted = len(windows) * (windows.shape[1] - 1)
     return {
         probe.site.name: {label: (a / predicted, probe.second[label] / predicted) for label, a in probe.first.items()}
@@ -85,33 +85,52 @@ class _Probe:
         store: FactorStore,
     ) -> None:
         self.site = site
-        self.path = site.anchor.path
-        self.dense = dense[self.path]
+        self.dense = dense
         self.now = current.get(site.name, DENSE_OPTION)
         self.store = store
         self.options = options
-        self.drawn = False  # whether the gradients that arrive are those of drawn labels
+        self._arrived: list[dict[str, Tensor]] = []  # of every part: gᵀ (Ŵ_o − Ŵ_i) x for every option
         labels = [DENSE_OPTION.label, *(option.label for option in options)]
         self.first, self.second = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0)  # sums over tokens of a, b
 
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook: what it needs is complete when a gradient of the output arrives."""
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        """(module path, forward hook) at every anchor."""
+        return [(part.anchor.path, self._hook(part)) for part in self.site.parts]
 
-        def arrived(gradient: Tensor) -> None:
-            g = gradient.flatten(0, -2)  # (tokens, m)
-            x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
-            moved = {DENSE_OPTION.label: self._dense(g, x)} | products(self.options, self.site, self.store, g, x)
-            base = moved[self.now.label]
-            for label, value in moved.items():
-                change = value - base  # (tokens,) gᵀ (Ŵ_o − Ŵ_i) x
-                if self.drawn:
-                    self.second[label] += 0.5 * float(change.square().sum())
-                else:
-                    self.first[label] += float(change.sum())
+    def _hook(self, part: Site) -> Callable[..., None]:
+        dense = self.dense[part.anchor.path]
 
-        output.register_hook(arrived)
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            def arrived(gradient: Tensor) -> None:  # when what it needs is complete
+                g = gradient.flatten(0, -2)  # (tokens, m)
+                x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+                moved = {DENSE_OPTION.label: _along_dense(dense, g, x)}
+                moved |= products(self.options, self.site, part, self.store, g, x)
+                base = moved[self.now.label]
+                self._arrived.append({label: value - base for label, value in moved.items()})
 
-    def _dense(self, g: Tensor, x: Tensor) -> Tensor:
-        """gᵀ W x (tokens,), without bias; the module itself may carry our hook, so it is not called."""
-        along: Tensor = (g.float() * nn.functional.linear(x, weight_of(self.dense)).float()).sum(1)
-        return along
+            output.register_hook(arrived)
+
+        return hook
+
+    def settle_first(self) -> None:
+        """After the backward pass of the loss: slopes."""
+        for label, change in self._changes():
+            self.first[label] += float(change.sum())
+
+    def settle_second(self) -> None:
+        """After the backward pass of drawn labels: curvature."""
+        for label, change in self._changes():
+            self.second[label] += 0.5 * float(change.square().sum())
+
+    def _changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Label -> what all parts change together, (tokens,), of the pass just done."""
+        arrived, self._arrived = self._arrived, []
+        for label in self.first:
+            yield label, torch.stack([part[label] for part in arrived]).sum(0)
+
+
+def _along_dense(dense: nn.Module, g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ W x (tokens,), without bias; the module itself may carry our hook, so it is not called."""
+    along: Tensor = (g.float() * nn.functional.linear(x, weight_of(dense)).float()).sum(1)
+    return along

@@ -231,10 +231,10 @@ class Resident:
                 if option != DENSE_OPTION:
                     for weight in site.weights:
                         set_module(self.model, weight.path, self.dense_modules[weight.path])
-                    path = site.anchor.path
-                    factors = get_method(option.method).alone(site, self.store.load(site, option), option)
-                    modules = self._made({site.anchor.role: [path]}, {site.anchor.role: factors})
-                    set_module(self.model, path, modules[path])
+                    for part in site.parts:
+                        factors = get_method(option.method).alone(part, self.store.load(site, option), option)
+                        role, path = part.anchor.role, part.anchor.path
+                        set_module(self.model, path, self._made({role: [path]}, {role: factors})[path])
             yield
         finally:
             for path, module in self.modules.items():
