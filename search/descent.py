@@ -4,7 +4,8 @@
 
 with e_i the predicted divergence of site i alone and K_ij how much two sites' effects coincide. S + λ · stored values
 is lowered one site at a time until no site can lower it, for multipliers λ up and down a path, each starting where the
-last one ended. Exact where K is zero and a budget lies on the convex hull; in general a local optimum.
+last one ended. In general that is a local optimum. Where K is zero the regions of sites that share weights do not see
+each other, and S + λ · stored values is solved for at once, exactly: one argmin a site, one cover a region.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PAIRED = 256  # moves up and moves down of which every pair is looked at
 FEW = 32  # lines
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
+UNLIKELY = 1e6  # nats; the same where differences of losses are added up, which digits have to be left for
 Places = list[int]
 
 
@@ -47,6 +49,8 @@ class Descent:
             self._saved[i, : len(loss)] = line.parameters[0] - line.parameters
         self._r = np.sqrt(2 * np.where(self._e < NEVER / 2, np.maximum(self._e, 0), 0))
         self._all = np.arange(len(lines))
+        self._alone = not self.coupling.any()
+        self._single = np.array([not line.weights for line in lines])
         self._follow()
 
     def value(self, places: Sequence[int] | np.ndarray) -> float:
@@ -93,6 +97,9 @@ class Descent:
         known = slopes[(self._e[:, 1:] < NEVER / 2) & (slopes > 0)]
         low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
         multipliers = np.geomspace(low / 10, high * 100, MULTIPLIERS)
+        if self._alone:
+            self._path = [(float(multiplier), self._covered(multiplier)) for multiplier in multipliers]
+            return
         up, down = [], []
         places = np.zeros(len(self._all), dtype=int)
         for multiplier in multipliers:
@@ -106,8 +113,23 @@ class Descent:
             better = a if self._priced(a, multiplier) <= self._priced(b, multiplier) else b
             self._path.append((float(multiplier), better))
 
+    def _covered(self, multiplier: float) -> np.ndarray:
+        """The choice of least S − λ · saved where K is zero."""
+        priced = np.minimum(self._e, UNLIKELY) - multiplier * self._saved
+        offered = priced.copy()
+        offered[~self._single, 0] = np.inf  # joint sites at dense are their weights' own sites at dense
+        best = offered.argmin(1)
+        values = offered[self._all, best] - priced[:, 0]  # against leaving a line at dense
+        places = np.zeros(len(self._all), dtype=int)
+        for region in self.menu.regions:
+            taken = [region.members[member] for member in region.cover(values[list(region.members)].tolist())]
+            places[taken] = best[taken]
+        return places
+
     def _descend(self, start: np.ndarray, multiplier: float) -> np.ndarray:
         """A choice that no single site can lower S − λ · saved from; ``start`` stays as it is."""
+        if self._alone:
+            return self._covered(multiplier)
         places = start.copy()
         priced = self._e - multiplier * self._saved
         r = self._r[self._all, places]

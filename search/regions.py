@@ -72,18 +72,32 @@ class Region:
         """The options that a cover may take: a joint site at dense is its single ones at dense, once is enough."""
         return range(0 if len(self.claims[member]) == 1 else 1, len(costs[member]))
 
+    def cover(self, values: Sequence[float]) -> list[int]:
+        """The members that a cover of least total takes, each at its own of ``values``; infinite ones are not taken."""
+        if len(self.members) == 1:
+            return [0]
+        least = {0: 0.0}
+        taken: dict[int, tuple[int, int]] = {}  # state -> (the one before it, the member between them)
+        for state, member in self._steps:
+            if state in least:
+                after, total = state | self._masks[member], least[state] + values[member]
+                if total < least.get(after, np.inf):
+                    least[after], taken[after] = total, (state, member)
+        members = []
+        state = max(least)
+        while state:
+            state, member = taken[state]
+            members.append(member)
+        return members
+
     def cheapest(self, costs: Sequence[np.ndarray]) -> dict[int, int]:
         """Line -> option of the cover that stores least; lines that it leaves out are not named."""
-        best: dict[int, tuple[int, dict[int, int]]] = {0: (0, {})}
-        for state, member in self._steps:
-            options = self._options(member, costs)
-            if state in best and len(options):
-                place = min(options, key=lambda k: costs[member][k])
-                cost = best[state][0] + int(costs[member][place])
-                after = state | self._masks[member]
-                if after not in best or cost < best[after][0]:
-                    best[after] = cost, best[state][1] | {self.members[member]: place}
-        return best[max(best)][1]
+        options = [self._options(member, costs) for member in range(len(costs))]
+        places = [min(own, key=lambda k: cost[k], default=0) for own, cost in zip(options, costs, strict=True)]
+        values = [
+            float(cost[place]) if own else np.inf for own, cost, place in zip(options, costs, places, strict=True)
+        ]
+        return {self.members[member]: places[member] for member in self.cover(values)}
 
     def merge(self, costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], unit: int) -> Merged:
         """The region's best choice at every budget, as one line.

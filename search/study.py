@@ -156,7 +156,9 @@ class Study:
     def answer(self, *constraints: str) -> Answer:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``; not measured."""
         limits = [Constraint.parse(text) for text in constraints]
-        return answer(self._optuna(), self.config, self.rows(), resolve(self.config.model.name), limits)
+        storage = self._optuna()  # one for both: it keeps what it has read
+        rows = fronts.rows_of(storage, list(self.config.objectives))
+        return answer(storage, self.config, rows, resolve(self.config.model.name), limits)
 
     def menu(self) -> pd.DataFrame:
         """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""

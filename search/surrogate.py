@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from rankfront.search.menu import TINY, Menu
 
@@ -61,22 +62,23 @@ class Surrogate:
         self.features = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         at = [line for line, _ in self.features]
         self._root = self._prior([kinds[i] for i in at], [blocks[i] for i in at], list(self.features))
-        # feature and log-divergence of every option; dense has no feature and no divergence
-        self._feature = [
-            np.array([-1, *(self.features[i, option.method] for option in line.options[1:])])
-            for i, line in enumerate(menu.lines)
-        ]
+        # Feature and divergence of every option, (lines, the most options); dense and what a line lacks have none.
+        widest = max(len(line.options) for line in menu.lines)
+        self._lines = np.arange(len(menu.lines))
+        self._feature = np.full((len(menu.lines), widest), -1)
+        self._divergence = np.zeros((len(menu.lines), widest))
+        for i, line in enumerate(menu.lines):
+            self._feature[i, 1 : len(line.options)] = [self.features[i, option.method] for option in line.options[1:]]
+            self._divergence[i, : len(line.options)] = line.divergence
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self._weights = np.zeros(0)
         self.residual = RESIDUALS[0]  # standard deviation of what neighbours explain
-        self._cosines = np.zeros((len(menu.lines), len(menu.lines)))
-        if menu.cosines is not None:
-            self._cosines = menu.cosines - np.eye(len(menu.lines))
+        self._cosines = None if menu.cosines is None else menu.cosines - np.eye(len(menu.lines))
         self.mean = self._unpack(np.zeros(len(self.features) + 3))
 
     @staticmethod
-    def _prior(kinds: list[str], blocks: list[int], features: list[tuple[int, str]]) -> np.ndarray:
+    def _prior(kinds: list[str], blocks: list[int], features: list[tuple[int, str]]) -> csr_array:
         """R (F + 3, P), prior covariance R Rᵀ: a column for each independent effect; the last rows are ρ, a, c."""
         size = len(features)
         groups: list[tuple[float, list[object]]] = [
@@ -94,25 +96,29 @@ class Surrogate:
             columns.append(block)
         ends = np.zeros((size + 3, 3))
         ends[[size, size + 1, size + 2], [0, 1, 2]] = TRUST, OFFSET, SLOPE
-        return np.hstack([*columns, ends])
+        return csr_array(np.hstack([*columns, ends]))
 
     # -- prediction
 
     def losses(self, coefficients: Coefficients) -> list[np.ndarray]:
         """Each line's corrected divergences d exp(θ), for an allocator."""
+        corrected = self._corrected(coefficients)
+        return [row[: len(line.options)] for row, line in zip(corrected, self.menu.lines, strict=True)]
+
+    def _corrected(self, coefficients: Coefficients) -> np.ndarray:
+        """d exp(θ) of every option, (lines, the most options)."""
         factors = np.append(np.exp(coefficients.theta), 1.0)  # the last one serves dense, whose feature is -1
-        return [
-            line.divergence * factors[feature] for line, feature in zip(self.menu.lines, self._feature, strict=True)
-        ]
+        corrected: np.ndarray = self._divergence * factors[self._feature]
+        return corrected
 
     def _terms(self, plans: np.ndarray, coefficients: Coefficients) -> np.ndarray:
         """Corrected divergence of every line in every plan, (T, lines)."""
-        losses = self.losses(coefficients)
-        return np.stack([loss[plans[:, i]] for i, loss in enumerate(losses)], axis=1)
+        terms: np.ndarray = self._corrected(coefficients)[self._lines, plans]
+        return terms
 
     def coupling(self, coefficients: Coefficients) -> np.ndarray | None:
         """ρ C without its diagonal, (lines, lines), for an allocator; None where the menu has no cosines."""
-        return None if self.menu.cosines is None else coefficients.trust * self._cosines
+        return None if self._cosines is None else coefficients.trust * self._cosines
 
     def explained(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
         """a + c log S for plans (T, lines) given as places in the menu, (T,)."""
@@ -123,8 +129,10 @@ class Surrogate:
 
     def _sums(self, terms: np.ndarray, trust: float) -> np.ndarray:
         """S for the e_i of each plan, (T, lines) to (T,); never less than `LEAST_SHARE` of their sum."""
-        roots = np.sqrt(2 * terms)
         added: np.ndarray = terms.sum(1)
+        if self._cosines is None:
+            return added
+        roots = np.sqrt(2 * terms)
         together: np.ndarray = added + 0.5 * trust * ((roots @ self._cosines) * roots).sum(1)
         least: np.ndarray = np.maximum(together, LEAST_SHARE * added)
         return least
@@ -192,13 +200,12 @@ class Surrogate:
         terms = self._terms(self._plans, at)  # (T, lines)
         sums = self._sums(terms, at.trust) + TINY
         roots = np.sqrt(2 * terms)
-        pulls = roots @ self._cosines  # (T, lines)
+        pulls = np.zeros_like(roots) if self._cosines is None else roots @ self._cosines  # (T, lines)
         moved = at.slope * (terms + 0.5 * at.trust * roots * pulls) / sums[:, None]  # ∂ log D / ∂ θ_i
         jacobian = np.zeros((len(terms), len(self.features) + 3))
-        for i, feature in enumerate(self._feature):
-            chosen = feature[self._plans[:, i]]
-            rows = np.flatnonzero(chosen >= 0)
-            jacobian[rows, chosen[rows]] += moved[rows, i]
+        chosen = self._feature[self._lines, self._plans]  # (T, lines): no two lines have a feature in common
+        rows, lines = np.nonzero(chosen >= 0)
+        jacobian[rows, chosen[rows, lines]] = moved[rows, lines]
         jacobian[:, -3] = at.slope * 0.5 * (roots * pulls).sum(1) / sums
         jacobian[:, -2] = 1.0
         jacobian[:, -1] = np.log(sums)
