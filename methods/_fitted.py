@@ -20,11 +20,19 @@ class Fitted:
 
     nested = False
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that it reads."""
+        raise NotImplementedError
+
     def error(self, prepared: Prepared, option: Option) -> float:
         return float(prepared["error"])
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
         raise NotImplementedError
+
+    def refits(self, site: Site) -> tuple[str, ...]:
+        return ("weight",) if self.needs == ("gram",) else ()
 
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)["weight"]

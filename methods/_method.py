@@ -232,6 +232,12 @@ class Method(Protocol):
     def error(self, prepared: Prepared, option: Option) -> float:
         """‖(W − Ŵ) S‖²_F at ``option``, the predicted squared error in the method's own metric."""
 
+    def refits(self, site: Site) -> tuple[str, ...]:
+        """The roles, all reading one input, whose Gram is what the fit reads: a sequential refit replaces it and them.
+
+        Empty where the method cannot be fitted again that way.
+        """
+
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         """What the site's anchor would have to run, everything else dense, for the model to do the same.
 

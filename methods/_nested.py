@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rankfront.methods._method import Option, Prepared, whole_level
+from rankfront.methods._method import Option, Prepared, Site, whole_level
 
 
 class Nested:
@@ -19,6 +19,11 @@ class Nested:
     nested = True
     level: str
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that it reads."""
+        raise NotImplementedError
+
     def kept(self, option: Option) -> int:
         """k of an option; `InputError` where it has none."""
         return whole_level(option, self.level)
@@ -29,6 +34,9 @@ class Nested:
     def error(self, prepared: Prepared, option: Option) -> float:
         """What the components that go hold: Σ_{i > k} ``energy``_i."""
         return float(prepared["energy"][self.kept(option) :].double().sum())
+
+    def refits(self, site: Site) -> tuple[str, ...]:
+        return ("weight",) if self.needs == ("gram",) and site.roles == ("weight",) else ()
 
     def running(self, components: Tensor, options: Sequence[Option]) -> dict[str, Tensor]:
         """Label -> the sum (tokens,) of an option's own ``components`` (tokens, the largest k), for `Method.along`."""

@@ -69,6 +69,9 @@ class DropBlock:
     def error(self, prepared: Prepared, option: Option) -> float:
         return float(prepared["energy"].double().sum())
 
+    def refits(self, site: Site) -> tuple[str, ...]:
+        return ()
+
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         zeros = torch.zeros(site.anchor.out_features, site.anchor.in_features)
         return plain_factors(zeros, site.anchor.storage, zeros[:, 0] if site.anchor.bias else None)

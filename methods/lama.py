@@ -139,6 +139,9 @@ class LowRankAffinity(Nested):
             found[role] = Factors("heads", tensors, settings, Storage(rows.numel(), bits))
         return found
 
+    def refits(self, site: Site) -> tuple[str, ...]:
+        return ()
+
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         heads, kept = heads_of(site), self.kept(option)
         spread = by_query(heads, prepared["spread"][:kept]).float()  # (ρ, queries, d)

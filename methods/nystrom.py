@@ -112,6 +112,9 @@ class Nystrom(Nested):
         """Ŵ_down (N, k)."""
         return prepared["ahead"][:, :kept] @ prepared["back"][:kept, :kept]
 
+    def refits(self, site: Site) -> tuple[str, ...]:
+        return ("down",)
+
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         kept = self.kept(option)
         down = self._down(prepared, kept)

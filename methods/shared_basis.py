@@ -93,6 +93,10 @@ class SharedBasis(Nested):
             )
         return found
 
+    def refits(self, site: Site) -> tuple[str, ...]:
+        """Siblings read one input; blocks that share a basis read several, of which one comes after the other."""
+        return () if site.roles[0].isdigit() else site.roles
+
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)[site.anchor.role]
 

@@ -121,6 +121,9 @@ class ValueOutput(Nested):
             ),
         }
 
+    def refits(self, site: Site) -> tuple[str, ...]:
+        return ("value",)
+
     def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         heads, kept = heads_of(site), self.kept(option)
         basis = by_query(heads, prepared["basis"][:kept])  # (ρ, queries, d)

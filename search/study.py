@@ -21,7 +21,7 @@ from rankfront.search.answer import Answer, answer, menu_frame
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
-from rankfront.search.export import Format, Verified, export
+from rankfront.search.export import Format, Refit, Verified, export
 from rankfront.search.front import Constraint, Row
 from rankfront.search.goal import quality_of
 from rankfront.search.model import cache_folder, load_tokenizer, resolve
@@ -184,9 +184,14 @@ class Study:
             Study(self.config.model_copy(update={"search": search}), self.run.path).launch(console)
         return self.best(*constraints)
 
-    def export(self, out: str | Path, row: Row | None = None, form: Format = "factored") -> Verified:
-        """Write the model of ``row`` (by default the knee) to the new folder ``out``; see `export.export`."""
-        return export(self.setup(), row or self.knee(), Path(out), form)
+    def export(
+        self, out: str | Path, row: Row | None = None, form: Format = "factored", refit: Refit | None = None
+    ) -> Verified:
+        """Write the model of ``row`` (by default the knee) to the new folder ``out``; see `export.export`.
+
+        ``refit`` is the study's own unless given.
+        """
+        return export(self.setup(), row or self.knee(), Path(out), form, refit or self.config.search.refit)
 
     def setup(self) -> Setup:
         """Resolve the study on this machine: tokens, dtype, device, fingerprint."""

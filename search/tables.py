@@ -59,7 +59,7 @@ def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
         "state": row.state,
         "origin": row.origin,
         "values": row.values,
-        "report": {"perplexity": report.get("perplexity")},
+        "report": {name: report[name] for name in ("perplexity", "refitted") if name in report} or {"perplexity": None},
         **{name: row.attributes.get(name) for name in names},
         "pareto": row.number in front,
         "seconds": row.attributes.get("seconds", {}),
@@ -72,12 +72,15 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
     names = list(study.config.objectives)
     more = [name for name in ("parameters", "block_parameters") if name not in names]
     table = Table(title=f"Pareto front of {study.run.path}: {len(rows)} trials", title_justify="left")
-    for name in ["trial", "origin", *names, *more, "report perplexity"]:
+    reported = {"perplexity": "report perplexity"}
+    if study.config.search.refit != "none":
+        reported["refitted"] = "refitted"
+    for name in ["trial", "origin", *names, *more, *reported.values()]:
         table.add_column(name, justify="left" if name == "origin" else "right")
     for row in rows:
-        report = (row.report or {}).get("perplexity")
         figures = [f"{row.figure(name):.4g}" for name in [*names, *more]]
-        table.add_row(str(row.number), row.origin, *figures, "-" if report is None else f"{report:.4g}")
+        measured = [(row.report or {}).get(name) for name in reported]
+        table.add_row(str(row.number), row.origin, *figures, *("-" if m is None else f"{m:.4g}" for m in measured))
     return table
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
-from rankfront.methods.layers import replacement, set_module, weight_of
+from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.latency import Latency
 from rankfront.search.calibration import calibrate
@@ -23,9 +23,19 @@ from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
 from rankfront.search.goal import quality_of
-from rankfront.search.model import Place, Source, check_length, count_parameters, find_sites, load_model, skeleton
+from rankfront.search.model import (
+    Place,
+    Source,
+    check_length,
+    count_parameters,
+    find_sites,
+    load_model,
+    skeleton,
+    weights_at,
+)
 from rankfront.search.plan import Plan, check_disjoint, cost_of
 from rankfront.search.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
+from rankfront.search.refit import refitted
 from rankfront.search.samplers import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
 from rankfront.search.space import Single, Space
@@ -115,7 +125,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
 
     def factor(site: Site, statistics: dict[str, Any]) -> None:
         nonlocal done
-        weights = _tensors(weights_from, site)
+        weights = weights_at(weights_from, site)
         store.prepare(site, missing[site], weights, statistics)
         done += 1
         progress("factor", done, len(missing))
@@ -129,13 +139,6 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
         for site, statistics in calibrate(model, windows, needy, needs, lambda i, n: progress("calibrate", i, n)):
             factor(site, statistics)
     return True
-
-
-def _tensors(model: Any, site: Site) -> dict[str, Tensor]:
-    """Role -> W of a site's weights; those of a joint site with their biases under ``ROLE.bias``."""
-    modules = {weight.role: model.get_submodule(weight.path) for weight in site.weights}
-    biases = {f"{w.role}.bias": modules[w.role].bias for w in site.weights if w.bias and len(site.weights) > 1}
-    return {role: weight_of(module) for role, module in modules.items()} | biases
 
 
 class Resident:
@@ -185,24 +188,27 @@ class Resident:
         self.apply(Plan.of({site.name: option}))
 
     def _swap(self, site: Site, option: Option) -> None:
-        paths = {weight.role: (weight.path, *weight.tied) for weight in site.weights}
         if option.method == DENSE:
-            modules = {path: self.dense_modules[path] for own in paths.values() for path in own}
-            for path in modules:
-                self.modules.pop(path, None)
+            for weight in site.weights:
+                for path in (weight.path, *weight.tied):
+                    self.modules.pop(path, None)
+                    set_module(self.model, path, self.dense_modules[path])
         else:
-            factors = self.store.factors(site, option)
-            # All of them are made before any is put in place: a site is treated whole or not at all.
-            modules = self._made(paths, factors)
-            self.modules |= modules
+            self.replace(site, self.store.factors(site, option))
+        self.current[site.name] = option
+
+    def replace(self, site: Site, factors: Mapping[str, Factors]) -> None:
+        """Run ``factors`` at a site that the plan treats, instead of those of its option, until the site changes."""
+        modules = self._made({weight.role: (weight.path, *weight.tied) for weight in site.weights}, factors)
+        self.modules |= modules
         for path, module in modules.items():
             set_module(self.model, path, module)
-        self.current[site.name] = option
 
     def _made(self, paths: Mapping[str, Sequence[str]], factors: Mapping[str, Factors]) -> dict[str, nn.Module]:
         """Modules that run each role's ``factors`` in the place of the dense ones at its ``paths``.
 
-        A tensor that several of them have stays one.
+        A tensor that several of them have stays one. All are made before any is put in place: a site is treated whole
+        or not at all.
         """
         device, dtype = self.setup.device, DTYPES[self.setup.dtype]
         distinct = {id(tensor): tensor for role in paths for tensor in factors[role].tensors.values()}
@@ -408,4 +414,8 @@ class Resident:
             scores = score(self.model, self.setup.tokens["report"])
         if not math.isfinite(scores.perplexity):
             return {"failure": f"perplexity on the report split is {scores.perplexity}"}
-        return {"perplexity": scores.perplexity, "tokens": scores.tokens, "seconds": clock.seconds}
+        record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
+        if self.setup.config.search.refit == "sequential" and job.plan.choices:
+            with clock.phase("refit"), refitted(self, job.plan):
+                record["refitted"] = score(self.model, self.setup.tokens["report"]).perplexity
+        return record | {"seconds": clock.seconds}

@@ -13,10 +13,10 @@ from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search import trial
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import _multiply_out, export
-from rankfront.search.model import find_sites, load_model
+from rankfront.search.model import find_sites, load_model, weights_at
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, _tensors, make_space
+from rankfront.search.trial import Resident, make_space
 
 METHODS = JOINT_METHODS
 FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}
@@ -70,7 +70,7 @@ class World:
             return self.resident.model(input_ids=self.ids, use_cache=False).logits
 
     def weights(self, site):
-        return _tensors(self.model, site)
+        return weights_at(self.model, site)
 
 
 @pytest.fixture(scope="module")

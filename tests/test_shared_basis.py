@@ -14,10 +14,10 @@ from rankfront.search.calibration import calibrate
 from rankfront.search.export import export
 from rankfront.search.front import Row
 from rankfront.search.gradient import quadratic_divergence
-from rankfront.search.model import find_sites, load_model
+from rankfront.search.model import find_sites, load_model, weights_at
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident, _tensors
+from rankfront.search.trial import Job, Resident
 
 METHODS = ("shared-basis", "hola")
 OFFERED = {  # kinds of projection that adjacent blocks share, and siblings
@@ -64,7 +64,7 @@ def worlds(tmp_path_factory, text_file):
 
 
 def stack(world, site):
-    return torch.cat([_tensors(world.model, site)[role] for role in site.roles]).double()
+    return torch.cat([weights_at(world.model, site)[role] for role in site.roles]).double()
 
 
 def summed_gram(world, site):

@@ -1,0 +1,216 @@
+"""Sequential refit: each weight of a plan fitted again to the inputs that the compressed model before it really makes.
+
+Preparing measures inputs x of the dense model. Where blocks before a weight are compressed it reads x' instead, and
+
+    min_Ŵ Σ_t ‖W x_t − Ŵ x'_t‖² = min_Ŵ ‖(M − Ŵ) C'^{1/2}‖² + const,    M = W C_xx' C'⁻¹,
+
+with C' = Σ x'x'ᵀ and C_xx' = Σ x x'ᵀ: what a method that fits W under C does is done again for M under C', at the same
+level. Block by block, and within a block by what reads the same input, in the order of the calls; two streams of hidden
+states, dense and compressed, go along. Treatments that have no such Gram stay as they are.
+
+Source: AA-SVD (2604.02119), its anchored objective, there for low rank; its block-wise training is not part of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import DENSE_OPTION, Gram, Option, Site, Statistics, get_method
+from rankfront.methods.layers import set_module
+from rankfront.search.calibration import shared_inputs
+from rankfront.search.model import blocks, weights_at
+from rankfront.search.plan import Plan
+
+if TYPE_CHECKING:
+    from rankfront.search.trial import Resident
+
+BATCH_TOKENS = 2048  # tokens that a block reads at once
+RIDGE = 1e-4  # of the mean diagonal of C', as tokens that both streams share: where nothing is known, M is W
+Progress = Callable[[int, int], None]  # blocks done, in all
+
+
+class _Reached(Exception):
+    """The module that was waited for has been called."""
+
+
+@contextmanager
+def refitted(resident: Resident, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[None]:
+    """Within, the model runs ``plan`` refitted sequentially on the calibrate split; dense after."""
+    resident.apply(plan)
+    try:
+        with torch.no_grad():
+            _refit(resident, resident.setup.tokens["calibrate"], progress)
+        yield
+    finally:
+        resident.apply(Plan(()))
+
+
+def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
+    model, ids = resident.model, _batches(windows, resident.setup.device)
+    with resident.dense():
+        prefix, found = blocks(model)
+    by_block: dict[int, dict[Site, Option]] = {}
+    for site, place in resident.sites.items():
+        option = resident.current.get(site.name, DENSE_OPTION)
+        if option != DENSE_OPTION and place.block is not None and get_method(option.method).refits(site):
+            by_block.setdefault(place.block, {})[site] = option
+    calls = _calls(model, found, ids[0])
+    compressed = [_first(model, found[0], batch) for batch in ids]
+    with resident.dense():
+        dense = [_first(model, found[0], batch) for batch in ids]
+        lead = shared_inputs(model, _paths(by_block), ids[0][:1])  # in the order of the calls
+    for number, block in enumerate(found):
+        path = f"{prefix}.{number}."
+        own = {name: module for name, module in resident.modules.items() if name.startswith(path)}
+        plain = {name: resident.dense_modules[name] for name in own}
+
+        def run(hidden: Tensor, block: nn.Module = block, call: _Call = calls[number]) -> Tensor:
+            return call.run(block, hidden)
+
+        for stage in dict.fromkeys(lead[p] for p in lead if p.startswith(path)):
+            sites = {s: o for s, o in by_block.get(number, {}).items() if lead[_paths({number: {s: o}})[0]] == stage}
+            treated = {p: plain[p] for site in sites for weight in site.weights for p in (weight.path, *weight.tied)}
+            sums = _Sums()
+            for x_dense, x_compressed in zip(dense, compressed, strict=True):
+                with _in_place(model, plain, own):
+                    x = _input(model, stage, run, x_dense)
+                with _in_place(model, treated, own):
+                    sums.add(x, _input(model, stage, run, x_compressed))
+            for site, option in sites.items():
+                _fit(resident, site, option, sums)
+                own |= {weight.path: resident.modules[weight.path] for weight in site.weights}
+        with _in_place(model, plain, own):
+            dense = [run(hidden) for hidden in dense]
+        compressed = [run(hidden) for hidden in compressed]
+        progress(number + 1, len(found))
+
+
+def _batches(windows: Tensor, device: str) -> list[Tensor]:
+    """Batches of one size, so that what a block is called with beside hidden states serves all of them."""
+    most = max(1, BATCH_TOKENS // windows.shape[1])
+    size = next(count for count in range(min(most, len(windows)), 0, -1) if len(windows) % count == 0)
+    return [batch.to(device) for batch in windows.split(size)]
+
+
+def _paths(by_block: Mapping[int, Mapping[Site, Option]]) -> list[str]:
+    """The weights whose inputs matter."""
+    return [
+        weight.path
+        for sites in by_block.values()
+        for site, option in sites.items()
+        for weight in site.weights
+        if weight.role in get_method(option.method).refits(site)
+    ]
+
+
+class _Call:
+    """What the model calls a block with, beside the hidden states."""
+
+    def __init__(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
+        self.arguments = tuple(arguments[1:])
+        self.named = {name: value for name, value in named.items() if name != "hidden_states"}
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.arguments, **self.named)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
+
+
+def _calls(model: Any, found: Iterable[nn.Module], ids: Tensor) -> list[_Call]:
+    calls: list[_Call] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, given, named: calls.append(_Call(given, named)), with_kwargs=True)
+        for block in found
+    ]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
+    """The hidden states that enter the first block."""
+    return _caught(block, lambda: model(input_ids=ids, use_cache=False))
+
+
+def _input(model: Any, path: str, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """What the module at ``path`` reads when its block reads ``hidden``, (tokens, n)."""
+    return _caught(model.get_submodule(path), lambda: run(hidden)).flatten(0, -2)
+
+
+def _caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What ``module`` is called with within ``call``, which goes no further."""
+    caught: list[Tensor] = []
+
+    def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        caught.append(given[0] if given else named["hidden_states"])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def _in_place(model: nn.Module, modules: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, ``modules`` stand in the model; after, those of ``after`` at the same paths."""
+    try:
+        for path, module in modules.items():
+            set_module(model, path, module)
+        yield
+    finally:
+        for path in modules:
+            set_module(model, path, after[path])
+
+
+class _Sums:
+    """C' and C_xx' (n, n), and the number of tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.own: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def add(self, x: Tensor, compressed: Tensor) -> None:
+        """x and x' (tokens, n) of the same tokens."""
+        x, compressed = x.float(), compressed.float()
+        own, cross = compressed.T @ compressed, x.T @ compressed
+        self.tokens += len(x)
+        self.own = own if self.own is None else self.own.add_(own)
+        self.cross = cross if self.cross is None else self.cross.add_(cross)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """M = W (C_xx' + ε I)(C' + ε I)⁻¹, (m, n), for W (m, n)."""
+        assert self.own is not None
+        assert self.cross is not None
+        own, cross = self.own.double(), self.cross.double()
+        ridge = RIDGE * own.diagonal().mean() + torch.finfo(torch.float32).tiny
+        identity = ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        moved: Tensor = torch.linalg.solve(own + identity, (cross + identity).T)
+        return weight.double() @ moved.T
+
+
+def _fit(resident: Resident, site: Site, option: Option, sums: _Sums) -> None:
+    """Fit ``option`` again at ``site`` and run it."""
+    method = get_method(option.method)
+    dense = {weight.path: resident.dense_modules[weight.path] for weight in site.weights}
+    with _in_place(resident.model, dense, resident.modules):
+        weights = weights_at(resident.model, site)
+    assert sums.own is not None
+    statistics = Statistics(sums.tokens, gram=Gram(sums.own))
+    roles = method.refits(site)
+    weights |= {role: sums.target(weights[role]) for role in roles}
+    prepared = method.prepare(site, weights, dict.fromkeys(roles, statistics), [option])
+    resident.replace(site, method.truncate(prepared, option))

@@ -1,0 +1,258 @@
+"""Sequential refit: what it minimises, against slow code; what it leaves alone; exports of it."""
+
+import json
+
+import common
+import pytest
+import torch
+from launching import make_run, small_data, verify_here
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rankfront.methods import DENSE_OPTION, get_method
+from rankfront.methods.layers import weight_of
+from rankfront.search import refit
+from rankfront.search.plan import Plan
+from rankfront.search.refit import refitted
+from rankfront.search.study import Study
+from rankfront.search.trial import Resident
+
+METHODS = {  # architectures differ in biases, positions, Conv1D, and in what blocks are called with
+    "llama": ["svd-llm", "svd", "vo-svd", "nystrom", "lama", "hola", "shared-basis"],
+    "gpt2": ["svd-llm", "nystrom"],
+    "opt": ["svd-llm", "vo-svd", "nystrom"],
+    "gemma3": ["svd-llm", "vo-svd", "nystrom"],
+    "gpt-neox": ["svd-llm"],
+}
+
+
+@pytest.fixture(scope="module")
+def residents(tmp_path_factory, text_file):
+    """Name of an architecture -> its resident model with `METHODS` in its space."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            data = small_data(common.save_folder(name, folder), text_file)
+            data["space"] = {"methods": METHODS[name], "keep": [0.3, 0.6], "rank_multiple": 2}
+            made[name] = Resident(Study(data).setup())
+        common.restore(made[name])
+        return made[name]
+
+    return make
+
+
+def plan_of(resident, methods, blocks=None):
+    """The cheapest option of the first of ``methods`` that each site has, where nothing of it is treated yet."""
+    chosen, taken = {}, set()
+    for method in methods:
+        for site, options in resident.space.wanted().items():
+            own = [option for option in options if option.method == method]
+            within = blocks is None or resident.sites[site].block in blocks
+            if own and within and taken.isdisjoint(w.path for w in site.weights):
+                chosen[site.name] = min(own, key=lambda o: get_method(method).storage(site, o).parameters)
+                taken |= {weight.path for weight in site.weights}
+    return Plan.of(chosen, resident.setup.origin())
+
+
+def inputs(resident, path, ids):
+    """What the module at ``path`` reads, (tokens, n)."""
+    seen = []
+    handle = resident.model.get_submodule(path).register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        resident.model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0].flatten(0, -2)
+
+
+def logits(resident):
+    with torch.no_grad():
+        return resident.model(input_ids=common.tokens(2, 24, seed=3), use_cache=False).logits
+
+
+def without_bias(module, x):
+    """What a module makes of x, its bias apart."""
+    with torch.no_grad():
+        bias = getattr(module, "bias", None)
+        return module(x) - (0 if bias is None else bias)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_matrix_of_its_rank_fits_the_dense_outputs_better(residents, name, monkeypatch):
+    """Of every weight alone in turn, on the inputs that it now reads: Σ ‖W x − Ŵ x'‖² is the least of its rank, which
+    is the tail of the spectrum of the target's outputs and what no matrix reaches; plain factors leave more."""
+    monkeypatch.setattr(refit, "RIDGE", 1e-7)
+    resident = residents(name)
+    ids = resident.setup.tokens["calibrate"]
+    plan = plan_of(resident, ["svd-llm"])
+    treated = {site for site in resident.sites if site.name in plan.by_site}
+    with resident.dense():
+        dense = {site: inputs(resident, site.name, ids) for site in treated}
+    resident.apply(plan)
+    with refitted(resident, plan):
+        for site in treated:
+            x, now = dense[site].double(), inputs(resident, site.name, ids).double()
+            weight = weight_of(resident.dense_modules[site.name]).double()
+            wanted = x @ weight.T
+            left = (wanted - without_bias(resident.model.get_submodule(site.name), now.float()).double()).square().sum()
+            best = torch.linalg.pinv(now, rtol=1e-5) @ wanted  # (n, m): of any rank
+            floor = (wanted - now @ best).square().sum()
+            rank = plan.option(site.name)["rank"]
+            tail = torch.linalg.svdvals(now @ best)[rank:].square().sum()
+            assert float(left) == pytest.approx(float(floor + tail), rel=0.01)
+            factors = resident.store.factors(site, plan.option(site.name))["weight"].tensors
+            plain = (wanted - now @ factors["right"].double().T @ factors["left"].double().T).square().sum()
+            assert float(left) <= float(plain) * 1.001
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_behind_a_dense_model_nothing_changes(residents, name):
+    """The first weights of the first block read what they read when they were factored: M is W, C' is C."""
+    resident = residents(name)
+    plan = plan_of(resident, ["svd-llm"], blocks=[0])
+    first = next(site for site in resident.sites if site.name in plan.by_site)
+    plan = Plan.of({first.name: plan.option(first.name)}, resident.setup.origin())
+    resident.apply(plan)
+    plain = logits(resident)
+    with refitted(resident, plan):
+        torch.testing.assert_close(logits(resident), plain, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_model_is_dense_after(residents, name):
+    resident = residents(name)
+    before = logits(resident)
+    modules = dict(resident.model.named_modules())
+    plan = plan_of(resident, METHODS[name][::-1])
+    with refitted(resident, plan):
+        assert not torch.allclose(logits(resident), before)
+    assert torch.equal(logits(resident), before)
+    assert all(modules[path] is module for path, module in resident.model.named_modules())
+    resident.apply(plan)
+    plain = logits(resident)
+    common.restore(resident)
+    resident.apply(plan)
+    assert torch.equal(logits(resident), plain)
+
+
+@pytest.mark.parametrize("method", ["svd", "lama", "shared-basis"])
+def test_what_has_no_gram_to_replace_stays(residents, method):
+    resident = residents("llama")
+    plan = plan_of(resident, [method])
+    resident.apply(plan)
+    before = logits(resident)
+    assert plan.choices
+    assert not any(get_method(method).refits(site) for site in resident.sites if site.name in plan.by_site)
+    with refitted(resident, plan):
+        assert torch.equal(logits(resident), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama", "vo-svd"),
+        ("llama", "nystrom"),
+        ("llama", "hola"),
+        ("opt", "vo-svd"),
+        ("opt", "nystrom"),
+        ("gpt2", "nystrom"),
+    ],
+)
+def test_joint_treatments_come_nearer_to_the_dense_outputs(residents, name, method):
+    """At the weight that the refitted Gram belongs to, or what reads its outputs, summed over the blocks."""
+    resident = residents(name)
+    ids = resident.setup.tokens["calibrate"]
+    plan = plan_of(resident, [method, "svd-llm"])
+    paths = [site.anchor.path for site in resident.sites if plan.option(site.name).method == method]
+    assert paths
+
+    def outputs():
+        seen = {}
+        handles = [
+            resident.model.get_submodule(path).register_forward_hook(
+                lambda module, given, output, path=path: seen.__setitem__(path, output)
+            )
+            for path in paths
+        ]
+        with torch.no_grad():
+            resident.model(input_ids=ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return torch.cat([seen[path].flatten() for path in paths])
+
+    with resident.dense():
+        dense = outputs()
+    resident.apply(plan)
+    plain = (outputs() - dense).square().sum()
+    with refitted(resident, plan):
+        assert (outputs() - dense).square().sum() < plain
+
+
+def test_options_keep_their_levels_and_storage(residents):
+    resident = residents("llama")
+    plan = plan_of(resident, METHODS["llama"])
+    resident.apply(plan)
+    shapes = {name: p.shape for name, p in resident.model.named_parameters()}
+    with refitted(resident, plan):
+        assert {name: p.shape for name, p in resident.model.named_parameters()} == shapes
+
+
+def test_a_plan_that_treats_nothing(residents):
+    resident = residents("llama")
+    before = logits(resident)
+    with refitted(resident, Plan(())):
+        assert torch.equal(logits(resident), before)
+
+
+@pytest.fixture(scope="module")
+def run(model_folder, text_file, tmp_path_factory):
+    """A finished run that refits its front."""
+    data = small_data(model_folder, text_file)
+    data["search"] |= {"trials": 6, "refit": "sequential"}
+    return make_run(data, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_the_front_is_measured_with_and_without(run):
+    front = run.front()
+    assert any(row.plan.choices for row in front)
+    for row in front:
+        assert ("refitted" in row.report) == bool(row.plan.choices)
+        assert all(value > 1 for name, value in row.report.items() if name in ("perplexity", "refitted"))
+
+
+def test_a_run_may_ask_for_it_later(model_folder, text_file, tmp_path):
+    data = small_data(model_folder, text_file)
+    data["search"] |= {"trials": 4}
+    first = make_run(data, tmp_path / "run")
+    assert not any("refitted" in row.report for row in first.front())
+    plain = {row.number: row.report["perplexity"] for row in first.front()}
+    data["search"]["refit"] = "sequential"
+    again = make_run(data, tmp_path / "run")
+    assert {row.number: row.report["perplexity"] for row in again.front()} == plain
+    assert any("refitted" in row.report for row in again.front())
+
+
+@pytest.mark.parametrize("form", ["factored", "dense"])
+def test_exports_are_refitted_and_verified(run, form, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    row = next(row for row in run.front() if row.plan.choices)
+    verified = run.export(tmp_path / "refitted", row, form)
+    plain = run.export(tmp_path / "plain", row, form, refit="none")
+    assert verified.parameters == plain.parameters
+    assert verified.perplexity != plain.perplexity
+    assert plain.perplexity == pytest.approx(row.attributes["perplexity"], rel=5e-3)
+    card = (tmp_path / "refitted" / "README.md").read_text(encoding="utf-8")
+    assert "refitted" in card
+    assert "refitted" not in (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "refitted")
+    windows = run.setup().tokens["report"]
+    total = 0.0
+    with torch.no_grad():
+        for ids in windows:
+            out = loaded(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            total += float(nn.functional.cross_entropy(out, ids[1:], reduction="sum"))
+    perplexity = torch.tensor(total / (windows.shape[0] * (windows.shape[1] - 1))).exp()
+    assert float(perplexity) == pytest.approx(row.report["refitted"], rel=2e-3)
+    assert json.loads((tmp_path / "refitted" / "plan.json").read_text()) == json.loads(row.plan.to_json())
+    assert DENSE_OPTION not in row.plan.by_site.values()
