@@ -22,11 +22,13 @@ from rankfront.methods._method import (
 )
 from rankfront.methods._statistics import Statistics, narrow_outputs
 from rankfront.methods._storage import Cost, Storage
+from rankfront.methods._taxonomy import FAMILIES
 from rankfront.methods._weighting import Gram
 
 __all__ = [
     "DENSE",
     "DENSE_OPTION",
+    "FAMILIES",
     "Cost",
     "Factors",
     "Gram",

@@ -238,14 +238,17 @@ def evaluate_command(
 
 
 @app.command()
-def methods(as_json: JsonOption = False) -> None:
-    """List every method with its paper, metric, family and what it needs."""
+def methods(
+    model: Annotated[str | None, typer.Option(help="say of each kind of its sites why a method refuses it")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List every method in its place in the taxonomy, with its geometry, metric, what it needs, and its paper."""
     from rankfront.search.tables import methods_json, methods_table
 
     if as_json:
-        _print_json(methods_json())
+        _print_json(methods_json(model))
     else:
-        output.print(methods_table())
+        output.print(methods_table(model))
 
 
 def _fail(message: str, code: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from rankfront.methods import DENSE, InputError, get_method, method_names
+from rankfront.methods import DENSE, FAMILIES, InputError, Site, get_method, method_names
 from rankfront.objectives import make_objective
 from rankfront.search.front import Constraint, Row, box_of, dense_row, front_of, hypervolume
 from rankfront.search.model import find_sites, resolve, skeleton
@@ -143,10 +143,18 @@ DENSE_ROW: dict[str, Any] = {
 }
 
 
-def methods_json() -> list[dict[str, Any]]:
-    """The documented shape of ``rankfront methods --json``."""
-    methods = [get_method(name) for name in method_names()]
-    return [
+def methods_json(model: str | None = None) -> list[dict[str, Any]]:
+    """The documented shape of ``rankfront methods --json``: by family, in the order of the taxonomy.
+
+    With a ``model``, ``refuses`` says of every kind of site that it has why the method cannot treat it, or null.
+    """
+    kinds: dict[str, Site] = {}
+    if model is not None:
+        for site, place in find_sites(skeleton(resolve(model))).items():
+            kinds.setdefault(place.kind, site)
+    order = list(FAMILIES)
+    methods = sorted((get_method(name) for name in method_names()), key=lambda method: order.index(method.family))
+    found = [
         DENSE_ROW,
         *(
             {
@@ -162,22 +170,34 @@ def methods_json() -> list[dict[str, Any]]:
             for method in methods
         ),
     ]
+    if model is None:
+        return found
+    nothing: dict[str, str | None] = dict.fromkeys(kinds)
+    return [DENSE_ROW | {"refuses": nothing}] + [
+        row | {"refuses": {kind: method.refuses(site) for kind, site in kinds.items()}}
+        for row, method in zip(found[1:], methods, strict=True)
+    ]
 
 
-def methods_table() -> Table:
-    """Every method as a rich table."""
+def methods_table(model: str | None = None) -> Table:
+    """The taxonomy as a rich table: every family, and under it its methods with a line of geometry each."""
     table = Table(title="methods", title_justify="left")
-    for name in ("name", "family", "metric", "formula", "needs", "paper"):
-        table.add_column(name)
-    for method in methods_json():
-        needs = ", ".join(method["needs"]) or "-"
-        cells = (
-            method["name"],
-            method["family"],
-            method["metric"],
-            method["formula"],
-            needs,
-            method["paper"],
-        )
+    names = ("name", "geometry", "metric", "needs", "paper")
+    for name in names:
+        table.add_column(name, no_wrap=name == "name")
+    if model is not None:
+        table.add_column(f"sites of {model}", justify="right")
+    family = None
+    for method in methods_json(model):
+        if method["family"] != family:
+            family = method["family"]
+            table.add_section()
+            if family in FAMILIES:
+                table.add_row(f"[bold]{family}", f"[bold]{FAMILIES[family]}")
+        method["needs"] = ", ".join(method["needs"]) or "-"
+        cells = [method[name] for name in names]
+        if model is not None:
+            treated = [kind for kind, reason in method["refuses"].items() if reason is None]
+            cells.append(f"{len(treated)} of {len(method['refuses'])} kinds")
         table.add_row(*cells)
     return table

@@ -10,7 +10,7 @@ from common import save_folder
 from launching import again, contents, make_run, small_data, verify_here, write_study
 from optuna.trial import TrialState
 
-from rankfront.methods import method_names
+from rankfront.methods import FAMILIES, method_names
 from rankfront.search.__main__ import run
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
@@ -69,9 +69,22 @@ def refused(capsys):
 def test_methods(ok):
     table = ok("methods")
     listed = json.loads(ok("methods", "--json"))
-    assert [method["name"] for method in listed] == ["dense", *method_names()]
-    assert all({"paper", "metric", "family", "needs"} <= method.keys() for method in listed)
-    assert all(name in table for name in method_names())
+    assert sorted(method["name"] for method in listed) == sorted(["dense", *method_names()])
+    keys = {"name", "paper", "family", "geometry", "metric", "formula", "needs", "nested"}
+    assert all(method.keys() == keys for method in listed)
+    assert list(dict.fromkeys(method["family"] for method in listed)) == ["dense", *FAMILIES]
+    assert all(name in table for name in (*method_names(), *FAMILIES))
+
+
+def test_methods_say_what_they_refuse(ok, model_folder):
+    listed = json.loads(ok("methods", "--model", model_folder, "--json"))
+    by_name = {method["name"]: method["refuses"] for method in listed}
+    assert set(by_name["dense"].values()) == {None}
+    assert by_name["svd-llm"]["self_attn.q_proj"] is None
+    assert by_name["svd-llm"]["self_attn.v_proj+o_proj"] == "it treats one weight at a time"
+    assert by_name["vo-svd"]["self_attn.v_proj+o_proj"] is None
+    assert all(reason is None or "\n" not in reason for refuses in by_name.values() for reason in refuses.values())
+    assert f"1 of {len(by_name['dense'])} kinds" in " ".join(ok("methods", "--model", model_folder).split())
 
 
 def test_front_table(finished_run, ok):

@@ -10,8 +10,7 @@ from rows import FITTED_ROWS, JOINT_METHODS, METHOD_ROWS, SHARED_METHODS, Sample
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfront.methods import Grid, InputError, Option, Site, Weight, get_method, method_names
-from rankfront.methods._taxonomy import FAMILIES
+from rankfront.methods import FAMILIES, Grid, InputError, Option, Site, Weight, get_method, method_names
 from rankfront.methods.layers import replacement
 
 SHAPES = [(24, 10), (10, 24), (16, 16), (3, 17), (1, 9), (9, 1), (2, 2)]  # tall, wide, square, awkward

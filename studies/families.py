@@ -1,0 +1,199 @@
+"""Every method, uniform, side by side on smollm2-135m: one table.
+
+    python studies/families.py TEXT [--methods a,b]
+
+The study file is studies/families.toml with TEXT in the place of its text: calibrate on the first half, report on the
+last quarter, and on `pydoc`. At each kept fraction every site that a method can treat takes its option there, all else
+stays dense; a method without levels treats as many of its sites, evenly spread, as bring about that fraction of them.
+Divergence is that from the dense model on the report split; latency (batch 1, 128 tokens of prompt, 16 decoded) the
+median of ratios of interleaved runs; seconds are those of factoring the sites at all four levels, statistics aside.
+Finished methods are kept in studies/results/families.jsonl and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import provenance
+
+from rankfront.methods import FAMILIES, get_method, method_names
+from rankfront.objectives import Clock, Subject, score, teach
+from rankfront.objectives.latency import Latency
+from rankfront.search import Plan, Study
+from rankfront.search.device import DTYPES
+from rankfront.search.model import load_tokenizer
+from rankfront.search.plan import cost_of
+from rankfront.search.text import Split, cut
+from rankfront.search.trial import Resident, make_space, prepare_store
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PUBLISHED = "-published"  # what slow published settings are called; they are left out unless named
+Cell = dict[str, Any]
+
+
+def settings(text: str, method: str) -> dict[str, Any]:
+    """families.toml on ``text`` for one method."""
+    data = tomllib.loads((HERE / "families.toml").read_text(encoding="utf-8"))
+    for split in data["data"].values():
+        if isinstance(split, dict):
+            split["text"] = text
+    outer = data["space"]["rule"][0]["methods"]
+    data["space"]["methods"] = [method]
+    if method in outer:
+        data["space"] |= {"include": ["lm_head"], "rule": []}
+    else:
+        data["space"] |= {"include": ["*"], "rule": []}
+    return data
+
+
+def prepared(setup: Any, space: Any) -> float:
+    """Fill the factor store; seconds spent on factoring, statistics aside."""
+    last, spent = time.perf_counter(), 0.0
+
+    def note(phase: str, done: int, total: int) -> None:
+        nonlocal last, spent
+        now = time.perf_counter()
+        if phase == "factor":
+            spent += now - last
+        last = now
+
+    prepare_store(setup, space, note)
+    return spent
+
+
+def uniform(resident: Resident, method: str, keep: float) -> Plan:
+    """``method`` at ``keep`` wherever it can treat a site."""
+    offered = {site.name: choices for site, choices in resident.space.choices.items()}
+    if all(len(choices.options) == 1 for choices in offered.values()):
+        names, count = list(offered), round((1 - keep) * len(offered))
+        taken = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
+        return Plan.of({name: next(iter(offered[name].options.values())) for name in taken})
+    return Plan.of({name: choices.option(method, keep) for name, choices in offered.items()})
+
+
+def measure(text: str, method: str) -> list[Cell]:
+    """One cell for each kept fraction."""
+    study = Study(settings(text, method))
+    setup = study.setup()
+    space = make_space(setup)
+    seconds = prepared(setup, space)
+    resident = Resident(setup)
+    report = setup.tokens["report"]
+    splits = {"pydoc": Split("pydoc", len(report), (0.0, 1.0))}
+    pydoc = cut(load_tokenizer(setup.source), splits, setup.config.data.length)["pydoc"]
+    teacher = teach(resident.model, report)
+    dense = score(resident.model, report).perplexity
+    cells = []
+    for keep in sorted(setup.config.space.keep, reverse=True):
+        plan = uniform(resident, method, keep)
+        resident.apply(plan)
+        scores = score(resident.model, report, teacher)
+        cost = cost_of(
+            plan,
+            {site: place.block is not None for site, place in resident.sites.items()},
+            resident.dense_values,
+            DTYPES[setup.dtype].itemsize,
+        )
+        subject = Subject(resident.model, resident.dense, report, None, cost, Clock())
+        Latency(prompt=128, decode=16).value(subject)
+        cells.append(
+            {
+                "method": method,
+                "keep": keep,
+                "treated": len(plan.choices),
+                "divergence": scores.divergence,
+                "perplexity": scores.perplexity,
+                "pydoc": score(resident.model, pydoc).perplexity,
+                "dense": dense,
+                "block_parameters": cost.block_parameters,
+                "parameters": cost.parameters,
+                "megabytes": cost.bytes / 1e6,
+                "prefill": subject.notes["latency_prefill"],
+                "decode": subject.notes["latency_decode"],
+                "seconds": seconds,
+                "from": provenance(),
+            }
+        )
+    return cells
+
+
+COLUMNS = {
+    "keep": "{:g}",
+    "divergence": "{:.3f}",
+    "perplexity": "{:.4g}",
+    "pydoc": "{:.4g}",
+    "block_parameters": "{:.3f}",
+    "parameters": "{:.3f}",
+    "megabytes": "{:.0f}",
+    "prefill": "{:.2f}",
+    "decode": "{:.2f}",
+    "seconds": "{:.0f}",
+}
+
+
+def table(cells: list[Cell]) -> str:
+    """By family, methods in order of registration, from the dearest level."""
+    order = list(FAMILIES)
+    lines = [f"| family | method | {' | '.join(COLUMNS)} |", f"| {' | '.join(['---'] * (len(COLUMNS) + 2))} |"]
+    known = method_names()
+    for cell in sorted(
+        cells, key=lambda c: (order.index(get_method(c["method"]).family), known.index(c["method"]), -c["keep"])
+    ):
+        shown = [form.format(cell[name]) for name, form in COLUMNS.items()]
+        lines.append(f"| {get_method(cell['method']).family} | {cell['method']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+PAGE = """# Every family, uniform
+
+SmolLM2-135M-Instruct; how each figure is made is said at the top of `studies/families.py`. The dense model has
+perplexity {dense} on the report split.
+
+{table}
+
+{sources}
+"""
+
+
+def sources(cells: list[Cell]) -> str:
+    """Commit and machine of every method, those that share them together."""
+    groups: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        where = cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ")
+        groups.setdefault(where, {})[cell["method"]] = None
+    lines = [f"- commit {where}: {', '.join(methods)}" for where, methods in groups.items()]
+    return "\n".join(["Command: `python studies/families.py TEXT --methods ...`", "", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--methods", default=",".join(n for n in method_names() if not n.endswith(PUBLISHED)))
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "families.jsonl"
+    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for method in arguments.methods.split(","):
+        if any(cell["method"] == method for cell in cells):
+            continue
+        found = measure(arguments.text, method)
+        cells += found
+        with file.open("a") as out:
+            out.writelines(json.dumps(cell) + "\n" for cell in found)
+        print(table(found), flush=True)
+    dense = next((f"{cell['dense']:.4g}" for cell in cells), "-")
+    page = PAGE.format(dense=dense, table=table(cells), sources=sources(cells))
+    (RESULTS / "families.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
