@@ -49,6 +49,7 @@ class MethodRow:
         embedding: whether it treats an embedding table, whose inputs are token ids.
         site: (m, n) -> a site that it treats.
         ladder: (m, n) -> options from the cheapest to the one that reproduces W.
+        gridded: whether its ranks follow the space's grid; `lrt` has a published rule instead, tested in test_lrt.
     """
 
     loss: Callable[[Tensor, Sample], float]
@@ -60,6 +61,7 @@ class MethodRow:
     ladder: Callable[[str, int, int], list[Option]] = lambda name, m, n: [
         rank_option(name, rank) for rank in range(1, min(m, n) + 1)
     ]
+    gridded: bool = True
 
 
 def plain_loss(delta: Tensor, sample: Sample) -> float:
@@ -123,6 +125,12 @@ METHOD_ROWS = {
         left=lambda sample: torch.linalg.cholesky(shrink(sample.middle.T @ sample.middle, 0.3)).T,
         needs=("gram", "gradient"),
     ),
+    "lrt": MethodRow(
+        loss=plain_loss,
+        root=lambda sample: torch.eye(sample.x.shape[1], dtype=torch.float64),
+        needs=(),
+        gridded=False,
+    ),
 }
 
 
@@ -145,6 +153,8 @@ class FittedRow:
     falls: bool = True
 
 
-FITTED_ROWS: dict[str, FittedRow] = {}
+FITTED_ROWS: dict[str, FittedRow] = {
+    "lrt-snmf": FittedRow(loss=plain_loss, needs=()),
+}
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
