@@ -3,7 +3,7 @@
     svd: minimise ‖W − Ŵ‖_F over rank r.    snmf: the same over Ŵ = G Fᵀ with G (m, r) ≥ 0.
 
 The published rank rule holds exactly: r* = ⌊mn/(m + n)⌋, a fraction f gives r = ⌊f r*⌋, and a weight is skipped where
-r is 0 or r ≥ r*. So ranks follow from the kept fraction alone (f is keep, the fraction of dense storage, up to rounding)
+r is 0 or r ≥ r*. So ranks follow from the kept fraction alone (f is keep, up to rounding the fraction of dense storage)
 and not from the space's ``rank_multiple``. Source: Greenformers (2108.10808); rule, solvers and 10 iterations as in its
 code (`auto_fact`), which transposes W, so that the side that semi-NMF holds above zero is the outputs'. Its random
 solver fits nothing and is left out; its svd is a randomised one, ours is exact.
