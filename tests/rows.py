@@ -27,7 +27,13 @@ class Sample:
             absolute=self.x.abs().sum(0).float(),
             fisher=(self.g.square().sum(1) @ self.x.square()).float(),
             gradient=(self.middle.T @ self.middle).float(),
+            frequency=self.frequency.float(),
         )
+
+    @property
+    def frequency(self) -> Tensor:
+        """Token counts (m,): a target's gradient is the lowest that an output has."""
+        return (self.g < -0.8).double().sum(0)
 
     @property
     def middle(self) -> Tensor:
@@ -97,6 +103,12 @@ def kronecker_loss(delta: Tensor, sample: Sample) -> float:
     return float(torch.einsum("ij,jk,kl,il->", gradients, delta, inputs, delta))
 
 
+def token_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_i (c_i + 1) Σ_t (Δ_i x_t)², c_i how often token i occurs."""
+    counts = sample.frequency.tolist()
+    return float(sum((count + 1) * (sample.x @ row).square().sum() for count, row in zip(counts, delta, strict=True)))
+
+
 METHOD_ROWS = {
     "svd": MethodRow(
         loss=plain_loss,
@@ -124,6 +136,13 @@ METHOD_ROWS = {
         root=lambda sample: torch.linalg.cholesky(shrink(sample.x.T @ sample.x, 0.1)),
         left=lambda sample: torch.linalg.cholesky(shrink(sample.middle.T @ sample.middle, 0.3)).T,
         needs=("gram", "gradient"),
+    ),
+    "hola-embedding": MethodRow(
+        loss=token_loss,
+        root=lambda sample: sample.x.T,
+        left=lambda sample: (sample.frequency + 1).sqrt().diag(),
+        needs=("gram", "frequency"),
+        site=lambda m, n: linear_site(m, n, tied=("table",)),
     ),
     "lrt": MethodRow(
         loss=plain_loss,
