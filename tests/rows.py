@@ -172,8 +172,16 @@ class FittedRow:
     falls: bool = True
 
 
+def every_band(name: str, m: int, n: int) -> Option:
+    """All components of four bands."""
+    return Option.of(name, components=4 * min(-(-m // 2), -(-n // 2)))
+
+
 FITTED_ROWS: dict[str, FittedRow] = {
     "lrt-snmf": FittedRow(loss=plain_loss, needs=()),
+    "wara": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
+    "wara-db2": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
+    "wara-ordered": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
