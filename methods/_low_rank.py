@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import eigh_descending, fix_signs, root_and_inverse
+from rankfront.methods._algebra import eigh_descending, fix_signs
 from rankfront.methods._errors import InputError
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site
 from rankfront.methods._metric import Metric
@@ -110,15 +110,13 @@ class LowRank(Nested):
         (weight,) = weights.values()
         weighting = self.weighting.weigh(statistics["weight"]) if self.needs else self.weighting.weigh(Statistics(0))
         work = weight.double()
-        inverse = None
-        if self.weighting.left is not None:
-            root, inverse = root_and_inverse(self.weighting.left(statistics["weight"]))
-            work = root @ work
+        rows = self.weighting.left and self.weighting.left(statistics["weight"])
+        work = work if rows is None else rows.times(work)
         basis, energy = weighted_subspace(work, weighting)
         kept = max([break_even_rank(*weight.shape), *(self.kept(option) for option in options)])
         left = basis[:, :kept]  # (m, k)
         right = left.T @ work  # (k, n)
-        left = left if inverse is None else inverse @ left
+        left = left if rows is None else rows.undone(left)
         tiny = torch.finfo(torch.float32).tiny
         balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
         return {

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from rankfront.methods._algebra import shrunk
 from rankfront.methods._statistics import Statistics, collected
-from rankfront.methods._weighting import Diagonal, Gram, Unweighted, Weighting
+from rankfront.methods._weighting import (
+    Diagonal,
+    Gram,
+    LeftDiagonal,
+    LeftGram,
+    LeftWeighting,
+    Unweighted,
+    Weighting,
+)
 
 ASVD_ALPHA = 0.5  # ASVD (2312.05821), the published exponent
+UNSEEN = 1.0  # occurrences added to every token's count, so that one that calibration never met weighs as a rare one
 INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.1, 0.3  # KFAC-SVD in LEMS, the shipped shares
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A named way to weigh the error of a weight's columns.
+    """A named way to weigh the error of a weight's columns, and of its rows.
 
     Attributes:
         name: as shown to users.
@@ -25,7 +32,7 @@ class Metric:
         geometry: how distances are measured, in words.
         needs: the statistics it reads.
         weigh: statistics of one weight to its weighting S.
-        left: statistics to Rᵀ R (m, m), positive definite; None where R = I.
+        left: statistics to the weighting R of the rows; None where R = I.
     """
 
     name: str
@@ -33,7 +40,7 @@ class Metric:
     geometry: str
     needs: tuple[str, ...]
     weigh: Callable[[Statistics], Weighting]
-    left: Callable[[Statistics], Tensor] | None = None
+    left: Callable[[Statistics], LeftWeighting] | None = None
 
 
 IDENTITY = Metric("identity", "S = I", "all entries alike", (), lambda statistics: Unweighted())
@@ -70,5 +77,14 @@ TWO_SIDED = Metric(
     "weighed by real inputs and by the loss's gradients",
     ("gram", "gradient"),
     lambda statistics: Gram(shrunk(collected(statistics.gram, "gram").raw, INPUT_SHRINKAGE)),
-    lambda statistics: shrunk(collected(statistics.gradient, "gradient"), GRADIENT_SHRINKAGE),
+    lambda statistics: LeftGram(shrunk(collected(statistics.gradient, "gradient"), GRADIENT_SHRINKAGE)),
+)
+
+TOKENS = Metric(
+    "token frequency",
+    f"S Sᵀ = C = Σ_t x_t x_tᵀ, R = diag(√(c + {UNSEEN:g})), c_i the occurrences of token i",
+    "tokens weighed by how often they occur, columns by the last hidden states",
+    ("gram", "frequency"),
+    lambda statistics: collected(statistics.gram, "gram"),
+    lambda statistics: LeftDiagonal(collected(statistics.frequency, "frequency").double() + UNSEEN),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankfront.methods._weighting import Gram
 
-NEEDS = ("gram", "absolute", "fisher", "gradient")
+NEEDS = ("gram", "absolute", "fisher", "gradient", "frequency")
 WIDEST = 8  # outputs per input up to which Γ is summed: that of a head would be the vocabulary squared
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class Statistics:
         absolute: Σ_t |x_t|, (n,).
         fisher: f_j = Σ_t ‖g_t‖² x_tj², (n,): token-wise Fisher information, summed over outputs.
         gradient: Γ = Σ_t g_t g_tᵀ, (m, m), over the tokens of each batch whose ‖g_t‖ lies in the middle three quarters.
+        frequency: how often each token id occurs, (m,); of a matrix that the embedding table and the head share.
     """
 
     tokens: int
@@ -39,6 +40,7 @@ class Statistics:
     absolute: Tensor | None = None
     fisher: Tensor | None = None
     gradient: Tensor | None = None
+    frequency: Tensor | None = None
 
 
 def collected(statistic: T | None, name: str) -> T:

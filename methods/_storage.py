@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfront.methods._support import index_width, packed_bits
+
 INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do, so that a mask is never free
 
 
@@ -38,6 +40,12 @@ def dense_storage(out_features: int, in_features: int) -> Storage:
 def low_rank_storage(out_features: int, in_features: int, rank: int) -> Storage:
     """r(m + n) values: left (m, r) and right (r, n)."""
     return Storage(rank * (out_features + in_features))
+
+
+def wavelet_storage(out_features: int, in_features: int, components: int, ordered: bool) -> Storage:
+    """k(⌈m/2⌉ + ⌈n/2⌉) values for k components of bands, and the order of n inputs where it is learned."""
+    values = components * (-(-out_features // 2) - (-in_features // 2))
+    return Storage(values, packed_bits(in_features, index_width(in_features)) if ordered else 0)
 
 
 def break_even_rank(out_features: int, in_features: int) -> int:

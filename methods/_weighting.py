@@ -1,4 +1,7 @@
-"""Weightings S of ‖(W − Ŵ) S‖_F, as families use them: W S and W S Sᵀ Wᵀ, never an inverse."""
+"""Weightings R and S of ‖R (W − Ŵ) S‖_F, as families use them.
+
+Of S they need W S and W S Sᵀ Wᵀ, never an inverse; of R, which a family has to undo, R W and R⁻¹ W.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rankfront.methods._algebra import floor_diagonal, regularise, regularised_root
+from rankfront.methods._algebra import floor_diagonal, regularise, regularised_root, root_and_inverse
 
 
 class Weighting(Protocol):
@@ -64,3 +67,39 @@ class Gram:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return weight @ self.matrix @ weight.T
+
+
+class LeftWeighting(Protocol):
+    """R as the families use it."""
+
+    def times(self, weight: Tensor) -> Tensor:
+        """R W, (m, n)."""
+
+    def undone(self, weight: Tensor) -> Tensor:
+        """R⁻¹ W, (m, n)."""
+
+
+class LeftGram:
+    """R = Γ^{1/2} for a positive definite Γ (m, m)."""
+
+    def __init__(self, gram: Tensor) -> None:
+        self.root, self.inverse = root_and_inverse(gram)
+
+    def times(self, weight: Tensor) -> Tensor:
+        return self.root @ weight
+
+    def undone(self, weight: Tensor) -> Tensor:
+        return self.inverse @ weight
+
+
+class LeftDiagonal:
+    """R = diag(√d), d (m,) positive: a vocabulary's rows, of which no (m, m) matrix could be held."""
+
+    def __init__(self, squares: Tensor) -> None:
+        self.roots = squares.double().sqrt()[:, None]
+
+    def times(self, weight: Tensor) -> Tensor:
+        return self.roots * weight
+
+    def undone(self, weight: Tensor) -> Tensor:
+        return weight / self.roots

@@ -157,7 +157,8 @@ def calibrate(
         finally:
             for handle in handles:
                 handle.remove()
-        yield from _hand_over(chosen, recorder, windows.numel())
+        counts = _token_counts(windows.to(device), chosen) if "frequency" in needs else {}
+        yield from _hand_over(chosen, recorder, windows.numel(), counts)
 
 
 def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[str, str]:
@@ -168,7 +169,15 @@ def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[st
     }
 
 
-def _hand_over(sites: Sequence[Site], recorder: _Recorder, tokens: int) -> Iterator[tuple[Site, dict[str, Statistics]]]:
+def _token_counts(windows: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Path of each weight that embedding table and head share -> how often each of its m tokens occurs, (m,)."""
+    shared = [weight for site in sites for weight in site.weights if weight.tied]
+    return {w.path: torch.bincount(windows.flatten(), minlength=w.out_features).float() for w in shared}
+
+
+def _hand_over(
+    sites: Sequence[Site], recorder: _Recorder, tokens: int, counts: Mapping[str, Tensor]
+) -> Iterator[tuple[Site, dict[str, Statistics]]]:
     """The statistics of each site, a Gram's sums and roots let go of after the last site that reads them."""
     readers = Counter(recorder.groups[weight.path] for site in sites for weight in site.weights)
     grams: dict[str, Gram] = {}
@@ -179,7 +188,9 @@ def _hand_over(sites: Sequence[Site], recorder: _Recorder, tokens: int) -> Itera
             shared, own = recorder.sums[lead], recorder.sums[weight.path]
             if shared.gram is not None and lead not in grams:
                 grams[lead] = Gram(shared.gram)
-            statistics[weight.role] = Statistics(tokens, grams.get(lead), shared.absolute, own.fisher, own.gradient)
+            statistics[weight.role] = Statistics(
+                tokens, grams.get(lead), shared.absolute, own.fisher, own.gradient, counts.get(weight.path)
+            )
             readers[lead] -= 1
             if not readers[lead]:
                 grams.pop(lead, None)

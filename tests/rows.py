@@ -27,7 +27,13 @@ class Sample:
             absolute=self.x.abs().sum(0).float(),
             fisher=(self.g.square().sum(1) @ self.x.square()).float(),
             gradient=(self.middle.T @ self.middle).float(),
+            frequency=self.frequency.float(),
         )
+
+    @property
+    def frequency(self) -> Tensor:
+        """Token counts (m,): a target's gradient is the lowest that an output has."""
+        return (self.g < -0.8).double().sum(0)
 
     @property
     def middle(self) -> Tensor:
@@ -49,6 +55,7 @@ class MethodRow:
         embedding: whether it treats an embedding table, whose inputs are token ids.
         site: (m, n) -> a site that it treats.
         ladder: (m, n) -> options from the cheapest to the one that reproduces W.
+        gridded: whether its ranks follow the space's grid; `lrt` has a published rule instead, tested in test_lrt.
     """
 
     loss: Callable[[Tensor, Sample], float]
@@ -60,6 +67,7 @@ class MethodRow:
     ladder: Callable[[str, int, int], list[Option]] = lambda name, m, n: [
         rank_option(name, rank) for rank in range(1, min(m, n) + 1)
     ]
+    gridded: bool = True
 
 
 def plain_loss(delta: Tensor, sample: Sample) -> float:
@@ -95,6 +103,12 @@ def kronecker_loss(delta: Tensor, sample: Sample) -> float:
     return float(torch.einsum("ij,jk,kl,il->", gradients, delta, inputs, delta))
 
 
+def token_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_i (c_i + 1) Σ_t (Δ_i x_t)², c_i how often token i occurs."""
+    counts = sample.frequency.tolist()
+    return float(sum((count + 1) * (sample.x @ row).square().sum() for count, row in zip(counts, delta, strict=True)))
+
+
 METHOD_ROWS = {
     "svd": MethodRow(
         loss=plain_loss,
@@ -123,6 +137,19 @@ METHOD_ROWS = {
         left=lambda sample: torch.linalg.cholesky(shrink(sample.middle.T @ sample.middle, 0.3)).T,
         needs=("gram", "gradient"),
     ),
+    "hola-embedding": MethodRow(
+        loss=token_loss,
+        root=lambda sample: sample.x.T,
+        left=lambda sample: (sample.frequency + 1).sqrt().diag(),
+        needs=("gram", "frequency"),
+        site=lambda m, n: linear_site(m, n, tied=("table",)),
+    ),
+    "lrt": MethodRow(
+        loss=plain_loss,
+        root=lambda sample: torch.eye(sample.x.shape[1], dtype=torch.float64),
+        needs=(),
+        gridded=False,
+    ),
 }
 
 
@@ -145,7 +172,17 @@ class FittedRow:
     falls: bool = True
 
 
-FITTED_ROWS: dict[str, FittedRow] = {}
+def every_band(name: str, m: int, n: int) -> Option:
+    """All components of four bands."""
+    return Option.of(name, components=4 * min(-(-m // 2), -(-n // 2)))
+
+
+FITTED_ROWS: dict[str, FittedRow] = {
+    "lrt-snmf": FittedRow(loss=plain_loss, needs=()),
+    "wara": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
+    "wara-db2": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
+    "wara-ordered": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
+}
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
 SHARED_METHODS = ("shared-basis", "shared-basis-3", "shared-basis-4", "hola")  # and in test_shared_basis

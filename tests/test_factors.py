@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import linear_site, rank_option
 
-from rankfront.methods import Gram, InputError, Statistics, get_method, method_names
+from rankfront.methods import Gram, InputError, Statistics, get_method, method_names, source_of
 from rankfront.search.factors import _HOST, FactorStore
 
 SITE = linear_site(12, 8)
@@ -15,7 +15,7 @@ WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 G = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
 STATISTICS = {"weight": Statistics(40, Gram(X.T @ X), X.abs().sum(0), X.square().sum(0), G.T @ G)}
-METHODS = [name for name in method_names() if get_method(name).refuses(SITE) is None]
+METHODS = [name for name in method_names() if get_method(name).nested and get_method(name).refuses(SITE) is None]
 EVERY = [rank_option(name, rank) for name in METHODS for rank in (2, 4)]
 
 
@@ -78,6 +78,14 @@ def test_the_key_changes_with_the_code(tmp_path, monkeypatch):
     before = make_store(tmp_path).folder(get_method("svd"))
     monkeypatch.setattr("rankfront.search.factors.source_of", lambda method: "changed")
     assert make_store(tmp_path).folder(get_method("svd")) != before
+
+
+def test_a_method_built_on_a_family_counts_the_code_of_both():
+    """`lrt` is low rank under a rule of its own."""
+    ours, family = source_of(get_method("lrt")), source_of(get_method("svd"))
+    assert family in ours
+    assert "published_ranks" in ours
+    assert "published_ranks" not in family
 
 
 @pytest.mark.parametrize("place", ["start", "middle", "end", "cut short", "empty"])

@@ -19,6 +19,7 @@ SAMPLES = ["plain", "outlier", "few tokens", "one token", "dead inputs"]
 FLOOR = 1e-5  # of the whole loss: what floors on weights and fp32 factors may add to a predicted error
 
 each_method = pytest.mark.parametrize("name", METHOD_ROWS)
+each_gridded = pytest.mark.parametrize("name", [name for name, row in METHOD_ROWS.items() if row.gridded])
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 each_sample = pytest.mark.parametrize("kind", SAMPLES)
 KEEPS = (0.05, 0.2, 0.35, 0.5, 0.7, 0.9, 0.999)
@@ -297,7 +298,7 @@ def test_claimed_storage_is_what_the_tensors_hold(name, shape):
         assert get_method(name).storage(row.site(*shape), option).values == held
 
 
-@each_method
+@each_gridded
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64), (50, 50), (576, 192), (96, 7)])
 @pytest.mark.parametrize("multiple", [1, 4, 8])
 def test_options_lie_on_the_grid_and_under_dense(name, shape, multiple):
@@ -310,7 +311,7 @@ def test_options_lie_on_the_grid_and_under_dense(name, shape, multiple):
         assert get_method(name).storage(site, option).parameters < site.storage.parameters
 
 
-@each_method
+@each_gridded
 @pytest.mark.parametrize("shape", [(64, 48), (50, 50), (576, 192)])
 @pytest.mark.parametrize("multiple", [1, 4, 8])
 def test_keep_goes_to_the_nearest_level(name, shape, multiple):
@@ -325,7 +326,7 @@ def test_keep_goes_to_the_nearest_level(name, shape, multiple):
         assert gap <= min(abs(r * (m + n) / (m * n) - keep) for r in levels) + 1e-12
 
 
-@each_method
+@each_gridded
 def test_too_coarse_a_grid_offers_nothing(name):
     assert get_method(name).options(METHOD_ROWS[name].site(12, 12), Grid((0.5,), 8)) == {}
 

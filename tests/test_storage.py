@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rankfront.methods import Cost, Storage, Weight
-from rankfront.methods._storage import break_even_rank, dense_storage, low_rank_storage
+from rankfront.methods._storage import break_even_rank, dense_storage, low_rank_storage, wavelet_storage
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 4), (7, 3), (576, 1536), (49152, 576)])
@@ -36,6 +36,14 @@ def test_index_bits_count_as_sixteenths_and_are_stored_as_bytes(bits, width):
     storage = Storage(100, bits)
     assert storage.parameters == 100 + math.ceil(bits / 16)
     assert storage.bytes(width) == 100 * width + math.ceil(bits / 8)
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 12), (7, 13), (576, 1536)])
+def test_bands_hold_half_of_rows_and_columns(m, n):
+    """An odd size is padded by one; the order of n inputs takes ⌈log₂ n⌉ bits each, in whole bytes."""
+    assert wavelet_storage(m, n, 6, ordered=False) == Storage(6 * (math.ceil(m / 2) + math.ceil(n / 2)))
+    bits = 8 * math.ceil(n * math.ceil(math.log2(n)) / 8)
+    assert wavelet_storage(m, n, 6, ordered=True) - wavelet_storage(m, n, 6, ordered=False) == Storage(0, bits)
 
 
 def test_storage_adds():
