@@ -9,7 +9,7 @@ import torch
 from common import linear_site, rank_option
 from torch import Tensor
 
-from rankfront.methods import Gram, Option, Site, Statistics
+from rankfront.methods import Gram, Option, Site, Statistics, get_method
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,18 @@ class FittedRow:
     falls: bool = True
 
 
-FITTED_ROWS: dict[str, FittedRow] = {}
+def full_level(name: str, m: int, n: int) -> Option:
+    """The level of a tensor format at which nothing is left out."""
+    method = get_method(name)
+    return Option.of(name, **{method.level: method.full(m, n)})
+
+
+FITTED_ROWS: dict[str, FittedRow] = {
+    "tensor-train": FittedRow(loss=output_loss, needs=("gram",), exact=full_level),
+    "tucker": FittedRow(loss=output_loss, needs=("gram",), exact=full_level, falls=False),
+    "kronecker": FittedRow(loss=plain_loss, needs=(), exact=full_level),
+    "tensor-train-matrix": FittedRow(loss=plain_loss, needs=(), exact=full_level),
+    "tensor-ring": FittedRow(loss=plain_loss, needs=(), exact=full_level),
+}
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
