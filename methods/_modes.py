@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -104,3 +105,10 @@ def even_norms(*tensors: Tensor) -> list[Tensor]:
 def leading_basis(unfolding: Tensor, rank: int) -> Tensor:
     """The ``rank`` leading left singular vectors (k, rank) of an unfolding (k, ·), from its Gram in fp64."""
     return fix_signs(eigh_descending(unfolding @ unfolding.T)[1][:, :rank])
+
+
+def even_terms(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors (I_k, R) of a sum of R terms, each term's norm shared equally between them; a zero term is all zeros."""
+    norms = torch.stack([factor.norm(dim=0) for factor in factors])  # (d, R)
+    shares = norms.prod(0) ** (1 / len(factors))
+    return [factor * (shares / torch.where(norm > 0, norm, 1)) for factor, norm in zip(factors, norms, strict=True)]
