@@ -149,5 +149,5 @@ class BlockTerm(TensorFormat):
         return blocks
 
 
-register(BlockTerm("block-term", 1))
+register(BlockTerm("block-term", 2))
 register(BlockTerm("block-term-published", PUBLISHED_SWEEPS))

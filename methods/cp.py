@@ -17,7 +17,8 @@ from rankfront.methods._storage import Storage, kronecker_storage
 from rankfront.methods._tensor import TensorFormat, with_tensorly
 
 MODES = 3
-RIDGE = 1e-6  # on the normal equations of a tensor of norm 1: keeps terms that cancel each other from growing
+# On the normal equations of a tensor of norm 1: keeps terms that cancel each other from growing.
+RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}
 PUBLISHED_SWEEPS = 100  # TensorLy's default [M]
 SEED = 0
 
@@ -110,11 +111,17 @@ class CP(TensorFormat):
         random = self.start == "random factors"
         kind = torch.float64 if random else torch.float32
         initial = "random" if random else (np.ones(terms, np.float32), [factor.float().numpy() for factor in closed])
-        settings = {"n_iter_max": self.sweeps, "l2_reg": RIDGE, "tol": 1e-8 if random else 0, "random_state": SEED}
+        settings = {
+            "n_iter_max": self.sweeps,
+            "l2_reg": RIDGE[kind],
+            "tol": 1e-8 if random else 0,
+            "random_state": SEED,
+        }
         _, found = with_tensorly(parafac, tensor.to(kind), terms, init=initial, **settings)
         refined = even_terms([torch.from_numpy(np.array(factor, np.float64)) for factor in found])
-        better = random or (tensor - rebuilt(refined)).norm() <= (tensor - rebuilt(closed)).norm()
-        return refined if better else closed
+        left = (tensor - rebuilt([factor.float() for factor in refined])).square().sum()
+        tail = 1 - torch.stack([factor.norm(dim=0) for factor in closed]).prod(0).square().sum()  # orthogonal terms
+        return refined if random or left <= tail else closed
 
 
 def stored_terms(factors: Sequence[Tensor], modes: Modes) -> dict[str, Tensor]:
@@ -123,5 +130,5 @@ def stored_terms(factors: Sequence[Tensor], modes: Modes) -> dict[str, Tensor]:
     return {name: factor.T.unflatten(1, (m, n)) for name, factor, m, n in sizes}
 
 
-register(CP("cp", 1, "orthogonal terms"))
+register(CP("cp", 2, "orthogonal terms"))
 register(CP("cp-published", PUBLISHED_SWEEPS, "random factors"))
