@@ -87,9 +87,10 @@ class BlockTerm(TensorFormat):
     leave too few levels. The start is in closed form (`partitioned`), falls with N and ends at all of W; ``sweeps`` of
     block-wise alternating least squares follow, each the optimum for one factor of one block while all else stands.
 
-    `block-term-published` runs as many sweeps as it takes to settle, up to 100: TIMES.
-    The metric of both is the identity, for S⁻¹ cannot be folded into the factors. Own solver: TensorLy has none. A
-    local optimum: more blocks may fit worse.
+    `block-term-published` runs as many sweeps as it takes to settle, up to 100: at 0.6 of a 576x576 weight 14 s of one
+    core against 0.3 s, at 0.6 of a 1536x576 one 50 s against 1 s, some 6 core hours for four levels of each weight of a
+    135M model. It leaves half of the default's error at 0.6. The metric of both is the identity, for S⁻¹ cannot be
+    folded into the factors. Own solver: TensorLy has none. A local optimum: more blocks may fit worse.
     """
 
     name: str

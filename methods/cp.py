@@ -20,7 +20,9 @@ MODES = 3
 # On the normal equations of a tensor of norm 1: keeps terms that cancel each other from growing.
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}
 PUBLISHED_SWEEPS = 100  # TensorLy's default [M]
+SETTLED = 1e-8  # fall of the relative error in a sweep, below which sweeps end; TensorLy's default [M]
 SEED = 0
+ORTHOGONAL, RANDOM = "orthogonal terms", "random factors"
 
 
 def orthogonal_terms(tensor: Tensor, terms: int) -> list[Tensor]:
@@ -63,8 +65,10 @@ class CP(TensorFormat):
     each other; kept only where they fit better. Each term's norm is shared equally between its factors.
 
     `cp-published` is the same solver as it is usually run: random start, fp64, many sweeps until nothing moves
-    (Kolda & Bader 2009, Section 3.4): TIMES. The metric of both is the identity, for
-    S⁻¹ cannot be folded into the factors. A local optimum: more terms may fit worse.
+    (Kolda & Bader 2009, Section 3.4): at 0.6 of a 576x576 weight 19 s of one core against 0.3 s, at 0.6 of a 1536x576
+    one 124 s against 1.3 s, some 14 core hours for four levels of each weight of a 135M model. It leaves a third of the
+    default's error at 0.6. The metric of both is the identity, for S⁻¹ cannot be folded into the factors. A local
+    optimum: more terms may fit worse.
     """
 
     name: str
@@ -96,32 +100,32 @@ class CP(TensorFormat):
         statistics: Mapping[str, Statistics],
         options: Sequence[Option],
     ) -> Prepared:
-        weight = weights["weight"]
+        weight, terms = weights["weight"], self.kept(options[0])
         modes = paired_modes(*weight.shape, MODES)
         tensor = modes.tensor(weight)
-        scale = tensor.norm()
-        factors = self.solved(tensor / scale if scale > 0 else tensor, self.kept(options[0]))
-        return self.fitted(weight, stored_terms([factors[0] * scale, *factors[1:]], modes))
-
-    def solved(self, tensor: Tensor, terms: int) -> list[Tensor]:
-        """Factors (I_k, R) of a tensor of norm 1, or zero."""
         closed = even_terms(orthogonal_terms(tensor, terms))
-        if tensor.norm() == 0:
-            return closed
-        random = self.start == "random factors"
-        kind = torch.float64 if random else torch.float32
-        initial = "random" if random else (np.ones(terms, np.float32), [factor.float().numpy() for factor in closed])
-        settings = {
-            "n_iter_max": self.sweeps,
-            "l2_reg": RIDGE[kind],
-            "tol": 1e-8 if random else 0,
-            "random_state": SEED,
-        }
-        _, found = with_tensorly(parafac, tensor.to(kind), terms, init=initial, **settings)
-        refined = even_terms([torch.from_numpy(np.array(factor, np.float64)) for factor in found])
-        left = (tensor - rebuilt([factor.float() for factor in refined])).square().sum()
-        tail = 1 - torch.stack([factor.norm(dim=0) for factor in closed]).prod(0).square().sum()  # orthogonal terms
-        return refined if random or left <= tail else closed
+        scale = tensor.norm()
+        if scale == 0:
+            return self.fitted(weight, stored_terms(closed, modes))
+        unit = scale ** (1 / MODES)
+        found = self.refined(tensor / scale, [factor / unit for factor in closed])
+        prepared = self.fitted(weight, stored_terms([factor * unit for factor in found], modes))
+        tail = scale**2 - torch.stack([factor.norm(dim=0) for factor in closed]).prod(0).square().sum()
+        if self.start == ORTHOGONAL and prepared["error"] > tail:
+            return self.fitted(weight, stored_terms(closed, modes))
+        return prepared
+
+    def refined(self, tensor: Tensor, closed: Sequence[Tensor]) -> list[Tensor]:
+        """Factors (I_k, R) of a tensor of norm 1 after ``sweeps`` of ALS from ``start``."""
+        terms = closed[0].shape[1]
+        if self.start == RANDOM:
+            settings = {"init": "random", "random_state": SEED, "tol": SETTLED, "l2_reg": RIDGE[torch.float64]}
+        else:
+            factors = [factor.float().numpy() for factor in closed]
+            settings = {"init": (np.ones(terms, np.float32), factors), "tol": 0, "l2_reg": RIDGE[torch.float32]}
+            tensor = tensor.float()
+        _, found = with_tensorly(parafac, tensor, terms, n_iter_max=self.sweeps, **settings)
+        return [torch.from_numpy(np.array(factor, np.float64)) for factor in found]
 
 
 def stored_terms(factors: Sequence[Tensor], modes: Modes) -> dict[str, Tensor]:
@@ -130,5 +134,5 @@ def stored_terms(factors: Sequence[Tensor], modes: Modes) -> dict[str, Tensor]:
     return {name: factor.T.unflatten(1, (m, n)) for name, factor, m, n in sizes}
 
 
-register(CP("cp", 2, "orthogonal terms"))
-register(CP("cp-published", PUBLISHED_SWEEPS, "random factors"))
+register(CP("cp", 1, ORTHOGONAL))
+register(CP("cp-published", PUBLISHED_SWEEPS, RANDOM))

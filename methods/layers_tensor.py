@@ -63,10 +63,47 @@ def _steps(start: Indices, order: tuple[tuple[str, Indices], ...], output: Indic
     return Steps(tuple(equations), multiplications, largest)
 
 
+MERGED = "merged"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Some tensors contracted with each other, once for all tokens, and the rest with the input and that.
+
+    Attributes:
+        merge: the steps of the former; none where x meets every tensor itself.
+        steps: the steps of the latter, which know the former's result as `MERGED`.
+    """
+
+    merge: Steps
+    steps: Steps
+
+    def multiplications(self, tokens: int) -> int:
+        return self.merge.multiplications + tokens * self.steps.multiplications
+
+
+@cache
+def plans(
+    start: Indices, tensors: tuple[tuple[str, Indices], ...], output: Indices, sizes: tuple[tuple[str, int], ...]
+) -> tuple[Plan, ...]:
+    """One for each set of tensors that may be merged: none, or several but not all, for that would be W itself."""
+    found = [Plan(Steps((), 0, 1), best_order(start, tensors, output, sizes))]
+    for count in range(2, len(tensors)):
+        for chosen in itertools.combinations(tensors, count):
+            rest = tuple(tensor for tensor in tensors if tensor not in chosen)
+            outside = {*start, *output}.union(*(indices for _, indices in rest))
+            seen = dict.fromkeys(index for _, indices in chosen for index in indices)
+            kept = tuple(index for index in seen if index in outside)
+            steps = best_order(start, (*rest, (MERGED, kept)), output, sizes)
+            found.append(Plan(best_order((), chosen, kept, sizes), steps))
+    return tuple(found)
+
+
 class Network(nn.Module):
     """y = W x + bias, W the contraction of the class's tensors, x (..., n) to y (..., m).
 
-    x meets one tensor at a time, in the order of fewest multiplications, so that W is never rebuilt.
+    Without ever rebuilding W: x meets one tensor at a time, in the order of fewest multiplications. Where tokens are
+    many it may pay to contract some tensors, never all, with each other before.
 
     Attributes:
         indices: tensor -> the names of its indices.
@@ -84,7 +121,7 @@ class Network(nn.Module):
         self.row_modes, self.column_modes = (tuple(sorted(i for i in self.sizes if i[0] == side)) for side in "mn")
         named = tuple(self.indices.items())
         sizes = tuple(self.sizes.items())
-        self.steps = best_order((TOKENS, *self.column_modes), named, (TOKENS, *self.row_modes), sizes)
+        self.plans = plans((TOKENS, *self.column_modes), named, (TOKENS, *self.row_modes), sizes)
         self.whole = best_order((), named, (*self.row_modes, *self.column_modes), sizes)
 
     @classmethod
@@ -98,15 +135,22 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         modes = [self.sizes[index] for index in self.column_modes]
         tokens = nn.functional.pad(x.reshape(-1, self.in_features), (0, math.prod(modes) - self.in_features))
-        runs = tokens.unflatten(-1, modes).split(max(1, LARGEST // self.steps.largest))
-        y = torch.cat([self._contracted(run, self.steps) for run in runs]).flatten(1)[:, : self.out_features]
+        plan = self.plan(len(tokens))
+        tensors = {name: getattr(self, name) for name in self.indices}
+        if plan.merge.equations:
+            tensors[MERGED] = contracted(tokens.new_ones(()), tensors, plan.merge)
+        runs = tokens.unflatten(-1, modes).split(max(1, LARGEST // plan.steps.largest))
+        y = torch.cat([contracted(run, tensors, plan.steps) for run in runs]).flatten(1)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def _contracted(self, state: Tensor, steps: Steps) -> Tensor:
-        for name, equation in steps.equations:
-            state = torch.einsum(equation, state, getattr(self, name).to(state.dtype))
-        return state
+    def plan(self, tokens: int) -> Plan:
+        """The one of fewest multiplications for that many tokens."""
+        best = self.plans[0]
+        for plan in self.plans[1:]:  # spelt out, for torch.compile does not know min with a key
+            if plan.multiplications(tokens) < best.multiplications(tokens):
+                best = plan
+        return best
 
     @classmethod
     def build(
@@ -117,7 +161,8 @@ class Network(nn.Module):
 
     def matrix(self) -> Tensor:
         one = next(self.parameters()).new_ones((), dtype=torch.float32)
-        whole = self._contracted(one, self.whole)  # (m1, m2, ..., n1, n2, ...)
+        tensors = {name: getattr(self, name).float() for name in self.indices}
+        whole = contracted(one, tensors, self.whole)  # (m1, m2, ..., n1, n2, ...)
         matrix = whole.flatten(0, len(self.row_modes) - 1).flatten(1)
         return matrix[: self.out_features, : self.in_features]
 
@@ -131,6 +176,13 @@ class Network(nn.Module):
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{index}={size}" for index, size in self.sizes.items())
         return f"{self.in_features}, {self.out_features}, {sizes}, bias={self.bias is not None}"
+
+
+def contracted(state: Tensor, tensors: Mapping[str, Tensor], steps: Steps) -> Tensor:
+    """``state`` with one of ``tensors`` after the other."""
+    for name, equation in steps.equations:
+        state = torch.einsum(equation, state, tensors[name])
+    return state
 
 
 @layer("kronecker")

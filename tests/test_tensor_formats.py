@@ -390,7 +390,7 @@ def test_the_best_order_is_the_best_of_all():
 def test_many_tokens_run_in_parts():
     """The same, with gradients, when intermediate results would not fit."""
     layer = KroneckerLinear({"left": torch.randn(30, 16, 16), "right": torch.randn(30, 16, 16)}, 256, 256)
-    tokens = LARGEST // layer.steps.largest + 5
+    tokens = LARGEST // layer.plans[0].steps.largest + 5
     x = torch.randn(tokens, 256)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.matrix()), rtol=1e-3, atol=1e-2)
@@ -398,7 +398,39 @@ def test_many_tokens_run_in_parts():
     assert layer(x[0]).shape == (256,)
 
 
-@pytest.mark.parametrize("name", [*NAMES])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(24, 12), (13, 17)])
+def test_every_plan_computes_the_same_and_none_rebuilds_the_weight(name, shape):
+    """With the same gradients; what is merged is never all of the tensors."""
+    option, prepared, _ = fit(name, make_weight(shape), 2)
+    factors = get_method(name).truncate(prepared, option)["weight"]
+    layer = replacement(nn.Linear(*shape[::-1]), factors.kind, factors.tensors, factors.settings)
+    layer.requires_grad_(True)
+    x = drawn(5, shape[1]).float()
+    expected = nn.functional.linear(x, layer.matrix(), layer.bias)
+    reference = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    count = len(factors.tensors)
+    assert len(layer.plans) == 2**count - count - 1  # no set of one, and not all
+    for plan in layer.plans:
+        assert len(plan.merge.equations) < count
+        layer.plans = (plan,)
+        found = layer(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        ours = torch.autograd.grad(found.square().sum(), list(layer.parameters()))
+        for gradient, other in zip(ours, reference, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-3)
+
+
+def test_many_tokens_merge_cores():
+    layer = TensorRingLinear(
+        {"first": drawn(8, 8, 8, 8), "second": drawn(8, 8, 9, 50), "third": drawn(50, 9, 8, 8)}, 576, 576
+    )
+    assert not layer.plan(1).merge.equations
+    assert layer.plan(4096).merge.equations
+    assert layer.plan(4096).multiplications(4096) < 0.3 * layer.plans[0].multiplications(4096)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_layers_compile(name):
     """Traced whole, without a break."""
     option, prepared, _ = fit(name, make_weight((13, 17)), 2)
