@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rankfront.methods._support import index_width, packed_bits
@@ -51,6 +52,22 @@ def wavelet_storage(out_features: int, in_features: int, components: int, ordere
 def break_even_rank(out_features: int, in_features: int) -> int:
     """The largest rank that stores less than the dense weight: the largest r with r(m + n) < mn."""
     return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def kronecker_storage(rows: tuple[int, ...], columns: tuple[int, ...], terms: int) -> Storage:
+    """R Σ m_k n_k values: R terms ⊗_k A_k with A_k (m_k, n_k), two modes for Kronecker, more for CP of paired modes."""
+    return Storage(terms * sum(m * n for m, n in zip(rows, columns, strict=True)))
+
+
+def ring_storage(modes: tuple[int, ...], ranks: tuple[int, ...]) -> Storage:
+    """Σ r_{k−1} I_k r_k values, ranks (r_0, …, r_d) with r_d = r_0: a tensor train where r_0 = 1."""
+    return Storage(sum(before * mode * after for before, mode, after in zip(ranks, modes, ranks[1:], strict=False)))
+
+
+def tucker_storage(modes: tuple[int, ...], ranks: tuple[int, ...], blocks: int = 1) -> Storage:
+    """N (∏ R_k + Σ R_k I_k) values: N cores, each with its factors (I_k, R_k)."""
+    factors = sum(mode * rank for mode, rank in zip(modes, ranks, strict=True))
+    return Storage(blocks * (math.prod(ranks) + factors))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from common import linear_site, rank_option
 from torch import Tensor
 
-from rankfront.methods import Gram, Option, Site, Statistics
+from rankfront.methods import Gram, Grid, Option, Site, Statistics, get_method
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,32 @@ def every_band(name: str, m: int, n: int) -> Option:
     return Option.of(name, components=4 * min(-(-m // 2), -(-n // 2)))
 
 
+def full_level(name: str, m: int, n: int) -> Option:
+    """The level of a tensor format at which nothing is left out."""
+    method = get_method(name)
+    return Option.of(name, **{method.level: method.full(m, n)})
+
+
+def two_levels(name: str, m: int, n: int) -> list[Option]:
+    """The cheapest and the dearest, of a method that is slow."""
+    offered = get_method(name).options(linear_site(m, n), Grid((0.05, 0.95), 1))
+    return list(dict.fromkeys(offered.values()))
+
+
 FITTED_ROWS: dict[str, FittedRow] = {
     "lrt-snmf": FittedRow(loss=plain_loss, needs=()),
     "wara": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
     "wara-db2": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
     "wara-ordered": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
+    "tensor-train": FittedRow(loss=output_loss, needs=("gram",), exact=full_level),
+    "tucker": FittedRow(loss=output_loss, needs=("gram",), exact=full_level, falls=False),
+    "kronecker": FittedRow(loss=plain_loss, needs=(), exact=full_level),
+    "tensor-train-matrix": FittedRow(loss=plain_loss, needs=(), exact=full_level),
+    "tensor-ring": FittedRow(loss=plain_loss, needs=(), exact=full_level),
+    "cp": FittedRow(loss=plain_loss, needs=(), exact=full_level, falls=False),
+    "cp-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, falls=False),
+    "block-term": FittedRow(loss=plain_loss, needs=(), exact=full_level, falls=False),
+    "block-term-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, exact=full_level, falls=False),
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

@@ -5,7 +5,15 @@ import math
 import pytest
 
 from rankfront.methods import Cost, Storage, Weight
-from rankfront.methods._storage import break_even_rank, dense_storage, low_rank_storage, wavelet_storage
+from rankfront.methods._storage import (
+    break_even_rank,
+    dense_storage,
+    kronecker_storage,
+    low_rank_storage,
+    ring_storage,
+    tucker_storage,
+    wavelet_storage,
+)
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 4), (7, 3), (576, 1536), (49152, 576)])
@@ -23,6 +31,21 @@ def test_square_break_even_is_below_half():
 
 def test_low_rank_values():
     assert low_rank_storage(5, 7, 2) == Storage(2 * 5 + 2 * 7)
+
+
+def test_kronecker_values():
+    assert kronecker_storage((2, 3), (5, 7), 4) == Storage(4 * (2 * 5 + 3 * 7))
+    assert kronecker_storage((2, 3, 4), (5, 7, 2), 9) == Storage(9 * (10 + 21 + 8))
+
+
+def test_ring_values():
+    assert ring_storage((6, 7, 8), (2, 3, 4, 2)) == Storage(2 * 6 * 3 + 3 * 7 * 4 + 4 * 8 * 2)
+    assert ring_storage((6, 7), (1, 3, 1)) == low_rank_storage(6, 7, 3)  # two cores of a train
+
+
+def test_tucker_values():
+    assert tucker_storage((6, 7, 8), (2, 3, 4)) == Storage(24 + 12 + 21 + 32)
+    assert tucker_storage((6, 7, 8), (2, 3, 4), 5) == Storage(5 * (24 + 12 + 21 + 32))
 
 
 def test_dense_values():
