@@ -271,5 +271,12 @@ def get_method(name: str) -> Method:
 
 
 def source_of(method: Method) -> str:
-    """The source text of the method's family, part of every cache key so that changed code is never reused."""
-    return inspect.getsource(inspect.getmodule(type(method)) or type(method))
+    """The source text of the method's family, part of every cache key so that changed code is never reused.
+
+    A family that builds on another (`lrt` on low rank) counts the files of both.
+    """
+    ours = __name__.rpartition(".")[0]
+    modules = dict.fromkeys(
+        inspect.getmodule(base) for base in type(method).__mro__ if base.__module__.startswith(ours)
+    )
+    return "".join(inspect.getsource(module) for module in modules if module is not None)

@@ -15,7 +15,7 @@ WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 X = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 G = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
 STATISTICS = {"weight": Statistics(40, Gram(X.T @ X), X.abs().sum(0), X.square().sum(0), G.T @ G)}
-METHODS = [name for name in method_names() if get_method(name).refuses(SITE) is None]
+METHODS = [name for name in method_names() if get_method(name).nested and get_method(name).refuses(SITE) is None]
 EVERY = [rank_option(name, rank) for name in METHODS for rank in (2, 4)]
 
 
