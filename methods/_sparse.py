@@ -1,7 +1,8 @@
-"""Sparse matrices with as many nonzeros in every row: packed for storage, dense to run.
+"""Sparse matrices: packed for storage, dense to run.
 
-Stored are ``values`` (m, s), each row's nonzeros from the lowest column to the highest, and ``support``, one bit a
-place of (m, k), row after row, packed to uint8 (⌈mk/8⌉,), with exactly s bits set in every row.
+Stored are ``values`` (m, s), the nonzeros row after row and in each row from the lowest column to the highest, and
+``support``, one bit a place of (m, k) in the same order, packed to uint8 (⌈mk/8⌉,), with m·s bits set: s in every row,
+or s on average where a method shares them among rows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def unpack_mask(support: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` (m, s) in the places of ``mask`` (m, k), s of them in every row, and zeros; gradients reach them."""
+    """``values`` (m, s) in the m·s places of ``mask`` (m, k), and zeros; gradients reach them."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def gather_rows(matrix: Tensor, mask: Tensor) -> Tensor:
-    """The entries of ``matrix`` (m, k) in the places of ``mask``, s in every row, (m, s)."""
+    """The entries of ``matrix`` (m, k) in the m·s places of ``mask``, (m, s)."""
     values: Tensor = matrix[mask].unflatten(0, (len(matrix), -1))
     return values
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfront.methods._support import packed_bits
+
 INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do, so that a mask is never free
 
 
@@ -43,6 +45,11 @@ def low_rank_storage(out_features: int, in_features: int, rank: int) -> Storage:
 def break_even_rank(out_features: int, in_features: int) -> int:
     """The largest rank that stores less than the dense weight: the largest r with r(m + n) < mn."""
     return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def dictionary_storage(out_features: int, in_features: int, atoms: int, nonzeros: int) -> Storage:
+    """kn + ms values and mk bits: atoms (k, n), s coefficients an output, and the mask of their places (m, k)."""
+    return Storage(atoms * in_features + out_features * nonzeros, packed_bits(out_features * atoms, 1))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rankfront.methods import Cost, Storage, Weight
-from rankfront.methods._storage import break_even_rank, dense_storage, low_rank_storage
+from rankfront.methods._storage import break_even_rank, dense_storage, dictionary_storage, low_rank_storage
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 4), (7, 3), (576, 1536), (49152, 576)])
@@ -23,6 +23,13 @@ def test_square_break_even_is_below_half():
 
 def test_low_rank_values():
     assert low_rank_storage(5, 7, 2) == Storage(2 * 5 + 2 * 7)
+
+
+def test_dictionary_counts_its_mask():
+    """CoSpaDi's true storage in 16-bit words: d₁k + s d₂ + k d₂ / 16, d₁ in and d₂ out."""
+    assert dictionary_storage(32, 48, 16, 8) == Storage(48 * 16 + 32 * 8, 32 * 16)
+    assert dictionary_storage(32, 48, 16, 8).parameters == 48 * 16 + 8 * 32 + 16 * 32 // 16
+    assert dictionary_storage(3, 5, 3, 1).index_bits == 16  # nine bits take two bytes
 
 
 def test_dense_values():
