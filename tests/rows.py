@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from common import linear_site, rank_option
@@ -145,6 +146,21 @@ class FittedRow:
     falls: bool = True
 
 
-FITTED_ROWS: dict[str, FittedRow] = {}
+def full_dictionary(name: str, m: int, n: int) -> Option:
+    """As many atoms as the weight has dimensions, and every output uses all of them."""
+    return Option.of(name, atoms=min(m, n), nonzeros=min(m, n))
+
+
+def dictionary(**more: Any) -> FittedRow:
+    return FittedRow(loss=output_loss, needs=("gram",), exact=full_dictionary, **more)
+
+
+FITTED_ROWS: dict[str, FittedRow] = {
+    "cospadi": dictionary(falls=False),
+    "cospadi-published": dictionary(falls=False),
+    "rocket": dictionary(falls=False),
+    "compot": dictionary(falls=False),
+    "compot-published": dictionary(falls=False),
+}
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
