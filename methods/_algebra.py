@@ -85,3 +85,16 @@ def fix_signs(columns: Tensor) -> Tensor:
     """
     peaks = columns.gather(0, columns.abs().argmax(0, keepdim=True))
     return columns * torch.where(peaks < 0, -1.0, 1.0).to(columns.dtype)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """U Vᵀ of M = U Σ Vᵀ, (k, n) with k ≤ n: the matrix with orthonormal rows nearest to M (Procrustes).
+
+    In M's dtype, and in fp64 where the library's iteration does not converge in it.
+    """
+    try:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    nearest: Tensor = left @ right
+    return nearest.to(matrix.dtype)

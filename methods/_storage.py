@@ -70,6 +70,11 @@ def tucker_storage(modes: tuple[int, ...], ranks: tuple[int, ...], blocks: int =
     return Storage(blocks * (math.prod(ranks) + factors))
 
 
+def dictionary_storage(out_features: int, in_features: int, atoms: int, nonzeros: int) -> Storage:
+    """kn + ms values and mk bits: atoms (k, n), s coefficients an output, and the mask of their places (m, k)."""
+    return Storage(atoms * in_features + out_features * nonzeros, packed_bits(out_features * atoms, 1))
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a whole plan costs, exactly.

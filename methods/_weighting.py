@@ -1,6 +1,6 @@
 """Weightings R and S of ‖R (W − Ŵ) S‖_F, as families use them.
 
-Of S they need W S and W S Sᵀ Wᵀ, never an inverse; of R, which a family has to undo, R W and R⁻¹ W.
+Of S they need W S, W S Sᵀ and W S Sᵀ Wᵀ, never an inverse; of R, which a family has to undo, R W and R⁻¹ W.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ class Weighting(Protocol):
     def sandwich(self, weight: Tensor) -> Tensor:
         """W S Sᵀ Wᵀ, (m, m)."""
 
+    def times_gram(self, weight: Tensor) -> Tensor:
+        """W S Sᵀ, (m, n)."""
+
 
 class Unweighted:
     """S = I."""
@@ -31,6 +34,9 @@ class Unweighted:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return weight @ weight.T
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 class Diagonal:
@@ -44,6 +50,9 @@ class Diagonal:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return (weight * self.squares) @ weight.T
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight * self.squares
 
 
 class Gram:
@@ -67,6 +76,9 @@ class Gram:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return weight @ self.matrix @ weight.T
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight @ self.matrix
 
 
 class LeftWeighting(Protocol):

@@ -56,6 +56,9 @@ class _Rooted:
     def times_root(self, weight: Tensor) -> Tensor:
         return weight @ self.root
 
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight @ self.root @ self.root.T
+
     def sandwich(self, weight: Tensor) -> Tensor:
         scaled = weight @ self.root
         return scaled @ scaled.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from common import linear_site, rank_option
@@ -189,6 +190,15 @@ def two_levels(name: str, m: int, n: int) -> list[Option]:
     return list(dict.fromkeys(offered.values()))
 
 
+def full_dictionary(name: str, m: int, n: int) -> Option:
+    """As many atoms as the weight has dimensions, and every output uses all of them."""
+    return Option.of(name, atoms=min(m, n), nonzeros=min(m, n))
+
+
+def dictionary(**more: Any) -> FittedRow:
+    return FittedRow(loss=output_loss, needs=("gram",), exact=full_dictionary, **more)
+
+
 FITTED_ROWS: dict[str, FittedRow] = {
     "lrt-snmf": FittedRow(loss=plain_loss, needs=()),
     "wara": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
@@ -203,6 +213,11 @@ FITTED_ROWS: dict[str, FittedRow] = {
     "cp-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, falls=False),
     "block-term": FittedRow(loss=plain_loss, needs=(), exact=full_level, falls=False),
     "block-term-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, exact=full_level, falls=False),
+    "cospadi": dictionary(falls=False),
+    "cospadi-published": dictionary(falls=False),
+    "rocket": dictionary(falls=False),
+    "compot": dictionary(falls=False),
+    "compot-published": dictionary(falls=False),
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

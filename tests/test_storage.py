@@ -8,6 +8,7 @@ from rankfront.methods import Cost, Storage, Weight
 from rankfront.methods._storage import (
     break_even_rank,
     dense_storage,
+    dictionary_storage,
     kronecker_storage,
     low_rank_storage,
     ring_storage,
@@ -46,6 +47,13 @@ def test_ring_values():
 def test_tucker_values():
     assert tucker_storage((6, 7, 8), (2, 3, 4)) == Storage(24 + 12 + 21 + 32)
     assert tucker_storage((6, 7, 8), (2, 3, 4), 5) == Storage(5 * (24 + 12 + 21 + 32))
+
+
+def test_dictionary_counts_its_mask():
+    """CoSpaDi's true storage in 16-bit words: d₁k + s d₂ + k d₂ / 16, d₁ in and d₂ out."""
+    assert dictionary_storage(32, 48, 16, 8) == Storage(48 * 16 + 32 * 8, 32 * 16)
+    assert dictionary_storage(32, 48, 16, 8).parameters == 48 * 16 + 8 * 32 + 16 * 32 // 16
+    assert dictionary_storage(3, 5, 3, 1).index_bits == 16  # nine bits take two bytes
 
 
 def test_dense_values():
