@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfront.methods._support import index_width, packed_bits
+
 INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do, so that a mask is never free
 
 
@@ -43,6 +45,17 @@ def low_rank_storage(out_features: int, in_features: int, rank: int) -> Storage:
 def break_even_rank(out_features: int, in_features: int) -> int:
     """The largest rank that stores less than the dense weight: the largest r with r(m + n) < mn."""
     return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def row_support_bits(rows: int, columns: int, kept: int) -> int:
+    """Bits of a support with ``kept`` of ``columns`` places in every row: the smaller of a bitmask and indices."""
+    return min(packed_bits(rows * columns, 1), packed_bits(rows * kept, index_width(columns)))
+
+
+def low_rank_sparse_storage(out_features: int, in_features: int, rank: int, nonzeros: int, seeded: bool) -> Storage:
+    """r(m + n) + sm values, s ``nonzeros`` a row; the bits of their support, none where a seed draws it."""
+    bits = 0 if seeded else row_support_bits(out_features, in_features, nonzeros)
+    return Storage(rank * (out_features + in_features) + nonzeros * out_features, bits)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,13 @@ import math
 import pytest
 
 from rankfront.methods import Cost, Storage, Weight
-from rankfront.methods._storage import break_even_rank, dense_storage, low_rank_storage
+from rankfront.methods._storage import (
+    break_even_rank,
+    dense_storage,
+    low_rank_sparse_storage,
+    low_rank_storage,
+    row_support_bits,
+)
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 4), (7, 3), (576, 1536), (49152, 576)])
@@ -40,6 +46,19 @@ def test_index_bits_count_as_sixteenths_and_are_stored_as_bytes(bits, width):
 
 def test_storage_adds():
     assert Storage(3, 5) + Storage(4, 11) == Storage(7, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept", "bits"),
+    [(4, 16, 1, 16), (4, 16, 4, 64), (4, 16, 16, 64), (3, 5, 1, 16), (3, 5, 2, 16), (576, 1536, 100, 576 * 100 * 11)],
+)
+def test_a_support_takes_a_mask_or_indices_in_whole_bytes(rows, columns, kept, bits):
+    assert row_support_bits(rows, columns, kept) == bits
+
+
+def test_low_rank_plus_sparse_pays_for_a_chosen_support_and_not_for_a_drawn_one():
+    assert low_rank_sparse_storage(5, 7, 2, 3, seeded=True) == Storage(2 * 12 + 5 * 3)
+    assert low_rank_sparse_storage(5, 7, 2, 3, seeded=False) == Storage(2 * 12 + 5 * 3, 40)
 
 
 def test_kept_fractions():
