@@ -43,7 +43,7 @@ class Fitted:
 def measured(weight: Tensor, approximation: Tensor, weighting: Weighting) -> dict[str, Tensor]:
     """``error`` ‖(W − Ŵ) S‖²_F and ``energy`` ‖W S‖²_F, (1,) each, for W and Ŵ (m, n)."""
     error, energy = (
-        weighting.times_root(matrix).square().sum()[None]
+        (weighting.times_gram(matrix) * matrix).sum().clamp_min(0)[None]  # no root: it costs an eigendecomposition
         for matrix in (weight.double() - approximation.double(), weight.double())
     )
     largest = torch.finfo(torch.float32).max

@@ -1,4 +1,4 @@
-"""Weightings S of ‖(W − Ŵ) S‖_F, as families use them: W S and W S Sᵀ Wᵀ, never an inverse."""
+"""Weightings S of ‖(W − Ŵ) S‖_F, as families use them: W S, W S Sᵀ and W S Sᵀ Wᵀ, never an inverse."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Weighting(Protocol):
     def sandwich(self, weight: Tensor) -> Tensor:
         """W S Sᵀ Wᵀ, (m, m)."""
 
+    def times_gram(self, weight: Tensor) -> Tensor:
+        """W S Sᵀ, (m, n)."""
+
 
 class Unweighted:
     """S = I."""
@@ -28,6 +31,9 @@ class Unweighted:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return weight @ weight.T
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 class Diagonal:
@@ -41,6 +47,9 @@ class Diagonal:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return (weight * self.squares) @ weight.T
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight * self.squares
 
 
 class Gram:
@@ -64,3 +73,6 @@ class Gram:
 
     def sandwich(self, weight: Tensor) -> Tensor:
         return weight @ self.matrix @ weight.T
+
+    def times_gram(self, weight: Tensor) -> Tensor:
+        return weight @ self.matrix
