@@ -145,6 +145,22 @@ class FittedRow:
     falls: bool = True
 
 
-FITTED_ROWS: dict[str, FittedRow] = {}
+def second_moment_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_t Σ_j x_tj² ‖Δ_j‖²."""
+    return float(sum(x.square() @ delta.square().sum(0) for x in sample.x))
+
+
+def whole_support(name: str, m: int, n: int) -> Option:
+    """A sparse part with room for every entry."""
+    return Option.of(name, rank=1, nonzeros=n)
+
+
+OATS = FittedRow(loss=second_moment_loss, needs=("gram",), exact=whole_support)
+
+FITTED_ROWS: dict[str, FittedRow] = {
+    "sltrain": FittedRow(loss=output_loss, needs=("gram",), exact=whole_support),
+    "oats": OATS,
+    "oats-published": OATS,
+}
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
