@@ -58,6 +58,18 @@ def low_rank_sparse_storage(out_features: int, in_features: int, rank: int, nonz
     return Storage(rank * (out_features + in_features) + nonzeros * out_features, bits)
 
 
+def block_dictionary_storage(
+    out_features: int, in_features: int, atoms: int, group: int, nonzeros: int, block: int
+) -> Storage:
+    """kn + mBs values for B = ⌈n / block⌉ blocks, s = Nk / M, N ``nonzeros`` of every M atoms, and the support's bits.
+
+    For 2:4 the smaller of mask and indices is 2 bits a nonzero, as hardware stores it.
+    """
+    groups = -(-in_features // block) * atoms // group  # in each row
+    support = row_support_bits(out_features * groups, group, nonzeros)
+    return Storage(atoms * in_features + out_features * groups * nonzeros, support)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a whole plan costs, exactly.

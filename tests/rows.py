@@ -157,7 +157,17 @@ def whole_support(name: str, m: int, n: int) -> Option:
 
 OATS = FittedRow(loss=second_moment_loss, needs=("gram",), exact=whole_support)
 
+
+def full_basis(name: str, m: int, n: int) -> Option:
+    """One block, with a basis of all its inputs and every coefficient."""
+    return Option.of(name, atoms=n, group=n, nonzeros=n, block=n)
+
+
+DSFORMER = FittedRow(loss=output_loss, needs=("gram",), exact=full_basis, falls=False)
+
 FITTED_ROWS: dict[str, FittedRow] = {
+    "dsformer": DSFORMER,
+    "dsformer-nm": DSFORMER,
     "sltrain": FittedRow(loss=output_loss, needs=("gram",), exact=whole_support),
     "oats": OATS,
     "oats-published": OATS,
