@@ -12,7 +12,8 @@ what those before it have lost.
 
 Source: DSFormer (2312.13211), abstract: products of a small dense and a semi-structured sparse matrix by block. What
 its text says beyond that is not verified [M]; blocks along the inputs, the fit and the defaults are ours, and STF-style
-fine-tuning through the supports is not part of this. A fit is a local optimum.
+fine-tuning through the supports is not part of this. A fit is a local optimum. It takes 0.1 to 2 s of one core for a
+weight of SmolLM2-135M at one level, more for dearer levels.
 """
 
 from __future__ import annotations

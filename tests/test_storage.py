@@ -6,6 +6,7 @@ import pytest
 
 from rankfront.methods import Cost, Storage, Weight
 from rankfront.methods._storage import (
+    block_dictionary_storage,
     break_even_rank,
     dense_storage,
     low_rank_sparse_storage,
@@ -59,6 +60,12 @@ def test_a_support_takes_a_mask_or_indices_in_whole_bytes(rows, columns, kept, b
 def test_low_rank_plus_sparse_pays_for_a_chosen_support_and_not_for_a_drawn_one():
     assert low_rank_sparse_storage(5, 7, 2, 3, seeded=True) == Storage(2 * 12 + 5 * 3)
     assert low_rank_sparse_storage(5, 7, 2, 3, seeded=False) == Storage(2 * 12 + 5 * 3, 40)
+
+
+def test_a_block_dictionary_pays_for_every_blocks_coefficients():
+    """Two blocks of 8 inputs; 3 of 6 atoms are a 6-bit mask, 2 of 4 a pair of 2-bit indices: 2 bits a nonzero."""
+    assert block_dictionary_storage(5, 13, atoms=6, group=6, nonzeros=3, block=8) == Storage(6 * 13 + 5 * 2 * 3, 64)
+    assert block_dictionary_storage(5, 16, atoms=8, group=4, nonzeros=2, block=8) == Storage(8 * 16 + 5 * 2 * 4, 80)
 
 
 def test_kept_fractions():
