@@ -38,6 +38,13 @@ def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Ten
     return fix_signs(basis), energy
 
 
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, r) and (r, n) with the same product, the norm of each component shared equally between its two sides."""
+    tiny = torch.finfo(torch.float32).tiny
+    balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+    return left * balance, right / balance[:, None]
+
+
 @dataclass(frozen=True)
 class LowRank(Nested):
     """Ŵ = left · right with left (m, r) and right (r, n), the rank-r minimiser of ‖R (W − Ŵ) S‖_F.
@@ -117,11 +124,10 @@ class LowRank(Nested):
         left = basis[:, :kept]  # (m, k)
         right = left.T @ work  # (k, n)
         left = left if rows is None else rows.undone(left)
-        tiny = torch.finfo(torch.float32).tiny
-        balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+        left, right = balanced(left, right)
         return {
-            "left": (left * balance).T.float().contiguous(),  # (k, m): slicing a level reads one run of memory
-            "right": (right / balance[:, None]).float().contiguous(),
+            "left": left.T.float().contiguous(),  # (k, m): slicing a level reads one run of memory
+            "right": right.float().contiguous(),
             "energy": energy.clamp_max(torch.finfo(torch.float32).max).float(),
         }
 

@@ -75,6 +75,29 @@ def dictionary_storage(out_features: int, in_features: int, atoms: int, nonzeros
     return Storage(atoms * in_features + out_features * nonzeros, packed_bits(out_features * atoms, 1))
 
 
+def row_support_bits(rows: int, columns: int, kept: int) -> int:
+    """Bits of a support with ``kept`` of ``columns`` places in every row: the smaller of a bitmask and indices."""
+    return min(packed_bits(rows * columns, 1), packed_bits(rows * kept, index_width(columns)))
+
+
+def low_rank_sparse_storage(out_features: int, in_features: int, rank: int, nonzeros: int, seeded: bool) -> Storage:
+    """r(m + n) + sm values, s ``nonzeros`` a row; the bits of their support, none where a seed draws it."""
+    bits = 0 if seeded else row_support_bits(out_features, in_features, nonzeros)
+    return Storage(rank * (out_features + in_features) + nonzeros * out_features, bits)
+
+
+def block_dictionary_storage(
+    out_features: int, in_features: int, atoms: int, group: int, nonzeros: int, block: int
+) -> Storage:
+    """kn + mBs values for B = ⌈n / block⌉ blocks, s = Nk / M, N ``nonzeros`` of every M atoms, and the support's bits.
+
+    For 2:4 the smaller of mask and indices is 2 bits a nonzero, as hardware stores it.
+    """
+    groups = -(-in_features // block) * atoms // group  # in each row
+    support = row_support_bits(out_features * groups, group, nonzeros)
+    return Storage(atoms * in_features + out_features * groups * nonzeros, support)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a whole plan costs, exactly.

@@ -199,6 +199,26 @@ def dictionary(**more: Any) -> FittedRow:
     return FittedRow(loss=output_loss, needs=("gram",), exact=full_dictionary, **more)
 
 
+def second_moment_loss(delta: Tensor, sample: Sample) -> float:
+    """Σ_t Σ_j x_tj² ‖Δ_j‖²."""
+    return float(sum(x.square() @ delta.square().sum(0) for x in sample.x))
+
+
+def whole_support(name: str, m: int, n: int) -> Option:
+    """A sparse part with room for every entry."""
+    return Option.of(name, rank=1, nonzeros=n)
+
+
+OATS = FittedRow(loss=second_moment_loss, needs=("gram",), exact=whole_support)
+
+
+def full_basis(name: str, m: int, n: int) -> Option:
+    """One block, with a basis of all its inputs and every coefficient."""
+    return Option.of(name, atoms=n, group=n, nonzeros=n, block=n)
+
+
+DSFORMER = FittedRow(loss=output_loss, needs=("gram",), exact=full_basis, falls=False)
+
 FITTED_ROWS: dict[str, FittedRow] = {
     "lrt-snmf": FittedRow(loss=plain_loss, needs=()),
     "wara": FittedRow(loss=output_loss, needs=("gram",), exact=every_band, falls=False),
@@ -218,6 +238,11 @@ FITTED_ROWS: dict[str, FittedRow] = {
     "rocket": dictionary(falls=False),
     "compot": dictionary(falls=False),
     "compot-published": dictionary(falls=False),
+    "dsformer": DSFORMER,
+    "dsformer-nm": DSFORMER,
+    "sltrain": FittedRow(loss=output_loss, needs=("gram",), exact=whole_support),
+    "oats": OATS,
+    "oats-published": OATS,
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

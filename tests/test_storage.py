@@ -6,12 +6,15 @@ import pytest
 
 from rankfront.methods import Cost, Storage, Weight
 from rankfront.methods._storage import (
+    block_dictionary_storage,
     break_even_rank,
     dense_storage,
     dictionary_storage,
     kronecker_storage,
+    low_rank_sparse_storage,
     low_rank_storage,
     ring_storage,
+    row_support_bits,
     tucker_storage,
     wavelet_storage,
 )
@@ -79,6 +82,25 @@ def test_bands_hold_half_of_rows_and_columns(m, n):
 
 def test_storage_adds():
     assert Storage(3, 5) + Storage(4, 11) == Storage(7, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept", "bits"),
+    [(4, 16, 1, 16), (4, 16, 4, 64), (4, 16, 16, 64), (3, 5, 1, 16), (3, 5, 2, 16), (576, 1536, 100, 576 * 100 * 11)],
+)
+def test_a_support_takes_a_mask_or_indices_in_whole_bytes(rows, columns, kept, bits):
+    assert row_support_bits(rows, columns, kept) == bits
+
+
+def test_low_rank_plus_sparse_pays_for_a_chosen_support_and_not_for_a_drawn_one():
+    assert low_rank_sparse_storage(5, 7, 2, 3, seeded=True) == Storage(2 * 12 + 5 * 3)
+    assert low_rank_sparse_storage(5, 7, 2, 3, seeded=False) == Storage(2 * 12 + 5 * 3, 40)
+
+
+def test_a_block_dictionary_pays_for_every_blocks_coefficients():
+    """Two blocks of 8 inputs; 3 of 6 atoms are a 6-bit mask, 2 of 4 a pair of 2-bit indices: 2 bits a nonzero."""
+    assert block_dictionary_storage(5, 13, atoms=6, group=6, nonzeros=3, block=8) == Storage(6 * 13 + 5 * 2 * 3, 64)
+    assert block_dictionary_storage(5, 16, atoms=8, group=4, nonzeros=2, block=8) == Storage(8 * 16 + 5 * 2 * 4, 80)
 
 
 def test_kept_fractions():

@@ -1,0 +1,38 @@
+"""Sparse matrices with the same number of nonzeros in every row: packed support, columns, dense matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._storage import row_support_bits
+from rankfront.methods._support import BYTE, index_width, pack, packed_bits, unpack
+
+
+def dense_of(values: Tensor, columns: Tensor, width: int) -> Tensor:
+    """(rows, width) with ``values`` (rows, s) at ``columns`` (rows, s) and zeros elsewhere; gradients reach values."""
+    return values.new_zeros(len(values), width).scatter(1, columns.long(), values)
+
+
+def packed_columns(columns: Tensor, width: int) -> Tensor:
+    """Distinct ``columns`` (rows, s) below ``width`` as uint8: bitmask or indices, whichever is smaller."""
+    rows, kept = columns.shape
+    if _masked(rows, width, kept):
+        return pack(torch.zeros(rows, width, dtype=torch.int64).scatter(1, columns, 1), 1)
+    return pack(columns, index_width(width))
+
+
+def columns_of(packed: Tensor, rows: int, width: int, kept: int) -> Tensor:
+    """What `packed_columns` was given, each row rising, (rows, kept) int64."""
+    if _masked(rows, width, kept):
+        return unpack(packed, 1, rows * width).view(rows, width).nonzero()[:, 1].view(rows, kept)
+    return unpack(packed, index_width(width), rows * kept).view(rows, kept).sort(1).values
+
+
+def support_bytes(rows: int, width: int, kept: int) -> int:
+    """The length of what `packed_columns` gives."""
+    return row_support_bits(rows, width, kept) // BYTE
+
+
+def _masked(rows: int, width: int, kept: int) -> bool:
+    return row_support_bits(rows, width, kept) == packed_bits(rows * width, 1)

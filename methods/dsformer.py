@@ -1,0 +1,199 @@
+"""DSFormer: every block of inputs has a small dense basis, every row a few coefficients in it.
+
+    minimise ‖(W − [Z_1 D_1, ..., Z_B D_B]) C^{1/2}‖_F, C = Σ_t x_t x_tᵀ
+
+over D_b (k, n_b), dense, and Z_b (m, k), which has N nonzeros in each row's every M atoms: M = k is a fixed count a
+row, M = 4 the N:4 patterns of hardware. Blocks are n_b adjacent inputs, B = ⌈n / n_b⌉.
+
+Blocks are fitted in turn. With E the error of all others and R_b² = C_bb, what block b has to come near is
+X_b = (W_b + (E C)_b C_bb⁻¹) R_b, in which the rest is plain: pursuit of X_b in the atoms D_b R_b for the support, then
+least squares for D_b and for the values. The first sweep takes unvisited blocks for exact, so that each makes good
+what those before it have lost.
+
+Source: DSFormer (2312.13211), abstract: products of a small dense and a semi-structured sparse matrix by block. What
+its text says beyond that is not verified [M]; blocks along the inputs, the fit and the defaults are ours, and STF-style
+fine-tuning through the supports is not part of this. A fit is a local optimum. At
+kept fractions of 0.2 to 0.8 it takes 0.2 to 3 s of one core for a weight of SmolLM2-135M at one level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._algebra import eigh_descending, fix_signs, root_and_inverse
+from rankfront.methods._errors import InputError
+from rankfront.methods._fitted import Fitted, measured
+from rankfront.methods._group_pursuit import coded, pursued
+from rankfront.methods._low_rank import balanced
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, register, whole_level
+from rankfront.methods._metric import WHITENING
+from rankfront.methods._scatter import dense_of, packed_columns
+from rankfront.methods._statistics import Statistics, collected
+from rankfront.methods._storage import Storage, block_dictionary_storage
+from rankfront.methods._weighting import Gram
+
+SWEEPS = 2
+RIDGE = 1e-9  # of the mean squared norm of an atom's coefficients; one that no row uses stays what it was
+LEVELS = ("atoms", "group", "nonzeros", "block")
+
+
+@dataclass(frozen=True)
+class DSFormer(Fitted):
+    """Ŵ_b = Z_b D_b, a level its ``atoms`` k, ``group`` M, ``nonzeros`` N of each group and ``block`` n_b.
+
+    Attributes:
+        block: n_b that is offered, of narrower weights their own width.
+        group: M that is offered; 0 for M = k.
+        thinness: atoms for each nonzero, from and to, that are offered.
+    """
+
+    name: str
+    block: int
+    group: int
+    thinness: tuple[float, float]
+    paper = "2312.13211"
+    family = "union of subspaces"
+    geometry = "in every block of inputs a row picks few atoms of a small basis, weighed by the outputs on real inputs"
+    metric = WHITENING.name
+    formula = "Ŵ_b = Z_b D_b by block, Z_b semi-structured sparse, least ‖(W − Ŵ) C^{1/2}‖_F by sweeps over blocks"
+    needs = WHITENING.needs
+
+    def refuses(self, site: Site) -> str | None:
+        if len(site.weights) != 1:
+            return "it treats one weight at a time"
+        if site.weights[0].kind == "embedding":
+            return "an embedding table's inputs are token ids, which have no gram statistics"
+        if not self._offered(site, 1):
+            return "the smallest basis and coefficients store no less than the dense weight"
+        return None
+
+    def check(self, option: Option) -> None:
+        atoms, group, nonzeros, _ = (whole_level(option, name) for name in LEVELS)
+        if atoms % group or nonzeros > group:
+            raise InputError(f"option {option.label!r} needs groups that divide the atoms and hold the nonzeros")
+
+    def options(self, site: Site, grid: Grid) -> dict[float, Option]:
+        if self.refuses(site):
+            return {}
+        offered, whole = self._offered(site, grid.rank_multiple), site.storage.parameters
+        return {
+            keep: min(offered, key=lambda option: abs(offered[option] - keep * whole)) for keep in grid.keep if offered
+        }
+
+    def _offered(self, site: Site, step: int) -> dict[Option, int]:
+        """Every option below dense -> its parameters."""
+        found = {}
+        block = min(self.block, site.weights[0].in_features)
+        step = math.lcm(step, self.group or 1)
+        for atoms in range(step, 2 * site.weights[0].out_features, step):
+            group = self.group or atoms
+            sparsest, densest = (group / thinness for thinness in reversed(self.thinness))
+            for nonzeros in range(max(1, round(sparsest)), max(1, round(densest)) + 1):
+                option = Option.of(self.name, atoms=atoms, group=group, nonzeros=nonzeros, block=block)
+                found[option] = self.storage(site, option).parameters
+        return {option: cost for option, cost in found.items() if cost < site.storage.parameters}
+
+    def storage(self, site: Site, option: Option) -> Storage:
+        weight = site.weights[0]
+        level = {name: whole_level(option, name) for name in LEVELS}
+        return block_dictionary_storage(weight.out_features, weight.in_features, **level)
+
+    def prepare(
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        options: Sequence[Option],
+    ) -> Prepared:
+        (option,), weight = options, weights["weight"].double()
+        atoms, group, nonzeros, block = (whole_level(option, name) for name in LEVELS)
+        gram = collected(statistics["weight"].gram, "gram")
+        fits = swept(weight, gram, atoms, group, nonzeros, block)
+        basis = torch.cat([fit.basis for fit in fits], 1).float()  # (k, n)
+        values = torch.cat([fit.values for fit in fits], 1).float()  # (m, B s)
+        columns = torch.stack([fit.columns for fit in fits], 1)  # (m, B, s)
+        approximation = [
+            dense_of(part.double(), fit.columns, atoms) @ rows.double()
+            for fit, part, rows in zip(fits, values.split(columns.shape[2], 1), basis.split(block, 1), strict=True)
+        ]
+        support = packed_columns((columns % group).view(-1, nonzeros), group)
+        found = {"basis": basis, "values": values, "support": support}
+        return found | measured(weight, torch.cat(approximation, 1), gram)
+
+    def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
+        settings = {name: whole_level(option, name) for name in LEVELS}
+        tensors = {name: prepared[name] for name in ("basis", "values", "support")}
+        storage = block_dictionary_storage(len(tensors["values"]), tensors["basis"].shape[1], **settings)
+        return {"weight": Factors("block-dictionary", tensors, settings, storage)}
+
+
+@dataclass
+class _Fit:
+    """One block: D_b (k, n_b), and the values (m, s) and columns (m, s) of Z_b."""
+
+    basis: Tensor
+    values: Tensor
+    columns: Tensor
+
+    def product(self) -> Tensor:
+        """Z_b D_b, (m, n_b)."""
+        return dense_of(self.values, self.columns, len(self.basis)) @ self.basis
+
+
+def swept(
+    weight: Tensor, gram: Gram, atoms: int, group: int, nonzeros: int, block: int, sweeps: int = SWEEPS
+) -> list[_Fit]:
+    """The blocks of W (m, n) in fp64, fitted in turn."""
+    inputs, lost = gram.matrix, torch.zeros_like(weight)  # C, and E C for E = W − Ŵ, which begins at zero
+    parts = torch.arange(weight.shape[1], device=weight.device).split(block)
+    spans = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+    roots = [root_and_inverse(inputs[span, span]) for span in spans]
+    approximation, fits = weight.clone(), [_Fit(weight, weight, weight)] * len(spans)
+    for sweep in range(sweeps):
+        for place, (span, (root, inverse)) in enumerate(zip(spans, roots, strict=True)):
+            wanted = approximation[:, span] @ root + lost[:, span] @ inverse  # (m, n_b) X_b
+            basis = fits[place].basis @ root if sweep else first_basis(wanted, atoms)
+            fit = improved(wanted, basis, group, nonzeros)
+            fit.basis = fit.basis @ inverse
+            change = approximation[:, span] - fit.product()
+            lost += change @ inputs[span]
+            approximation[:, span] -= change
+            fits[place] = fit
+    return [_shared(fit) for fit in fits]
+
+
+def first_basis(wanted: Tensor, atoms: int) -> Tensor:
+    """(k, n_b): the principal directions of X (m, n_b), and where k is larger, rows of X spread over it."""
+    directions = fix_signs(eigh_descending(wanted.T @ wanted)[1]).T
+    if atoms <= len(directions):
+        return directions[:atoms]
+    missing = atoms - len(directions)
+    rows = wanted[torch.linspace(0, len(wanted) - 1, missing, device=wanted.device).long()]
+    norms = rows.norm(dim=1, keepdim=True)
+    return torch.cat([directions, torch.where(norms > 0, rows / norms.clamp_min(torch.finfo(norms.dtype).tiny), rows)])
+
+
+def improved(wanted: Tensor, basis: Tensor, group: int, nonzeros: int) -> _Fit:
+    """Support by pursuit of X (m, n_b) in ``basis`` (k, n_b), then least squares for the basis and for the values."""
+    columns = pursued(wanted @ basis.T, basis @ basis.T, group, nonzeros)
+    codes = dense_of(coded(wanted @ basis.T, basis @ basis.T, columns), columns, len(basis))  # (m, k)
+    squares = codes.T @ codes
+    ridge = RIDGE * squares.diagonal().mean() + torch.finfo(squares.dtype).tiny
+    squares.diagonal().add_(ridge)
+    basis = torch.linalg.solve(squares, codes.T @ wanted + ridge * basis)
+    return _Fit(basis, coded(wanted @ basis.T, basis @ basis.T, columns), columns)
+
+
+def _shared(fit: _Fit) -> _Fit:
+    """The same product, the norm of each atom shared between its coefficients and itself."""
+    codes, basis = balanced(dense_of(fit.values, fit.columns, len(fit.basis)), fit.basis)
+    return _Fit(basis, codes.gather(1, fit.columns), fit.columns)
+
+
+register(DSFormer(name="dsformer", block=32, group=0, thinness=(2.5, 3.5)))
+register(DSFormer(name="dsformer-nm", block=32, group=4, thinness=(2.0, 4.0)))

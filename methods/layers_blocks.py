@@ -1,0 +1,84 @@
+"""Block dictionaries: each block of inputs goes through its small basis, then each output sums a few atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods._scatter import columns_of, dense_of, support_bytes
+from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
+
+
+@layer("block-dictionary")
+class BlockDictionaryLinear(nn.Module):
+    """y = Σ_b Z_b (D_b x_b) + bias: ``basis`` [D_1, ..., D_B] (k, n), ``values`` (m, B s) of [Z_1, ..., Z_B].
+
+    Each Z_b (m, k) has N nonzeros in a row's every M atoms, s = N k / M, at places that ``support`` holds packed. They
+    are decoded at the first use and stay resident as int32, 4 bytes an entry; while running, Z is scattered into a
+    dense (m, B k) of the values' dtype, which is let go of afterwards.
+    """
+
+    support: Tensor
+    columns: Tensor | None
+
+    def __init__(self, basis: Tensor, values: Tensor, support: Tensor, bias: Tensor | None, settings: Settings) -> None:
+        super().__init__()
+        self.basis = parameter(basis)
+        self.values = parameter(values)
+        self.bias = optional_parameter(bias)
+        self.register_buffer("support", support)
+        self.register_buffer("columns", None, persistent=False)
+        self.block, self.group, self.nonzeros = settings["block"], settings["group"], settings["nonzeros"]
+        self.out_features, (self.atoms, self.in_features) = len(values), basis.shape
+        self.blocks = -(-self.in_features // self.block)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _decode(self) -> Tensor:
+        """Columns (m, B s) among the B k atoms; the support has no values before a model is loaded, so not earlier."""
+        groups = self.blocks * self.atoms // self.group
+        inside = columns_of(self.support, self.out_features * groups, self.group, self.nonzeros)
+        starts = self.group * torch.arange(groups, device=inside.device)[:, None]  # (groups, 1)
+        return (inside.view(self.out_features, groups, self.nonzeros) + starts).flatten(1).to(torch.int32)
+
+    def _codes(self, values: Tensor) -> Tensor:
+        """[Z_1, ..., Z_B], (m, B k)."""
+        if self.columns is None:
+            self.columns = self._decode()
+        return dense_of(values, self.columns, self.blocks * self.atoms)
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """(..., n) to (..., B, n_b), the last block filled with zeros."""
+        padded = nn.functional.pad(rows, (0, self.blocks * self.block - self.in_features))
+        split: Tensor = padded.unflatten(-1, (self.blocks, self.block))
+        return split
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("...bj,kbj->...bk", self._split(x), self._split(self.basis))
+        return nn.functional.linear(hidden.flatten(-2), self._codes(self.values), self.bias)  # (..., m)
+
+    @staticmethod
+    def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
+        return BlockDictionaryLinear(**tensors, bias=bias, settings=settings)
+
+    def matrix(self) -> Tensor:
+        codes = self._codes(self.values.float()).unflatten(1, (self.blocks, self.atoms))
+        joined = torch.einsum("mbk,kbj->mbj", codes, self._split(self.basis.float()))
+        return joined.flatten(1)[:, : self.in_features]
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
+        groups = -(-columns // settings["block"]) * settings["atoms"] // settings["group"]
+        return {
+            "basis": ((settings["atoms"], columns), None),
+            "values": ((rows, groups * settings["nonzeros"]), None),
+            "support": ((support_bytes(rows * groups, settings["group"], settings["nonzeros"]),), torch.uint8),
+        }
+
+    def extra_repr(self) -> str:
+        pattern = f"{self.nonzeros}:{self.group}"
+        return f"{self.in_features}, {self.out_features}, {self.blocks} blocks of {self.atoms} atoms, {pattern}"
