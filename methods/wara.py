@@ -8,9 +8,14 @@ blocks of T_n C T_nᵀ: given the error E_c of the other input band, the best D�
 D_b + E_c C_cb C_bb⁻¹, and the two take turns. The ranks come from one sort of all bands' whitened singular values, in
 eights where k is a multiple of eight. One rank for the whole transform instead of one a band is `svd-llm` exactly.
 
+Measured on 15 weights of SmolLM2-135M at 30% and 60% of dense storage, against `svd-llm`: 4 to 30% less error where a
+weight is wide (v and down projections), 4 to 25% more elsewhere (q, o, up). Shuffled rows and columns gave nearly the
+same on wide weights, so the gain there is that of ranks in four blocks, not of neighbours that are alike.
+
 ``wara-ordered`` puts inputs with like columns side by side first, by greedy matching, and stores their order in whole
-bits. Where columns come in scrambled pairs that halves the cost; on weights of SmolLM2-135M it takes 0 to 2% off the
-error. Outputs keep theirs: heads lie together there, and matched across heads the error rose by up to 12%.
+bits. Where columns come in scrambled pairs that halves the cost; on the weights above it changed the error by -7% to
++8%, in the middle by -1%, which is about what its bits are worth. Outputs keep their order: heads lie together there,
+and matched across heads the error of a q projection rose by up to 12%.
 
 Source: WaRA (2506.24092), which trains adapters of this form; fitting it to the weight itself, after training, and the
 turns are ours. Haar (one vanishing moment) by default, db2 has two; filters from PyWavelets.
