@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,7 @@ class FittedRow:
         exact: (name, m, n) -> an option that reproduces W, or None where the family cannot.
         own: (name, m, n) -> the options that laws walk, from the cheapest; by default those offered on a fine grid.
         falls: whether its error never rises with its level; False where the fit is a local optimum, and says so.
+        slow: whether it is the code of another row at a published setting that takes long: fewer sizes are walked.
     """
 
     loss: Callable[[Tensor, Sample], float]
@@ -171,6 +172,7 @@ class FittedRow:
     exact: Callable[[str, int, int], Option | None] = lambda name, m, n: None
     own: Callable[[str, int, int], list[Option]] | None = None
     falls: bool = True
+    slow: bool = False
 
 
 def every_band(name: str, m: int, n: int) -> Option:
@@ -230,19 +232,21 @@ FITTED_ROWS: dict[str, FittedRow] = {
     "tensor-train-matrix": FittedRow(loss=plain_loss, needs=(), exact=full_level),
     "tensor-ring": FittedRow(loss=plain_loss, needs=(), exact=full_level),
     "cp": FittedRow(loss=plain_loss, needs=(), exact=full_level, falls=False),
-    "cp-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, falls=False),
+    "cp-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, falls=False, slow=True),
     "block-term": FittedRow(loss=plain_loss, needs=(), exact=full_level, falls=False),
-    "block-term-published": FittedRow(loss=plain_loss, needs=(), own=two_levels, exact=full_level, falls=False),
+    "block-term-published": FittedRow(
+        loss=plain_loss, needs=(), own=two_levels, exact=full_level, falls=False, slow=True
+    ),
     "cospadi": dictionary(falls=False),
-    "cospadi-published": dictionary(falls=False),
+    "cospadi-published": dictionary(falls=False, slow=True),
     "rocket": dictionary(falls=False),
     "compot": dictionary(falls=False),
-    "compot-published": dictionary(falls=False),
+    "compot-published": dictionary(falls=False, slow=True),
     "dsformer": DSFORMER,
     "dsformer-nm": DSFORMER,
     "sltrain": FittedRow(loss=output_loss, needs=("gram",), exact=whole_support),
     "oats": OATS,
-    "oats-published": OATS,
+    "oats-published": replace(OATS, slow=True),
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

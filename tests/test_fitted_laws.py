@@ -26,7 +26,12 @@ SHAPES = [(24, 12), (12, 24), (16, 16), (15, 34), (13, 17)]  # tall, wide, squar
 FLOOR = 1e-5  # of the whole loss
 
 each_method = pytest.mark.parametrize("name", FITTED_ROWS)
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+FAST = [name for name, row in FITTED_ROWS.items() if not row.slow]
+CASES = [(name, shape) for name, row in FITTED_ROWS.items() for shape in (SHAPES[::4] if row.slow else SHAPES)]
+each_case = pytest.mark.parametrize(
+    ("name", "shape"), CASES, ids=lambda case: "x".join(map(str, case)) if isinstance(case, tuple) else case
+)
+each_fast = pytest.mark.parametrize("name", FAST)
 each_sample = pytest.mark.parametrize("kind", SAMPLES)
 
 
@@ -56,8 +61,7 @@ def test_says_what_it_needs(name):
     assert method.name == name
 
 
-@each_method
-@each_shape
+@each_case
 def test_it_offers_levels_or_says_why_not(name, shape):
     """Nothing to offer on the finest grid means a reason, and the other way round; what it offers is below dense."""
     site, method = common.linear_site(*shape), get_method(name)
@@ -83,8 +87,7 @@ def test_levels_come_near_what_was_asked(name, shape):
         assert abs(method.storage(site, option).parameters / site.storage.parameters - keep) <= 0.1, option
 
 
-@each_method
-@each_shape
+@each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_factors_are_finite_and_multiply_to_the_weights_shape(name, shape, dtype):
     weight, sample = make_weight(shape, dtype), make_sample(shape)
@@ -98,8 +101,7 @@ def test_factors_are_finite_and_multiply_to_the_weights_shape(name, shape, dtype
         assert float(prepared["energy"].sum()) > 0
 
 
-@each_method
-@each_shape
+@each_case
 def test_preparing_twice_gives_the_same(name, shape):
     weight = make_weight(shape)
     for option in walked(name, shape):
@@ -120,8 +122,7 @@ def test_preparing_leaves_its_inputs_alone(name):
     assert torch.equal(statistics.absolute, absolute)
 
 
-@each_method
-@each_shape
+@each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", [*SAMPLES, "zero"])
 def test_exact_level_reproduces_the_weight(name, shape, dtype, kind):
@@ -133,8 +134,7 @@ def test_exact_level_reproduces_the_weight(name, shape, dtype, kind):
     torch.testing.assert_close(rebuilt(name, prepared, exact, shape), weight.double(), rtol=1e-4, atol=1e-4)
 
 
-@each_method
-@each_shape
+@each_case
 @each_sample
 def test_predicted_error_is_the_measured_one(name, shape, kind):
     """error(option) is the loss of Δ = W − Ŵ, measured token by token."""
@@ -148,8 +148,7 @@ def test_predicted_error_is_the_measured_one(name, shape, kind):
         assert math.isclose(float(prepared["energy"].sum()), whole, rel_tol=1e-3, abs_tol=1e-6)
 
 
-@each_method
-@each_shape
+@each_case
 @each_sample
 def test_error_never_rises_with_level(name, shape, kind):
     if not FITTED_ROWS[name].falls:
@@ -160,8 +159,7 @@ def test_error_never_rises_with_level(name, shape, kind):
     assert all(later <= earlier * 1.001 + FLOOR * whole for earlier, later in itertools.pairwise(errors))
 
 
-@each_method
-@each_shape
+@each_case
 @each_sample
 def test_more_levels_help(name, shape, kind):
     """From the cheapest to the dearest, and against leaving everything out."""
@@ -173,8 +171,7 @@ def test_more_levels_help(name, shape, kind):
     assert errors[0] <= whole * (1 + FLOOR) + 1e-9
 
 
-@each_method
-@each_shape
+@each_case
 @pytest.mark.parametrize("kind", [*SAMPLES, "zero"])
 @pytest.mark.parametrize("special", ["zero", "rank one", "tiny", "huge"])
 def test_singular_weights_give_finite_factors(name, shape, kind, special):
@@ -213,8 +210,7 @@ def test_missing_statistics_are_named(name):
         get_method(name).prepare(common.linear_site(12, 8), weights, {"weight": statistics}, [option])
 
 
-@each_method
-@each_shape
+@each_case
 def test_factors_survive_half_precision(name, shape):
     """Rounding every floating tensor to bfloat16 costs a little, whatever scales the inputs have."""
     weight, sample = make_weight(shape), make_sample(shape, "outlier")
@@ -229,8 +225,7 @@ def test_factors_survive_half_precision(name, shape):
         assert (matrix_of(narrow, *shape) - full).norm() <= 0.03 * full.norm() + 0.03 * weight.norm()
 
 
-@each_method
-@each_shape
+@each_case
 def test_claimed_storage_is_what_the_tensors_hold(name, shape):
     """Values are floating tensors; supports are tensors of whole numbers, all their bytes counted."""
     weight, sample, site = make_weight(shape), make_sample(shape), common.linear_site(*shape)
@@ -252,8 +247,7 @@ def test_several_weights_and_tables_are_refused_with_a_reason(name):
         assert get_method(name).options(site, Grid(KEEPS, 8)) == {}
 
 
-@each_method
-@each_shape
+@each_case
 @pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d"])
 def test_layer_computes_what_its_matrix_does(name, shape, kind):
     x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(2))
@@ -290,8 +284,7 @@ def test_gradients_reach_the_factors(name, shape):
         assert ours[key].abs().sum() > 0
 
 
-@each_method
-@each_shape
+@each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_loading_fills_has_the_shapes_of_the_factors(name, shape, dtype):
     dense = modules(shape, "bias").to(dtype)
@@ -304,8 +297,7 @@ def test_what_loading_fills_has_the_shapes_of_the_factors(name, shape, dtype):
         assert {key: (t.shape, t.dtype) for key, t in empty.items() if key != "bias"} == held
 
 
-@each_method
-@each_shape
+@each_case
 def test_products_with_gradients_are_those_of_the_matrix(name, shape):
     """`along` gives gᵀ Ŵ x."""
     generator = torch.Generator().manual_seed(5)
@@ -320,7 +312,7 @@ def test_products_with_gradients_are_those_of_the_matrix(name, shape):
         assert torch.equal(matrix_of(alone, *shape).double(), rebuilt(name, prepared, option, shape))
 
 
-@each_method
+@each_fast
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_exports_load_as_they_were_measured(name, architecture, tmp_path, text_file, monkeypatch):
     verify_here(monkeypatch)
