@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class DSFormer(Fitted):
             return "it treats one weight at a time"
         if site.weights[0].kind == "embedding":
             return "an embedding table's inputs are token ids, which have no gram statistics"
-        if not self._offered(site, 1):
+        weight = site.weights[0]
+        if not self._offered(weight.out_features, weight.in_features, self.group or 1, least=True):
             return "the smallest basis and coefficients store no less than the dense weight"
         return None
 
@@ -80,23 +82,28 @@ class DSFormer(Fitted):
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
             return {}
-        offered, whole = self._offered(site, grid.rank_multiple), site.storage.parameters
+        weight, whole = site.weights[0], site.storage.parameters
+        step = math.lcm(grid.rank_multiple, self.group or 1)
+        offered = self._offered(weight.out_features, weight.in_features, step)
         return {
             keep: min(offered, key=lambda option: abs(offered[option] - keep * whole)) for keep in grid.keep if offered
         }
 
-    def _offered(self, site: Site, step: int) -> dict[Option, int]:
-        """Every option below dense -> its parameters."""
+    @cache  # noqa: B019 - there are as many methods as files, and most sites have shapes in common
+    def _offered(self, m: int, n: int, step: int, least: bool = False) -> dict[Option, int]:
+        """Every option below dense for a weight (m, n), atoms in multiples of ``step`` -> its parameters; only that of
+        the ``least`` atoms and nonzeros if so asked."""
         found = {}
-        block = min(self.block, site.weights[0].in_features)
-        step = math.lcm(step, self.group or 1)
-        for atoms in range(step, 2 * site.weights[0].out_features, step):
+        block = min(self.block, n)
+        for atoms in range(step, step + 1 if least else 2 * m, step):
             group = self.group or atoms
-            sparsest, densest = (group / thinness for thinness in reversed(self.thinness))
-            for nonzeros in range(max(1, round(sparsest)), max(1, round(densest)) + 1):
-                option = Option.of(self.name, atoms=atoms, group=group, nonzeros=nonzeros, block=block)
-                found[option] = self.storage(site, option).parameters
-        return {option: cost for option, cost in found.items() if cost < site.storage.parameters}
+            sparsest, densest = (max(1, round(group / thinness)) for thinness in reversed(self.thinness))
+            for nonzeros in range(sparsest, (sparsest if least else densest) + 1):
+                cost = block_dictionary_storage(m, n, atoms, group, nonzeros, block).parameters
+                if cost >= m * n:  # it rises with both
+                    break
+                found[Option.of(self.name, atoms=atoms, group=group, nonzeros=nonzeros, block=block)] = cost
+        return found
 
     def storage(self, site: Site, option: Option) -> Storage:
         weight = site.weights[0]
