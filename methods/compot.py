@@ -22,7 +22,7 @@ from rankfront.methods._algebra import polar
 from rankfront.methods._dictionary import Dictionary, Whitened, largest_in_rows
 from rankfront.methods._method import register
 
-TURNS, PUBLISHED_TURNS = 6, 20
+TURNS, PUBLISHED_TURNS = 8, 20
 
 
 def orthonormal_coding(y: Tensor, atoms: int, nonzeros: int, turns: int, ahead: float) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,15 @@
 The paper's columns are our rows: it works on Wᵀ.
 
 `cospadi-published` is the paper's solver: D starts as random rows of Y, and 60 times orthogonal matching pursuit finds
-the coefficients and K-SVD with 8 power iterations an atom updates both. TIMING
+the coefficients and K-SVD with 8 power iterations an atom updates both. At keep 0.4, on one core of an AMD EPYC, that
+took 1 s for a weight of 192 × 576 and 20 s for 576 × 576; one sweep times 60 is 36 s for 576 × 1536 and 4.4 minutes for
+1536 × 576. That is five hours for SmolLM2-135M at this level alone, and time grows with about the cube of the level.
 
 `cospadi` is the fast default: D starts as the first k eigenvectors, and `TURNS` times the coefficients take a gradient
 step and keep the s largest of each row (iterative hard thresholding), and the atoms become the least-squares ones (MOD,
-the paper's cheaper update).
+the paper's cheaper update). There is no matching pursuit and no K-SVD in it. On four weights of SmolLM2-135M its
+whitened error was from 4% below to 2% above that of the published solver, at 576 × 576 in a hundredth of the time.
+Where rows come from separate subspaces the published start, at rows of W, finds clearly better atoms.
 
 Both end with the atoms refitted to W (see `_dictionary`, also for storage with and without the paper's mantissa bits).
 Source: CoSpaDi (2509.22075), k/s = 2, T = 60, seed 42.
@@ -26,7 +30,7 @@ from rankfront.methods._dictionary import Dictionary, Whitened, best_atoms, larg
 from rankfront.methods._method import register
 from rankfront.methods._pursuit import pursuit, update_atoms
 
-TURNS = 6
+TURNS = 12
 SWEEPS, POWERS, SEED = 60, 8, 42  # as published
 
 
