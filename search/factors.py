@@ -7,8 +7,10 @@ import inspect
 import os
 import shutil
 import socket
+import time
 import uuid
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +53,7 @@ class FactorStore:
         self.fingerprint = fingerprint
         self.calibration_hash = calibration_hash
         self.dtype = dtype
+        self.seconds: dict[str, float] = defaultdict(float)  # spent on factoring here, by method
         self._open: dict[Path, Prepared] = {}
 
     def folder(self, method: Method) -> Path:
@@ -98,6 +101,7 @@ class FactorStore:
             by_file.setdefault(self.path(site, option), []).append(option)
         for path, served in by_file.items():
             method = get_method(served[0].method)
+            started = time.perf_counter()
             try:
                 prepared = method.prepare(site, weights, statistics, served)
             except torch.OutOfMemoryError:
@@ -106,6 +110,8 @@ class FactorStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _failure_file(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
                 continue
+            finally:
+                self.seconds[method.name] += time.perf_counter() - started
             _failure_file(path).unlink(missing_ok=True)
             self._write(path, {name: self._narrow(tensor) for name, tensor in prepared.items()})
 

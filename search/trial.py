@@ -104,15 +104,15 @@ def make_space(setup: Setup) -> Space:
     return Space(find_sites(model), setup.config.space, 0 if ours else setup.config.search.groups)
 
 
-def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
-    """Calibrate and factor whatever the store lacks for ``space``; False where nothing was missing.
+def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, float]:
+    """Calibrate and factor whatever the store lacks for ``space``; seconds by method, none where nothing was missing.
 
     Weights are factored as the checkpoint has them; calibration runs in the evaluation dtype.
     """
     store = setup.store()
     missing = store.missing(space.wanted())
     if not missing:
-        return False
+        return {}
     store.drop_partials(space.methods)
     progress("load", 0, 1)
     weights_from = load_model(setup.source, "auto", setup.device)
@@ -138,7 +138,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> bool:
         windows = setup.tokens["calibrate"]
         for site, statistics in calibrate(model, windows, needy, needs, lambda i, n: progress("calibrate", i, n)):
             factor(site, statistics)
-    return True
+    return dict(store.seconds)
 
 
 class Resident:

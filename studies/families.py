@@ -3,10 +3,11 @@
     python studies/families.py TEXT [--methods a,b]
 
 The study file is studies/families.toml with TEXT in the place of its text: calibrate on the first half, report on the
-last quarter, and on `pydoc`. At each kept fraction every site that a method can treat takes its option there, all else
-stays dense; a method without levels treats as many of its sites, evenly spread, as bring about that fraction of them.
-Divergence is that from the dense model on the report split; latency (batch 1, 128 tokens of prompt, 16 decoded) the
-median of ratios of interleaved runs; seconds are those of factoring the sites at all four levels, statistics aside.
+last quarter, and on half as many windows of `pydoc`. At each kept fraction every site that a method can treat takes its
+option there, all else stays dense; a method without levels treats as many of its sites, evenly spread, as bring about
+that fraction of them. Divergence is that from the dense model on the report split; latency (batch 1, 128 tokens of
+prompt, 16 decoded) the median of ratios of interleaved runs; seconds are those of factoring the sites at all four
+levels, statistics aside (a root of a Gram is paid by the first method that asks), a dash where the store had them.
 Finished methods are kept in studies/results/families.jsonl and not measured again.
 """
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,90 +39,73 @@ PUBLISHED = "-published"  # what slow published settings are called; they are le
 Cell = dict[str, Any]
 
 
-def settings(text: str, method: str) -> dict[str, Any]:
-    """families.toml on ``text`` for one method."""
+def settings(text: str, methods: Sequence[str]) -> dict[str, Any]:
+    """families.toml on ``text`` for some methods."""
     data = tomllib.loads((HERE / "families.toml").read_text(encoding="utf-8"))
     for split in data["data"].values():
         if isinstance(split, dict):
             split["text"] = text
-    outer = data["space"]["rule"][0]["methods"]
-    data["space"]["methods"] = [method]
-    if method in outer:
-        data["space"] |= {"include": ["lm_head"], "rule": []}
-    else:
-        data["space"] |= {"include": ["*"], "rule": []}
+    (head,) = data["space"]["rule"]
+    outside = [method for method in head["methods"] if method in methods]
+    inside = [method for method in methods if method not in outside]
+    include = ["*"] * bool(inside) + [head["match"]] * bool(outside)
+    rule = [{"match": head["match"], "methods": outside}] if inside and outside else []
+    data["space"] |= {"methods": inside or outside, "include": include, "rule": rule}
     return data
-
-
-def prepared(setup: Any, space: Any) -> float:
-    """Fill the factor store; seconds spent on factoring, statistics aside."""
-    last, spent = time.perf_counter(), 0.0
-
-    def note(phase: str, done: int, total: int) -> None:
-        nonlocal last, spent
-        now = time.perf_counter()
-        if phase == "factor":
-            spent += now - last
-        last = now
-
-    prepare_store(setup, space, note)
-    return spent
 
 
 def uniform(resident: Resident, method: str, keep: float) -> Plan:
     """``method`` at ``keep`` wherever it can treat a site."""
-    offered = {site.name: choices for site, choices in resident.space.choices.items()}
-    if all(len(choices.options) == 1 for choices in offered.values()):
+    offered = {s.name: choices for s, choices in resident.space.choices.items() if method in choices.methods}
+    levels = {name: {o for (own, _), o in c.options.items() if own == method} for name, c in offered.items()}
+    if all(len(options) == 1 for options in levels.values()):
         names, count = list(offered), round((1 - keep) * len(offered))
         taken = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
-        return Plan.of({name: next(iter(offered[name].options.values())) for name in taken})
+        return Plan.of({name: next(iter(levels[name])) for name in taken})
     return Plan.of({name: choices.option(method, keep) for name, choices in offered.items()})
 
 
-def measure(text: str, method: str) -> list[Cell]:
-    """One cell for each kept fraction."""
-    study = Study(settings(text, method))
+def measure(text: str, methods: Sequence[str]) -> Iterator[list[Cell]]:
+    """The cells of each method, one for each kept fraction."""
+    study = Study(settings(text, methods))
     setup = study.setup()
     space = make_space(setup)
-    seconds = prepared(setup, space)
+    seconds = prepare_store(setup, space, lambda phase, done, total: None)
     resident = Resident(setup)
     report = setup.tokens["report"]
-    splits = {"pydoc": Split("pydoc", len(report), (0.0, 1.0))}
+    splits = {"pydoc": Split("pydoc", len(report) // 2, (0.0, 1.0))}
     pydoc = cut(load_tokenizer(setup.source), splits, setup.config.data.length)["pydoc"]
     teacher = teach(resident.model, report)
-    dense = score(resident.model, report).perplexity
-    cells = []
-    for keep in sorted(setup.config.space.keep, reverse=True):
-        plan = uniform(resident, method, keep)
-        resident.apply(plan)
-        scores = score(resident.model, report, teacher)
-        cost = cost_of(
-            plan,
-            {site: place.block is not None for site, place in resident.sites.items()},
-            resident.dense_values,
-            DTYPES[setup.dtype].itemsize,
-        )
-        subject = Subject(resident.model, resident.dense, report, None, cost, Clock())
-        Latency(prompt=128, decode=16).value(subject)
-        cells.append(
-            {
-                "method": method,
-                "keep": keep,
-                "treated": len(plan.choices),
-                "divergence": scores.divergence,
-                "perplexity": scores.perplexity,
-                "pydoc": score(resident.model, pydoc).perplexity,
-                "dense": dense,
-                "block_parameters": cost.block_parameters,
-                "parameters": cost.parameters,
-                "megabytes": cost.bytes / 1e6,
-                "prefill": subject.notes["latency_prefill"],
-                "decode": subject.notes["latency_decode"],
-                "seconds": seconds,
-                "from": provenance(),
-            }
-        )
-    return cells
+    dense = [score(resident.model, windows).perplexity for windows in (report, pydoc)]
+    inside = {site: place.block is not None for site, place in resident.sites.items()}
+    for method in methods:
+        cells = []
+        for keep in sorted(setup.config.space.keep, reverse=True):
+            plan = uniform(resident, method, keep)
+            resident.apply(plan)
+            scores = score(resident.model, report, teacher)
+            cost = cost_of(plan, inside, resident.dense_values, DTYPES[setup.dtype].itemsize)
+            subject = Subject(resident.model, resident.dense, report, None, cost, Clock())
+            Latency(prompt=128, decode=16).value(subject)
+            cells.append(
+                {
+                    "method": method,
+                    "keep": keep,
+                    "treated": len(plan.choices),
+                    "divergence": scores.divergence,
+                    "perplexity": scores.perplexity,
+                    "pydoc": score(resident.model, pydoc).perplexity,
+                    "dense": dense,
+                    "block_parameters": cost.block_parameters,
+                    "parameters": cost.parameters,
+                    "megabytes": cost.bytes / 1e6,
+                    "prefill": subject.notes["latency_prefill"],
+                    "decode": subject.notes["latency_decode"],
+                    "seconds": seconds.get(method),
+                    "from": provenance(),
+                }
+            )
+        yield cells
 
 
 COLUMNS = {
@@ -146,7 +130,7 @@ def table(cells: list[Cell]) -> str:
     for cell in sorted(
         cells, key=lambda c: (order.index(get_method(c["method"]).family), known.index(c["method"]), -c["keep"])
     ):
-        shown = [form.format(cell[name]) for name, form in COLUMNS.items()]
+        shown = ["-" if cell[name] is None else form.format(cell[name]) for name, form in COLUMNS.items()]
         lines.append(f"| {get_method(cell['method']).family} | {cell['method']} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -154,7 +138,7 @@ def table(cells: list[Cell]) -> str:
 PAGE = """# Every family, uniform
 
 SmolLM2-135M-Instruct; how each figure is made is said at the top of `studies/families.py`. The dense model has
-perplexity {dense} on the report split.
+perplexity {dense[0]} on the report split and {dense[1]} on `pydoc`.
 
 {table}
 
@@ -181,15 +165,16 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "families.jsonl"
     cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for method in arguments.methods.split(","):
-        if any(cell["method"] == method for cell in cells):
-            continue
-        found = measure(arguments.text, method)
+    known = {cell["method"] for cell in cells}
+    missing = [method for method in arguments.methods.split(",") if method not in known]
+    for found in measure(arguments.text, missing) if missing else ():
         cells += found
         with file.open("a") as out:
             out.writelines(json.dumps(cell) + "\n" for cell in found)
         print(table(found), flush=True)
-    dense = next((f"{cell['dense']:.4g}" for cell in cells), "-")
+    if not cells:
+        return
+    dense = [f"{value:.4g}" for value in cells[0]["dense"]]
     page = PAGE.format(dense=dense, table=table(cells), sources=sources(cells))
     (RESULTS / "families.md").write_text(page, encoding="utf-8")
     print(page)
