@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
-import tensorly
 import torch
 from torch import Tensor
 
@@ -17,8 +16,6 @@ from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Unweighted, Weighting
 from rankfront.methods.layers import LAYERS, matrix_of
 from rankfront.methods.layers_tensor import Network
-
-Result = TypeVar("Result")
 
 
 class TensorFormat(Fitted):
@@ -147,7 +144,9 @@ def level_errors(weight: Tensor, energies: Tensor, component: Callable[[int], Te
     return {"errors": errors.clamp(0, largest).float(), "energy": whole[None].clamp_max(largest).float()}
 
 
-def with_tensorly(solver: Callable[..., Result], tensor: Tensor, *arguments: object, **settings: object) -> Result:
-    """What one of TensorLy's solvers makes of a tensor, on NumPy arrays; the caller's own backend stays chosen."""
+def with_tensorly(solver: str, tensor: Tensor, *arguments: object, **settings: object) -> Any:
+    """What TensorLy's solver of that name makes of a tensor, on NumPy arrays; the caller's own backend stays chosen."""
+    import tensorly.decomposition  # loads slowly, and few studies ask for it
+
     with tensorly.backend_context("numpy", local_threadsafe=True):
-        return solver(np.asarray(tensor), *arguments, **settings)
+        return getattr(tensorly.decomposition, solver)(np.asarray(tensor), *arguments, **settings)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tensorly.decomposition import parafac
 from torch import Tensor
 
 from rankfront.methods._method import Option, Prepared, Site, register
@@ -124,7 +123,7 @@ class CP(TensorFormat):
             factors = [factor.float().numpy() for factor in closed]
             settings = {"init": (np.ones(terms, np.float32), factors), "tol": 0, "l2_reg": RIDGE[torch.float32]}
             tensor = tensor.float()
-        _, found = with_tensorly(parafac, tensor, terms, n_iter_max=self.sweeps, **settings)
+        _, found = with_tensorly("parafac", tensor, terms, n_iter_max=self.sweeps, **settings)
         return [torch.from_numpy(np.array(factor, np.float64)) for factor in found]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tensorly.decomposition import tensor_ring
 from torch import Tensor
 
 from rankfront.methods._method import Option, Prepared, Site, register
@@ -25,7 +24,7 @@ def ring_cores(modes: Modes, weight: Tensor, ranks: tuple[int, int, int]) -> lis
     The first two are orthonormal, so what the third holds for each index of r_2 is the norm of an orthogonal component,
     largest first. Raises ValueError where W is not finite or r_0 r_1 > I_1.
     """
-    ring = with_tensorly(tensor_ring, modes.tensor(weight), rank=[*ranks, ranks[0]])
+    ring = with_tensorly("tensor_ring", modes.tensor(weight), rank=[*ranks, ranks[0]])
     sizes = zip(ring, modes.rows, modes.columns, strict=True)
     return [torch.from_numpy(core.copy()).unflatten(1, (m, n)) for core, m, n in sizes]
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from rankfront.methods._method import Option, Prepared, Site, register
@@ -24,7 +23,7 @@ def train_cores(modes: Modes, weight: Tensor, ranks: tuple[int, ...]) -> list[Te
     All but the last are orthonormal. Two cores are the truncated SVD of the rearranged weight. Raises ValueError where
     W is not finite.
     """
-    train = with_tensorly(tensor_train, modes.tensor(weight), rank=list(ranks))
+    train = with_tensorly("tensor_train", modes.tensor(weight), rank=list(ranks))
     sizes = zip(train, modes.rows, modes.columns, strict=True)
     return [torch.from_numpy(core.copy()).unflatten(1, (m, n)) for core, m, n in sizes]
 
