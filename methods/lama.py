@@ -24,6 +24,7 @@ from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Gram
+from rankfront.methods.layers_joint import CACHED
 
 ROLES = ("key", "query")
 
@@ -135,6 +136,7 @@ class LowRankAffinity(Nested):
             if "place" in prepared:
                 tensors["place"] = prepared["place"][:kept].T.repeat_interleave(count // keys, dim=0).contiguous()
             settings = {"heads": count, "kept": kept, "width": width, "placed": int("place" in prepared)}
+            settings["cached"] = CACHED.get(role, 0)
             bits = keys * width // 2 if "place" in prepared and role == "key" else 0  # queries read their key head's
             found[role] = Factors("heads", tensors, settings, Storage(rows.numel(), bits))
         return found

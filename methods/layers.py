@@ -37,6 +37,13 @@ class Factored(Protocol):
         """The tensors that run in the place of a dense weight (rows, columns): what loading fills."""
 
 
+class Attached(Protocol):
+    """What a module may offer that changes more than its own output."""
+
+    def attached(self, parent: nn.Module) -> None:
+        """Called whenever the module is put in place under ``parent``."""
+
+
 LAYERS: dict[str, type[Factored]] = {}
 Layer = TypeVar("Layer", bound=type)
 
@@ -102,4 +109,7 @@ def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` at the dotted ``path`` under ``root``."""
     parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
+    holder = root.get_submodule(parent)
+    setattr(holder, name, module)
+    if hasattr(module, "attached"):  # a layer that has something to say to what calls it
+        cast(Attached, module).attached(holder)

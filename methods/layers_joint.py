@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
+
+CACHED = {"key": 1, "value": 2}  # role -> the setting ``cached`` of a projection whose outputs are cached
 
 
 @layer("heads")
@@ -15,19 +18,46 @@ class HeadsLinear(nn.Module):
     """A projection to heads that keeps ``kept`` of the ``width`` outputs of each, the others zero.
 
     weight (heads · kept, n), bias (heads · kept,), x (..., n) to (..., heads · width). ``place`` (heads, kept) says
-    which of a head's outputs they are; without it they are the first.
+    which of a head's outputs they are; without it they are the first. Where its outputs are the keys or values that an
+    attention caches (`CACHED`), the cache holds the kept ones alone: see `ThinCache`.
     """
 
     place: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int, place: Tensor | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        heads: int,
+        kept: int,
+        width: int,
+        place: Tensor | None = None,
+        cached: int = 0,
     ) -> None:
         super().__init__()
         self.weight = parameter(weight)
         self.bias = optional_parameter(bias)
         self.register_buffer("place", place)
-        self.heads, self.kept, self.width = heads, kept, width
+        self.heads, self.kept, self.width, self.cached = heads, kept, width, cached
+
+    def attached(self, parent: nn.Module) -> None:
+        """Called when the module is put in place."""
+        if self.cached and not getattr(parent, "caches_thinly", False):
+            parent.register_forward_pre_hook(_thinly, with_kwargs=True)
+            parent.caches_thinly = True  # type: ignore[assignment]
+
+    def thinned(self, states: Tensor) -> Tensor:
+        """(batch, heads, tokens, width) to the kept ones, (batch, heads, tokens, kept)."""
+        if self.place is None:
+            return states[..., : self.kept]
+        return states.gather(-1, self.place.long()[None, :, None, :].expand(*states.shape[:-1], self.kept))
+
+    def widened(self, states: Tensor) -> Tensor:
+        """What `thinned` was given: the others are zeros."""
+        if self.place is None:
+            return nn.functional.pad(states, (0, self.width - self.kept))
+        zeros = states.new_zeros(*states.shape[:-1], self.width)
+        return zeros.scatter(-1, self.place.long()[None, :, None, :].expand_as(states), states)
 
     def _spread(self, kept: Tensor) -> Tensor:
         """(..., heads · kept) to (..., heads · width)."""
@@ -43,9 +73,8 @@ class HeadsLinear(nn.Module):
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
-        return HeadsLinear(
-            tensors["weight"], bias, settings["heads"], settings["kept"], settings["width"], tensors.get("place")
-        )
+        sizes = {name: settings[name] for name in ("heads", "kept", "width", "cached")}
+        return HeadsLinear(tensors["weight"], bias, place=tensors.get("place"), **sizes)
 
     def matrix(self) -> Tensor:
         return self._spread(self.weight.float().T).T
@@ -65,6 +94,41 @@ class HeadsLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.heads} heads, {self.kept} of {self.width} each"
+
+
+class ThinCache:
+    """A cache of keys and values as one attention sees it: it takes and gives whole heads, and stores what was kept.
+
+    Dimensions that a projection leaves out are zero before and after rotary positions, so nothing is lost. The whole
+    keys and values of one attention exist while it runs.
+    """
+
+    def __init__(self, cache: Any, keys: HeadsLinear | None, values: HeadsLinear | None) -> None:
+        self.cache, self.keys, self.values = cache, keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Store new states (batch, heads, tokens, width); all that are stored, of the same form."""
+        thin_keys = keys if self.keys is None else self.keys.thinned(keys)
+        thin_values = values if self.values is None else self.values.thinned(values)
+        keys, values = self.cache.update(thin_keys, thin_values, *more, **named)
+        return (
+            keys if self.keys is None else self.keys.widened(keys),
+            values if self.values is None else self.values.widened(values),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def _thinly(
+    attention: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward hook of an attention: its cache as a `ThinCache`, where some projection of it is thin now."""
+    thin = {child.cached: child for child in attention.children() if isinstance(child, HeadsLinear) and child.cached}
+    cache = named.get("past_key_values")
+    if not thin or cache is None:
+        return None
+    return given, named | {"past_key_values": ThinCache(cache, thin.get(CACHED["key"]), thin.get(CACHED["value"]))}
 
 
 @layer("from-heads")

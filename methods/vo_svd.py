@@ -22,6 +22,7 @@ from rankfront.methods._method import (
 from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage
+from rankfront.methods.layers_joint import CACHED
 
 ROLES = ("value", "output")
 
@@ -112,10 +113,11 @@ class ValueOutput(Nested):
         tensors = {"weight": value.transpose(0, 1).flatten(0, 1)}
         if "value.bias" in prepared:
             tensors["bias"] = prepared["value.bias"][:kept].T.flatten()
-        sizes = {"heads": keys, "kept": kept, "width": width, "placed": 0}
+        sizes = {"heads": keys, "kept": kept, "width": width}
+        cached = sizes | {"placed": 0, "cached": CACHED["value"]}
         wide = output.permute(1, 2, 0).flatten(1)  # (N, queries · ρ)
         return {
-            "value": Factors("heads", tensors, sizes, Storage(value.numel())),
+            "value": Factors("heads", tensors, cached, Storage(value.numel())),
             "output": Factors(
                 "from-heads", {"weight": wide}, sizes | {"heads": output.shape[2]}, Storage(output.numel())
             ),

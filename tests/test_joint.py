@@ -5,7 +5,8 @@ import itertools
 import common
 import pytest
 import torch
-from launching import make_run, small_data
+import transformers
+from launching import make_run, small_data, verify_here
 from rows import JOINT_METHODS, SHARED_METHODS
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
@@ -13,10 +14,11 @@ from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search import trial
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import _multiply_out, export
+from rankfront.search.front import Row
 from rankfront.search.model import find_sites, load_model, weights_at
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, make_space
+from rankfront.search.trial import Job, Resident, make_space
 
 METHODS = JOINT_METHODS
 FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}
@@ -98,7 +100,7 @@ def test_every_architecture_says_what_can_be_treated_jointly(architecture):
     offered = {
         name
         for site in find_sites(model)
-        for name in method_names()
+        for name in METHODS
         if len(site.weights) > 1 and get_method(name).options(site, grid)
     }
     assert offered == TREATED[architecture.name]
@@ -432,3 +434,106 @@ def test_a_site_is_treated_whole_or_not_at_all(worlds, monkeypatch, method):
             with pytest.raises(torch.OutOfMemoryError):
                 world.resident.apply(Plan.of({site.name: options[0]}))
         torch.testing.assert_close(world.logits(), before, rtol=0, atol=0)
+
+
+# -- what attentions cache
+
+
+CACHING = [(name, method) for name, method in PAIRS if method in ("lama", "vo-svd")]
+
+
+def decoded(model, ids, cache, start=5):
+    """Logits of ``ids`` (B, L): a prompt at once, then token by token, with a ``cache``."""
+    with torch.no_grad():
+        found = [model(input_ids=ids[:, :start], past_key_values=cache, use_cache=True).logits]
+        for i in range(start, ids.shape[1]):
+            found.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(found, dim=1)
+
+
+def at_once(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def widths(cache):
+    """(dimensions of keys, of values) that each layer of a cache stores."""
+    return [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
+
+
+@pytest.mark.parametrize(("name", "method"), CACHING)
+def test_the_cache_holds_what_was_kept(worlds, name, method):
+    """Decoding with a cache gives what the whole sequence at once gives, and the cache is as thin as the heads."""
+    world = worlds(name)
+    model, ids, side = world.resident.model, world.ids[:, :12], 0 if method == "lama" else 1
+    full = dense_width(model, ids)
+    chosen = {site.name: options[0] for site, options in world.treated(method)}
+    world.resident.apply(Plan.of(chosen))
+    kept = {option["width"] for option in chosen.values()}
+    cache = transformers.DynamicCache(config=model.config)
+    torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
+    assert {pair[side] for pair in widths(cache)} == kept
+    assert {pair[1 - side] for pair in widths(cache)} == {full}
+    assert max(kept) < full
+    common.restore(world.resident)
+    assert dense_width(model, ids) == full
+
+
+def dense_width(model, ids):
+    """The dimensions that every head of a dense model caches."""
+    cache = transformers.DynamicCache(config=model.config)
+    torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
+    (width,) = {width for pair in widths(cache) for width in pair}
+    return width
+
+
+def everywhere(world, block=None):
+    """A plan of lama and vo-svd at their thinnest, in one block or in all."""
+    return Plan.of(
+        {
+            site.name: options[0]
+            for method in ("lama", "vo-svd")
+            for site, options in world.treated(method)
+            if block in (None, world.resident.sites[site].block)
+        },
+        world.resident.setup.origin(),
+    )
+
+
+def test_the_cache_is_thin_only_where_heads_are(worlds):
+    world = worlds("llama")
+    model, ids = world.resident.model, world.ids[:, :12]
+    world.resident.apply(everywhere(world, block=0))
+    cache = transformers.DynamicCache(config=model.config)
+    torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
+    first, *others = widths(cache)
+    assert max(first) < common.HEAD_WIDTH
+    assert set(others) == {(common.HEAD_WIDTH, common.HEAD_WIDTH)}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_static_cache_is_thin_too(worlds, name):
+    world = worlds(name)
+    model, ids = world.resident.model, world.ids[:, :12]
+    world.resident.apply(everywhere(world))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
+    assert all(max(pair) < common.HEAD_WIDTH for pair in widths(cache))
+
+
+def test_an_export_caches_thinly(worlds, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    world = worlds("llama")
+    plan = everywhere(world)
+    record = world.resident.run(Job("trial", 0, plan))
+    attributes = {key: value for key, value in record.items() if key != "values"}
+    row = Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
+    export(world.setup, row, tmp_path / "out", "factored")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    cache = transformers.DynamicCache(config=loaded.config)
+    torch.testing.assert_close(decoded(loaded, world.ids[:, :12], cache), world.logits()[:, :12], **CLOSE)
+    assert all(max(pair) < common.HEAD_WIDTH for pair in widths(cache))
+    asked = {"input_ids": world.ids[:, :4], "max_new_tokens": 6, "do_sample": False}
+    plain = loaded.generate(**asked, use_cache=False)
+    assert torch.equal(loaded.generate(**asked), plain)
+    assert torch.equal(loaded.generate(**asked, cache_implementation="static"), plain)
