@@ -8,7 +8,7 @@ import common
 import pytest
 import torch
 from common import random_plan, save_folder
-from launching import small_data, verify_here
+from launching import make_run, small_data, verify_here
 from rows import FITTED_ROWS
 from test_method_laws import DTYPES, KEEPS, SAMPLES, make_sample, make_weight, modules
 from torch import nn
@@ -333,3 +333,18 @@ def test_exports_load_as_they_were_measured(name, architecture, tmp_path, text_f
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / form)
             logits = loaded(input_ids=ids, use_cache=False).logits
             torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 if form == "factored" else 1e-3)
+
+
+def test_a_search_over_every_family_goes_from_menu_to_front(tmp_path, model_folder, text_file):
+    """All of the fast ones in one space: the menu knows them all, and plans of several families are measured."""
+    data = small_data(model_folder, text_file)
+    data["space"] = {"methods": ["svd-llm", *FAST], "keep": [0.4, 0.7], "rank_multiple": 2}
+    data["search"] |= {"sampler": "rankfront", "trials": len(FAST) + 12, "anchors": [0.5]}
+    study = make_run(data, tmp_path / "run")
+    rows = [row for row in study.rows() if row.state == "complete"]
+    assert len(rows) == len(FAST) + 12
+    assert set(study.menu().method) == {"dense", "svd-llm", *FAST}
+    assert (study.menu().divergence >= 0).all()
+    mixed = [row for row in rows if len({option.method for option in row.plan.by_site.values()}) > 1]
+    assert mixed
+    assert all(row.values["perplexity"] > 1 for row in rows)
