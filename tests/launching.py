@@ -21,7 +21,9 @@ from common import study_data
 from rich.console import Console
 
 from rankfront.search.front import Row
+from rankfront.search.plan import Plan
 from rankfront.search.study import Study
+from rankfront.search.trial import Job, Resident
 
 PATIENCE = 240  # seconds until a test gives a process up
 
@@ -37,6 +39,14 @@ def small_data(folder: Path, text: Path, **search: Any) -> dict[str, Any]:
 def quiet() -> Console:
     """A console that nobody reads."""
     return Console(file=io.StringIO())
+
+
+def measured(resident: Resident, plan: Plan) -> Row:
+    """``plan`` as a trial's row."""
+    plan = Plan.of(plan.by_site, resident.setup.origin())
+    record = resident.run(Job("trial", 0, plan))
+    attributes = {key: value for key, value in record.items() if key != "values"}
+    return Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
 
 
 def make_run(data: Mapping[str, Any], run: Path) -> Study:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from common import ARCHITECTURES, random_plan, save_folder, tokens
-from launching import contents, make_run, small_data, tree, verify_here
+from launching import contents, make_run, measured, small_data, tree, verify_here
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +26,7 @@ from rankfront.search.front import Row
 from rankfront.search.model import count_parameters
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident
+from rankfront.search.trial import Resident
 
 IDS = tokens(2, 24, seed=3)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -57,13 +57,6 @@ def plan_of(resident, part):
     else:
         assert outer
     return Plan.of(choices, resident.setup.origin())
-
-
-def measured(resident, plan):
-    """``plan`` as a trial's row."""
-    record = resident.run(Job("trial", 0, plan))
-    attributes = {key: value for key, value in record.items() if key != "values"}
-    return Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
 
 
 @torch.no_grad()

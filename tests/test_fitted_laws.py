@@ -8,7 +8,7 @@ import common
 import pytest
 import torch
 from common import random_plan, save_folder
-from launching import make_run, small_data, verify_here
+from launching import make_run, measured, small_data, verify_here
 from rows import FITTED_ROWS
 from test_method_laws import DTYPES, KEEPS, SAMPLES, make_sample, make_weight, modules
 from torch import nn
@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import Grid, Site, Weight, get_method
 from rankfront.methods.layers import LAYERS, empty_replacement, matrix_of, replacement
 from rankfront.search.export import export
-from rankfront.search.front import Row
-from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident
+from rankfront.search.trial import Resident
 
 SHAPES = [(24, 12), (12, 24), (16, 16), (15, 34), (13, 17)]  # tall, wide, square, awkward, prime
 FLOOR = 1e-5  # of the whole loss
@@ -320,11 +318,8 @@ def test_exports_load_as_they_were_measured(name, architecture, tmp_path, text_f
     data["space"] = {"methods": [name], "keep": [0.4, 0.7], "rank_multiple": 2}
     resident = Resident(Study(data).setup())
     plan = random_plan(resident, 4)
-    plan = Plan.of(plan.by_site, resident.setup.origin())
     assert plan.choices
-    record = resident.run(Job("trial", 0, plan))
-    attributes = {key: value for key, value in record.items() if key != "values"}
-    row = Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
+    row = measured(resident, plan)
     ids = common.tokens(2, 24, seed=3)
     with torch.no_grad():
         expected = resident.model(input_ids=ids, use_cache=False).logits

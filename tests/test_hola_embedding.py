@@ -4,7 +4,7 @@ import common
 import pytest
 import torch
 from common import linear_site, rank_option
-from launching import small_data, verify_here
+from launching import measured, small_data, verify_here
 from test_method_laws import make_weight
 from transformers import AutoModelForCausalLM
 
@@ -12,11 +12,10 @@ from rankfront.methods import Gram, Grid, Statistics, get_method
 from rankfront.methods._weighting import LeftDiagonal, LeftGram
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import export
-from rankfront.search.front import Row
 from rankfront.search.model import count_parameters, find_sites
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident
+from rankfront.search.trial import Resident
 
 NAME, HEAD, TABLE = "hola-embedding", "lm_head", "model.embed_tokens"
 SITE = linear_site(60, 16, tied=("table",))
@@ -125,13 +124,10 @@ def test_an_exported_model_stays_tied_and_shrinks_as_claimed(tied_folder, text_f
     dense = count_parameters(resident.model)
     ((site, (option,)),) = resident.space.wanted().items()
     saved = common.VOCABULARY * common.HIDDEN - option["rank"] * (common.VOCABULARY + common.HIDDEN)
-    record = resident.run(Job("trial", 0, Plan.of({site.name: option}, resident.setup.origin())))
-    assert record["parameter_count"] == dense - saved
-    assert record["parameters"] == pytest.approx(1 - saved / dense)
+    row = measured(resident, Plan.of({site.name: option}))
+    assert row.attributes["parameter_count"] == dense - saved
+    assert row.attributes["parameters"] == pytest.approx(1 - saved / dense)
 
-    attributes = {key: value for key, value in record.items() if key != "values"}
-    plan = Plan.of({site.name: option}, resident.setup.origin())
-    row = Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
     ids = common.tokens(2, 24, seed=3)
     with torch.no_grad():
         expected = resident.model(input_ids=ids, use_cache=False).logits

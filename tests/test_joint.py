@@ -6,7 +6,7 @@ import common
 import pytest
 import torch
 import transformers
-from launching import make_run, small_data, verify_here
+from launching import make_run, measured, small_data, verify_here
 from rows import JOINT_METHODS, SHARED_METHODS
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
@@ -14,11 +14,10 @@ from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search import trial
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import _multiply_out, export
-from rankfront.search.front import Row
 from rankfront.search.model import find_sites, load_model, weights_at
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident, make_space
+from rankfront.search.trial import Resident, make_space
 
 METHODS = JOINT_METHODS
 FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}
@@ -524,10 +523,7 @@ def test_a_static_cache_is_thin_too(worlds, name):
 def test_an_export_caches_thinly(worlds, tmp_path, monkeypatch):
     verify_here(monkeypatch)
     world = worlds("llama")
-    plan = everywhere(world)
-    record = world.resident.run(Job("trial", 0, plan))
-    attributes = {key: value for key, value in record.items() if key != "values"}
-    row = Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
+    row = measured(world.resident, everywhere(world))
     export(world.setup, row, tmp_path / "out", "factored")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     cache = transformers.DynamicCache(config=loaded.config)

@@ -4,7 +4,7 @@ import common
 import pytest
 import torch
 import transformers
-from launching import make_run, small_data, verify_here
+from launching import make_run, measured, small_data, verify_here
 from test_method_laws import make_sample, make_weight
 from transformers import AutoModelForCausalLM
 
@@ -12,12 +12,11 @@ from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_meth
 from rankfront.methods.layers import matrix_of
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import export
-from rankfront.search.front import Row
 from rankfront.search.gradient import quadratic_divergence
 from rankfront.search.model import find_sites, load_model, weights_at
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident
+from rankfront.search.trial import Resident
 
 METHODS = ("shared-basis", "hola")
 OFFERED = {  # kinds of projection that adjacent blocks share, and siblings
@@ -217,10 +216,7 @@ def test_exports_load_with_one_basis(worlds, name, method, form, tmp_path, monke
     verify_here(monkeypatch)
     world = worlds(name, method)
     resident = world.resident
-    plan = Plan.of({site.name: options[-1] for site, options in world.wanted.items()}, resident.setup.origin())
-    record = resident.run(Job("trial", 0, plan))
-    attributes = {key: value for key, value in record.items() if key != "values"}
-    row = Row(3, "complete", "random", plan.to_json(), plan.key, record["values"], attributes)
+    row = measured(resident, Plan.of({site.name: options[-1] for site, options in world.wanted.items()}))
     expected = world.logits()
     export(resident.setup, row, tmp_path / "out", form)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
