@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,20 +73,20 @@ def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
         def run(hidden: Tensor, block: nn.Module = block, call: _Call = calls[number]) -> Tensor:
             return call.run(block, hidden)
 
-        for stage in dict.fromkeys(lead[p] for p in lead if p.startswith(path)):
+        stages = list(dict.fromkeys(lead[p] for p in lead if p.startswith(path)))
+        with _in_place(model, plain, own):
+            seen = [_inputs(model, stages, run, hidden) for hidden in dense]  # of this block's weights, all tokens
+        dense = [after for after, _ in seen]
+        for stage in stages:
             sites = {s: o for s, o in by_block.get(number, {}).items() if lead[_paths({number: {s: o}})[0]] == stage}
             treated = {p: plain[p] for site in sites for weight in site.weights for p in (weight.path, *weight.tied)}
             sums = _Sums()
-            for x_dense, x_compressed in zip(dense, compressed, strict=True):
-                with _in_place(model, plain, own):
-                    x = _input(model, stage, run, x_dense)
-                with _in_place(model, treated, own):
-                    sums.add(x, _input(model, stage, run, x_compressed))
+            with _in_place(model, treated, own):
+                for (_, inputs), hidden in zip(seen, compressed, strict=True):
+                    sums.add(inputs[stage], _caught(model.get_submodule(stage), partial(run, hidden)))
             for site, option in sites.items():
                 _fit(resident, site, option, sums)
                 own |= {weight.path: resident.modules[weight.path] for weight in site.weights}
-        with _in_place(model, plain, own):
-            dense = [run(hidden) for hidden in dense]
         compressed = [run(hidden) for hidden in compressed]
         progress(number + 1, len(found))
 
@@ -140,9 +141,22 @@ def _first(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
     return _caught(block, lambda: model(input_ids=ids, use_cache=False))
 
 
-def _input(model: Any, path: str, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """What the module at ``path`` reads when its block reads ``hidden``, (tokens, n)."""
-    return _caught(model.get_submodule(path), lambda: run(hidden)).flatten(0, -2)
+def _inputs(
+    model: Any, paths: Sequence[str], run: Callable[[Tensor], Tensor], hidden: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a block makes of ``hidden``, and what the modules at ``paths`` in it read."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, given, path=path: found.__setitem__(path, given[0])
+        )
+        for path in paths
+    ]
+    try:
+        return run(hidden), found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
@@ -184,8 +198,8 @@ class _Sums:
         self.cross: Tensor | None = None
 
     def add(self, x: Tensor, compressed: Tensor) -> None:
-        """x and x' (tokens, n) of the same tokens."""
-        x, compressed = x.float(), compressed.float()
+        """x and x' (..., n) of the same tokens."""
+        x, compressed = x.flatten(0, -2).float(), compressed.flatten(0, -2).float()
         own, cross = compressed.T @ compressed, x.T @ compressed
         self.tokens += len(x)
         self.own = own if self.own is None else self.own.add_(own)
