@@ -2,8 +2,9 @@
 
     python studies/refit.py TEXT [--rows uniform,...] [--keep 0.8,0.6]
 
-Model, text, splits and plans are those of studies/search_benchmark.py (svd-llm and dense): the same fraction everywhere,
-and what the menu and the knapsack give before any search. The refit reads the calibrate split, 64 windows of 512 tokens.
+Model, text, splits and plans are those of studies/search_benchmark.py (svd-llm and dense): the same fraction
+everywhere, and what the menu and the knapsack give before any search. The refit reads the calibrate split, 64 windows of
+512 tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from rankfront.search.refit import refitted
 
 PAGE = """# Sequential refit
 
-SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense; perplexity on the report split (dense: {dense:.4g}).
-How is said at the top of `studies/refit.py`.
+SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense; perplexity on the report split (dense:
+{dense:.4g}). How is said at the top of `studies/refit.py`.
 
 | plan | keep | perplexity | refitted | seconds of the refit |
 | --- | --- | --- | --- | --- |
