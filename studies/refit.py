@@ -3,8 +3,8 @@
     python studies/refit.py TEXT [--rows uniform,...] [--keep 0.8,0.6]
 
 Model, text, splits and plans are those of studies/search_benchmark.py (svd-llm and dense): the same fraction
-everywhere, and what the menu and the knapsack give before any search. The refit reads the calibrate split, 64 windows of
-512 tokens.
+everywhere, and what the menu and the knapsack give before any search. The refit reads the calibrate split, 64 windows
+of 512 tokens.
 """
 
 from __future__ import annotations
