@@ -313,7 +313,8 @@ class Driver:
     def _reported(self, row: Row) -> bool:
         """Whether everything that is asked for was measured on the report split."""
         refit = self.config.search.refit != "none" and bool(row.plan.choices)
-        return row.report is not None and not (refit and "refitted" not in row.report and "failure" not in row.report)
+        known = {"refitted", "refit_failure", "failure"} if refit else {"perplexity", "failure"}
+        return row.report is not None and not known.isdisjoint(row.report)
 
     def _next_report(self) -> Job | None:
         for row in self._unreported():

@@ -41,7 +41,10 @@ class _Reached(Exception):
 
 @contextmanager
 def refitted(resident: Resident, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[None]:
-    """Within, the model runs ``plan`` refitted sequentially on the calibrate split; dense after."""
+    """Within, the model runs ``plan`` refitted sequentially on the calibrate split; dense after.
+
+    Beside the model it holds hidden states of all these tokens twice, and what the weights of one block read.
+    """
     resident.apply(plan)
     try:
         with torch.no_grad():

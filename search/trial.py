@@ -141,6 +141,14 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, f
     return dict(store.seconds)
 
 
+FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a trial, which becomes a value of its record
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 class Resident:
     """A model that stays loaded and lives through many trials; only sites whose option changed are swapped."""
 
@@ -300,8 +308,8 @@ class Resident:
             return measure[job.kind](job)
         except InputError:
             raise
-        except (RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        except FAILURES as error:
+            reason = _reason(error)
         self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
         return {"failure": reason}
 
@@ -416,6 +424,18 @@ class Resident:
             return {"failure": f"perplexity on the report split is {scores.perplexity}"}
         record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
         if self.setup.config.search.refit == "sequential" and job.plan.choices:
-            with clock.phase("refit"), refitted(self, job.plan):
-                record["refitted"] = score(self.model, self.setup.tokens["report"]).perplexity
+            record |= self._refitted(job.plan, clock)
         return record | {"seconds": clock.seconds}
+
+    def _refitted(self, plan: Plan, clock: Clock) -> Record:
+        """Perplexity on the report split after a refit, or why there is none: what was measured without it counts."""
+        try:
+            with clock.phase("refit"), refitted(self, plan):
+                perplexity = score(self.model, self.setup.tokens["report"]).perplexity
+            return {"refitted": perplexity} if math.isfinite(perplexity) else {"refit_failure": f"{perplexity=}"}
+        except InputError:
+            raise
+        except FAILURES as error:
+            reason = _reason(error)
+        self._recover()
+        return {"refit_failure": reason}

@@ -256,3 +256,28 @@ def test_exports_are_refitted_and_verified(run, form, tmp_path, monkeypatch):
     assert float(perplexity) == pytest.approx(row.report["refitted"], rel=2e-3)
     assert json.loads((tmp_path / "refitted" / "plan.json").read_text()) == json.loads(row.plan.to_json())
     assert DENSE_OPTION not in row.plan.by_site.values()
+
+
+def test_a_refit_that_fails_loses_nothing(model_folder, text_file, tmp_path, monkeypatch):
+    """Its reason is kept beside what was measured without it, and it is not tried again."""
+    data = small_data(model_folder, text_file)
+    data["search"] |= {"trials": 4, "refit": "sequential"}
+    calls = []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        raise torch.OutOfMemoryError("no room\nat all")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refit, "_fit", failing)
+        run = make_run(data, tmp_path / "run")
+    treated = [row for row in run.front() if row.plan.choices]
+    assert treated
+    for row in treated:
+        assert row.report["refit_failure"] == "OutOfMemoryError: no room"
+        assert row.report["perplexity"] > 1
+        assert "refitted" not in row.report
+    done = len(calls)
+    again = make_run(data, tmp_path / "run")
+    assert len(calls) == done
+    assert [row.report for row in again.front()] == [row.report for row in run.front()]
