@@ -5,10 +5,14 @@ Preparing measures inputs x of the dense model. Where blocks before a weight are
     min_Ŵ Σ_t ‖W x_t − Ŵ x'_t‖² = min_Ŵ ‖(M − Ŵ) C'^{1/2}‖² + const,    M = W C_xx' C'⁻¹,
 
 with C' = Σ x'x'ᵀ and C_xx' = Σ x x'ᵀ: what a method that fits W under C does is done again for M under C', at the same
-level. Block by block, and within a block by what reads the same input, in the order of the calls; two streams of hidden
+level. M is a regression: where x' tells little of x it shrinks, and over many blocks so does what they write. So the
+target goes part of the way, W + β (M − W).
+
+Block by block, and within a block by what reads the same input, in the order of the calls; two streams of hidden
 states, dense and compressed, go along. Treatments that have no such Gram stay as they are.
 
-Source: AA-SVD (2604.02119), its anchored objective, there for low rank; its block-wise training is not part of this.
+Source: AA-SVD (2604.02119), its anchored objective (β = 1), there for low rank; its block-wise training is not part of
+this. A target part of the way is SAES-SVD's (ICLR 2026), which chooses β layer by layer [M].
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from rankfront.search.trial import Resident
 
 BATCH_TOKENS = 2048  # tokens that a block reads at once
+ANCHOR = 0.5  # β
 RIDGE = 1e-4  # of the mean diagonal of C', as tokens that both streams share: where nothing is known, M is W
 Progress = Callable[[int, int], None]  # blocks done, in all
 
@@ -209,14 +214,14 @@ class _Sums:
         self.cross = cross if self.cross is None else self.cross.add_(cross)
 
     def target(self, weight: Tensor) -> Tensor:
-        """M = W (C_xx' + ε I)(C' + ε I)⁻¹, (m, n), for W (m, n)."""
+        """W + β (M − W), M = W (C_xx' + ε I)(C' + ε I)⁻¹, (m, n), for W (m, n)."""
         assert self.own is not None
         assert self.cross is not None
         own, cross = self.own.double(), self.cross.double()
         ridge = RIDGE * own.diagonal().mean() + torch.finfo(torch.float32).tiny
         identity = ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
         moved: Tensor = torch.linalg.solve(own + identity, (cross + identity).T)
-        return weight.double() @ moved.T
+        return torch.lerp(weight.double(), weight.double() @ moved.T, ANCHOR)
 
 
 def _fit(resident: Resident, site: Site, option: Option, sums: _Sums) -> None:

@@ -83,6 +83,7 @@ def test_no_matrix_of_its_rank_fits_the_dense_outputs_better(residents, name, mo
     """Of every weight alone in turn, on the inputs that it now reads: Σ ‖W x − Ŵ x'‖² is the least of its rank, which
     is the tail of the spectrum of the target's outputs and what no matrix reaches; plain factors leave more."""
     monkeypatch.setattr(refit, "RIDGE", 1e-7)
+    monkeypatch.setattr(refit, "ANCHOR", 1.0)
     resident = residents(name)
     ids = resident.setup.tokens["calibrate"]
     plan = plan_of(resident, ["svd-llm"])
@@ -134,6 +135,23 @@ def test_the_model_is_dense_after(residents, name):
     common.restore(resident)
     resident.apply(plan)
     assert torch.equal(logits(resident), plain)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.3, 1.0])
+def test_the_target_goes_part_of_the_way_to_the_regression(monkeypatch, anchor):
+    """From W itself to what predicts W x from x' with the least error."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, 7, generator=generator), torch.randn(5, 7, generator=generator)
+    compressed = x + 0.7 * torch.randn(200, 7, generator=generator)
+    sums = refit._Sums()
+    for part, other in zip(x.split(60), compressed.split(60), strict=True):
+        sums.add(part, other)
+    monkeypatch.setattr(refit, "ANCHOR", anchor)
+    monkeypatch.setattr(refit, "RIDGE", 1e-9)
+    best = torch.linalg.lstsq(compressed.double(), x.double() @ weight.double().T).solution.T
+    expected = (1 - anchor) * weight.double() + anchor * best
+    torch.testing.assert_close(sums.target(weight), expected, rtol=1e-4, atol=1e-4)
+    assert sums.tokens == 200
 
 
 @pytest.mark.parametrize("method", ["svd", "lama", "shared-basis"])
