@@ -121,17 +121,8 @@ def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
 
 def _mark(model: Any, resident: Resident) -> None:
     """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
-    modules: dict[str, dict[str, Any]] = {}
-    for site in resident.sites:
-        option = resident.current.get(site.name, DENSE_OPTION)
-        if option == DENSE_OPTION:
-            continue
-        for weight in site.weights:
-            factors = resident.store.factors(site, option)[weight.role]
-            for path in (weight.path, *weight.tied):
-                modules[path] = {"kind": factors.kind, **factors.settings}
-    tied = _tied(model, modules)
-    config = RankfrontConfig(modules=modules, tied=tied)
+    tied = _tied(model, resident.layers)
+    config = RankfrontConfig(modules=resident.layers, tied=tied)
     model.config.quantization_config = config
     model.hf_quantizer = RankfrontQuantizer(config)
     tie_factors(model, tied)

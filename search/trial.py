@@ -168,7 +168,8 @@ class Resident:
             for path in (weight.path, *weight.tied)
         }
         self.current: dict[str, Option] = {}
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}  # what runs in the place of dense ones, by path
+        self.layers: dict[str, dict[str, Any]] = {}  # their kinds and settings, as an export names them
         self.rungs = setup.config.rung_windows()
         self._teachers: dict[int, Teacher] = {}
         self._probed: Teacher | None = None  # on the windows of the menu's probes
@@ -200,6 +201,7 @@ class Resident:
             for weight in site.weights:
                 for path in (weight.path, *weight.tied):
                     self.modules.pop(path, None)
+                    self.layers.pop(path, None)
                     set_module(self.model, path, self.dense_modules[path])
         else:
             self.replace(site, self.store.factors(site, option))
@@ -207,10 +209,13 @@ class Resident:
 
     def replace(self, site: Site, factors: Mapping[str, Factors]) -> None:
         """Run ``factors`` at a site that the plan treats, instead of those of its option, until the site changes."""
-        modules = self._made({weight.role: (weight.path, *weight.tied) for weight in site.weights}, factors)
+        paths = {weight.role: (weight.path, *weight.tied) for weight in site.weights}
+        modules = self._made(paths, factors)
         self.modules |= modules
         for path, module in modules.items():
             set_module(self.model, path, module)
+        for role, own in paths.items():
+            self.layers |= {path: {"kind": factors[role].kind, **factors[role].settings} for path in own}
 
     def _made(self, paths: Mapping[str, Sequence[str]], factors: Mapping[str, Factors]) -> dict[str, nn.Module]:
         """Modules that run each role's ``factors`` in the place of the dense ones at its ``paths``.

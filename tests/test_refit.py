@@ -5,13 +5,14 @@ import json
 import common
 import pytest
 import torch
-from launching import make_run, small_data, verify_here
+from launching import make_run, measured, small_data, verify_here
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import DENSE_OPTION, get_method
 from rankfront.methods.layers import weight_of
 from rankfront.search import refit
+from rankfront.search.export import export
 from rankfront.search.plan import Plan
 from rankfront.search.refit import refitted
 from rankfront.search.study import Study
@@ -299,3 +300,20 @@ def test_a_refit_that_fails_loses_nothing(model_folder, text_file, tmp_path, mon
     again = make_run(data, tmp_path / "run")
     assert len(calls) == done
     assert [row.report for row in again.front()] == [row.report for row in run.front()]
+
+
+@pytest.mark.parametrize("method", ["wara", "compot", "oats", "nystrom", "hola"])
+def test_an_export_describes_the_factors_that_were_refitted(method, model_folder, text_file, tmp_path, monkeypatch):
+    """Also where more than the tensors hangs on the data: the ranks of wavelet bands."""
+    verify_here(monkeypatch)
+    data = small_data(model_folder, text_file)
+    data["space"] = {"methods": [method], "keep": [0.5], "rank_multiple": 2}
+    resident = Resident(Study(data).setup())
+    row = measured(resident, plan_of(resident, [method]))
+    with refitted(resident, row.plan):
+        expected = logits(resident)
+    export(resident.setup, row, tmp_path / "out", "factored", "sequential")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        found = loaded(input_ids=common.tokens(2, 24, seed=3), use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
