@@ -25,7 +25,16 @@ from torch import Tensor
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
 from rankfront.methods._low_rank import weighted_subspace
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
+from rankfront.methods._method import (
+    Factors,
+    Grid,
+    Option,
+    Prepared,
+    Site,
+    nearest_levels,
+    not_one_linear,
+    whole_level,
+)
 from rankfront.methods._metric import WHITENING
 from rankfront.methods._sparse import gather_rows, pack_mask
 from rankfront.methods._statistics import Statistics
@@ -114,16 +123,11 @@ class Dictionary(Fitted):
         raise NotImplementedError
 
     def refuses(self, site: Site) -> str | None:
-        if len(site.weights) != 1:
-            return "it treats one weight at a time"
-        if site.weights[0].kind == "embedding":
-            return "an embedding table's inputs are token ids, which have no Gram"
-        if not self._ladder(site, 1):
-            return "no dictionary stores less than the dense weight"
-        return None
+        reason = not_one_linear(site, self.needs)
+        return reason if reason or self._ladder(site, 1) else "no dictionary stores less than the dense weight"
 
-    def _ladder(self, site: Site, step: int) -> list[tuple[int, tuple[int, int]]]:
-        """(stored parameters, (atoms, nonzeros)) of every level cheaper than dense, rising."""
+    def _ladder(self, site: Site, step: int) -> dict[tuple[int, int], int]:
+        """(atoms, nonzeros) -> stored parameters of every level cheaper than dense, rising."""
         weight = site.weights[0]
         m, n = weight.out_features, weight.in_features
         counts = range(step, min(m, n) + 1, step)
@@ -131,20 +135,16 @@ class Dictionary(Fitted):
         if levels:
             k, s = levels[-1]
             levels += [(k, more) for more in range(s, k + 1, max(1, step // ATOMS_PER_NONZERO))][1:]
-        costs = [(dictionary_storage(m, n, *level).parameters, level) for level in levels]
-        return sorted(cost for cost in costs if cost[0] < m * n)
+        costs = sorted((dictionary_storage(m, n, *level).parameters, level) for level in levels)
+        return {level: cost for cost, level in costs if cost < m * n}
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
             return {}
-        ladder, dense = self._ladder(site, grid.rank_multiple), site.storage.parameters
-        if not ladder:
-            return {}
-        found = {}
-        for keep in grid.keep:
-            _, (atoms, nonzeros) = min(ladder, key=lambda rung: abs(rung[0] - keep * dense))
-            found[keep] = Option.of(self.name, atoms=atoms, nonzeros=nonzeros)
-        return found
+        chosen = nearest_levels(self._ladder(site, grid.rank_multiple), grid, site.storage.parameters)
+        return {
+            keep: Option.of(self.name, atoms=atoms, nonzeros=nonzeros) for keep, (atoms, nonzeros) in chosen.items()
+        }
 
     def level(self, option: Option) -> tuple[int, int]:
         """(atoms, nonzeros); raises `InputError` where they are not whole numbers with nonzeros ≤ atoms."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._fitted import Fitted
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, whole_level
 from rankfront.methods._storage import Storage, low_rank_sparse_storage
 
 Product = Callable[[Tensor], Tensor]
@@ -66,13 +66,10 @@ class LowRankSparse(Fitted):
         raise NotImplementedError
 
     def refuses(self, site: Site) -> str | None:
-        if len(site.weights) != 1:
-            return "it treats one weight at a time"
-        if site.weights[0].kind == "embedding":
-            return "an embedding table's inputs are token ids, which have no gram statistics"
-        if self._cost(site, 1, 1) >= site.storage.parameters:
-            return "a single component and one entry a row store no less than the dense weight"
-        return None
+        reason = not_one_linear(site, self.needs)
+        if reason or self._cost(site, 1, 1) < site.storage.parameters:
+            return reason
+        return "a single component and one entry a row store no less than the dense weight"
 
     def check(self, option: Option) -> None:
         whole_level(option, "rank")

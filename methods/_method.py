@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -171,6 +171,7 @@ def plain_factors(weight: Tensor, storage: Storage, bias: Tensor | None = None) 
 
 
 Prepared = dict[str, Tensor]
+Level = TypeVar("Level")
 
 
 class Method(Protocol):
@@ -259,6 +260,22 @@ def whole_level(option: Option, name: str) -> int:
     if type(value) is not int or value < 1:
         raise InputError(f"option {option.label!r} has {name}={value!r}: it needs a whole number of at least 1")
     return value
+
+
+def not_one_linear(site: Site, needs: Sequence[str]) -> str | None:
+    """Why a method of single linears that reads ``needs`` cannot treat ``site`` at all; None where it is one."""
+    if len(site.weights) != 1:
+        return "it treats one weight at a time"
+    if site.weights[0].kind != "embedding":
+        return None
+    if needs:
+        return f"an embedding table's inputs are token ids, which have no {', '.join(needs)} statistics"
+    return "an embedding table is looked up, not multiplied"
+
+
+def nearest_levels(costs: Mapping[Level, int], grid: Grid, dense: int) -> dict[float, Level]:
+    """Kept fraction -> the level whose cost is nearest to that share of ``dense``, the first of equals; {} of none."""
+    return {keep: min(costs, key=lambda level: abs(costs[level] - keep * dense)) for keep in grid.keep if costs}
 
 
 def stepped(grid: Grid, full: int, step: int) -> dict[float, int]:

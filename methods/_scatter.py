@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankfront.methods._sparse import pack_mask, unpack_mask
 from rankfront.methods._storage import row_support_bits
 from rankfront.methods._support import BYTE, index_width, pack, packed_bits, unpack
 
@@ -18,14 +19,14 @@ def packed_columns(columns: Tensor, width: int) -> Tensor:
     """Distinct ``columns`` (rows, s) below ``width`` as uint8: bitmask or indices, whichever is smaller."""
     rows, kept = columns.shape
     if _masked(rows, width, kept):
-        return pack(torch.zeros(rows, width, dtype=torch.int64).scatter(1, columns, 1), 1)
+        return pack_mask(torch.zeros(rows, width, dtype=torch.int64).scatter(1, columns, 1))
     return pack(columns, index_width(width))
 
 
 def columns_of(packed: Tensor, rows: int, width: int, kept: int) -> Tensor:
     """What `packed_columns` was given, each row rising, (rows, kept) int64."""
     if _masked(rows, width, kept):
-        return unpack(packed, 1, rows * width).view(rows, width).nonzero()[:, 1].view(rows, kept)
+        return unpack_mask(packed, rows, width).nonzero()[:, 1].view(rows, kept)
     return unpack(packed, index_width(width), rows * kept).view(rows, kept).sort(1).values
 
 

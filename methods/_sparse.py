@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._support import BYTE, pack
+from rankfront.methods._support import pack, unpack
 from rankfront.methods.layers import parameter
 
 
@@ -23,9 +23,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(support: Tensor, rows: int, columns: int) -> Tensor:
     """What `pack_mask` was given, bool (rows, columns)."""
-    bits = (support[:, None] >> torch.arange(BYTE, dtype=torch.uint8, device=support.device)) & 1
-    places: Tensor = bits.flatten()[: rows * columns].unflatten(0, (rows, columns))
-    return places.bool()
+    return unpack(support, 1, rows * columns).view(rows, columns).bool()
 
 
 def scatter_rows(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
+from rankfront.methods._method import (
+    Factors,
+    Grid,
+    Option,
+    Prepared,
+    Site,
+    nearest_levels,
+    not_one_linear,
+    whole_level,
+)
 from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Unweighted, Weighting
 from rankfront.methods.layers import LAYERS, matrix_of
@@ -48,13 +57,8 @@ class TensorFormat(Fitted):
         self.kept(option)
 
     def refuses(self, site: Site) -> str | None:
-        if len(site.weights) != 1:
-            return "it treats one weight at a time"
-        if site.weights[0].kind == "embedding":
-            return "an embedding table is looked up, not multiplied"
-        if not self._below_dense(site, 1):
-            return "no level stores less than the dense weight"
-        return None
+        reason = not_one_linear(site, self.needs)
+        return reason if reason or self._below_dense(site, 1) else "no level stores less than the dense weight"
 
     def _below_dense(self, site: Site, level: int) -> bool:
         weight = site.weights[0]
@@ -71,10 +75,7 @@ class TensorFormat(Fitted):
             if not self._below_dense(site, level):
                 break
             costs[level] = self.cost(m, n, level).values
-        if not costs:
-            return {}
-        dense = site.storage.values
-        chosen = {keep: min(costs, key=lambda level: (abs(costs[level] - keep * dense), level)) for keep in grid.keep}
+        chosen = nearest_levels(costs, grid, site.storage.values)
         return {keep: Option.of(self.name, **{self.level: level}) for keep, level in chosen.items()}
 
     def storage(self, site: Site, option: Option) -> Storage:

@@ -31,7 +31,17 @@ from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
 from rankfront.methods._group_pursuit import coded, pursued
 from rankfront.methods._low_rank import balanced
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, register, whole_level
+from rankfront.methods._method import (
+    Factors,
+    Grid,
+    Option,
+    Prepared,
+    Site,
+    nearest_levels,
+    not_one_linear,
+    register,
+    whole_level,
+)
 from rankfront.methods._metric import WHITENING
 from rankfront.methods._scatter import dense_of, packed_columns
 from rankfront.methods._statistics import Statistics, collected
@@ -65,14 +75,10 @@ class DSFormer(Fitted):
     needs = WHITENING.needs
 
     def refuses(self, site: Site) -> str | None:
-        if len(site.weights) != 1:
-            return "it treats one weight at a time"
-        if site.weights[0].kind == "embedding":
-            return "an embedding table's inputs are token ids, which have no gram statistics"
-        weight = site.weights[0]
-        if not self._offered(weight.out_features, weight.in_features, self.group or 1, least=True):
-            return "the smallest basis and coefficients store no less than the dense weight"
-        return None
+        reason, weight = not_one_linear(site, self.needs), site.anchor
+        if reason or self._offered(weight.out_features, weight.in_features, self.group or 1, least=True):
+            return reason
+        return "the smallest basis and coefficients store no less than the dense weight"
 
     def check(self, option: Option) -> None:
         atoms, group, nonzeros, _ = (whole_level(option, name) for name in LEVELS)
@@ -82,12 +88,9 @@ class DSFormer(Fitted):
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
             return {}
-        weight, whole = site.weights[0], site.storage.parameters
         step = math.lcm(grid.rank_multiple, self.group or 1)
-        offered = self._offered(weight.out_features, weight.in_features, step)
-        return {
-            keep: min(offered, key=lambda option: abs(offered[option] - keep * whole)) for keep in grid.keep if offered
-        }
+        offered = self._offered(site.anchor.out_features, site.anchor.in_features, step)
+        return nearest_levels(offered, grid, site.storage.parameters)
 
     @cache  # noqa: B019 - there are as many methods as files, and most sites have shapes in common
     def _offered(self, m: int, n: int, step: int, least: bool = False) -> dict[Option, int]:

@@ -22,7 +22,7 @@ from rankfront.methods._metric import TOKENS
 
 
 @dataclass(frozen=True)
-class SharedBasis(LowRank):
+class TokenBasis(LowRank):
     """Low rank of the one matrix that embedding table and output head share."""
 
     family = "shared subspace"
@@ -33,4 +33,4 @@ class SharedBasis(LowRank):
         return super().refuses(site)
 
 
-register(SharedBasis("hola-embedding", "2507.15542", TOKENS))
+register(TokenBasis("hola-embedding", "2507.15542", TOKENS))

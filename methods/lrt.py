@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._low_rank import LowRank, weighted_subspace
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, register, whole_level
+from rankfront.methods._low_rank import LowRank, balanced, weighted_subspace
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
 from rankfront.methods._metric import IDENTITY
 from rankfront.methods._statistics import Statistics
 from rankfront.methods._storage import Storage, low_rank_storage
@@ -38,11 +38,8 @@ def limit_rank(site: Site) -> int:
 
 def published_refusal(site: Site) -> str | None:
     """Why the published rule skips ``site`` at every fraction, or None."""
-    if len(site.weights) != 1:
-        return "it treats one weight at a time"
-    if site.anchor.kind == "embedding":
-        return "it treats linear layers, not tables"
-    return None if limit_rank(site) > 1 else "no rank from 1 lies below ⌊mn/(m + n)⌋"
+    reason = not_one_linear(site, ())
+    return reason if reason or limit_rank(site) > 1 else "no rank from 1 lies below ⌊mn/(m + n)⌋"
 
 
 def published_ranks(site: Site, grid: Grid) -> dict[float, int]:
@@ -132,9 +129,7 @@ class SemiNMF(Fitted):
     ) -> Prepared:
         (weight,), (option,) = weights.values(), options
         g, f = semi_nmf(weight, whole_level(option, "rank"))
-        tiny = torch.finfo(torch.float32).tiny
-        balance = (f.norm(dim=0).clamp_min(tiny) / g.norm(dim=0).clamp_min(tiny)).sqrt()
-        left, right = (g * balance).float(), (f / balance).T.float().contiguous()
+        left, right = (side.float().contiguous() for side in balanced(g, f.T))
         return {"left": left, "right": right, **measured(weight, left.double() @ right.double(), Unweighted())}
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:

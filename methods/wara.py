@@ -33,8 +33,8 @@ from torch import Tensor
 from rankfront.methods._algebra import GRAM_RIDGE, regularise
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._low_rank import weighted_subspace
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, register, whole_level
+from rankfront.methods._low_rank import balanced, weighted_subspace
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, wavelet_storage
 from rankfront.methods._support import index_width, pack
@@ -166,11 +166,8 @@ class Wara(Fitted):
         return f"Ŵ = T_mᵀ [D̂_ab] T_n{order}, rank D̂_ab = r_ab, T of db{self.moments}"
 
     def refuses(self, site: Site) -> str | None:
-        if len(site.weights) != 1:
-            return "it treats one weight at a time"
-        if site.anchor.kind == "embedding":
-            return "an embedding table's inputs are token ids, which have no gram statistics"
-        return None if self._most(site) else "no components of bands store less than the dense weight"
+        reason = not_one_linear(site, self.needs)
+        return reason if reason or self._most(site) else "no components of bands store less than the dense weight"
 
     def _storage(self, site: Site, k: int) -> Storage:
         return wavelet_storage(site.anchor.out_features, site.anchor.in_features, k, self.ordered)
@@ -220,11 +217,10 @@ class Wara(Fitted):
         found, ranks = fit_bands(bands, bands_of(metric, self.moments), k)
         left = torch.cat([found[band][0] for band in BANDS], 1)  # (M/2, k)
         right = torch.cat([found[band][1] for band in BANDS])  # (k, N/2)
-        tiny = torch.finfo(torch.float32).tiny
-        balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+        left, right = balanced(left, right)
         prepared = {
-            "left": (left * balance).float(),
-            "right": (right / balance[:, None]).float(),
+            "left": left.float(),
+            "right": right.float(),
             "ranks": torch.tensor(ranks),
             "size": torch.tensor([m, n]),
             **stored,
