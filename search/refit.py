@@ -68,11 +68,12 @@ def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
         option = resident.current.get(site.name, DENSE_OPTION)
         if option != DENSE_OPTION and place.block is not None and get_method(option.method).refits(site):
             by_block.setdefault(place.block, {})[site] = option
+    reads = {site: _reads(site, option) for own in by_block.values() for site, option in own.items()}
     calls = _calls(model, found, ids[0])
     compressed = [_first(model, found[0], batch) for batch in ids]
     with resident.dense():
         dense = [_first(model, found[0], batch) for batch in ids]
-        lead = shared_inputs(model, _paths(by_block), ids[0][:1])  # in the order of the calls
+        lead = shared_inputs(model, list(reads.values()), ids[0][:1])  # in the order of the calls
     for number, block in enumerate(found):
         path = f"{prefix}.{number}."
         own = {name: module for name, module in resident.modules.items() if name.startswith(path)}
@@ -81,13 +82,13 @@ def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
         def run(hidden: Tensor, block: nn.Module = block, call: _Call = calls[number]) -> Tensor:
             return call.run(block, hidden)
 
-        stages = list(dict.fromkeys(lead[p] for p in lead if p.startswith(path)))
+        stages = list(dict.fromkeys(first for read, first in lead.items() if read.startswith(path)))
         with _in_place(model, plain, own):
             seen = [_inputs(model, stages, run, hidden) for hidden in dense]  # of this block's weights, all tokens
         dense = [after for after, _ in seen]
         for stage in stages:
-            sites = {s: o for s, o in by_block.get(number, {}).items() if lead[_paths({number: {s: o}})[0]] == stage}
-            treated = {p: plain[p] for site in sites for weight in site.weights for p in (weight.path, *weight.tied)}
+            sites = {site: option for site, option in by_block[number].items() if lead[reads[site]] == stage}
+            treated = {weight.path: plain[weight.path] for site in sites for weight in site.weights}
             sums = _Sums()
             with _in_place(model, treated, own):
                 for (_, inputs), hidden in zip(seen, compressed, strict=True):
@@ -106,15 +107,10 @@ def _batches(windows: Tensor, device: str) -> list[Tensor]:
     return [batch.to(device) for batch in windows.split(size)]
 
 
-def _paths(by_block: Mapping[int, Mapping[Site, Option]]) -> list[str]:
-    """The weights whose inputs matter."""
-    return [
-        weight.path
-        for sites in by_block.values()
-        for site, option in sites.items()
-        for weight in site.weights
-        if weight.role in get_method(option.method).refits(site)
-    ]
+def _reads(site: Site, option: Option) -> str:
+    """The module whose inputs' Gram the fit reads; others of the site that are fitted again have the same inputs."""
+    roles = get_method(option.method).refits(site)
+    return next(weight.path for weight in site.weights if weight.role in roles)
 
 
 class _Call:
