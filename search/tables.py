@@ -148,10 +148,6 @@ def methods_json(model: str | None = None) -> list[dict[str, Any]]:
 
     With a ``model``, ``refuses`` says of every kind of site that it has why the method cannot treat it, or null.
     """
-    kinds: dict[str, Site] = {}
-    if model is not None:
-        for site, place in find_sites(skeleton(resolve(model))).items():
-            kinds.setdefault(place.kind, site)
     order = list(FAMILIES)
     methods = sorted((get_method(name) for name in method_names()), key=lambda method: order.index(method.family))
     found = [
@@ -172,11 +168,11 @@ def methods_json(model: str | None = None) -> list[dict[str, Any]]:
     ]
     if model is None:
         return found
-    nothing: dict[str, str | None] = dict.fromkeys(kinds)
-    return [DENSE_ROW | {"refuses": nothing}] + [
-        row | {"refuses": {kind: method.refuses(site) for kind, site in kinds.items()}}
-        for row, method in zip(found[1:], methods, strict=True)
-    ]
+    kinds: dict[str, Site] = {}
+    for site, place in find_sites(skeleton(resolve(model))).items():
+        kinds.setdefault(place.kind, site)
+    refusals = [dict.fromkeys(kinds), *({kind: m.refuses(site) for kind, site in kinds.items()} for m in methods)]
+    return [row | {"refuses": refused} for row, refused in zip(found, refusals, strict=True)]
 
 
 def methods_table(model: str | None = None) -> Table:

@@ -24,12 +24,10 @@ import torch
 from common import provenance
 
 from rankfront.methods import FAMILIES, get_method, method_names
-from rankfront.objectives import Clock, Subject, score, teach
+from rankfront.objectives import Clock, score, teach
 from rankfront.objectives.latency import Latency
 from rankfront.search import Plan, Study
-from rankfront.search.device import DTYPES
 from rankfront.search.model import load_tokenizer
-from rankfront.search.plan import cost_of
 from rankfront.search.text import Split, cut
 from rankfront.search.trial import Resident, make_space, prepare_store
 
@@ -77,15 +75,12 @@ def measure(text: str, methods: Sequence[str]) -> Iterator[list[Cell]]:
     pydoc = cut(load_tokenizer(setup.source), splits, setup.config.data.length)["pydoc"]
     teacher = teach(resident.model, report)
     dense = [score(resident.model, windows).perplexity for windows in (report, pydoc)]
-    inside = {site: place.block is not None for site, place in resident.sites.items()}
     for method in methods:
         cells = []
         for keep in sorted(setup.config.space.keep, reverse=True):
             plan = uniform(resident, method, keep)
-            resident.apply(plan)
-            scores = score(resident.model, report, teacher)
-            cost = cost_of(plan, inside, resident.dense_values, DTYPES[setup.dtype].itemsize)
-            subject = Subject(resident.model, resident.dense, report, None, cost, Clock())
+            subject = resident.subject(plan, Clock())
+            cost, scores = subject.cost, score(resident.model, report, teacher)
             Latency(prompt=128, decode=16).value(subject)
             cells.append(
                 {
