@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 TEACHER_TOP_K = 1024  # of the vocabulary; the remainder's mass is kept as one more outcome (see Teacher)
-LOGITS_AT_ONCE = 2**27  # elements of a batch of logits, 512 MB in fp32
+LOGITS_AT_ONCE = {"cuda": 2**27, "cpu": 2**25}  # elements of a batch of logits
+NORMALISED_AT_ONCE = {"cuda": 2**25, "cpu": 2**20}  # elements normalised in fp32; 4 MB stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,25 @@ class Scores:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def batches(model: nn.Module, windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first window, ids (b, L), log-probabilities (b, L - 1, V) in fp32) for each batch of ``windows`` (W, L).
+def predictions(model: nn.Module, windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first position p, targets (n,), log-probabilities (n, V) in fp32) for runs of predicted tokens.
 
-    The batch is as large as `LOGITS_AT_ONCE` lets its logits be, at least one window.
+    Positions count the W (L - 1) predicted tokens of ``windows`` (W, L) in order. Windows go through the model as many
+    at once as `LOGITS_AT_ONCE` lets their logits be, at least one.
     """
     device = next(model.parameters()).device
+    kind = device.type if device.type in LOGITS_AT_ONCE else "cuda"
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    step = max(1, LOGITS_AT_ONCE // (windows.shape[1] * vocabulary))
+    predicted = windows.shape[1] - 1
+    step = max(1, LOGITS_AT_ONCE[kind] // (windows.shape[1] * vocabulary))
+    run = max(1, NORMALISED_AT_ONCE[kind] // vocabulary)
     for start in range(0, len(windows), step):
         ids = windows[start : start + step].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (b, L - 1, V)
-        yield start, ids, torch.log_softmax(logits.float(), dim=-1)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # (b (L - 1), V)
+        targets = ids[:, 1:].flatten()
+        for first in range(0, len(targets), run):
+            rows = slice(first, first + run)
+            yield start * predicted + first, targets[rows], torch.log_softmax(logits[rows].float(), dim=-1)
 
 
 @torch.inference_mode()
@@ -70,8 +78,8 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> 
     """
     loss = torch.zeros((), dtype=torch.float64)
     divergence = torch.zeros((), dtype=torch.float64)
-    for start, ids, student in batches(model, windows):
-        loss -= student.gather(-1, ids[:, 1:, None]).double().sum().cpu()
+    for start, targets, student in predictions(model, windows):
+        loss -= student.gather(-1, targets[:, None]).double().sum().cpu()
         if teacher is not None:
             divergence += divergence_from(student, teacher, start).cpu()
     predicted = len(windows) * (windows.shape[1] - 1)
@@ -83,10 +91,10 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> 
 
 
 def divergence_from(student: Tensor, teacher: Teacher, start: int) -> Tensor:
-    """Σ over positions of the cut KL (see `score`) of log-probabilities (b, L - 1, V), windows from ``start`` on."""
+    """Σ over positions of the cut KL (see `score`) of log-probabilities (n, V), those from position ``start`` on."""
     rows = slice(start, start + len(student))
-    p = teacher.log_probabilities[rows].to(student.device).double()  # (b, L - 1, k)
-    q = student.gather(-1, teacher.indices[rows].to(student.device).long()).double()  # (b, L - 1, k)
+    p = teacher.log_probabilities.flatten(0, 1)[rows].to(student.device).double()  # (n, k)
+    q = student.gather(-1, teacher.indices.flatten(0, 1)[rows].to(student.device).long()).double()  # (n, k)
     shared = (p.exp() * (p - q)).sum()
     if p.shape[-1] == student.shape[-1]:
         return shared
@@ -99,8 +107,9 @@ def divergence_from(student: Tensor, teacher: Teacher, start: int) -> Tensor:
 def teach(model: nn.Module, windows: Tensor, top_k: int = TEACHER_TOP_K) -> Teacher:
     """The teacher that ``model`` (dense) makes on ``windows`` (W, L)."""
     indices, values = [], []
-    for _, _, log_probabilities in batches(model, windows):
+    for _, _, log_probabilities in predictions(model, windows):
         top = log_probabilities.topk(min(top_k, log_probabilities.shape[-1]), dim=-1)
         indices.append(top.indices.int().cpu())
         values.append(top.values.cpu())
-    return Teacher(torch.cat(indices), torch.cat(values))
+    shape = (len(windows), windows.shape[1] - 1, -1)
+    return Teacher(torch.cat(indices).view(shape), torch.cat(values).view(shape))

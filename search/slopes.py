@@ -70,7 +70,7 @@ def _searched_loss(logits: Tensor, ids: Tensor, teacher: Teacher | None, start: 
     """The sum over predicted tokens of what the study minimises, in nats."""
     if teacher is None:
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    return divergence_from(torch.log_softmax(logits, dim=-1), teacher, start)
+    return divergence_from(torch.log_softmax(logits, dim=-1).flatten(0, 1), teacher, start * logits.shape[1])
 
 
 class _Probe:

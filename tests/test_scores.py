@@ -6,7 +6,7 @@ import common
 import pytest
 import torch
 
-from rankfront.objectives import Scores, score, teach
+from rankfront.objectives import Scores, _scores, score, teach
 
 WINDOWS, LENGTH = 3, 10
 
@@ -106,14 +106,18 @@ def test_divergence_of_a_certain_teacher_is_finite(windows):
     assert found >= 0
 
 
-@pytest.mark.parametrize("elements", [1, 2 * LENGTH * common.VOCABULARY])
-def test_batches_do_not_change_the_scores(monkeypatch, windows, elements):
+@pytest.mark.parametrize(
+    ("limit", "elements"),
+    [("LOGITS_AT_ONCE", 1), ("LOGITS_AT_ONCE", 2 * LENGTH * common.VOCABULARY)]
+    + [("NORMALISED_AT_ONCE", elements) for elements in (1, 5 * common.VOCABULARY, (LENGTH - 1) * common.VOCABULARY)],
+)
+def test_batches_do_not_change_the_scores(monkeypatch, windows, limit, elements):
     row = common.architecture("llama")
     model, student = row.build(), row.build()
     with torch.no_grad():
         student.get_submodule("lm_head").weight.mul_(0.7)
     whole = score(student, windows, teach(model, windows, 8))
-    monkeypatch.setattr("rankfront.objectives._scores.LOGITS_AT_ONCE", elements)
+    monkeypatch.setitem(getattr(_scores, limit), "cpu", elements)
     again = score(student, windows, teach(model, windows, 8))
     assert again.loss == pytest.approx(whole.loss, rel=1e-5)
     assert again.divergence == pytest.approx(whole.divergence, rel=1e-4)
