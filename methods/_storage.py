@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from rankfront.methods._support import index_width, packed_bits
 
@@ -12,25 +12,39 @@ INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do
 
 @dataclass(frozen=True)
 class Storage:
-    """What one weight (or one plan) stores: ``values`` numbers and ``index_bits`` bits of support."""
+    """What one weight (or one plan) stores.
+
+    Attributes:
+        values: numbers in the dtype of the model.
+        index_bits: of supports.
+        integers: numbers that are packed into fewer bits.
+        integer_bits: what these take together.
+    """
 
     values: int
     index_bits: int = 0
+    integers: int = 0
+    integer_bits: int = 0
 
     @property
     def parameters(self) -> int:
-        """values + ⌈index_bits / 16⌉, in stored values."""
-        return self.values - (-self.index_bits // INDEX_BITS_PER_PARAMETER)
+        """values + integers + ⌈index_bits / 16⌉, in stored values, however few bits they have."""
+        return self.values + self.integers - (-self.index_bits // INDEX_BITS_PER_PARAMETER)
+
+    @property
+    def buffers(self) -> int:
+        """What of `parameters` is held in tensors that are not floating."""
+        return self.parameters - self.values
 
     def bytes(self, value_bytes: int) -> int:
         """Bytes on disk when each value takes ``value_bytes`` bytes."""
-        return self.values * value_bytes - (-self.index_bits // 8)
+        return self.values * value_bytes - (-self.index_bits // 8) - (-self.integer_bits // 8)
 
     def __add__(self, other: Storage) -> Storage:
-        return Storage(self.values + other.values, self.index_bits + other.index_bits)
+        return Storage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Storage) -> Storage:
-        return Storage(self.values - other.values, self.index_bits - other.index_bits)
+        return Storage(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def dense_storage(out_features: int, in_features: int) -> Storage:
@@ -96,6 +110,24 @@ def block_dictionary_storage(
     groups = -(-in_features // block) * atoms // group  # in each row
     support = row_support_bits(out_features * groups, group, nonzeros)
     return Storage(atoms * in_features + out_features * groups * nonzeros, support)
+
+
+def group_size(columns: int) -> int:
+    """Inputs that share a scale in four bits: 64 where that leaves little to pad, else 32, as torch's kernel reads."""
+    return 64 if columns % 64 == 0 or columns > 512 else 32
+
+
+def padded_width(columns: int, bits: int) -> int:
+    """``columns`` up to what torch's kernels read: sixteens in eight bits, whole groups in four."""
+    step = 16 if bits == 8 else group_size(columns)
+    return -(-columns // step) * step
+
+
+def integer_storage(rows: int, columns: int, bits: int) -> Storage:
+    """mn' integers, n' the padded width, and a scale a row; in four bits a scale and a zero for every group."""
+    integers = rows * padded_width(columns, bits)
+    scales = rows if bits == 8 else 2 * integers // group_size(columns)
+    return Storage(scales, integers=integers, integer_bits=bits * integers)
 
 
 @dataclass(frozen=True)

@@ -11,5 +11,6 @@ FAMILIES = {
     "subspace plus sparse": "a subspace, and single entries that lie outside it",
     "multi-resolution": "a subspace of its own in every band of a wavelet transform",
     "tensor-product subspaces": "modes of a reshaped weight have subspaces each, joined by a small core or chain",
+    "integer grids": "no subspace: values on a grid of few steps, one for every row or group of inputs",
     "nested and selected coordinates": "coordinates that the model already has, the best of them kept",
 }

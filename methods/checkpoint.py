@@ -7,6 +7,8 @@ After ``import rankfront.methods``, ``AutoModelForCausalLM.from_pretrained(folde
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -63,7 +65,22 @@ class RankfrontQuantizer(HfQuantizer):
             set_module(model, path, empty_replacement(model.get_submodule(path), spec["kind"], settings))
             # Some architectures (GPT-2) initialise a block's weights by name, and would look for the dense one.
             model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
-        tie_factors(model, self.config.tied)
+        # transformers ties parameters alone: what of the tied tensors is a buffer is put in place after loading.
+        buffers = self._tied_buffers(model)
+        tie_factors(model, self.config, leave_out=buffers)
+        ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+        model._keys_to_ignore_on_load_missing = ignored | set(map(re.escape, buffers))  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name in self._tied_buffers(model):
+            path, own = name.rsplit(".", 1)
+            setattr(model.get_submodule(path), own, model.get_buffer(self.config.tied[name]))
+        tie_factors(model, self.config)
+        return model
+
+    def _tied_buffers(self, model: nn.Module) -> list[str]:
+        known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        return [name for name in self.config.tied if name in known]
 
     def is_serializable(self) -> bool:
         return True
@@ -73,14 +90,13 @@ class RankfrontQuantizer(HfQuantizer):
         return True
 
 
-def tie_factors(model: Any, tied: dict[str, str]) -> None:
-    """Tell transformers that tensors are ``tied``, instead of the dense weights of their modules."""
-    if not tied:
+def tie_factors(model: Any, config: RankfrontConfig, leave_out: Collection[str] = ()) -> None:
+    """Tell transformers which tensors are ``tied``, instead of the dense weights of their modules."""
+    if not config.tied:
         return
-    keys = dict(model._tied_weights_keys or {})
-    for name in (*tied, *tied.values()):
-        keys.pop(f"{name.rpartition('.')[0]}.weight", None)
-    keys |= tied
+    dense = {f"{path}.weight" for path in config.modules}
+    keys = {name: source for name, source in dict(model._tied_weights_keys or {}).items() if name not in dense}
+    keys |= {name: source for name, source in config.tied.items() if name not in leave_out}
     model._tied_weights_keys = keys
     model.all_tied_weights_keys = dict(keys)
 

@@ -22,7 +22,7 @@ def check_budget(menu: Menu, budget: float) -> None:
     """Raise `InputError` where nothing on the menu fits ``budget`` stored values."""
     if budget < menu.least:
         raise InputError(
-            f"a budget of {budget:,.0f} parameters is below the {menu.least:,} that every site at its cheapest option"
+            f"a budget of {budget:,.0f} is below the {menu.least:,} that every site at its cheapest option"
             " stores: raise the budget, or offer lower levels in space.keep"
         )
 
@@ -71,10 +71,10 @@ def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
     line by line.
     """
     used = [line.divergence for line in menu.lines] if losses is None else losses
-    exact = gcd(*(int(cost) for line in menu.lines for cost in line.parameters))
+    exact = gcd(*(int(cost) for line in menu.lines for cost in line.sizes))
     unit = exact * ceil(menu.dense / (exact * MAX_UNITS))
     merged = tuple(
-        region.merge([menu.lines[i].parameters for i in region.members], [used[i] for i in region.members], unit)
+        region.merge([menu.lines[i].sizes for i in region.members], [used[i] for i in region.members], unit)
         for region in menu.regions
     )
     columns = sum(ceil(int(region.costs.max()) / unit) for region in merged) + 1
@@ -136,11 +136,11 @@ def knapsack_several(menu: Menu, limits: Sequence[tuple[Sequence[np.ndarray], fl
 
 def _cheapest_from(line: Line, keep: float) -> int:
     """The best option of ``line`` that stores at most ``keep`` of dense; the cheapest where none does."""
-    allowed = np.flatnonzero(line.parameters <= keep * line.parameters[0])
+    allowed = np.flatnonzero(line.sizes <= keep * line.sizes[0])
     if not len(allowed):
-        return int(line.parameters.argmin())
-    largest = line.parameters[allowed].max()
-    best = allowed[line.parameters[allowed] == largest]
+        return int(line.sizes.argmin())
+    largest = line.sizes[allowed].max()
+    best = allowed[line.sizes[allowed] == largest]
     return int(best[line.divergence[best].argmin()])
 
 
@@ -160,15 +160,15 @@ def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places]) 
     """The plan of ``rule`` at the knob in [0, 1] that stores the most within ``budget``; plans grow with the knob."""
     check_budget(menu, budget)
     low, high = 0.0, 1.0
-    if menu.parameters(rule(high)) <= budget:
+    if menu.size(rule(high)) <= budget:
         return rule(high)
     best = rule(low)
-    if menu.parameters(best) > budget:
+    if menu.size(best) > budget:
         best = list(menu.cheapest)
     for _ in range(60):
         middle = (low + high) / 2
         places = rule(middle)
-        if menu.parameters(places) <= budget:
+        if menu.size(places) <= budget:
             best, low = places, middle
         else:
             high = middle
@@ -192,7 +192,7 @@ def tolerance(menu: Menu, budget: float) -> Places:
     def within(line: Line, knob: float) -> int:
         bound = highest * 1e-9**knob  # a larger knob allows less error and stores more
         allowed = np.flatnonzero(line.divergence <= bound)
-        return int(allowed[line.parameters[allowed].argmin()])
+        return int(allowed[line.sizes[allowed].argmin()])
 
     return _largest_within(menu, budget, lambda knob: _rule(menu, lambda line: 0 if knob >= 1 else within(line, knob)))
 
@@ -218,11 +218,11 @@ def value(menu: Menu, budget: float) -> Places:
 
 def _worth(line: Line) -> tuple[np.ndarray, np.ndarray]:
     """(the K options that nothing cheaper beats, by rising cost; what each saves over the one before, (K − 1,))."""
-    by_cost = np.lexsort((line.divergence, line.parameters))
+    by_cost = np.lexsort((line.divergence, line.sizes))
     least = np.minimum.accumulate(line.divergence[by_cost])
     options = by_cost[np.append(True, least[1:] < least[:-1])]
-    saved, added = -np.diff(line.divergence[options]), np.diff(line.parameters[options])
-    return options, saved * line.parameters[0] / added
+    saved, added = -np.diff(line.divergence[options]), np.diff(line.sizes[options])
+    return options, saved * line.sizes[0] / added
 
 
 def sensitivity(menu: Menu, budget: float) -> Places:
@@ -238,7 +238,7 @@ def sensitivity(menu: Menu, budget: float) -> Places:
     for _, i, k in sorted(effects):
         if stored <= budget:
             break
-        saved = int(menu.lines[i].parameters[places[i]] - menu.lines[i].parameters[k])
+        saved = int(menu.lines[i].sizes[places[i]] - menu.lines[i].sizes[k])
         if saved > 0 and not any(places[rival] for rival in menu.rivals[i]):
             places[i] = k
             stored -= saved

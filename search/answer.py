@@ -12,6 +12,7 @@ from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, dense_row
+from rankfront.search.goal import size_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan, cost_of
@@ -108,7 +109,8 @@ def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:
         raise InputError("the run has no menu or dense trial yet: launch it first")
-    return make_menu(space.wanted(), record["predictions"], record.get("cosines")), dense
+    size = size_of(config, dict(dense.plan.origin)["dtype"])
+    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), size), dense
 
 
 def _budget(

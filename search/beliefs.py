@@ -188,7 +188,7 @@ class Beliefs:
     def downhill(self, local: Local, shares: Sequence[float]) -> list[list[int]]:
         """The slopes of ``local``, solved at budgets that are ``shares`` of its centre's, boldly and with caution."""
         none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
-        centre = self.menu.parameters(local.plan)
+        centre = self.menu.size(local.plan)
         trust = self.trusts[self.locals.index(local)]
         found = []
         for caution in CAUTIONS:
@@ -204,13 +204,13 @@ class Beliefs:
         if budget >= self.menu.dense:
             return [0] * len(self.menu.lines), self.goal.dense
         plans = [self.solver().solve(budget)]
-        for local in sorted(self.locals, key=lambda one: abs(self.menu.parameters(one.plan) - budget))[:NEAREST]:
-            plans += self.downhill(local, [budget / self.menu.parameters(local.plan)])
-        plans = [plan for plan in plans if self.menu.parameters(plan) <= budget]
+        for local in sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budget))[:NEAREST]:
+            plans += self.downhill(local, [budget / self.menu.size(local.plan)])
+        plans = [plan for plan in plans if self.menu.size(plan) <= budget]
         levels = map(float, self.levels(plans)[0])
         value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}
         for known, found in self.measured.items():
-            if self.menu.parameters(known) <= budget:
+            if self.menu.size(known) <= budget:
                 value[known] = found.values[self.goal.quality]
         best = min(value, key=lambda plan: value[plan])
         return list(best), value[best]

@@ -46,7 +46,7 @@ class Descent:
         self._saved = np.zeros((len(lines), widest))
         for i, (line, loss) in enumerate(zip(lines, self.losses, strict=True)):
             self._e[i, : len(loss)] = np.minimum(loss, NEVER)
-            self._saved[i, : len(loss)] = line.parameters[0] - line.parameters
+            self._saved[i, : len(loss)] = line.sizes[0] - line.sizes
         self._r = np.sqrt(2 * np.where(self._e < NEVER / 2, np.maximum(self._e, 0), 0))
         self._all = np.arange(len(lines))
         self._alone = not self.coupling.any()

@@ -16,7 +16,7 @@ from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
 from rankfront.search.fidelity import Ladder
 from rankfront.search.front import Calibration, Constraint, Row, calibration, dense_row, front_of, rows_of, tokens_of
-from rankfront.search.goal import quality_of
+from rankfront.search.goal import quality_of, size_of
 from rankfront.search.menu import Menu, make_menu
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs, menu_record
@@ -148,7 +148,8 @@ class Driver:
         dense = dense_row(self.rows(), rung=0)
         if not self.ours or self.record is None or dense is None or self.menu is not None:
             return
-        self.menu = make_menu(self.space.wanted(), self.record["predictions"], self.record.get("cosines"))
+        size = size_of(self.config, self.origin["dtype"])
+        self.menu = make_menu(self.space.wanted(), self.record["predictions"], self.record.get("cosines"), size)
         if not self.menu.lines:
             source = self.config.search.menu
             raise InputError(

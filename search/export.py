@@ -76,11 +76,11 @@ def export(setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
 
 
-def _index_parameters(resident: Resident) -> int:
-    """What the plan's index bits count as, which are no parameters of a module."""
+def _in_buffers(resident: Resident) -> int:
+    """What the plan's integers and index bits count as, which are no parameters of a module."""
     treated = ((site, resident.current.get(site.name, DENSE_OPTION)) for site in resident.sites)
     used = (get_method(option.method).storage(site, option) for site, option in treated if option != DENSE_OPTION)
-    return Storage(0, sum(storage.index_bits for storage in used)).parameters
+    return sum(used, Storage(0)).buffers
 
 
 def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measured: float, refit: Refit) -> Verified:
@@ -88,7 +88,7 @@ def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measu
     setup = resident.setup
     expected = resident.dense_values
     if form == "factored":
-        expected = row.attributes["parameter_count"] - _index_parameters(resident)
+        expected = row.attributes["parameter_count"] - _in_buffers(resident)
     with staged(out) as folder:
         _write(resident, row, folder, form)
         verified = _verify(setup, folder, row.rung)
@@ -121,21 +121,20 @@ def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
 
 def _mark(model: Any, resident: Resident) -> None:
     """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
-    tied = _tied(model, resident.layers)
-    config = RankfrontConfig(modules=resident.layers, tied=tied)
+    config = RankfrontConfig(modules=resident.layers, tied=_tied(model, resident.layers))
     model.config.quantization_config = config
     model.hf_quantizer = RankfrontQuantizer(config)
-    tie_factors(model, tied)
+    tie_factors(model, config)
 
 
 def _tied(model: nn.Module, treated: Iterable[str]) -> dict[str, str]:
-    """Name of a parameter -> name of the first that is the very same, in the modules at ``treated``."""
+    """Name of a tensor -> name of the first that is the very same, in the modules at ``treated``."""
     first: dict[int, str] = {}
     tied = {}
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     for path in sorted(treated, key=order.__getitem__):
-        for name, parameter in model.get_submodule(path).named_parameters():
-            known = first.setdefault(id(parameter), f"{path}.{name}")
+        for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items():
+            known = first.setdefault(id(tensor), f"{path}.{name}")
             if known != f"{path}.{name}":
                 tied[f"{path}.{name}"] = known
     return tied

@@ -13,6 +13,7 @@ from rankfront.objectives import make_objective
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, box_of
+from rankfront.search.menu import Size, values_stored
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.space import Space
 
@@ -29,6 +30,14 @@ def quality_of(config: StudyConfig) -> str:
         f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
         " one of them, or choose another sampler"
     )
+
+
+def size_of(config: StudyConfig, dtype: str) -> Size:
+    """What budgets count: bytes where the study's objectives do and none counts values, else stored values."""
+    if "bytes" not in config.objectives or {"parameters", "block_parameters"} & config.objectives.keys():
+        return values_stored
+    value_bytes = DTYPES[dtype].itemsize
+    return lambda storage: storage.bytes(value_bytes)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""The menu: the table (site, option) -> stored parameters and predicted divergence."""
+"""The menu: the table (site, option) -> size and predicted divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rankfront.methods import DENSE_OPTION, Option, Site, Weight, get_method
+from rankfront.methods import DENSE_OPTION, Option, Site, Storage, get_method
 from rankfront.search.regions import Region, regions_of
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
@@ -23,14 +23,14 @@ class Line:
     Attributes:
         site: its name.
         options: K of them.
-        parameters: stored values of each, (K,) integers.
+        sizes: stored values, or bytes, of each, (K,) integers.
         divergence: predicted divergence of each alone, (K,), nats a token; 0 for dense.
         weights: what the site claims where it treats several weights jointly; empty where it is one weight.
     """
 
     site: str
     options: tuple[Option, ...]
-    parameters: np.ndarray
+    sizes: np.ndarray
     divergence: np.ndarray
     weights: tuple[str, ...] = ()
 
@@ -61,8 +61,8 @@ class Menu:
 
     @cached_property
     def dense(self) -> int:
-        """Stored values with every site dense, each weight once."""
-        return int(sum(line.parameters[0] for line in self.lines if not line.weights))
+        """Size with every site dense, each weight once."""
+        return int(sum(line.sizes[0] for line in self.lines if not line.weights))
 
     @cached_property
     def _sites(self) -> frozenset[str]:
@@ -85,15 +85,15 @@ class Menu:
 
     @cached_property
     def least(self) -> int:
-        """Stored values of the cheapest choice."""
-        return self.parameters(self.cheapest)
+        """Size of the cheapest choice."""
+        return self.size(self.cheapest)
 
     @cached_property
     def cheapest(self) -> list[int]:
         """The choice that stores least."""
         places = [0] * len(self.lines)
         for region in self.regions:
-            for number, place in region.cheapest([self.lines[i].parameters for i in region.members]).items():
+            for number, place in region.cheapest([self.lines[i].sizes for i in region.members]).items():
                 places[number] = place
         return places
 
@@ -101,9 +101,9 @@ class Menu:
         """Whether no weight is treated twice."""
         return not any(place and any(places[other] for other in self.rivals[i]) for i, place in enumerate(places))
 
-    def parameters(self, places: Sequence[int]) -> int:
-        """Stored values of the choice ``places``."""
-        saved = sum(line.parameters[0] - line.parameters[k] for line, k in zip(self.lines, places, strict=True) if k)
+    def size(self, places: Sequence[int]) -> int:
+        """Size of the choice ``places``."""
+        saved = sum(line.sizes[0] - line.sizes[k] for line, k in zip(self.lines, places, strict=True) if k)
         return self.dense - int(saved)
 
     def divergence(self, places: Sequence[int]) -> float:
@@ -127,14 +127,25 @@ class Menu:
         return found
 
 
+Size = Callable[[Storage], int]  # what budgets count
+
+
+def values_stored(storage: Storage) -> int:
+    """Numbers, however many bits each has."""
+    return storage.parameters
+
+
 def make_menu(
-    wanted: Mapping[Site, Iterable[Option]], predictions: Predictions, cosines: Mapping[str, Any] | None = None
+    wanted: Mapping[Site, Iterable[Option]],
+    predictions: Predictions,
+    cosines: Mapping[str, Any] | None = None,
+    size: Size = values_stored,
 ) -> Menu:
     """The menu of ``wanted`` under ``predictions``; predictions never fall as an option gets cheaper.
 
     Within a method, a level that stores less cannot be better: predictions are made monotone by a running
-    maximum from the largest level down. Options without a prediction are left out. A weight that only a joint site
-    treats has a line of its own with dense on it. ``cosines`` is what `pack` made.
+    maximum from the largest level down. Options without a prediction, or as large as dense, are left out. A weight that
+    only a joint site treats has a line of its own with dense on it. ``cosines`` is what `pack` made.
     """
     lines: list[Line] = []
     for site, options in wanted.items():
@@ -143,8 +154,9 @@ def make_menu(
         for option in options:
             if np.isfinite(known.get(option.label, np.nan)):
                 # What saves biases on top of all its weights stores no less than nothing here.
-                stored = max(get_method(option.method).storage(site, option).parameters, 0)
-                by_method.setdefault(option.method, []).append((stored, option, max(known[option.label], TINY)))
+                stored = max(size(get_method(option.method).storage(site, option)), 0)
+                if stored < size(site.storage):
+                    by_method.setdefault(option.method, []).append((stored, option, max(known[option.label], TINY)))
         entries: list[tuple[int, Option, float]] = []
         for found in by_method.values():
             worst = 0.0
@@ -153,14 +165,14 @@ def make_menu(
                 entries.append((stored, option, worst))
         if entries:
             entries.sort(key=lambda entry: (-entry[0], entry[2], entry[1].label))
-            entries.insert(0, (site.storage.parameters, DENSE_OPTION, 0.0))
+            entries.insert(0, (size(site.storage), DENSE_OPTION, 0.0))
             stored_values, chosen, divergences = zip(*entries, strict=True)
             weights = tuple(weight.path for weight in site.weights) if len(site.weights) > 1 else ()
             lines.append(Line(site.name, chosen, np.array(stored_values), np.array(divergences), weights))
     alone = {line.site for line in lines}
     joint = {w.path: w for site in wanted if len(site.weights) > 1 for w in site.weights if w.path not in alone}
     claimed = {weight for line in lines for weight in line.weights}
-    lines += [_dense_line(path, weight) for path, weight in joint.items() if path in claimed]
+    lines += [_dense_line(path, size(weight.storage)) for path, weight in joint.items() if path in claimed]
     return Menu(tuple(lines), None if cosines is None else _unpack(cosines, [line.site for line in lines]))
 
 
@@ -182,5 +194,5 @@ def _unpack(packed: Mapping[str, Any], sites: Sequence[str]) -> np.ndarray:
     return found
 
 
-def _dense_line(path: str, weight: Weight) -> Line:
-    return Line(path, (DENSE_OPTION,), np.array([weight.storage.parameters]), np.zeros(1))
+def _dense_line(path: str, size: int) -> Line:
+    return Line(path, (DENSE_OPTION,), np.array([size]), np.zeros(1))

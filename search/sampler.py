@@ -106,10 +106,10 @@ class RankfrontSampler(BaseSampler):
         since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
         if since < STEPS_PER_SLOPES:
             return None
-        front = sorted(self.beliefs.front(), key=self.menu.parameters)
+        front = sorted(self.beliefs.front(), key=self.menu.size)
         done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
-        stored = np.array([self.menu.least, *map(self.menu.parameters, front), self.menu.dense]) / self.menu.dense
-        centres = np.array([self.menu.parameters(local.plan) for local in self.beliefs.locals])
+        stored = np.array([self.menu.least, *map(self.menu.size, front), self.menu.dense]) / self.menu.dense
+        centres = np.array([self.menu.size(local.plan) for local in self.beliefs.locals])
         best: tuple[float, int] | None = None
         levels = np.array([self.beliefs.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
@@ -167,15 +167,15 @@ class RankfrontSampler(BaseSampler):
         found = []
         for _ in range(SWITCHES):
             plan = list(front[int(self.random.integers(len(front)))])
-            budget = self.menu.parameters(plan)
+            budget = self.menu.size(plan)
             plan = self._step(plan)
-            over = self.menu.parameters(plan) - budget
+            over = self.menu.size(plan) - budget
             best: tuple[float, int, int] | None = None
             for i in map(int, self.random.permutation(len(plan))[:PARTNERS]):
                 line = self.menu.lines[i]
                 if any(plan[rival] for rival in self.menu.rivals[i]):
                     continue
-                enough = np.flatnonzero(line.parameters[plan[i]] - line.parameters >= over)
+                enough = np.flatnonzero(line.sizes[plan[i]] - line.sizes >= over)
                 if len(enough):
                     place = int(enough[losses[i][enough].argmin()])
                     change = float(losses[i][place] - losses[i][plan[i]])
@@ -183,7 +183,7 @@ class RankfrontSampler(BaseSampler):
                         best = (change, i, place)
             if best is not None:
                 plan[best[1]] = best[2]
-            if self.menu.parameters(plan) <= budget:
+            if self.menu.size(plan) <= budget:
                 found.append(plan)
         return found
 
@@ -222,15 +222,13 @@ class RankfrontSampler(BaseSampler):
         logs, errors = self.beliefs.levels(candidates, coefficients)
         logs = logs + PESSIMISM * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
-        stored = np.array([self.menu.parameters(candidate) for candidate in candidates]) / self.menu.dense
+        stored = np.array([self.menu.size(candidate) for candidate in candidates]) / self.menu.dense
         for row, candidate in enumerate(candidates):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
             for column, value in self.goal.costs(self.menu.choices(candidate)).items():
                 values[row, column] = value
         for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
-            pairs = [
-                (self.menu.parameters(p) / self.menu.dense, m.values[column]) for p, m in self.beliefs.measured.items()
-            ]
+            pairs = [(self.menu.size(p) / self.menu.dense, m.values[column]) for p, m in self.beliefs.measured.items()]
             x, y = np.array(pairs or [(1.0, 1.0)]).T
             design = np.stack([np.ones_like(x), x - 1.0], axis=1)
             line = np.linalg.solve(design.T @ design + 1e-3 * np.eye(2), design.T @ y)

@@ -189,7 +189,7 @@ def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> 
         plan[down] = min(plan[down] + 1, len(menu.lines[down].options) - 1)
         for up in rng.sample(range(len(plan)), 8):
             raised = [*plan[:up], max(plan[up] - 1, 0), *plan[up + 1 :]]
-            if menu.parameters(raised) <= limit:
+            if menu.size(raised) <= limit:
                 plan = raised
                 break
     return plan

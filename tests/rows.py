@@ -165,6 +165,9 @@ class FittedRow:
         own: (name, m, n) -> the options that laws walk, from the cheapest; by default those offered on a fine grid.
         falls: whether its error never rises with its level; False where the fit is a local optimum, and says so.
         slow: whether it is the code of another row at a published setting that takes long: fewer sizes are walked.
+        gridded: whether its levels follow the kept fractions asked for in stored values; those in fewer bits do not.
+        tables: whether it treats embedding tables.
+        noise: of the whole loss, what rounding leaves at any level.
     """
 
     loss: Callable[[Tensor, Sample], float]
@@ -173,6 +176,9 @@ class FittedRow:
     own: Callable[[str, int, int], list[Option]] | None = None
     falls: bool = True
     slow: bool = False
+    gridded: bool = True
+    tables: bool = False
+    noise: float = 0.0
 
 
 def every_band(name: str, m: int, n: int) -> Option:
@@ -219,6 +225,17 @@ def full_basis(name: str, m: int, n: int) -> Option:
     return Option.of(name, atoms=n, group=n, nonzeros=n, block=n)
 
 
+def its_bits(name: str, m: int, n: int) -> list[Option]:
+    """The one level of a rounding, also where its padding leaves nothing to gain."""
+    return [Option.of(name, bits=get_method(name).bits)]
+
+
+def some_ranks(name: str, m: int, n: int) -> list[Option]:
+    """A few ranks of rounded factors, likewise."""
+    ranks = sorted({1, max(1, min(m, n) // 2), min(m, n)})
+    return [Option.of(name, rank=rank, bits=get_method(name).bits) for rank in ranks]
+
+
 DSFORMER = FittedRow(loss=output_loss, needs=("gram",), exact=full_basis, falls=False)
 
 FITTED_ROWS: dict[str, FittedRow] = {
@@ -247,6 +264,16 @@ FITTED_ROWS: dict[str, FittedRow] = {
     "sltrain": FittedRow(loss=output_loss, needs=("gram",), exact=whole_support),
     "oats": OATS,
     "oats-published": replace(OATS, slow=True),
+    "rtn-int8": FittedRow(loss=plain_loss, needs=(), own=its_bits, gridded=False, tables=True),
+    "rtn-int4": FittedRow(loss=plain_loss, needs=(), own=its_bits, gridded=False, tables=True),
+    "gptq-int8": FittedRow(loss=output_loss, needs=("gram",), own=its_bits, gridded=False),
+    "gptq-int4": FittedRow(loss=output_loss, needs=("gram",), own=its_bits, gridded=False),
+    "svd-llm-int8": FittedRow(
+        loss=output_loss, needs=("gram",), own=some_ranks, falls=False, gridded=False, noise=1e-4
+    ),
+    "svd-llm-int4": FittedRow(
+        loss=output_loss, needs=("gram",), own=some_ranks, falls=False, gridded=False, noise=5e-3
+    ),
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint

@@ -13,7 +13,7 @@ from rankfront.search.menu import TINY, Line, Menu
 
 def one_budget(menu, budget):
     """`knapsack_several` with the one budget that every other allocator knows."""
-    return knapsack_several(menu, [([line.parameters for line in menu.lines], budget)])
+    return knapsack_several(menu, [([line.sizes for line in menu.lines], budget)])
 
 
 # One row per allocator: a new one adds a row here.
@@ -86,7 +86,7 @@ def every_plan(menu):
 
 def least_loss(menu, plans, budget):
     """The least predicted divergence within ``budget``, by looking at every plan."""
-    return min(menu.divergence(plan) for plan in plans if menu.parameters(plan) <= budget)
+    return min(menu.divergence(plan) for plan in plans if menu.size(plan) <= budget)
 
 
 def test_every_allocator_has_a_row():
@@ -98,7 +98,7 @@ def test_a_plan_stays_within_its_budget(menu, allocate):
         if budget >= menu.least:
             plan = allocate(menu, budget)
             assert all(0 <= place < len(line.options) for place, line in zip(plan, menu.lines, strict=True))
-            assert menu.parameters(plan) <= budget
+            assert menu.size(plan) <= budget
 
 
 @pytest.mark.parametrize("more", [0, 1, 10**9])
@@ -131,7 +131,7 @@ def test_storage_never_falls_with_the_budget(menu, allocate):
     """The knapsack may store less at a larger budget where that hurts less; the rules by one knob may not."""
     if allocate in (knapsack, one_budget):
         return
-    stored = [menu.parameters(allocate(menu, budget)) for budget in sorted(budgets(menu)) if budget >= menu.least]
+    stored = [menu.size(allocate(menu, budget)) for budget in sorted(budgets(menu)) if budget >= menu.least]
     assert stored == sorted(stored)
 
 
@@ -146,7 +146,7 @@ def test_loss_never_rises_with_the_budget(menu, name):
 def test_the_knapsack_is_exact(size, name):
     menu = MENUS[size]
     plans = every_plan(menu)
-    assert sweep(menu).unit == np.gcd.reduce(np.concatenate([line.parameters for line in menu.lines]))
+    assert sweep(menu).unit == np.gcd.reduce(np.concatenate([line.sizes for line in menu.lines]))
     for budget in budgets(menu, 8):
         if budget >= menu.least:
             plan = ROWS[name](menu, budget)
@@ -176,7 +176,7 @@ def test_a_coarse_grid_costs_at_most_one_unit_a_line():
     slack = solved.unit * (len(menu.lines) + 1)
     for budget in range(menu.least + slack, menu.dense, (menu.dense - menu.least) // 50):
         plan = solved.solve(budget)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         assert least_loss(menu, plans, budget) <= menu.divergence(plan) + 1e-12
         assert menu.divergence(plan) <= least_loss(menu, plans, budget - slack) + 1e-12
 
@@ -186,7 +186,7 @@ def test_the_least_budget_is_met_on_a_coarse_grid():
     for seed in range(10):
         menu = random_menu(seed, 8, 4, unit=1, largest=1_000_003)
         for budget in (menu.least, menu.least + 1, menu.least + 100):
-            assert menu.parameters(knapsack(menu, budget)) <= budget
+            assert menu.size(knapsack(menu, budget)) <= budget
 
 
 def test_one_sweep_serves_every_budget():
@@ -196,7 +196,7 @@ def test_one_sweep_serves_every_budget():
     losses = []
     for budget in np.linspace(menu.least, menu.dense, 40):
         plan = solved.solve(float(budget))
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         losses.append(menu.divergence(plan))
     assert losses == sorted(losses, reverse=True)
 
@@ -205,7 +205,7 @@ def test_other_losses_replace_the_menus():
     menu = MENUS["small"]
     random = np.random.default_rng(0)
     other = [np.append(0.0, random.permutation(line.divergence[1:])) for line in menu.lines]
-    changed = Menu(tuple(Line(m.site, m.options, m.parameters, d) for m, d in zip(menu.lines, other, strict=True)))
+    changed = Menu(tuple(Line(m.site, m.options, m.sizes, d) for m, d in zip(menu.lines, other, strict=True)))
     for budget in budgets(menu):
         if budget >= menu.least:
             assert sweep(menu, other).solve(budget) == sweep(changed).solve(budget)
@@ -228,18 +228,18 @@ def cost(costs, plan):
 @pytest.mark.parametrize("size", ["small", "mixed"])
 def test_two_budgets_are_met_exactly(size, seed):
     menu = MENUS[size]
-    plans, stored, slow = every_plan(menu), [line.parameters for line in menu.lines], latencies(menu, seed)
+    plans, stored, slow = every_plan(menu), [line.sizes for line in menu.lines], latencies(menu, seed)
     times = np.quantile([cost(slow, plan) for plan in plans], [0.02, 0.2, 0.6])
     solved = 0
     for budget, time in itertools.product(budgets(menu, 5), times):
-        within = [plan for plan in plans if menu.parameters(plan) <= budget and cost(slow, plan) <= time]
+        within = [plan for plan in plans if menu.size(plan) <= budget and cost(slow, plan) <= time]
         limits = [(stored, budget), (slow, float(time))]
         if not within:
             with pytest.raises(InputError):
                 knapsack_several(menu, limits)
             continue
         plan = knapsack_several(menu, limits)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         assert cost(slow, plan) <= time + 1e-9
         assert menu.divergence(plan) == pytest.approx(min(menu.divergence(plan) for plan in within))
         solved += 1
@@ -247,7 +247,7 @@ def test_two_budgets_are_met_exactly(size, seed):
 
 
 def test_one_budget_is_the_knapsack(menu):
-    if sweep(menu).unit > np.gcd.reduce(np.concatenate([line.parameters for line in menu.lines])):
+    if sweep(menu).unit > np.gcd.reduce(np.concatenate([line.sizes for line in menu.lines])):
         return  # on a coarse grid the dynamic program is allowed to be a little worse
     for budget in budgets(menu):
         if budget >= menu.least:
@@ -261,14 +261,14 @@ def test_a_budget_one_value_short_is_kept(seed):
     menu = random_menu(seed, 10, 5, unit=1, largest=10**8)
     random = np.random.default_rng(seed)
     plan = [int(random.integers(len(line.options))) for line in menu.lines]
-    for budget in (menu.parameters(plan) - 1, menu.parameters(plan)):
-        assert menu.parameters(one_budget(menu, budget)) <= budget
+    for budget in (menu.size(plan) - 1, menu.size(plan)):
+        assert menu.size(one_budget(menu, budget)) <= budget
 
 
 def test_budgets_that_contradict_each_other_are_refused_in_one_line():
     """Whatever is small is slow."""
     menu = MENUS["small"]
-    stored, slow = [line.parameters for line in menu.lines], [-line.parameters for line in menu.lines]
+    stored, slow = [line.sizes for line in menu.lines], [-line.sizes for line in menu.lines]
     with pytest.raises(InputError) as caught:
         knapsack_several(menu, [(stored, menu.dense // 2), (slow, -menu.dense)])
     assert "\n" not in str(caught.value)
@@ -287,7 +287,7 @@ def joint_menu(seed, blocks=2):
         lines += [
             replace(line, site=name) for line, name in zip(random_menu(seed + block, 4, 3).lines, names, strict=True)
         ]
-        dense = {line.site: int(line.parameters[0]) for line in lines}
+        dense = {line.site: int(line.sizes[0]) for line in lines}
         for claimed in (names[:2], names[2:], names):
             whole = sum(dense[name] for name in claimed)
             costs = [whole, *np.sort(8 * random.integers(0, whole // 8, 2))[::-1]]
@@ -317,29 +317,29 @@ def test_joint_sites_are_never_treated_beside_their_own_weights(joint, allocate)
     for budget in budgets(joint):
         places = allocate(joint, budget)
         assert joint.compatible(places)
-        assert joint.parameters(places) <= budget
+        assert joint.size(places) <= budget
 
 
 def test_stored_values_of_a_joint_choice_count_every_weight_once(joint):
-    dense = {line.site: int(line.parameters[0]) for line in joint.lines if not line.weights}
+    dense = {line.site: int(line.sizes[0]) for line in joint.lines if not line.weights}
     assert joint.dense == sum(dense.values())
     for places in itertools.islice(every_choice(joint), 0, None, 997):
         treated = [(line, place) for line, place in zip(joint.lines, places, strict=True) if place]
         taken = {weight for line, _ in treated for weight in line.claims}
         untouched = sum(stored for weight, stored in dense.items() if weight not in taken)
-        assert joint.parameters(places) == untouched + sum(int(line.parameters[place]) for line, place in treated)
+        assert joint.size(places) == untouched + sum(int(line.sizes[place]) for line, place in treated)
 
 
 def test_the_cheapest_choice_of_joint_sites(joint):
     if len(joint.lines) < 10:
-        assert joint.least == min(joint.parameters(places) for places in every_choice(joint))
+        assert joint.least == min(joint.size(places) for places in every_choice(joint))
     assert joint.compatible(joint.cheapest)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_knapsack_with_joint_sites_is_the_best_by_brute_force(name):
     menu = JOINT[0]
-    choices = [(menu.parameters(places), menu.divergence(places)) for places in every_choice(menu)]
+    choices = [(menu.size(places), menu.divergence(places)) for places in every_choice(menu)]
     for budget in budgets(menu):
         best = min(divergence for stored, divergence in choices if stored <= budget)
         assert menu.divergence(ROWS[name](menu, budget)) == pytest.approx(best, abs=1e-12)
@@ -356,7 +356,7 @@ def test_a_joint_site_that_is_worth_it_is_taken(allocate):
     both = replace(make_line("a+b", [160, 40], [0.0, 1e-6]), weights=("a", "b"))
     menu = Menu((*singles, both))
     places = allocate(menu, 100)
-    assert menu.parameters(places) <= 100
+    assert menu.size(places) <= 100
     if allocate in (ROWS["knapsack"], ROWS["knapsack_several"], ROWS["sensitivity"]):
         assert places == [0, 0, 1]
 

@@ -95,7 +95,7 @@ def test_without_coupling_it_is_nearly_the_knapsack(seed, lines, options):
     excess = []
     for budget in within(menu, 24):
         plan = descent.solve(budget)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         best = menu.divergence(exact.solve(budget))
         assert menu.divergence(plan) >= best - 1e-9
         excess.append((menu.divergence(plan) - best) / max(best, 1e-9))
@@ -115,7 +115,7 @@ def test_losses_may_be_negative_and_dense_need_not_be_free(seed, lines, options)
     span = max(best.values()) - min(best.values())
     for budget, least in best.items():
         plan = descent.solve(budget)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         assert descent.value(plan) == pytest.approx(total(losses, plan))
         assert least - 1e-9 <= descent.value(plan) <= least + 0.03 * span
 
@@ -128,7 +128,7 @@ def test_losses_may_all_be_negative():
     descent, exact = Descent(menu, losses, nothing(menu)), sweep(menu, losses)
     for budget in within(menu):
         plan = descent.solve(budget)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         assert total(losses, plan) <= 0.97 * total(losses, exact.solve(budget))
 
 
@@ -143,9 +143,9 @@ def test_an_option_of_which_nothing_is_known_is_not_taken():
             loss[:] = np.inf
             loss[place] = 0.0
         descent = Descent(menu, losses, nothing(menu))
-        for budget in (menu.parameters(centre), menu.parameters(centre) + 40, menu.dense):
+        for budget in (menu.size(centre), menu.size(centre) + 40, menu.dense):
             plan = descent.solve(budget)
-            assert menu.parameters(plan) <= budget
+            assert menu.size(plan) <= budget
             assert math.isfinite(descent.value(plan))
             assert plan[:2] == centre[:2]
 
@@ -160,11 +160,11 @@ def small():
     for seed, lines, options in SMALL:
         menu = random_menu(seed, lines, options)
         descent, additive = Descent(menu, divergences(menu), cosines(menu, seed)), sweep(menu)
-        plans = [(menu.parameters(plan), descent.value(plan)) for plan in every_plan(menu)]
+        plans = [(menu.size(plan), descent.value(plan)) for plan in every_plan(menu)]
         for budget in within(menu, 10):
             if budget < menu.dense:
                 plan = descent.solve(budget)
-                assert menu.parameters(plan) <= budget
+                assert menu.size(plan) <= budget
                 least = min(value for stored, value in plans if stored <= budget)
                 found.append((descent.value(plan), descent.value(additive.solve(budget)), least))
     return np.array(found)
@@ -194,7 +194,7 @@ def test_as_large_as_a_studys_menu_it_beats_the_additive_optimum(seed):
     for share in np.linspace(0.1, 0.9, 6):
         budget = menu.least + share * (menu.dense - menu.least)
         plan = descent.solve(budget)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
         assert descent.value(plan) < descent.value(additive.solve(budget))
 
 
@@ -233,7 +233,7 @@ def test_joint_sites_are_never_treated_beside_their_own_weights(seed, scale):
     for budget in within(menu):
         plan = descent.solve(budget)
         assert menu.compatible(plan)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
 
 
 def test_joint_sites_are_solved_well():
@@ -242,7 +242,7 @@ def test_joint_sites_are_solved_well():
     for seed in range(0, 16, 2):
         menu = joint_menu(seed, blocks=1)
         descent = Descent(menu, divergences(menu), cosines(menu, seed))
-        choices = [(menu.parameters(places), descent.value(places)) for places in every_choice(menu)]
+        choices = [(menu.size(places), descent.value(places)) for places in every_choice(menu)]
         for budget in within(menu):
             least = min(value for stored, value in choices if stored <= budget)
             gaps.append((descent.value(descent.solve(budget)) - least) / max(least, 1e-3))
@@ -259,7 +259,7 @@ def test_joint_sites_with_losses_of_either_sign_stay_compatible(seed):
     for budget in within(menu):
         plan = descent.solve(budget)
         assert menu.compatible(plan)
-        assert menu.parameters(plan) <= budget
+        assert menu.size(plan) <= budget
 
 
 def test_a_joint_site_stays_where_nothing_is_known_of_leaving_it():
@@ -282,10 +282,10 @@ def test_the_path_runs_from_dense_to_the_cheapest(seed, scale):
     descent = Descent(menu, divergences(menu), cosines(menu, seed, scale))
     plans = descent.plans
     assert plans[0] == [0] * len(menu.lines)
-    assert menu.parameters(plans[-1]) == menu.least
+    assert menu.size(plans[-1]) == menu.least
     assert len(set(map(tuple, plans))) == len(plans) > 5
     if not scale:
-        stored = [menu.parameters(plan) for plan in plans]
+        stored = [menu.size(plan) for plan in plans]
         assert stored == sorted(stored, reverse=True)
         lost = [menu.divergence(plan) for plan in plans]
         assert lost == sorted(lost)
@@ -301,7 +301,7 @@ def test_dense_is_reachable(more):
 def test_the_least_budget_is_met():
     for menu in (random_menu(1, 6, 4), random_menu(2, 40, 6), joint_menu(1, 2)):
         descent = Descent(menu, divergences(menu), cosines(menu, 0))
-        assert menu.parameters(descent.solve(menu.least)) == menu.least
+        assert menu.size(descent.solve(menu.least)) == menu.least
 
 
 def test_too_small_a_budget_is_refused_in_one_line():

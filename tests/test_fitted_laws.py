@@ -71,8 +71,8 @@ def test_it_offers_levels_or_says_why_not(name, shape):
         assert keep in KEEPS
         assert option.method == name
         method.check(option)
-        costs.append(method.storage(site, option).parameters)
-        assert 0 < costs[-1] < site.storage.parameters
+        costs.append(method.storage(site, option).bytes(2))
+        assert 0 < costs[-1] < site.storage.bytes(2)
     assert costs == sorted(costs)
 
 
@@ -80,6 +80,8 @@ def test_it_offers_levels_or_says_why_not(name, shape):
 @pytest.mark.parametrize("shape", [(576, 192), (576, 1536), (1536, 576), (512, 512)])
 def test_levels_come_near_what_was_asked(name, shape):
     """Of a real weight, no offered level is further from the fraction asked for than a tenth of the weight."""
+    if not FITTED_ROWS[name].gridded:
+        pytest.skip("levels of fewer bits")
     site, method = common.linear_site(*shape), get_method(name)
     for keep, option in method.options(site, Grid((0.2, 0.4, 0.6, 0.8), 8)).items():
         assert abs(method.storage(site, option).parameters / site.storage.parameters - keep) <= 0.1, option
@@ -165,7 +167,7 @@ def test_more_levels_help(name, shape, kind):
     options = walked(name, shape)
     whole = FITTED_ROWS[name].loss(weight.double(), sample)
     errors = [get_method(name).error(prepare(name, weight, sample, o), o) for o in (options[0], options[-1])]
-    assert errors[-1] <= errors[0] + FLOOR * whole
+    assert errors[-1] <= errors[0] + (FLOOR + FITTED_ROWS[name].noise) * whole
     assert errors[0] <= whole * (1 + FLOOR) + 1e-9
 
 
@@ -232,7 +234,7 @@ def test_claimed_storage_is_what_the_tensors_hold(name, shape):
         tensors = factors.tensors.values()
         values = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
         bits = sum(8 * tensor.nbytes for tensor in tensors if not tensor.is_floating_point())
-        assert (factors.storage.values, factors.storage.index_bits) == (values, bits)
+        assert (factors.storage.values, factors.storage.index_bits + factors.storage.integer_bits) == (values, bits)
         assert get_method(name).storage(site, option) == factors.storage
 
 
@@ -240,7 +242,7 @@ def test_claimed_storage_is_what_the_tensors_hold(name, shape):
 def test_several_weights_and_tables_are_refused_with_a_reason(name):
     pair = Site("pair", (Weight("gate", "gate", 64, 48), Weight("up", "up", 64, 48)))
     table = common.linear_site(96, 32, kind="embedding")
-    for site in (pair, table):
+    for site in (pair, table)[: 1 if FITTED_ROWS[name].tables else 2]:
         assert get_method(name).refuses(site)
         assert get_method(name).options(site, Grid(KEEPS, 8)) == {}
 

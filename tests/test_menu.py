@@ -51,12 +51,12 @@ def test_a_line_is_dense_and_then_falls_in_cost(seed):
     for line, (site, options) in zip(menu.lines, WANTED.items(), strict=True):
         assert line.options[0] == DENSE_OPTION
         assert line.divergence[0] == 0
-        assert line.parameters[0] == site.storage.parameters
+        assert line.sizes[0] == site.storage.parameters
         assert set(line.options[1:]) == set(options)
-        assert len(line.options) == len(options) + 1 == len(line.parameters) == len(line.divergence)
-        assert (np.diff(line.parameters) <= 0).all()
+        assert len(line.options) == len(options) + 1 == len(line.sizes) == len(line.divergence)
+        assert (np.diff(line.sizes) <= 0).all()
         assert (line.divergence[1:] >= TINY).all()
-        for option, stored in zip(line.options[1:], line.parameters[1:], strict=True):
+        for option, stored in zip(line.options[1:], line.sizes[1:], strict=True):
             assert stored == get_method(option.method).storage(site, option).parameters
 
 
@@ -116,12 +116,12 @@ def test_sums_are_over_the_lines():
         else get_method(chosen[site.name].method).storage(site, chosen[site.name]).parameters
         for site in WANTED
     )
-    assert menu.parameters(places) == stored
+    assert menu.size(places) == stored
     assert menu.divergence(places) == pytest.approx(
         sum(line.divergence[place] for line, place in zip(menu.lines, places, strict=True))
     )
-    assert menu.dense == menu.parameters([0, 0, 0]) == sum(site.storage.parameters for site in WANTED)
-    assert menu.least == menu.parameters([len(line.options) - 1 for line in menu.lines])
+    assert menu.dense == menu.size([0, 0, 0]) == sum(site.storage.parameters for site in WANTED)
+    assert menu.least == menu.size([len(line.options) - 1 for line in menu.lines])
 
 
 @pytest.mark.parametrize("seed", range(3))

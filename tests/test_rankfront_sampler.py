@@ -75,7 +75,7 @@ class Problem:
         alone = [line.divergence[place] * f for line, place, f in zip(menu.lines, plan, self.factors, strict=True)]
         pairs = zip(alone[: self.sites : 2], alone[1 : self.sites : 2], strict=True)  # the two sites of each block
         divergence = sum(alone) + self.interaction * sum(math.sqrt(a * b) for a, b in pairs)
-        stored = menu.parameters(plan) / menu.dense
+        stored = menu.size(plan) / menu.dense
         return [max(divergence, NEVER), stored, *([0.2 + 0.5 * stored + 0.1 * (plan[0] == 0)] if self.slow else [])]
 
     @property
@@ -84,7 +84,7 @@ class Problem:
         return Goal(
             loss=math.exp,
             log_divergence=lambda value, dense: math.log(max(value, NEVER)),
-            costs=lambda options: {1: menu.parameters(menu.places(options)) / menu.dense},
+            costs=lambda options: {1: menu.size(menu.places(options)) / menu.dense},
             dense=NEVER,
             quality=0,
             count=2 + self.slow,
@@ -233,7 +233,7 @@ def test_switches_keep_the_budget():
         member = [int(place) for place in random.integers(0, problem.levels, problem.sites)]
         switched = sampler._switches([member], sampler.beliefs.surrogate.mean)
         assert switched
-        assert all(problem.menu.parameters(plan) <= problem.menu.parameters(member) for plan in switched)
+        assert all(problem.menu.size(plan) <= problem.menu.size(member) for plan in switched)
 
 
 def test_what_it_predicts():
@@ -258,7 +258,7 @@ class Overlap(Problem):
         joint = []
         for number, claim in enumerate(claims):
             members = [singles[site] for site in claim]
-            dense = int(sum(line.parameters[0] for line in members))
+            dense = int(sum(line.sizes[0] for line in members))
             stored = np.array([dense, int(0.7 * dense), int(0.4 * dense)])
             hurt = sum(line.divergence[-1] for line in members) * random.uniform(0.2, 1.2) * np.array([0.0, 0.3, 0.8])
             options = (DENSE_OPTION, Option.of("svd", rank=20), Option.of("svd", rank=10))

@@ -1,0 +1,139 @@
+"""Integers: a matrix rounded to 8 or 4 bits, as torch's packed kernels read it.
+
+Eight bits: q (m, n) in −127 … 127 with one scale a row, w = q s. Four bits: q (m, n) in 0 … 15 with a scale and a zero
+for every group of inputs of a row, w = (q − 8) s + z, two to a byte. Zeros fill the width that the kernels want. Scales
+and zeros are rounded to bf16 before anything is rounded with them, so what was measured is what runs, whichever of the
+usual dtypes the model runs in.
+
+To the nearest value, or by GPTQ: columns in order, each one's rounding error made good by those that follow, which is
+Cholesky elimination with the inverse of the Gram C = Σ_t x_t x_tᵀ. Source: GPTQ (2210.17323), algorithm 1; damping as
+published.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankfront.methods._storage import group_size, padded_width
+from rankfront.methods._weighting import Weighting
+
+LARGEST = {8: 127, 4: 15}
+MIDDLE = 8  # of sixteen steps
+DAMPING = 0.01  # of the mean diagonal of C (GPTQ, section 4)
+BLOCK = 128  # columns whose errors are carried on together; a whole number of groups
+SMALLEST = 2.0**-120  # a step, so that a group of zeros has one
+
+
+class Integers(NamedTuple):
+    """A rounded matrix (m, n).
+
+    Attributes:
+        integers: int8 (m, n'), n' the padded width; or for four bits uint8 (m, n' / 2), even columns in the low half.
+        scales: (m,); or (n' / g, m, 2) for four bits, scale and zero.
+    """
+
+    integers: Tensor
+    scales: Tensor
+
+
+def rounded(weight: Tensor, bits: int, weighting: Weighting | None = None) -> Integers:
+    """W (m, n) to the nearest values; under a weighting by GPTQ, where that leaves less of ‖(W − Ŵ) S‖."""
+    work = weight.double()
+    nearest = _packed(*_swept(work, bits, None), bits)
+    if weighting is None:
+        return nearest
+    calibrated = _packed(*_swept(work, bits, _elimination(weighting, work)), bits)
+
+    def error(found: Integers) -> float:
+        lost = work - restored(found, bits, work.shape[1]).double()
+        return float((weighting.times_gram(lost) * lost).sum())
+
+    return calibrated if error(calibrated) <= error(nearest) else nearest
+
+
+def restored(rounded: Integers, bits: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the integers stand for, (m, n)."""
+    if bits == 8:
+        return rounded.integers[:, :columns].to(dtype) * rounded.scales.to(dtype)[:, None]
+    q = halves(rounded.integers)  # (m, n')
+    scale, zero = rounded.scales.to(dtype).movedim(0, 1).unbind(-1)  # (m, n' / g) each
+    values = (q.to(dtype) - MIDDLE).unflatten(1, (scale.shape[1], -1)) * scale[:, :, None] + zero[:, :, None]
+    whole: Tensor = values.flatten(1)[:, :columns]
+    return whole
+
+
+def halves(integers: Tensor) -> Tensor:
+    """The two numbers in every byte (m, k), (m, 2k) uint8."""
+    return torch.stack([integers & 15, integers >> 4], -1).flatten(1)
+
+
+def _elimination(weighting: Weighting, like: Tensor) -> Tensor:
+    """The upper Cholesky factor of (C + damping)⁻¹, (n, n)."""
+    gram = weighting.times_gram(torch.eye(like.shape[1], dtype=torch.float64, device=like.device))
+    if not torch.isfinite(gram).all():
+        raise ValueError(f"a Gram of shape {tuple(gram.shape)} has values that are not finite")
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def _swept(weight: Tensor, bits: int, elimination: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q (m, n), and scales and zeros (m, groups), column by column where errors are carried on."""
+    m, n = weight.shape
+    group = n if bits == 8 else group_size(n)
+    if elimination is None:
+        parts = weight.split(group, 1)
+        grids = [_grid(part, bits) for part in parts]
+        found = zip(parts, grids, strict=True)
+        q = torch.cat([_nearest(part, scale[:, None], zero[:, None], bits) for part, (scale, zero) in found], 1)
+        scales, zeros = (torch.stack(sides, 1) for sides in zip(*grids, strict=True))
+        return q, scales, zeros
+    work = weight.clone()
+    q = torch.empty_like(work)
+    grids = [_grid(work, bits)] if bits == 8 else []
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        errors = torch.empty(m, stop - start, dtype=work.dtype, device=work.device)
+        for column in range(start, stop):
+            if bits != 8 and column % group == 0:
+                grids.append(_grid(work[:, column : min(column + group, n)], bits))
+            scale, zero = grids[-1]
+            q[:, column] = _nearest(work[:, column], scale, zero, bits)
+            value = q[:, column] * scale if bits == 8 else (q[:, column] - MIDDLE) * scale + zero
+            error = (work[:, column] - value) / elimination[column, column]
+            work[:, column + 1 : stop] -= error[:, None] * elimination[column, column + 1 : stop]
+            errors[:, column - start] = error
+        work[:, stop:] -= errors @ elimination[start:stop, stop:]
+    scales, zeros = (torch.stack(sides, 1) for sides in zip(*grids, strict=True))
+    return q, scales, zeros
+
+
+def _grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero (m,) of every row of W's columns ``part`` (m, g)."""
+    if bits == 8:
+        scale = _bf16((part.abs().amax(1) / LARGEST[8]).clamp_min(SMALLEST))
+        return scale, torch.zeros_like(scale)
+    low, high = part.amin(1), part.amax(1)
+    scale = _bf16(((high - low) / LARGEST[4]).clamp_min(SMALLEST))
+    return scale, _bf16(low + MIDDLE * scale)
+
+
+def _nearest(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    q = ((values - zero) / scale).round()
+    return q.clamp(-LARGEST[8], LARGEST[8]) if bits == 8 else (q + MIDDLE).clamp(0, LARGEST[4])
+
+
+def _bf16(values: Tensor) -> Tensor:
+    return values.bfloat16().to(values.dtype)
+
+
+def _packed(q: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Integers:
+    padded = torch.nn.functional.pad(q, (0, padded_width(q.shape[1], bits) - q.shape[1]))
+    if bits == 8:
+        return Integers(padded.to(torch.int8).contiguous(), scales[:, 0].float())
+    pairs = padded.to(torch.uint8).contiguous().unflatten(1, (-1, 2))
+    return Integers(pairs[..., 0] | pairs[..., 1] << 4, torch.stack([scales, zeros], -1).movedim(0, 1).float())

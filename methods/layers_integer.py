@@ -1,0 +1,173 @@
+"""Matrices in 8 or 4 bits: one, or the two of a low rank; multiplied by torch's packed kernels where those are fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods._integers import Integers, halves, restored
+from rankfront.methods._storage import group_size, padded_width
+from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
+
+ROWS = 16  # that torch's kernel for four bits takes at a time
+FEW_TOKENS = 16  # up to which the packed kernels of a CPU beat a product with the matrix restored
+
+
+class IntegerMatrix(nn.Module):
+    """W (m, n) as `Integers`: ``integers`` a buffer, ``scales`` a parameter; x (..., n) to x Wᵀ + bias (..., m).
+
+    A few tokens at a time, as in decoding, on a CPU: torch's packed kernels, that for four bits on a copy in its own
+    order, made at the first use and not saved, as large as the integers again. Otherwise, and where gradients are
+    wanted, a product with W restored.
+    """
+
+    integers: Tensor
+    packed: Tensor | None
+
+    def __init__(self, integers: Tensor, scales: Tensor, bits: int, columns: int) -> None:
+        super().__init__()
+        self.register_buffer("integers", integers)
+        self.register_buffer("packed", None, persistent=False)
+        self.scales = parameter(scales)
+        self.bits, self.columns, self.width = bits, columns, padded_width(columns, bits)
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W (m, n)."""
+        return restored(Integers(self.integers, self.scales), self.bits, self.columns, dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows ``ids`` (...) of W, (..., n)."""
+        chosen = ids.flatten()
+        scales = self.scales[chosen] if self.bits == 8 else self.scales[:, chosen]
+        found: Tensor = restored(Integers(self.integers[chosen], scales), self.bits, self.columns, dtype)
+        return found.view(*ids.shape, self.columns)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias."""
+        if not self._packable(x):
+            if self.bits == 8:  # scaled after the product, which is exact in the integers
+                y = nn.functional.linear(x, self.integers[:, : self.columns].to(x.dtype)) * self.scales
+                return y if bias is None else y + bias
+            return nn.functional.linear(x, self.matrix(x.dtype), bias)
+        tokens = nn.functional.pad(x.reshape(-1, self.columns), (0, self.width - self.columns)).contiguous()
+        if self.bits == 8:
+            y = torch.ops.aten._weight_int8pack_mm(tokens, self.integers, self.scales)
+        else:
+            if self.packed is None:
+                self.packed = self._pack()
+            scales = nn.functional.pad(self.scales, (0, 0, 0, -len(self.integers) % ROWS))
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, group_size(self.columns), scales)
+        whole: Tensor = y[:, : len(self.integers)].reshape(*x.shape[:-1], len(self.integers))
+        return whole if bias is None else whole + bias
+
+    def _packable(self, x: Tensor) -> bool:
+        few = 0 < x.numel() <= FEW_TOKENS * self.columns
+        grads = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
+        return few and not grads and x.device.type == "cpu" and x.dtype == self.scales.dtype
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _pack(self) -> Tensor:
+        q = halves(self.integers).int()  # (m, n')
+        q = nn.functional.pad(q, (0, 0, 0, -len(q) % ROWS))
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        return packed
+
+    @staticmethod
+    def shapes(rows: int, columns: int, bits: int) -> Shapes:
+        if bits == 8:
+            return {"integers": ((rows, padded_width(columns, bits)), torch.int8), "scales": ((rows,), None)}
+        width = padded_width(columns, bits)
+        scales = (width // group_size(columns), rows, 2)
+        return {"integers": ((rows, width // 2), torch.uint8), "scales": (scales, None)}
+
+    def extra_repr(self) -> str:
+        return f"{self.columns}, {len(self.integers)}, bits={self.bits}"
+
+
+@layer("integer")
+class IntegerLinear(nn.Module):
+    """y = W x + bias, W (m, n) an `IntegerMatrix`."""
+
+    def __init__(self, stored: IntegerMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.stored = stored
+        self.bias = optional_parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored.product(x, self.bias)
+
+    @staticmethod
+    def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
+        own = (tensors["stored.integers"], tensors["stored.scales"])
+        stored = IntegerMatrix(*own, settings["bits"], weight_of(dense).shape[1])
+        if isinstance(dense, nn.Embedding):
+            return IntegerEmbedding(stored, getattr(dense, "scalar_embed_scale", None))
+        return IntegerLinear(stored, bias)
+
+    def matrix(self) -> Tensor:
+        return self.stored.matrix()
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
+        found = IntegerMatrix.shapes(rows, columns, settings["bits"])
+        return {f"stored.{name}": shape for name, shape in found.items()}
+
+
+class IntegerEmbedding(nn.Module):
+    """Rows of E (vocabulary, width), an `IntegerMatrix`: ids (...) to (..., width), times ``scale`` if there is one."""
+
+    def __init__(self, stored: IntegerMatrix, scale: float | None = None) -> None:
+        super().__init__()
+        self.stored = stored
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.stored.rows(ids, self.stored.scales.dtype)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+    def matrix(self) -> Tensor:
+        return self.stored.matrix()
+
+    def full_bias(self) -> Tensor | None:
+        return None
+
+
+@layer("integer-low-rank")
+class IntegerLowRankLinear(nn.Module):
+    """y = left (right x) + bias: left (m, r) and right (r, n), each an `IntegerMatrix`."""
+
+    def __init__(self, left: IntegerMatrix, right: IntegerMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+        self.bias = optional_parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left.product(self.right.product(x), self.bias)
+
+    @staticmethod
+    def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
+        sides = {
+            side: IntegerMatrix(tensors[f"{side}.integers"], tensors[f"{side}.scales"], settings["bits"], columns)
+            for side, columns in (("left", settings["rank"]), ("right", weight_of(dense).shape[1]))
+        }
+        return IntegerLowRankLinear(sides["left"], sides["right"], bias)
+
+    def matrix(self) -> Tensor:
+        return self.left.matrix() @ self.right.matrix()
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
+        sides = {"left": (rows, settings["rank"]), "right": (settings["rank"], columns)}
+        return {
+            f"{side}.{name}": shape
+            for side, size in sides.items()
+            for name, shape in IntegerMatrix.shapes(*size, settings["bits"]).items()
+        }

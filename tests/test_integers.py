@@ -1,0 +1,206 @@
+"""Weights and factors in 8 or 4 bits: rounding, packing, kernels, export, and a search that counts bytes."""
+
+import json
+
+import common
+import pytest
+import torch
+from common import save_folder
+from launching import measured, small_data, verify_here
+from safetensors import safe_open
+from test_method_laws import make_sample, make_weight
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rankfront.methods import Grid, Option, get_method
+from rankfront.methods._integers import restored, rounded
+from rankfront.methods._storage import group_size, integer_storage, padded_width
+from rankfront.methods.layers import replacement
+from rankfront.methods.layers_integer import FEW_TOKENS
+from rankfront.search import Plan, Study
+from rankfront.search.export import export
+from rankfront.search.trial import Resident
+
+BITS = [8, 4]
+SHAPES = [(48, 64), (40, 72), (16, 16), (33, 130), (5, 576)]
+each_bits = pytest.mark.parametrize("bits", BITS)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+def layer_of(name, shape, option=None):
+    """The layer of a method at its level, on a weight and sample of that shape."""
+    method, site = get_method(name), common.linear_site(*shape)
+    option = option or Option.of(name, bits=method.bits)
+    prepared = method.prepare(
+        site, {"weight": make_weight(shape)}, {"weight": make_sample(shape).statistics()}, [option]
+    )
+    factors = method.truncate(prepared, option)["weight"]
+    return replacement(nn.Linear(shape[1], shape[0]), factors.kind, factors.tensors, factors.settings)
+
+
+@each_bits
+@each_shape
+def test_every_value_is_at_most_half_a_step_off(bits, shape):
+    weight = make_weight(shape)
+    found = rounded(weight, bits)
+    size = shape[1] if bits == 8 else group_size(shape[1])
+    for start in range(0, shape[1], size):
+        part = weight[:, start : start + size]
+        span = part.abs().amax(1) * 2 / 254 if bits == 8 else (part.amax(1) - part.amin(1)) / 15
+        off = (restored(found, bits, shape[1])[:, start : start + size] - part).abs()
+        coarse = part.abs().amax(1) * 2**-8  # scales and zeros in bf16
+        assert (off <= (span / 2 * 1.01 + coarse)[:, None] + 1e-7).all()
+
+
+@each_shape
+def test_four_bits_stand_for_what_a_loop_says(shape):
+    m, n = shape
+    found = rounded(make_weight(shape), 4)
+    size, whole = group_size(n), restored(found, 4, n)
+    for i, j in ((0, 0), (m - 1, n - 1), (m // 2, n // 3), (1, 1)):
+        byte = int(found.integers[i, j // 2])
+        q = byte >> 4 if j % 2 else byte & 15
+        scale, zero = found.scales[j // size, i].tolist()
+        assert float(whole[i, j]) == pytest.approx((q - 8) * scale + zero, rel=1e-6, abs=1e-9)
+
+
+@each_bits
+@each_shape
+@pytest.mark.parametrize("kind", ["plain", "outlier"])
+def test_carrying_errors_on_beats_the_nearest(bits, shape, kind):
+    """Inputs are correlated, so what one column loses the following can make good."""
+    weight, gram = make_weight(shape).double(), make_sample(shape, kind).statistics().gram
+
+    def error(found):
+        lost = weight - restored(found, bits, shape[1]).double()
+        return float((gram.times_gram(lost) * lost).sum())
+
+    assert error(rounded(weight, bits, gram)) < 0.98 * error(rounded(weight, bits))
+
+
+@each_bits
+@pytest.mark.parametrize("shape", [(48, 64), (40, 72)])
+def test_the_second_factor_makes_good_what_rounding_the_first_lost(bits, shape):
+    """Against both factors of svd-llm rounded each on its own."""
+    weight, statistics = make_weight(shape), {"weight": make_sample(shape).statistics()}
+    site, rank = common.linear_site(*shape), 16
+    name, gram = f"svd-llm-int{bits}", statistics["weight"].gram
+    option, plain = Option.of(name, rank=rank, bits=bits), Option.of("svd-llm", rank=rank)
+    ours = get_method(name).prepare(site, {"weight": weight}, statistics, [option])
+    base = get_method("svd-llm").prepare(site, {"weight": weight}, statistics, [plain])
+    tensors = get_method("svd-llm").truncate(base, plain)["weight"].tensors
+    apart = [
+        restored(rounded(tensors[side], bits), bits, tensors[side].shape[1]).double() for side in ("left", "right")
+    ]
+    lost = weight.double() - apart[0] @ apart[1]
+    exact = get_method("svd-llm").error(base, plain)
+    without = float((gram.times_gram(lost) * lost).sum())
+    assert get_method(name).error(ours, option) - exact < 0.95 * (without - exact)
+
+
+@each_bits
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_packed_kernels_give_what_the_restored_matrix_does(bits, shape, dtype, low_rank):
+    """One token, as many as the kernels are given, and one more: and a row of a batch is what it is alone."""
+    option = Option.of(f"svd-llm-int{bits}", rank=5, bits=bits) if low_rank else None
+    layer = layer_of(f"svd-llm-int{bits}" if low_rank else f"rtn-int{bits}", shape, option).to(dtype)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1):
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        expected = nn.functional.linear(x.float(), layer.matrix(), layer.bias.float())
+        with torch.no_grad():
+            found = layer(x[None])[0]
+            assert (found.float() - expected).norm() <= tolerance * expected.norm()
+            assert found.dtype == dtype
+            assert layer(x[:0]).shape == (0, shape[0])
+
+
+@each_bits
+def test_gradients_reach_the_inputs_however_few_tokens(bits):
+    layer = layer_of(f"rtn-int{bits}", (48, 64))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.matrix().sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+
+
+@each_bits
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (40, 72), (7, 600), (3, 16)])
+def test_storage_is_exact(bits, rows, columns):
+    storage = integer_storage(rows, columns, bits)
+    found = rounded(make_weight((rows, columns)), bits)
+    assert storage.bytes(2) == found.integers.nbytes + 2 * found.scales.numel()
+    assert storage.parameters == found.integers.numel() * 8 // bits + found.scales.numel()
+    assert storage.buffers == found.integers.numel() * 8 // bits
+    assert padded_width(columns, bits) >= columns
+
+
+def test_rounding_is_the_option_at_the_kept_fraction_nearest_its_bits():
+    site = common.linear_site(256, 256)
+    for name, keep in (("gptq-int8", 0.5), ("gptq-int4", 0.3)):
+        found = get_method(name).options(site, Grid((0.3, 0.5, 0.9)))
+        assert list(found) == [keep]
+        assert get_method(name).storage(site, found[keep]).bytes(2) < 1.2 * keep * site.storage.bytes(2)
+
+
+@each_bits
+@pytest.mark.parametrize("form", ["factored", "dense"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_a_tied_table_is_rounded_once_and_stays_tied(name, text_file, tmp_path, monkeypatch, bits, form):
+    """Integers on disk are those that were measured, bit for bit, and take the bytes that were claimed."""
+    verify_here(monkeypatch)
+    data = small_data(save_folder(name, tmp_path / "model"), text_file)
+    data["space"] = {"methods": [f"rtn-int{bits}"], "keep": [0.5], "include": ["*", "lm_head"]}
+    resident = Resident(Study(data).setup())
+    chosen = {s.name: next(iter(c.options.values())) for s, c in resident.space.choices.items()}
+    assert "lm_head" in chosen
+    row = measured(resident, Plan.of(chosen))
+    ids = common.tokens(2, 24, seed=3)
+    with torch.no_grad():
+        expected = resident.model(input_ids=ids, use_cache=False).logits
+        held = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
+        export(resident.setup, row, tmp_path / form, form)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+    if form == "factored":
+        state = loaded.state_dict()
+        integers = [name for name in held if name.endswith(".integers")]
+        assert len(integers) > 7
+        assert all(torch.equal(state[name], held[name]) for name in integers)
+        table, head = (module.stored for module in (loaded.get_input_embeddings(), loaded.get_output_embeddings()))
+        assert table.integers.data_ptr() == head.integers.data_ptr()
+        assert table.scales is head.scales
+        with safe_open(tmp_path / form / "model.safetensors", "pt") as file:
+            names = list(file.keys())
+            assert sum(file.get_tensor(name).nbytes for name in names) == row.attributes["bytes"]
+            assert sum("stored" in name for name in names) == 2 * len(resident.layers) - 2  # of the table, once
+
+
+def test_a_search_that_counts_bytes_finds_what_rounding_is_worth(model_folder, text_file, tmp_path):
+    """Eight bits lose next to nothing: at half of the bytes the front holds them, and not a factorisation."""
+    data = small_data(model_folder, text_file)
+    data["space"] = {"methods": ["svd-llm", "gptq-int8", "svd-llm-int8"], "keep": [0.3, 0.5, 0.7], "rank_multiple": 2}
+    data["objectives"] = {"divergence": {}, "bytes": {}}
+    data["search"] |= {"trials": 10, "sampler": "rankfront", "anchors": [0.5]}
+    study = Study(data, tmp_path / "run")
+    study.launch()
+    frame = study.menu()
+    assert {"gptq-int8", "svd-llm-int8", "svd-llm"} <= set(frame["method"])
+    dense = next(row for row in study.rows() if not row.plan.choices)
+    rows = [row for row in study.rows() if row.state == "complete" and row.plan.choices]
+    bytes_of = {row.number: row.attributes["bytes"] for row in rows}
+    methods = {row.number: {option.method for _, option in row.plan.choices} for row in rows}
+    whole = [row for row in rows if methods[row.number] == {"gptq-int8"}]
+    assert whole
+    uniform = [row for row in rows if methods[row.number] == {"svd-llm"}]
+    best = min(whole, key=lambda row: bytes_of[row.number])
+    near = [row for row in uniform if bytes_of[row.number] >= bytes_of[best.number]]
+    assert near
+    front = {row.number for row in study.front()}
+    assert any(methods[number] & {"gptq-int8", "svd-llm-int8"} for number in front if number in methods)
+    assert best.values["divergence"] < min(row.values["divergence"] for row in near)
+    assert bytes_of[best.number] < dense.attributes["bytes"]
+    answer = study.answer(f"bytes<={int(0.8 * dense.attributes['bytes'])}")
+    assert answer.figures["bytes"] <= 0.8 * dense.attributes["bytes"]
+    json.dumps(answer.figures)
