@@ -5,7 +5,7 @@
 The study file is studies/families.toml with TEXT in the place of its text: calibrate on the first half, report on the
 last quarter, and on half as many windows of `pydoc`. At each kept fraction every site that a method can treat takes its
 option there, all else stays dense; a method without levels treats as many of its sites, evenly spread, as bring about
-that fraction of them. Divergence is that from the dense model on the report split; latency (batch 1, 128 tokens of
+that fraction of their bytes. Divergence is that from the dense model on the report split; latency (batch 1, 128 tokens of
 prompt, 16 decoded) the median of ratios of interleaved runs; seconds are those of factoring the sites at all four
 levels, statistics aside (a root of a Gram is paid by the first method that asks), a dash where the store had them.
 Finished methods are kept in studies/results/families.jsonl and not measured again.
@@ -57,7 +57,10 @@ def uniform(resident: Resident, method: str, keep: float) -> Plan:
     offered = {s.name: choices for s, choices in resident.space.choices.items() if method in choices.methods}
     levels = {name: {o for (own, _), o in c.options.items() if own == method} for name, c in offered.items()}
     if all(len(options) == 1 for options in levels.values()):
-        names, count = list(offered), round((1 - keep) * len(offered))
+        sites = [site for site in resident.space.choices if site.name in offered]
+        option = next(iter(levels[sites[0].name]))
+        left = get_method(method).storage(sites[0], option).bytes(2) / sites[0].storage.bytes(2)
+        names, count = list(offered), min(round((1 - keep) / (1 - left) * len(offered)), len(offered))
         taken = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
         return Plan.of({name: next(iter(levels[name])) for name in taken})
     return Plan.of({name: choices.option(method, keep) for name, choices in offered.items()})
