@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ class Subject:
         teacher: the dense model's predictions on the same windows; None where no objective needs them.
         cost: what the plan stores.
         clock: where the seconds of each phase go.
+        notes: figures that objectives leave beside their values.
+        timings: rounds of both models, by batch, prompt and decode length, for the latencies to share.
     """
 
     model: nn.Module
@@ -34,6 +37,7 @@ class Subject:
     cost: Cost
     clock: Clock
     notes: dict[str, float] = field(default_factory=dict)
+    timings: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
     @cached_property
     def scores(self) -> Scores:

@@ -1,9 +1,15 @@
-"""Latency: prefill of a prompt and decode token by token, as a ratio to dense, measured on the model itself."""
+"""Latency: prefill of a prompt and decode token by token, as ratios to dense, measured on the model itself.
+
+Each round runs both models, taking turns at going first, so that a busy machine slows both; a ratio's value is the
+median over rounds, its spread their interquartile range. Rounds go on until the spread is below `STEADY` of the median,
+and no longer than the objective's ``seconds`` once it has its ``rounds``.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +20,7 @@ from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
 REFERENCE = 1.1  # times dense: slower than that counts for nothing
+STEADY = 0.03  # of the median
 
 
 @dataclass(frozen=True)
@@ -28,51 +35,96 @@ class Run:
         return self.prefill + self.decode
 
 
-@register
-@dataclass(frozen=True)
-class Latency:
-    """Median over rounds of (compressed seconds / dense seconds) for one prompt and its continuation.
+@dataclass
+class Rounds:
+    """Rounds of both models so far, for one batch, prompt and decode length.
 
-    Each round runs both models, taking turns at going first, so that a busy machine slows both. The notes
-    ``latency_prefill``, ``latency_decode`` (ratios), ``latency_spread`` (interquartile range of the ratio) and
-    ``latency_dense_ms`` (median, for orientation only) go with the value.
+    Attributes:
+        pairs: makes one more round at every step.
+        ours, dense: what each took.
+        seconds: spent on all of them.
+    """
+
+    pairs: Iterator[tuple[Run, Run]]
+    ours: list[Run] = field(default_factory=list)
+    dense: list[Run] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def more(self) -> None:
+        """One more round."""
+        started = time.perf_counter()
+        ours, dense = next(self.pairs)
+        self.seconds += time.perf_counter() - started
+        self.ours.append(ours)
+        self.dense.append(dense)
+
+    def ratio(self, of: Callable[[Run], float]) -> tuple[float, float]:
+        """Median and interquartile range of ours over dense."""
+        ratios = np.array([of(a) / of(b) for a, b in zip(self.ours, self.dense, strict=True)])
+        low, high = np.percentile(ratios, [25, 75])
+        return float(np.median(ratios)), float(high - low)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What the three have in common. Those of one study with the same lengths share their rounds.
 
     Attributes:
         batch: sequences at once.
         prompt: tokens a sequence starts with.
         decode: tokens generated after it.
-        rounds: pairs of runs.
+        rounds: pairs of runs, at least.
+        seconds: after which no further round is begun to steady the ratio.
     """
 
-    name = "latency"
+    name = "timed"
     unit = "ratio to dense"
     logarithmic = False
 
     batch: int = 1
     prompt: int = 128
     decode: int = 16
-    rounds: int = 9
+    rounds: int = 20
+    seconds: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "decode", "rounds"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise InputError(f"objectives.latency.{name} is {value!r}: it must be a whole number of at least 1")
+                raise InputError(f"objectives.{self.name}.{name} is {value!r}: it must be a whole number of at least 1")
+        if type(self.seconds) not in (int, float) or not 0 <= self.seconds < float("inf"):
+            raise InputError(f"objectives.{self.name}.seconds is {self.seconds!r}: it must be a number of at least 0")
+
+    @staticmethod
+    def of(run: Run) -> float:
+        """The seconds that count."""
+        raise NotImplementedError
 
     def value(self, subject: Subject) -> float:
         with subject.clock.phase("latency"):
-            ours, dense = self._measure(subject)
-        ratios = np.array([a.total / b.total for a, b in zip(ours, dense, strict=True)])
-        low, high = np.percentile(ratios, [25, 75])
-        subject.notes |= {
-            "latency_prefill": _median([a.prefill / b.prefill for a, b in zip(ours, dense, strict=True)]),
-            "latency_decode": _median([a.decode / b.decode for a, b in zip(ours, dense, strict=True)]),
-            "latency_spread": float(high - low),
-            "latency_dense_ms": 1000 * _median([b.total for b in dense]),
-        }
-        return float(np.median(ratios))
+            rounds = self._rounds(subject)
+        value, spread = rounds.ratio(self.of)
+        subject.notes |= {f"{self.name}_spread": spread, **self.notes(rounds)}
+        return value
 
-    def _measure(self, subject: Subject) -> tuple[list[Run], list[Run]]:
+    def notes(self, rounds: Rounds) -> dict[str, float]:
+        """Figures that go with the value; absolute ones for orientation only."""
+        raise NotImplementedError
+
+    def _rounds(self, subject: Subject) -> Rounds:
+        key = (self.batch, self.prompt, self.decode)
+        if key not in subject.timings:
+            subject.timings[key] = Rounds(self._pairs(subject))
+        rounds: Rounds = subject.timings[key]
+        while len(rounds.ours) < self.rounds or rounds.seconds < self.seconds:
+            if len(rounds.ours) >= self.rounds:
+                value, spread = rounds.ratio(self.of)
+                if spread < STEADY * value:
+                    break
+            rounds.more()
+        return rounds
+
+    def _pairs(self, subject: Subject) -> Iterator[tuple[Run, Run]]:
         window = subject.windows.flatten()
         need = self.batch * self.prompt
         ids = window.repeat(-(-need // len(window)))[:need].view(self.batch, self.prompt)
@@ -86,15 +138,11 @@ class Latency:
             return generate(subject.model, ids, self.decode)
 
         our_run(), dense_run()  # warm-up
-        ours, dense = [], []
-        for turn in range(self.rounds):
-            if turn % 2:
-                dense.append(dense_run())
-                ours.append(our_run())
-            else:
-                ours.append(our_run())
-                dense.append(dense_run())
-        return ours, dense
+        while True:
+            ours = our_run()
+            yield ours, dense_run()
+            dense = dense_run()
+            yield our_run(), dense
 
     def from_cost(self, cost: Cost) -> None:
         return None
@@ -103,8 +151,58 @@ class Latency:
         return 0.0, REFERENCE
 
 
-def _median(values: list[float]) -> float:
-    return float(np.median(values))
+@register
+@dataclass(frozen=True)
+class Latency(Timed):
+    """Median over rounds of compressed seconds over dense seconds for one prompt and its continuation.
+
+    So the mix of prefill and decode is that of the lengths chosen. The notes ``latency_prefill``, ``latency_decode``
+    (ratios), ``latency_spread`` and ``latency_dense_ms`` (median) go with the value.
+    """
+
+    name = "latency"
+
+    @staticmethod
+    def of(run: Run) -> float:
+        return run.total
+
+    def notes(self, rounds: Rounds) -> dict[str, float]:
+        return {
+            "latency_prefill": rounds.ratio(lambda run: run.prefill)[0],
+            "latency_decode": rounds.ratio(lambda run: run.decode)[0],
+            "latency_dense_ms": 1000 * float(np.median([run.total for run in rounds.dense])),
+        }
+
+
+@register
+@dataclass(frozen=True)
+class LatencyPrefill(Timed):
+    """The same for the prompt alone; notes ``latency_prefill_spread`` and ``latency_prefill_tokens_per_second``."""
+
+    name = "latency_prefill"
+
+    @staticmethod
+    def of(run: Run) -> float:
+        return run.prefill
+
+    def notes(self, rounds: Rounds) -> dict[str, float]:
+        seconds = float(np.median([run.prefill for run in rounds.ours]))
+        return {"latency_prefill_tokens_per_second": self.batch * self.prompt / seconds}
+
+
+@register
+@dataclass(frozen=True)
+class LatencyDecode(Timed):
+    """The same for the tokens after it; notes ``latency_decode_spread`` and ``latency_decode_ms``, of one step."""
+
+    name = "latency_decode"
+
+    @staticmethod
+    def of(run: Run) -> float:
+        return run.decode
+
+    def notes(self, rounds: Rounds) -> dict[str, float]:
+        return {"latency_decode_ms": 1000 * float(np.median([run.decode for run in rounds.ours])) / self.decode}
 
 
 class _Stopwatch:

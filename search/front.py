@@ -125,15 +125,29 @@ def comparable(rows: Iterable[Row]) -> list[Row]:
 
 
 def front_of(rows: Iterable[Row]) -> list[Row]:
-    """The comparable rows that no other dominates, best in the first objective first. Every objective is minimised."""
-    measured = comparable(rows)
+    """The comparable rows that no other dominates, best in the first objective first. Every objective is minimised.
+
+    Two latencies closer than the larger of their spreads count as equal, so that noise does not fill the front. As that
+    is not transitive, rows are taken in order of their values: one joins unless a member is as good in everything, and
+    puts out the members that it is as good as. Where nothing has a spread, this is the Pareto front, equals once.
+    """
+    measured = sorted(comparable(rows), key=lambda row: list(row.values.values()))
     if not measured:
         return []
-    keep = moocore.is_nondominated(_matrix(measured), maximise=False, keep_weakly=False)
-    return sorted(
-        (row for row, kept in zip(measured, keep, strict=True) if kept),
-        key=lambda row: list(row.values.values()),
-    )
+    values, spreads = _matrix(measured), np.array([_spreads(row) for row in measured])
+    members: list[int] = []
+    for number in range(len(measured)):
+        apart = np.maximum(spreads[members], spreads[number])
+        if not (values[members] <= values[number] + apart).all(1).any():
+            kept = ~(values[number] <= values[members] + apart).all(1)
+            members = [*(member for member, stays in zip(members, kept, strict=True) if stays), number]
+    return [measured[number] for number in members]
+
+
+def _spreads(row: Row) -> list[float]:
+    """Of every objective, as it was measured; 0 for what the plan decides."""
+    notes = row.attributes.get("notes", {})
+    return [float(notes.get(f"{name}_spread", 0.0)) for name in row.values]
 
 
 def dense_row(rows: Iterable[Row], rung: int | None = None) -> Row | None:

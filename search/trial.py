@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
-from rankfront.objectives.latency import Latency
+from rankfront.objectives.latency import Timed
 from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
@@ -96,10 +96,10 @@ def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
     model = skeleton(setup.source)
     check_length(model, setup.config.data.length, "data.length")
-    latency = setup.config.objectives.get("latency")
-    if latency is not None:
-        run = Latency(**latency)
-        check_length(model, run.prompt + run.decode, "objectives.latency.prompt + decode")
+    for name, settings in setup.config.objectives.items():
+        made = make_objective(name, settings)
+        if isinstance(made, Timed):
+            check_length(model, made.prompt + made.decode, f"objectives.{name}.prompt + decode")
     ours = setup.config.search.sampler == OURS
     return Space(find_sites(model), setup.config.space, 0 if ours else setup.config.search.groups)
 

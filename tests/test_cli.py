@@ -223,7 +223,7 @@ def test_export_picks(finished_run, ok, tmp_path, monkeypatch, options, chosen):
 def test_export_within_a_latency(model_folder, text_file, tmp_path, ok, monkeypatch):
     verify_here(monkeypatch)
     data = small_data(model_folder, text_file, trials=4)
-    data["objectives"]["latency"] = {"prompt": 8, "decode": 2, "rounds": 3}
+    data["objectives"]["latency"] = {"prompt": 8, "decode": 2, "rounds": 3, "seconds": 0}
     study = make_run(data, tmp_path / "run")
     bound = max(row.values["latency"] for row in study.rows())
     ok("export", study.run.path, "--out", tmp_path / "out", "--max-latency", bound)

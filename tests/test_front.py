@@ -77,6 +77,48 @@ def test_front_is_what_nothing_dominates(dimensions, levels, seed):
     assert found == sorted(found)
 
 
+def noisy_rows(points, spread):
+    return make_rows(points, notes={"latency_spread": spread})
+
+
+def test_latencies_within_their_spread_count_as_equal():
+    """The second is no faster than noise and more perplexed; the third is faster beyond doubt."""
+    points = [(20, 0.5, 0.80), (21, 0.5, 0.78), (22, 0.5, 0.70)]
+    assert [row.number for row in front_of(noisy_rows(points, 0.03))] == [0, 2]
+    assert [row.number for row in front_of(noisy_rows(points, 0.01))] == [0, 1, 2]
+    assert [row.number for row in front_of(noisy_rows(points, 0.2))] == [0]
+
+
+def test_the_larger_spread_of_two_decides():
+    rows = [noisy_rows([(20, 0.5, 0.80)], 0.0)[0], replace(noisy_rows([(21, 0.5, 0.78)], 0.03)[0], number=1)]
+    assert [row.number for row in front_of(rows)] == [0]
+    assert [row.number for row in front_of(rows[::-1])] == [0]
+
+
+def test_what_is_smaller_stays_however_noisy_the_latency():
+    points = [(20, 0.9, 0.80), (21, 0.8, 0.81), (22, 0.7, 0.79)]
+    assert [row.number for row in front_of(noisy_rows(points, 0.5))] == [0, 1, 2]
+
+
+def test_a_chain_of_small_gains_does_not_vanish():
+    """Each is within noise of the next, and the first is not of the last: some of them stay, none within noise."""
+    points = [(20 + i, 0.5, 0.9 - 0.02 * i) for i in range(10)]
+    found = front_of(noisy_rows(points, 0.03))
+    assert [row.number for row in found] == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_member_is_as_good_as_another(seed):
+    points = random_points(60, 3, seed)
+    found = [tuple(row.values.values()) for row in front_of(noisy_rows(points, 0.1))]
+    assert found
+    for a, b in itertools.permutations(found, 2):
+        assert not (a[0] <= b[0] and a[1] <= b[1] and a[2] <= b[2] + 0.1)
+    exact = {tuple(row.values.values()) for row in front_of(make_rows(points))}
+    for p in exact:
+        assert any(q[0] <= p[0] and q[1] <= p[1] and q[2] <= p[2] + 0.2 for q in found)
+
+
 def test_front_is_of_complete_rows_only():
     rows = make_rows([(1, 1)])
     rows += [Row(9, state, "", None, None) for state in ("failed", "running", "waiting")]

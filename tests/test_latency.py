@@ -8,11 +8,12 @@ import torch
 
 from rankfront.methods import Cost, InputError
 from rankfront.objectives import Clock, Subject, make_objective
-from rankfront.objectives.latency import Latency, generate
+from rankfront.objectives.latency import STEADY, Latency, generate
 from rankfront.search.plan import Plan
 
+NAMES = ["latency", "latency_prefill", "latency_decode"]
 NOTES = {"latency_prefill", "latency_decode", "latency_spread", "latency_dense_ms"}
-SMALL = {"batch": 1, "prompt": 6, "decode": 2, "rounds": 2}
+SMALL = {"batch": 1, "prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}
 
 
 def subject_of(resident, plan):
@@ -28,7 +29,7 @@ def a_plan(resident):
 @pytest.mark.parametrize("prompt", [1, 6, 40])
 def test_a_ratio_and_its_notes(resident, batch, prompt):
     subject = subject_of(resident, a_plan(resident))
-    ratio = Latency(batch=batch, prompt=prompt, decode=2, rounds=2).value(subject)
+    ratio = Latency(batch=batch, prompt=prompt, decode=2, rounds=2, seconds=0).value(subject)
     assert math.isfinite(ratio)
     assert ratio > 0
     assert subject.notes.keys() == NOTES
@@ -84,6 +85,63 @@ def test_bad_settings_are_refused_in_one_line(name, value):
     with pytest.raises(InputError, match=f"objectives.latency.{name}") as caught:
         make_objective("latency", {name: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1, "2", None, True, math.nan, math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_limit_in_seconds_is_refused(name, value):
+    with pytest.raises(InputError, match=f"objectives.{name}.seconds"):
+        make_objective(name, {"seconds": value})
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """Runs that take the seconds they are told, (prefill, decode) by kind of model, the last for ever; what was run."""
+    times = {"ours": [], "dense": []}
+    ran = []
+
+    def fixed(model, ids, decode):
+        kind = "dense" if isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), torch.nn.Linear) else "ours"
+        ran.append(kind)
+        own = times[kind]
+        return type(generate(model, ids, 1))(*map(float, own.pop(0) if len(own) > 1 else own[0]))
+
+    monkeypatch.setattr("rankfront.objectives.latency.generate", fixed)
+    return times, ran
+
+
+def test_prefill_and_decode_share_their_rounds(resident, clocked):
+    times, ran = clocked
+    times |= {"ours": [(2, 6)], "dense": [(4, 4)]}
+    subject = subject_of(resident, a_plan(resident))
+    assert make_objective("latency_prefill", SMALL).value(subject) == 0.5
+    assert make_objective("latency_decode", SMALL).value(subject) == 1.5
+    assert make_objective("latency", SMALL).value(subject) == 1.0
+    assert len(ran) == 2 * (SMALL["rounds"] + 1)
+    assert subject.notes["latency_prefill_tokens_per_second"] == SMALL["prompt"] / 2
+    assert subject.notes["latency_decode_ms"] == 1000 * 6 / SMALL["decode"]
+    other = make_objective("latency_decode", SMALL | {"decode": 3})
+    assert other.value(subject) == 1.5
+    assert len(ran) == 4 * (SMALL["rounds"] + 1)
+
+
+def test_rounds_go_on_until_the_ratio_is_steady(resident, clocked):
+    """Two wild rounds, then quiet ones: it takes twelve rounds until the middle half of them agrees."""
+    times, ran = clocked
+    times |= {"ours": [(1, 1), (9, 9), (5, 5), (3, 3), (1, 1)], "dense": [(1, 1)]}
+    subject = subject_of(resident, a_plan(resident))
+    assert make_objective("latency", SMALL | {"rounds": 4, "seconds": 60}).value(subject) == 1.0
+    assert subject.notes["latency_spread"] < STEADY
+    assert 8 < len(ran) // 2 - 1 < 20
+
+
+def test_rounds_end_where_the_limit_is(resident, clocked):
+    times, ran = clocked
+    times |= {"ours": [(1, 1), (9, 9), (5, 5), (3, 3), (1, 1)], "dense": [(1, 1)]}
+    subject = subject_of(resident, a_plan(resident))
+    make_objective("latency", SMALL | {"rounds": 4, "seconds": 0}).value(subject)
+    assert len(ran) // 2 - 1 == 4
+    assert subject.notes["latency_spread"] > STEADY
 
 
 def test_unknown_settings_name_the_nearest():
