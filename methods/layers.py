@@ -28,6 +28,9 @@ class Factored(Protocol):
     def full_bias(self) -> Tensor | None:
         """The bias that goes with `matrix`."""
 
+    def multiplications(self) -> int:
+        """Multiply-adds of its matrix products for one token, as it runs."""
+
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         """The module that runs ``tensors`` in the place of ``dense`` with ``bias``."""

@@ -70,6 +70,10 @@ class BlockDictionaryLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        """The coefficients run dense."""
+        return self.blocks * self.atoms * (self.block + self.out_features)
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         groups = -(-columns // settings["block"]) * settings["atoms"] // settings["group"]

@@ -112,6 +112,9 @@ class IntegerLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        return len(self.stored.integers) * self.stored.columns
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         found = IntegerMatrix.shapes(rows, columns, settings["bits"])
@@ -135,6 +138,9 @@ class IntegerEmbedding(nn.Module):
 
     def full_bias(self) -> Tensor | None:
         return None
+
+    def multiplications(self) -> int:
+        return 0
 
 
 @layer("integer-low-rank")
@@ -162,6 +168,9 @@ class IntegerLowRankLinear(nn.Module):
 
     def full_bias(self) -> Tensor | None:
         return self.bias
+
+    def multiplications(self) -> int:
+        return self.left.columns * (len(self.left.integers) + self.right.columns)
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:

@@ -82,6 +82,9 @@ class HeadsLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return None if self.bias is None else self._spread(self.bias)
 
+    def multiplications(self) -> int:
+        return self.weight.numel()
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         heads, kept = settings["heads"], settings["kept"]
@@ -159,6 +162,9 @@ class FromHeadsLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        return self.weight.numel()
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         return {"weight": ((rows, settings["heads"] * settings["kept"]), None)}
@@ -188,6 +194,9 @@ class PlainLinear(nn.Module):
 
     def full_bias(self) -> Tensor | None:
         return self.bias
+
+    def multiplications(self) -> int:
+        return self.weight.numel()
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
@@ -220,6 +229,9 @@ class AbsentLinear(nn.Module):
 
     def full_bias(self) -> Tensor | None:
         return torch.zeros(self.rows)
+
+    def multiplications(self) -> int:
+        return 0
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:

@@ -38,6 +38,9 @@ class LowRankLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        return self.rank * (self.out_features + self.in_features)
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         return {"left": ((rows, settings["rank"]), None), "right": ((settings["rank"], columns), None)}
@@ -69,6 +72,9 @@ class LowRankEmbedding(nn.Module):
 
     def full_bias(self) -> Tensor | None:
         return None
+
+    def multiplications(self) -> int:
+        return self.rank * self.embedding_dim
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"

@@ -40,6 +40,9 @@ class DictionaryLinear(SparseRows):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        return self.columns * (self.out_features + self.in_features)
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         atoms, nonzeros = settings["atoms"], settings["nonzeros"]

@@ -75,6 +75,10 @@ class LowRankSparseLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        """The sparse part runs dense."""
+        return self.rank * (self.out_features + self.in_features) + self.out_features * self.in_features
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         rank, kept = settings["rank"], settings["nonzeros"]

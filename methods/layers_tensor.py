@@ -169,6 +169,10 @@ class Network(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        """Token by token, as in decoding; with more of them a plan may be cheaper."""
+        return self.plan(1).multiplications(1)
+
     @classmethod
     def shapes(cls, rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         return {name: (tuple(settings[i] for i in indices), None) for name, indices in cls.indices.items()}

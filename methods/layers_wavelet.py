@@ -122,6 +122,10 @@ class WaveletLinear(nn.Module):
     def full_bias(self) -> Tensor | None:
         return self.bias
 
+    def multiplications(self) -> int:
+        """The transforms, a few additions a feature, are not counted."""
+        return self.left.numel() + self.right.numel()
+
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
         rank = sum(settings[band] for band in BANDS)

@@ -6,7 +6,7 @@ The study file is studies/families.toml with TEXT in the place of its text: cali
 last quarter, and on half as many windows of `pydoc`. At each kept fraction every site that a method can treat takes its
 option there, all else stays dense; a method without levels treats as many of its sites, evenly spread, as bring about
 that fraction of their bytes. Divergence is that from the dense model on the report split; latency (batch 1, 128 tokens
-of prompt, 16 decoded) the median of nine ratios of interleaved runs; seconds are those of factoring the sites at all four
+of prompt, 16 decoded) the median of nine ratios of interleaved runs; seconds those of factoring the sites at all four
 levels, statistics aside (a root of a Gram is paid by the first method that asks), a dash where the store had them.
 Finished methods are kept in studies/results/families.jsonl and not measured again.
 """

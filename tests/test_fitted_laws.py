@@ -12,10 +12,12 @@ from launching import make_run, measured, small_data, verify_here
 from rows import FITTED_ROWS
 from test_method_laws import DTYPES, KEEPS, SAMPLES, make_sample, make_weight, modules
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Grid, Site, Weight, get_method
 from rankfront.methods.layers import LAYERS, empty_replacement, matrix_of, replacement
+from rankfront.methods.layers_tensor import Network
 from rankfront.search.export import export
 from rankfront.search.study import Study
 from rankfront.search.trial import Resident
@@ -261,6 +263,21 @@ def test_layer_computes_what_its_matrix_does(name, shape, kind):
         assert torch.equal(layer(x[0]), layer(x)[0]) or torch.allclose(layer(x[0]), layer(x)[0], atol=1e-5)
         narrow = copy.deepcopy(layer).to(torch.bfloat16)  # the bias is the dense module's own
         assert narrow(x.bfloat16()).dtype == torch.bfloat16
+
+
+@each_case
+def test_arithmetic_of_a_token_is_what_a_counter_counts(name, shape):
+    """With gradients wanted, as torch's counter does not know the packed kernels; nor outer products, of tensors."""
+    x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(2)).requires_grad_(True)
+    for option in walked(name, shape):
+        factors = get_method(name).truncate(prepare(name, make_weight(shape), make_sample(shape), option), option)[
+            "weight"
+        ]
+        layer = replacement(modules(shape, "bias"), factors.kind, factors.tensors, factors.settings)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        counted, ours = counter.get_total_flops(), 2 * layer.multiplications()
+        assert counted == ours or (isinstance(layer, Network) and ours / 4 <= counted < ours)
 
 
 @each_method

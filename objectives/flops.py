@@ -1,0 +1,78 @@
+"""FLOPs: the arithmetic of one more token, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from rankfront.methods import Cost, InputError
+from rankfront.methods.layers import Factored, weight_of
+from rankfront.objectives._objective import register
+from rankfront.objectives._subject import Subject
+
+DENSE = ("Linear", "Conv1D")
+SLIDING = "sliding_attention"
+
+
+@register
+@dataclass(frozen=True)
+class Flops:
+    """2 Σ multiply-adds of every matrix product for one token with ``context`` tokens to attend to, itself included.
+
+    Σ over linears of mn, or of what a compressed weight multiplies as it runs, the output head too; and over attentions
+    of 2 · heads · width · min(context, window), for scores and values. Heads that were thinned attend at full width.
+
+    Attributes:
+        context: tokens that the token attends to.
+    """
+
+    name = "flops"
+    unit = "FLOPs/token"
+    logarithmic = False
+
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        if type(self.context) is not int or self.context < 1:
+            raise InputError(f"objectives.flops.context is {self.context!r}: it must be a whole number of at least 1")
+
+    def value(self, subject: Subject) -> float:
+        linear = sum(_multiplications(module) for module in subject.model.modules())
+        attended = sum(min(self.context, window or self.context) for window in _windows(subject.model))
+        heads, width = _heads(subject.model)
+        return float(2 * (linear + 2 * heads * width * attended))
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, dense
+
+
+def _multiplications(module: nn.Module) -> int:
+    if type(module).__name__ in DENSE:
+        return weight_of(module).numel()
+    return cast(Factored, module).multiplications() if hasattr(module, "multiplications") else 0
+
+
+def _config(model: nn.Module) -> Any:
+    return cast(Any, model).config.get_text_config()
+
+
+def _windows(model: nn.Module) -> Iterator[int | None]:
+    """How far back each attention looks; None for all the way."""
+    config = _config(model)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers  # without window, all the way
+    for kind in kinds:
+        yield window if kind == SLIDING else None
+
+
+def _heads(model: nn.Module) -> tuple[int, int]:
+    """Query heads of an attention, and their width."""
+    config = _config(model)
+    heads = config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -1,0 +1,82 @@
+"""Memory: what the model holds while it runs, and what each token of its context adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rankfront.methods import Cost
+from rankfront.objectives._objective import register
+from rankfront.objectives._subject import Subject
+
+TOKENS = 5  # that are run to see what is kept
+
+
+@register
+@dataclass(frozen=True)
+class ResidentBytes:
+    """Bytes of all tensors that the model's modules hold after a token was decoded, each once.
+
+    Beside what is on disk these are buffers that are not saved, and copies that layers keep to run: supports decoded to
+    indices, sparse factors made dense, integers in the order of a kernel.
+    """
+
+    name = "resident_bytes"
+    unit = "bytes"
+    logarithmic = False
+
+    def value(self, subject: Subject) -> float:
+        _cache_after(subject)
+        held = (tensor for module in subject.model.modules() for tensor in _tensors(vars(module).values()))
+        return float(sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values()))
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, dense
+
+
+@register
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes that the cache of keys and values grows by with each token of a sequence."""
+
+    name = "kv_bytes"
+    unit = "bytes/token"
+    logarithmic = False
+
+    def value(self, subject: Subject) -> float:
+        cache = _cache_after(subject)
+        return float(sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / TOKENS)
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, dense
+
+
+@torch.inference_mode()
+def _cache_after(subject: Subject) -> Any:
+    """The cache after a prompt and one decoded token, `TOKENS` of them together."""
+    model = cast(Any, subject.model)
+    window = subject.windows.flatten()
+    ids = window.repeat(-(-TOKENS // len(window)))[None, :TOKENS].to(next(model.parameters()).device)
+    out = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
+    return model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).past_key_values
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor among ``values`` and in the containers there; modules count for themselves."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

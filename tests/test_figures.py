@@ -1,0 +1,124 @@
+"""FLOPs against torch's counter; bytes held and bytes cached against the tensors themselves."""
+
+import common
+import pytest
+import torch
+from common import random_plan, save_folder
+from launching import small_data
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankfront.methods import InputError
+from rankfront.objectives import Clock, make_objective
+from rankfront.search import Plan, Study
+from rankfront.search.trial import Resident
+
+CONTEXT = 12
+JOINT = ["svd-llm", "lama", "vo-svd", "nystrom", "drop-block"]
+NAMES = [row.name for row in common.ARCHITECTURES]
+
+
+@pytest.fixture(scope="module")
+def residents(tmp_path_factory, text_file):
+    """Architecture -> a resident model with single and joint methods, made when first asked for."""
+    made = {}
+
+    def resident(name, methods=tuple(JOINT)):
+        if (name, methods) not in made:
+            data = small_data(save_folder(name, tmp_path_factory.mktemp(name) / "model"), text_file)
+            data["space"] = {"methods": list(methods), "keep": [0.4, 0.7], "rank_multiple": 2}
+            made[name, methods] = Resident(Study(data).setup())
+        return made[name, methods]
+
+    return resident
+
+
+def value(resident, plan, name, **settings):
+    return make_objective(name, settings).value(resident.subject(plan, Clock()))
+
+
+def disjoint_plan(resident, seed):
+    """Random options, of sites that share weights one."""
+    return Plan.of(resident.space._disjoint(random_plan(resident, seed).by_site))
+
+
+def counted(model, context):
+    """FLOPs of the last of ``context`` tokens, the others in the cache."""
+    ids = common.tokens(1, context, seed=3)
+    model.set_attn_implementation("eager")  # a product of matrices, which the counter knows
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_flops_are_what_a_counter_counts(residents, name, seed):
+    """Of the dense model and of plans with joint and single sites, but for the rotary angles, a vector a token."""
+    resident = residents(name)
+    plan = Plan(()) if seed is None else disjoint_plan(resident, seed)
+    found = value(resident, plan, "flops", context=CONTEXT)
+    angles = counted(resident.model, CONTEXT) - found
+    assert 0 <= angles <= 2 * 64 * 2  # inverse frequencies times the position, of two kinds of layers at most
+
+
+def test_flops_of_more_context_are_those_of_attention(residents):
+    resident = residents("llama")
+    config = resident.model.config
+    near, far = (value(resident, Plan(()), "flops", context=context) for context in (10, 30))
+    assert far - near == 20 * 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("context", [0, -1, 1.5, "3", None, True])
+def test_a_bad_context_is_refused(context):
+    with pytest.raises(InputError, match=r"objectives\.flops\.context"):
+        make_objective("flops", {"context": context})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_the_cache_grows_by_what_heads_keep(residents, name):
+    """Dense: keys and values of every head. Thinned: what their options say."""
+    resident = residents(name)
+    config, text = resident.model.config, resident.model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dense = value(resident, Plan(()), "kv_bytes")
+    assert dense == 2 * heads * width * config.num_hidden_layers * 4
+    chosen = {
+        site.name: options[0]
+        for site, options in resident.space.wanted().items()
+        if options[0].method == "vo-svd" and site.name.endswith("v_proj+o_proj")
+    }
+    if not chosen:
+        pytest.skip("its values are fused with queries and keys")
+    saved = sum(heads * (width - option["width"]) * 4 for option in chosen.values())
+    assert value(resident, Plan.of(chosen), "kv_bytes") == dense - saved
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_held_is_what_is_stored_where_nothing_is_unpacked(residents, name):
+    """Dense models and low ranks hold what they store, beside the same few buffers."""
+    resident = residents(name, ("svd-llm",))
+    stored, held = [], []
+    for seed in (None, 1, 2):
+        plan = Plan(()) if seed is None else random_plan(resident, seed)
+        stored.append(value(resident, plan, "bytes"))
+        held.append(value(resident, plan, "resident_bytes"))
+    buffers = [b - a for a, b in zip(stored, held, strict=True)]
+    assert buffers[0] == buffers[1] == buffers[2]
+    assert 0 <= buffers[0] < 8192
+
+
+def test_copies_that_layers_run_with_count_as_held(residents):
+    """Four bits keep a second copy in the kernel's order; a sparse factor its indices, or itself made dense."""
+    for method, factor in (("rtn-int4", 0.5), ("cospadi", 0.0), ("oats", 0.0)):
+        resident = residents("llama", (method,))
+        chosen = {site.name: options[-1] for site, options in resident.space.wanted().items()}
+        plan = Plan.of(chosen)
+        dense = value(resident, Plan(()), "resident_bytes") - value(resident, Plan(()), "bytes")
+        more = value(resident, plan, "resident_bytes") - value(resident, plan, "bytes") - dense
+        integers = sum(b.nbytes for n, b in resident.model.named_buffers() if n.endswith(".integers"))
+        assert more > 0
+        if factor:
+            assert integers <= more <= 2 * integers  # rows are filled up to what the kernel takes at a time
