@@ -124,11 +124,13 @@ class Timed:
             rounds.more()
         return rounds
 
+    def prompts(self, windows: Tensor, device: torch.device) -> Tensor:
+        """Token ids (batch, prompt) out of ``windows``, over and over where they are few."""
+        ids, need = windows.flatten(), self.batch * self.prompt
+        return ids.repeat(-(-need // len(ids)))[:need].view(self.batch, self.prompt).to(device)
+
     def _pairs(self, subject: Subject) -> Iterator[tuple[Run, Run]]:
-        window = subject.windows.flatten()
-        need = self.batch * self.prompt
-        ids = window.repeat(-(-need // len(window)))[:need].view(self.batch, self.prompt)
-        ids = ids.to(next(subject.model.parameters()).device)
+        ids = self.prompts(subject.windows, next(subject.model.parameters()).device)
 
         def dense_run() -> Run:
             with subject.dense():

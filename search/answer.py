@@ -12,8 +12,8 @@ from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, dense_row
-from rankfront.search.goal import size_of
-from rankfront.search.menu import Menu, make_menu
+from rankfront.search.goal import menu_of, timings_of
+from rankfront.search.menu import Menu
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.predictions import menu_record
@@ -57,7 +57,7 @@ def answer(
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu, dense = _known(study, config, rows, space)
     origin = dict(dense.plan.origin)
-    beliefs = ours(menu, space, config, dense, origin).beliefs
+    beliefs = ours(menu, space, config, dense, origin, timings_of(config, study.user_attrs)).beliefs
     beliefs.learn(study)
     inside = {site: place.block is not None for site, place in space.sites.items()}
 
@@ -109,8 +109,8 @@ def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:
         raise InputError("the run has no menu or dense trial yet: launch it first")
-    size = size_of(config, dict(dense.plan.origin)["dtype"])
-    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), size), dense
+    timings = timings_of(config, study.user_attrs)
+    return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense
 
 
 def _budget(

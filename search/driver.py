@@ -16,14 +16,15 @@ from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
 from rankfront.search.fidelity import Ladder
 from rankfront.search.front import Calibration, Constraint, Row, calibration, dense_row, front_of, rows_of, tokens_of
-from rankfront.search.goal import quality_of, size_of
-from rankfront.search.menu import Menu, make_menu
+from rankfront.search.goal import menu_of, quality_of, timings_of
+from rankfront.search.menu import Menu
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs, menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
 from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
 from rankfront.search.space import Space
+from rankfront.search.timing import timed_objectives
 from rankfront.search.trial import Job, Record
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
@@ -91,6 +92,7 @@ class Driver:
         self.menu: Menu | None = None
         self.record: Record | None = None  # what the menu is made of
         self.menu_asked: set[int] = set()
+        self.timing_asked = False
         self.sampler = self._first_sampler()
         self._with_menu()
 
@@ -148,14 +150,16 @@ class Driver:
         dense = dense_row(self.rows(), rung=0)
         if not self.ours or self.record is None or dense is None or self.menu is not None:
             return
-        size = size_of(self.config, self.origin["dtype"])
-        self.menu = make_menu(self.space.wanted(), self.record["predictions"], self.record.get("cosines"), size)
+        timings = timings_of(self.config, self.study.user_attrs)
+        self.menu = menu_of(self.config, self.space, self.record, self.origin["dtype"], timings)
         if not self.menu.lines:
-            source = self.config.search.menu
+            faster = " that is faster than dense" if timings else ""
             raise InputError(
-                f"search.menu = {source!r} predicts no option of this space: use another source or sampler"
+                f"search.menu = {self.config.search.menu!r} predicts no option of this space{faster}: use another"
+                " source or sampler, or other methods"
             )
-        self.study.sampler = self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin)
+        self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings)
+        self.study.sampler = sampler
         solved = sweep(self.menu)
         for keep in WARM_START:
             if keep * self.menu.dense >= self.menu.least:
@@ -203,6 +207,11 @@ class Driver:
         Raises KeyboardInterrupt once a stop is requested.
         """
         self.stop.check()
+        if self.searching and self._wants_timing:  # alone, for what runs beside it would be in its figures
+            if self.timing_asked or self.running or self.menu_asked:
+                return None
+            self.timing_asked = True
+            return Job("timing", 0, Plan(()))
         due = self._menu_due() if self.searching else None
         if due is not None:
             self.menu_asked.add(due.number)
@@ -265,6 +274,11 @@ class Driver:
         if self._waiting():
             return True
         return self.menu is not None if self.ours else not self._wants_menu or self.record is not None
+
+    @property
+    def _wants_timing(self) -> bool:
+        """Whether our sampler has a latency among its objectives, and no table of it yet."""
+        return self.ours and "timing" not in self.study.user_attrs and bool(timed_objectives(self.config.objectives))
 
     @property
     def _wants_menu(self) -> bool:
@@ -331,6 +345,9 @@ class Driver:
         if job.kind == "menu":
             self.menu_asked.discard(job.number)
             self._menu_arrived(job.number, record)
+        elif job.kind == "timing":
+            self.timing_asked = False
+            self.study.set_user_attr("timing", record)  # a failure too: latency is then read off the trials alone
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
             self.study.set_user_attr(f"report {job.number}", record)
@@ -378,6 +395,8 @@ class Driver:
             self._finish_slopes(self.running.pop(job.number), {"failure": reason})
         elif job.kind == "menu":
             self.menu_asked.discard(job.number)
+        elif job.kind == "timing":
+            self.timing_asked = False
         else:
             self.reporting.discard(job.number)
             self.unreportable.add(job.number)  # until the next launch

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from rankfront.methods import InputError, Option
+from rankfront.methods import DENSE_OPTION, InputError, Option, Site
 from rankfront.objectives import make_objective
+from rankfront.objectives.latency import Timed
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, box_of
-from rankfront.search.menu import Size, values_stored
+from rankfront.search.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.space import Space
+from rankfront.search.timing import Timing, timed_objectives, unpack
 
+Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
+NEVER = 2**62  # nanoseconds of what was not timed: as slow as dense, so never chosen
 QUALITY = ("divergence", "perplexity")
 SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
 
@@ -32,12 +37,42 @@ def quality_of(config: StudyConfig) -> str:
     )
 
 
-def size_of(config: StudyConfig, dtype: str) -> Size:
-    """What budgets count: bytes where the study's objectives do and none counts values, else stored values."""
-    if "bytes" not in config.objectives or {"parameters", "block_parameters"} & config.objectives.keys():
+def size_of(config: StudyConfig, dtype: str, timings: Timings) -> Size:
+    """What budgets count: stored values where an objective does, else bytes, else predicted time, else values."""
+    if {"parameters", "block_parameters"} & config.objectives.keys():
         return values_stored
-    value_bytes = DTYPES[dtype].itemsize
-    return lambda storage: storage.bytes(value_bytes)
+    if "bytes" in config.objectives:
+        value_bytes = DTYPES[dtype].itemsize
+        return lambda site, option: stored(site, option).bytes(value_bytes)
+    for objective, timing in timings.values():
+        return lambda site, option: _nanoseconds(timing, objective, site, option)
+    return values_stored
+
+
+def _nanoseconds(timing: Timing, objective: Timed, site: Site, option: Option) -> int:
+    seconds = timing.seconds(objective, site.name, option)
+    return NEVER if seconds is None else round(1e9 * seconds)
+
+
+def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype: str, timings: Timings) -> Menu:
+    """The menu of a study. Under a latency objective nothing is on it that takes no less time than dense."""
+
+    def faster(site: Site, option: Option) -> bool:
+        pairs = [
+            (timing.seconds(objective, site.name, option), timing.seconds(objective, site.name, DENSE_OPTION))
+            for objective, timing in timings.values()
+        ]
+        return all(ours is None or dense is None or ours < dense for ours, dense in pairs)
+
+    size = size_of(config, dtype, timings)
+    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), size, faster)
+
+
+def timings_of(config: StudyConfig, known: Mapping[str, Any]) -> Timings:
+    """The latency tables that a study's attributes hold, with the objectives that they are of."""
+    found = known.get("timing", {}).get("timing", {})
+    objectives = timed_objectives(config.objectives)
+    return {name: (objective, unpack(found[name])) for name, objective in objectives.items() if name in found}
 
 
 @dataclass(frozen=True)
@@ -48,6 +83,7 @@ class Goal:
         loss: log-divergence of a plan -> value of the quality objective.
         log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
         costs: options by site -> values of the objectives that the plan alone decides, by position.
+        timed: position -> a latency among the objectives, and its table.
         dense: value of the quality objective for the dense model, at the first rung.
         quality: position of the quality objective.
         count: of objectives, d.
@@ -63,9 +99,10 @@ class Goal:
     count: int
     unit: Callable[[np.ndarray], np.ndarray]
     excess: Callable[[np.ndarray], np.ndarray] = lambda values: np.zeros(len(values))
+    timed: Mapping[int, tuple[Timed, Timing]] = field(default_factory=dict)
 
 
-def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal:
+def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings: Timings | None = None) -> Goal:
     """The objectives of a study whose dense model is measured.
 
     Perplexity is read as divergence through its logarithm: log(perplexity / dense) is the excess loss in nats a token.
@@ -96,4 +133,6 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str) -> Goal
         columns = [[limit.missed(float(v)) for v in values[:, names.index(limit.figure)]] for limit in limits]
         return np.array(columns).sum(0) if limits else np.zeros(len(values))
 
-    return Goal(loss, log_divergence, costs, dense.values[quality], names.index(quality), len(names), box.unit, excess)
+    timed = {names.index(name): found for name, found in (timings or {}).items()}
+    place = names.index(quality)
+    return Goal(loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed)

@@ -127,12 +127,17 @@ class Menu:
         return found
 
 
-Size = Callable[[Storage], int]  # what budgets count
+Size = Callable[[Site, Option], int]  # what budgets count, of an option or dense
 
 
-def values_stored(storage: Storage) -> int:
+def stored(site: Site, option: Option) -> Storage:
+    """What an option stores at a site, or dense."""
+    return site.storage if option == DENSE_OPTION else get_method(option.method).storage(site, option)
+
+
+def values_stored(site: Site, option: Option) -> int:
     """Numbers, however many bits each has."""
-    return storage.parameters
+    return stored(site, option).parameters
 
 
 def make_menu(
@@ -140,12 +145,13 @@ def make_menu(
     predictions: Predictions,
     cosines: Mapping[str, Any] | None = None,
     size: Size = values_stored,
+    offered: Callable[[Site, Option], bool] = lambda site, option: True,
 ) -> Menu:
     """The menu of ``wanted`` under ``predictions``; predictions never fall as an option gets cheaper.
 
     Within a method, a level that stores less cannot be better: predictions are made monotone by a running
-    maximum from the largest level down. Options without a prediction, or as large as dense, are left out. A weight that
-    only a joint site treats has a line of its own with dense on it. ``cosines`` is what `pack` made.
+    maximum from the largest level down. Options without a prediction, as large as dense, or not ``offered`` are left
+    out. A weight that only a joint site treats has a line of its own with dense on it. ``cosines`` is what `pack` made.
     """
     lines: list[Line] = []
     for site, options in wanted.items():
@@ -154,25 +160,26 @@ def make_menu(
         for option in options:
             if np.isfinite(known.get(option.label, np.nan)):
                 # What saves biases on top of all its weights stores no less than nothing here.
-                stored = max(size(get_method(option.method).storage(site, option)), 0)
-                if stored < size(site.storage):
-                    by_method.setdefault(option.method, []).append((stored, option, max(known[option.label], TINY)))
+                own = max(size(site, option), 0)
+                if own < size(site, DENSE_OPTION) and offered(site, option):
+                    by_method.setdefault(option.method, []).append((own, option, max(known[option.label], TINY)))
         entries: list[tuple[int, Option, float]] = []
         for found in by_method.values():
             worst = 0.0
-            for stored, option, divergence in sorted(found, key=lambda entry: -entry[0]):
+            for own, option, divergence in sorted(found, key=lambda entry: -entry[0]):
                 worst = max(worst, divergence)
-                entries.append((stored, option, worst))
+                entries.append((own, option, worst))
         if entries:
             entries.sort(key=lambda entry: (-entry[0], entry[2], entry[1].label))
-            entries.insert(0, (size(site.storage), DENSE_OPTION, 0.0))
-            stored_values, chosen, divergences = zip(*entries, strict=True)
+            entries.insert(0, (size(site, DENSE_OPTION), DENSE_OPTION, 0.0))
+            sizes, chosen, divergences = zip(*entries, strict=True)
             weights = tuple(weight.path for weight in site.weights) if len(site.weights) > 1 else ()
-            lines.append(Line(site.name, chosen, np.array(stored_values), np.array(divergences), weights))
+            lines.append(Line(site.name, chosen, np.array(sizes), np.array(divergences), weights))
     alone = {line.site for line in lines}
     joint = {w.path: w for site in wanted if len(site.weights) > 1 for w in site.weights if w.path not in alone}
     claimed = {weight for line in lines for weight in line.weights}
-    lines += [_dense_line(path, size(weight.storage)) for path, weight in joint.items() if path in claimed]
+    single = {path: Site(path, (weight,)) for path, weight in joint.items() if path in claimed}
+    lines += [_dense_line(path, size(site, DENSE_OPTION)) for path, site in single.items()]
     return Menu(tuple(lines), None if cosines is None else _unpack(cosines, [line.site for line in lines]))
 
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.search.beliefs import CENTRES, SURROGATE_ERROR, Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
-from rankfront.search.goal import make_goal
+from rankfront.search.goal import Timings, make_goal
 from rankfront.search.local import Local
 from rankfront.search.menu import Menu
 from rankfront.search.samplers import INTERRUPTED
@@ -217,8 +217,8 @@ class RankfrontSampler(BaseSampler):
         return -behind
 
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
-        """Predicted objectives of every candidate, (N, d). What neither the plan nor the model gives (latency) is a
-        straight line in the stored parameters, fitted to the measured trials."""
+        """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
+        worse by the median error; what nothing predicts is a straight line in the size, fitted to the trials."""
         logs, errors = self.beliefs.levels(candidates, coefficients)
         logs = logs + PESSIMISM * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
@@ -227,6 +227,12 @@ class RankfrontSampler(BaseSampler):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
             for column, value in self.goal.costs(self.menu.choices(candidate)).items():
                 values[row, column] = value
+        for column, (objective, timing) in self.goal.timed.items():
+            trials = [(self.menu.choices(plan), known.values[column]) for plan, known in self.beliefs.measured.items()]
+            table = timing.calibrated(objective, trials)
+            ratios = [table.timing.ratio(objective, self.menu.choices(candidate)) for candidate in candidates]
+            doubt = 0.0 if np.isnan(table.median) else table.median
+            values[:, column] = [np.nan if ratio is None else ratio + doubt for ratio in ratios]
         for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
             pairs = [(self.menu.size(p) / self.menu.dense, m.values[column]) for p, m in self.beliefs.measured.items()]
             x, y = np.array(pairs or [(1.0, 1.0)]).T
@@ -236,12 +242,19 @@ class RankfrontSampler(BaseSampler):
         return values
 
 
-def ours(menu: Menu, space: Space, config: StudyConfig, dense: Row, origin: Mapping[str, str]) -> RankfrontSampler:
+def ours(
+    menu: Menu,
+    space: Space,
+    config: StudyConfig,
+    dense: Row,
+    origin: Mapping[str, str],
+    timings: Timings | None = None,
+) -> RankfrontSampler:
     """Our sampler for a study whose menu and dense model are measured."""
     places = {site.name: place for site, place in space.sites.items()}
     kinds = [places[line.site].kind for line in menu.lines]
     blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
     options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
-    goal = make_goal(config, space, dense, origin["dtype"])
+    goal = make_goal(config, space, dense, origin["dtype"], timings)
     beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed)
     return RankfrontSampler(beliefs, config.search.seed)

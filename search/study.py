@@ -23,12 +23,13 @@ from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
 from rankfront.search.front import Constraint, Row
-from rankfront.search.goal import quality_of
+from rankfront.search.goal import quality_of, timings_of
 from rankfront.search.model import cache_folder, load_tokenizer, resolve
 from rankfront.search.progress import Display
 from rankfront.search.run import Run
 from rankfront.search.samplers import OURS
 from rankfront.search.text import cut, hash_tokens
+from rankfront.search.timing import Calibrated
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 
 RUNS = Path("runs")
@@ -144,6 +145,15 @@ class Study:
         if self.config.search.sampler != OURS:
             return None
         return fronts.calibration(self.rows(), quality_of(self.config))
+
+    def latency(self) -> dict[str, Calibrated]:
+        """How well the latency table predicted, for every latency among the objectives that has one."""
+        rows = [row for row in self.rows() if row.state == "complete"]
+        tables = timings_of(self.config, self._optuna().user_attrs)
+        return {
+            name: timing.calibrated(objective, [(row.plan.by_site, row.values[name]) for row in rows])
+            for name, (objective, timing) in tables.items()
+        }
 
     def frame(self) -> pd.DataFrame:
         """Every trial as one row of a pandas frame."""

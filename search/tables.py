@@ -32,6 +32,7 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
         "dense": trial_json(dense, front) if dense else None,
         "hypervolume": hypervolume(front_of(everything), box) if box else None,
         "calibration": asdict(calibration) if calibration else None,
+        "latency": {name: found.figures() for name, found in study.latency().items()},
         "ideal": box.ideal if box else None,
         "reference": box.reference if box else None,
         "trials": [trial_json(row, front) for row in rows if all(limit.holds(row) for limit in constraints)],

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
-from rankfront.objectives.latency import Timed
 from rankfront.search.calibration import calibrate
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
@@ -40,6 +39,7 @@ from rankfront.search.samplers import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
 from rankfront.search.space import Single, Space
 from rankfront.search.text import hash_tokens
+from rankfront.search.timing import Stopwatches, pack, time_sites, time_whole, timed_objectives
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 Record = dict[str, Any]
@@ -84,9 +84,9 @@ class Setup:
 @dataclass(frozen=True)
 class Job:
     """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, the
-    menu, or the slopes around a plan."""
+    menu, the slopes around a plan, or the latency table."""
 
-    kind: Literal["trial", "report", "menu", "slopes"]
+    kind: Literal["trial", "report", "menu", "slopes", "timing"]
     number: int
     plan: Plan
     rung: int = 0
@@ -96,10 +96,8 @@ def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
     model = skeleton(setup.source)
     check_length(model, setup.config.data.length, "data.length")
-    for name, settings in setup.config.objectives.items():
-        made = make_objective(name, settings)
-        if isinstance(made, Timed):
-            check_length(model, made.prompt + made.decode, f"objectives.{name}.prompt + decode")
+    for name, timed in timed_objectives(setup.config.objectives).items():
+        check_length(model, timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
     ours = setup.config.search.sampler == OURS
     return Space(find_sites(model), setup.config.space, 0 if ours else setup.config.search.groups)
 
@@ -309,7 +307,13 @@ class Resident:
         `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
         """
         try:
-            measure = {"trial": self._trial, "report": self._report, "menu": self._menu, "slopes": self._slopes}
+            measure = {
+                "trial": self._trial,
+                "report": self._report,
+                "menu": self._menu,
+                "slopes": self._slopes,
+                "timing": self._timing,
+            }
             return measure[job.kind](job)
         except InputError:
             raise
@@ -418,6 +422,24 @@ class Resident:
                 pairs = [found[variable.name].get(option.label) for option in variable.options]
                 packed[variable.name] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
         return {"slopes": packed, "tokens": tokens, "seconds": clock.seconds}
+
+    def _timing(self, job: Job) -> Record:
+        """The latency table of every latency among the objectives: name -> sites and the whole dense model."""
+        clock = Clock()
+        self.apply(job.plan)
+        watches = Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype])
+        outside = {site.name for site, place in self.sites.items() if place.block is None}
+
+        def made(site: Site, option: Option) -> dict[str, nn.Module]:
+            return self._made({w.role: (w.path,) for w in site.weights}, self.store.factors(site, option))
+
+        wanted, found = self.store.usable(self.space.wanted()), {}
+        with clock.phase("timing"):
+            for name, objective in timed_objectives(self.setup.config.objectives).items():
+                sites = time_sites(objective, wanted, outside, self.dense_modules, self.store, made, watches)
+                whole = time_whole(objective, self.model, self.setup.tokens["search"])
+                found[name] = {"sites": pack(sites), "whole": whole}
+        return {"timing": found, "seconds": clock.seconds}
 
     def _report(self, job: Job) -> Record:
         clock = Clock()

@@ -1,0 +1,294 @@
+"""The latency table: what each option's modules take on this device, timed once, and what plans are predicted to take.
+
+A module is timed as it runs, with its own factors, for the tokens of a prefill and for those of a decoding step, in
+turns with the dense module that it replaces and over enough copies of both that the weights come from memory, as they
+do in a model. Its seconds are the median ratio times the dense module's. With T the seconds of the whole dense model
+and t_w those of its weight w,
+
+    T(plan) = T + Σ_{w treated} (t_w(option) − t_w(dense)),
+
+so what is no linear is the measured remainder. Tables are kept by device, threads, dtype and versions in the cache
+folder and shared by all studies. The sum leaves out what modules do to each other; a slope through "as dense", fitted
+to the trials of a study, corrects for it (see `Timing.calibrated`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rankfront.methods import DENSE_OPTION, Option, Site
+from rankfront.objectives import make_objective
+from rankfront.objectives.latency import Run, Timed, generate
+from rankfront.search.factors import FactorStore
+
+PHASES = ("prefill", "decode")
+COLD = 2**25  # bytes of weights gone through before the same copy comes again
+COPIES = 64
+ROUNDS = 15
+WHOLE_RUNS = 5
+LEAST = 2e-4  # seconds of one round, at least: below, the clock and the interpreter are what is timed
+
+Seconds = dict[str, float]  # phase -> seconds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a study knows of its options' latency.
+
+    Attributes:
+        sites: site name -> option label, dense among them -> seconds by phase of what runs there.
+        whole: seconds by phase of the dense model.
+        slope: by which predicted savings are multiplied.
+    """
+
+    sites: Mapping[str, Mapping[str, Seconds]]
+    whole: Seconds
+    slope: float = 1.0
+
+    def seconds(self, objective: Timed, site: str, option: Option) -> float | None:
+        """What counts for the objective of one site's seconds; None where they are not known."""
+        found = self.sites.get(site, {}).get(option.label)
+        return None if found is None else objective.of(Run(**found))
+
+    def ratio(self, objective: Timed, options: Mapping[str, Option]) -> float | None:
+        """The objective's predicted value, as a ratio to dense; None where an option was not timed."""
+        more = 0.0
+        for site, option in options.items():
+            if option != DENSE_OPTION:
+                ours, dense = (self.seconds(objective, site, each) for each in (option, DENSE_OPTION))
+                if ours is None or dense is None:
+                    return None
+                more += ours - dense
+        return 1.0 + self.slope * more / objective.of(Run(**self.whole))
+
+    def calibrated(self, objective: Timed, trials: Sequence[tuple[Mapping[str, Option], float]]) -> Calibrated:
+        """What it predicts beside what trials (options, measured ratio) gave."""
+        known = [(self.ratio(objective, options), measured) for options, measured in trials if any_treated(options)]
+        pairs = np.array([(p, m) for p, m in known if p is not None]).reshape(-1, 2) - 1.0
+        doubt = float(np.mean(pairs[:, 0] ** 2)) if len(pairs) else 1.0
+        slope = float((pairs[:, 0] @ pairs[:, 1] + doubt) / (pairs[:, 0] @ pairs[:, 0] + doubt)) if doubt else 1.0
+        errors = np.abs(slope * pairs[:, 0] - pairs[:, 1])
+        median, worst = (float(np.median(errors)), float(errors.max())) if len(errors) else (np.nan, np.nan)
+        return Calibrated(replace(self, slope=self.slope * slope), len(pairs), median, worst)
+
+
+def any_treated(options: Mapping[str, Option]) -> bool:
+    """Whether a plan is not the dense one, which takes as long as itself."""
+    return any(option != DENSE_OPTION for option in options.values())
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A table with its slope fitted to trials, one trial's worth of doubt included.
+
+    Attributes:
+        timing: the table.
+        trials: how many it was fitted to.
+        median, worst: absolute error over these, as a fraction of dense; NaN where there are none.
+    """
+
+    timing: Timing
+    trials: int
+    median: float
+    worst: float
+
+    def figures(self) -> dict[str, float | None]:
+        """``trials``, ``slope``, ``median`` and ``worst``, plain."""
+        errors = {"median": self.median, "worst": self.worst}
+        known = {name: None if np.isnan(value) else value for name, value in errors.items()}
+        return {"trials": self.trials, "slope": self.timing.slope, **known}
+
+    def __str__(self) -> str:
+        if not self.trials:
+            return "predicted module by module, and no trial to compare with yet"
+        return (
+            f"predicted against measured over {self.trials} trials: median error {self.median:.1%} of dense, worst"
+            f" {self.worst:.1%}; whole models save {self.timing.slope:.2f} of what their modules were timed to"
+        )
+
+
+def pack(timing: Mapping[str, Mapping[str, Seconds]]) -> dict[str, dict[str, list[float]]]:
+    """``sites`` as plain data, microseconds."""
+    return {
+        site: {label: [float(f"{1e6 * found[phase]:.4g}") for phase in PHASES] for label, found in options.items()}
+        for site, options in timing.items()
+    }
+
+
+def unpack(record: Mapping[str, Any]) -> Timing:
+    """What a study keeps of one objective's table."""
+    sites = {
+        site: {label: dict(zip(PHASES, (1e-6 * t for t in times), strict=True)) for label, times in options.items()}
+        for site, options in record["sites"].items()
+    }
+    return Timing(sites, record["whole"])
+
+
+def timed_objectives(objectives: Mapping[str, dict[str, Any]]) -> dict[str, Timed]:
+    """Those of a study's objectives that are latencies."""
+    made = {name: make_objective(name, settings) for name, settings in objectives.items()}
+    return {name: objective for name, objective in made.items() if isinstance(objective, Timed)}
+
+
+def time_sites(
+    objective: Timed,
+    wanted: Mapping[Site, Sequence[Option]],
+    outside: Collection[str],
+    dense_modules: Mapping[str, nn.Module],
+    store: FactorStore,
+    make: Callable[[Site, Option], Mapping[str, nn.Module]],
+    watches: Stopwatches,
+) -> dict[str, dict[str, Seconds]]:
+    """``sites`` of a `Timing`: every option wanted and dense, at the lengths of ``objective``.
+
+    ``make`` gives what an option runs, by module path. Sites named ``outside`` the blocks run on the last token of a
+    prompt alone. Lookups in embedding tables take no time worth counting.
+    """
+    found: dict[str, dict[str, Seconds]] = {}
+    for site, options in wanted.items():
+        found.setdefault(site.name, {})
+        prompt = 1 if site.name in outside else objective.prompt
+        for option in (DENSE_OPTION, *options):
+            factors = {} if option == DENSE_OPTION else store.factors(site, option)
+            total = dict.fromkeys(PHASES, 0.0)
+            for weight in site.weights:
+                if weight.kind == "embedding":
+                    continue
+                alone = dict.fromkeys(PHASES, 0.0)
+                dense, size = dense_modules[weight.path], f"{weight.out_features}x{weight.in_features}"
+                parameter = next(dense.parameters())
+                for phase, tokens, steps in (("prefill", prompt, 1), ("decode", 1, objective.decode)):
+                    shape = (objective.batch, tokens, weight.in_features)
+                    x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
+                    seconds = watches.seconds(f"dense {size}", dense, x)
+                    if factors:
+                        own = factors[weight.role]
+                        level = " ".join(f"{name}={value}" for name, value in sorted(own.settings.items()))
+                        path = weight.path
+                        seconds *= watches.seconds(
+                            f"{own.kind} {level} for {size}",
+                            dense,
+                            x,
+                            lambda: make(site, option)[path],  # noqa: B023
+                        )
+                    alone[phase] = steps * seconds
+                    total[phase] += alone[phase]
+                if option == DENSE_OPTION:  # of a joint site's weights too, which may have no site of their own here
+                    found.setdefault(weight.path, {}).setdefault(option.label, alone)
+            found[site.name][option.label] = total
+        watches.save()
+    return found
+
+
+def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
+    """``whole`` of a `Timing`: the dense model, median of a few runs."""
+    ids = objective.prompts(windows, next(model.parameters()).device)
+    generate(model, ids, objective.decode)
+    runs = [generate(model, ids, objective.decode) for _ in range(WHOLE_RUNS)]
+    return {phase: float(np.median([getattr(run, phase) for run in runs])) for phase in PHASES}
+
+
+class Stopwatches:
+    """Seconds of modules by what they are and by tokens, on this device, kept on disk."""
+
+    def __init__(self, root: Path, device: str, dtype: torch.dtype) -> None:
+        self.path = root / f"latency-{_machine(device, dtype)}.json"
+        self.known: dict[str, float] = self._kept()
+        self.new = False
+
+    def _kept(self) -> dict[str, float]:
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+
+    def seconds(self, key: str, dense: nn.Module, x: Tensor, module: Callable[[], nn.Module] | None = None) -> float:
+        """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n), or of a ``module`` in its place."""
+        name = f"{key} on {x.shape[0]}x{x.shape[1]}"
+        if name not in self.known:
+            self.known[name] = timed(dense, x) if module is None else compared(module(), dense, x)
+            self.new = True
+        return self.known[name]
+
+    def save(self) -> None:
+        """Write what is new, whole or not at all."""
+        if self.new:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+            partial.write_text(json.dumps(self._kept() | self.known, indent=0, sort_keys=True), encoding="utf-8")
+            partial.replace(self.path)
+            self.new = False
+
+
+def _machine(device: str, dtype: torch.dtype) -> str:
+    """A hash of what figures depend on."""
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor()} {_model_name()}"
+    )
+    parts = (name, str(torch.get_num_threads()), str(dtype), torch.__version__, transformers.__version__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _model_name() -> str:
+    """What the CPU calls itself, and how many of them there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return f"{next((line for line in lines if line.startswith('model name')), platform.machine())} {os.cpu_count()}"
+
+
+@torch.inference_mode()
+def timed(module: nn.Module, x: Tensor) -> float:
+    """Median seconds of a call, over rounds through copies whose weights come from memory."""
+    copies = _copies(module)
+    _round(copies, x)
+    return float(np.median([_round(copies, x) for _ in range(ROUNDS)]))
+
+
+@torch.inference_mode()
+def compared(module: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    """Median over rounds of ``module``'s seconds over ``dense``'s, taking turns at going first."""
+    ours, theirs = _copies(module), _copies(dense)
+    _round(ours, x), _round(theirs, x)
+    ratios = []
+    for turn in range(ROUNDS):
+        first, second = (ours, theirs) if turn % 2 == 0 else (theirs, ours)
+        a, b = _round(first, x), _round(second, x)
+        ratios.append(a / b if turn % 2 == 0 else b / a)
+    return float(np.median(ratios))
+
+
+def _copies(module: nn.Module) -> list[nn.Module]:
+    size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    count = min(COPIES, max(1, -(-COLD // max(size, 1))))
+    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+
+def _round(copies: Sequence[nn.Module], x: Tensor) -> float:
+    """Seconds of a call, mean over all copies, and over several times through them where that is quick."""
+    passes, spent = 0, 0.0
+    cuda = x.device.type == "cuda"
+    while spent < LEAST:
+        if cuda:
+            torch.cuda.synchronize(x.device)
+        started = time.perf_counter()
+        for module in copies:
+            module(x)
+        if cuda:
+            torch.cuda.synchronize(x.device)
+        spent += time.perf_counter() - started
+        passes += 1
+    return spent / (passes * len(copies))
