@@ -86,9 +86,9 @@ class Plan:
 def plans(
     start: Indices, tensors: tuple[tuple[str, Indices], ...], output: Indices, sizes: tuple[tuple[str, int], ...]
 ) -> tuple[Plan, ...]:
-    """One for each set of tensors that may be merged: none, or several but not all, for that would be W itself."""
+    """One for each set of tensors that may be merged: none, several, or all, which is W itself."""
     found = [Plan(Steps((), 0, 1), best_order(start, tensors, output, sizes))]
-    for count in range(2, len(tensors)):
+    for count in range(2, len(tensors) + 1):
         for chosen in itertools.combinations(tensors, count):
             rest = tuple(tensor for tensor in tensors if tensor not in chosen)
             outside = {*start, *output}.union(*(indices for _, indices in rest))
@@ -102,8 +102,8 @@ def plans(
 class Network(nn.Module):
     """y = W x + bias, W the contraction of the class's tensors, x (..., n) to y (..., m).
 
-    Without ever rebuilding W: x meets one tensor at a time, in the order of fewest multiplications. Where tokens are
-    many it may pay to contract some tensors, never all, with each other before.
+    x meets one tensor at a time, in the order of fewest multiplications. Where tokens are many it may pay to contract
+    some tensors with each other before, or all of them: then W exists while the product runs.
 
     Attributes:
         indices: tensor -> the names of its indices.
