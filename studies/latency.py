@@ -1,0 +1,267 @@
+"""Compressed weights against dense ones by the clock: prefill and decode, and what memory bandwidth allows.
+
+    python studies/latency.py [--models smollm2-135m,llama-1.1b] [--batches 1,8] [--rows 'low rank 0.5,int8']
+
+Every linear of the blocks runs as said, the rest dense, in bf16. Factors are random: time does not depend on what they
+hold. llama-1.1b is a Llama configuration of 22 blocks and hidden size 2048, initialised at random. Decoding takes 64
+tokens after a prompt of 256, the compressed and the dense model taking turns token by token, each with a cache of its
+own; prefill, whole prompts in turns, 20 rounds and no more than 90 seconds. Ratios are medians over turns, with
+the interquartile range. The bound is the weights that one decoding step reads, in bytes, over the dense model's: what a
+model that does nothing but read would take. Finished rows are kept in studies/results/latency.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import provenance
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rankfront.methods._integers import rounded
+from rankfront.methods.layers import replacement, set_module, weight_of
+from rankfront.search.model import find_sites, load_model, resolve
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT, DECODE, ROUNDS, SECONDS = 256, 64, 20, 90.0
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+RANK_MULTIPLE = 32
+Modules = dict[str, nn.Module]
+Cell = dict[str, Any]
+
+
+def llama() -> nn.Module:
+    """1.1B parameters in bf16, initialised at random."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "smollm2-135m": lambda: load_model(resolve("smollm2-135m"), torch.bfloat16, "cpu"),
+    "llama-1.1b": llama,
+}
+
+
+def low_rank(keep: float, bits: int | None) -> Callable[[nn.Module], nn.Module]:
+    """Two factors of the rank at which they store ``keep`` of the weight."""
+
+    def made(dense: nn.Module) -> nn.Module:
+        m, n = weight_of(dense).shape
+        rank = max(RANK_MULTIPLE, RANK_MULTIPLE * round(keep * m * n / (m + n) / RANK_MULTIPLE))
+        left, right = torch.randn(m, rank) / rank**0.5, torch.randn(rank, n) / n**0.5
+        if bits is None:
+            tensors = {"left": left.bfloat16(), "right": right.bfloat16()}
+            return replacement(dense, "low-rank", tensors, {"rank": rank})
+        sides = {side: rounded(matrix, bits) for side, matrix in (("left", left), ("right", right))}
+        tensors = {f"{side}.{name}": _narrow(t) for side, each in sides.items() for name, t in each._asdict().items()}
+        return replacement(dense, "integer-low-rank", tensors, {"rank": rank, "bits": bits})
+
+    return made
+
+
+def integers(bits: int) -> Callable[[nn.Module], nn.Module]:
+    """The dense weight rounded."""
+
+    def made(dense: nn.Module) -> nn.Module:
+        found = rounded(weight_of(dense), bits)._asdict()
+        return replacement(
+            dense, "integer", {f"stored.{name}": _narrow(t) for name, t in found.items()}, {"bits": bits}
+        )
+
+    return made
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **{f"low rank {keep}": low_rank(keep, None) for keep in KEEPS},
+    "int8": integers(8),
+    "int4": integers(4),
+    **{f"low rank {keep} int8": low_rank(keep, 8) for keep in (0.7, 0.5)},
+    "low rank 0.5 int4": low_rank(0.5, 4),
+}
+
+
+class Pair:
+    """One model that runs dense or compressed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        paths = [w.path for site, place in find_sites(model).items() if place.block is not None for w in site.weights]
+        self.dense: Modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths)}
+        self.ours: Modules = {}
+
+    def compress(self, made: Callable[[nn.Module], nn.Module]) -> None:
+        """Make what runs in the place of every dense linear."""
+        torch.manual_seed(0)
+        self.ours = {path: made(dense) for path, dense in self.dense.items()}
+
+    def run(self, ours: bool) -> None:
+        """Put the compressed modules in place, or the dense ones."""
+        for path, module in (self.ours if ours else self.dense).items():
+            set_module(self.model, path, module)
+
+    def read(self, ours: bool) -> int:
+        """Bytes of weights that a decoding step reads: all but the embedding table, unless it is the head as well."""
+        self.run(ours)
+        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
+        held = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.state_dict().values()]}
+        return sum(held.values()) - (0 if table is head else table.nbytes)
+
+
+@torch.inference_mode()
+def decoded(pair: Pair, ids: Tensor) -> Iterator[tuple[float, float]]:
+    """Seconds of ours and of dense, token by token, after a prompt (batch, PROMPT)."""
+    caches, tokens = {}, {}
+    for ours in (True, False):
+        pair.run(ours)
+        out = pair.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        caches[ours], tokens[ours] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    for step in range(DECODE + 1):
+        seconds = {}
+        for ours in (True, False) if step % 2 else (False, True):
+            pair.run(ours)
+            started = time.perf_counter()
+            out = pair.model(input_ids=tokens[ours], past_key_values=caches[ours], use_cache=True)
+            seconds[ours] = time.perf_counter() - started
+            tokens[ours] = out.logits[:, -1:].argmax(-1)
+        if step:  # the first warms up
+            yield seconds[True], seconds[False]
+
+
+@torch.inference_mode()
+def prefilled(pair: Pair, ids: Tensor) -> Iterator[tuple[float, float]]:
+    """Seconds of ours and of dense for the whole prompt, in turns."""
+    begun = time.perf_counter()
+    for turn in range(ROUNDS + 1):
+        seconds = {}
+        for ours in (True, False) if turn % 2 else (False, True):
+            pair.run(ours)
+            started = time.perf_counter()
+            pair.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            seconds[ours] = time.perf_counter() - started
+        if turn:
+            yield seconds[True], seconds[False]
+        if turn > 2 and time.perf_counter() - begun > SECONDS:
+            return
+
+
+def ratio(pairs: Iterator[tuple[float, float]]) -> dict[str, float]:
+    """Median of ours over dense, its interquartile range, how many, and the dense median in milliseconds."""
+    ours, dense = np.array(list(pairs)).T
+    low, middle, high = np.percentile(ours / dense, [25, 50, 75])
+    return {"ratio": middle, "range": high - low, "turns": len(ours), "dense_ms": 1000 * float(np.median(dense))}
+
+
+def measure(pair: Pair, row: str, batch: int) -> Cell:
+    """Both phases at one batch size."""
+    ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    decode, prefill = ratio(decoded(pair, ids)), ratio(prefilled(pair, ids))
+    bound = pair.read(True) / pair.read(False)
+    return {"row": row, "batch": batch, "bound": bound, "decode": decode, "prefill": prefill, "from": provenance()}
+
+
+def table(cells: list[Cell]) -> str:
+    """A line a row."""
+    head = ("model", "batch", "row", "decode", "range", "bound", "decode over bound", "prefill", "range", "turns")
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    order = list(ROWS)
+    for cell in sorted(cells, key=lambda c: (list(MODELS).index(c["model"]), c["batch"], order.index(c["row"]))):
+        decode, prefill = cell["decode"], cell["prefill"]
+        shown = (
+            *(f"{decode[name]:.3f}" for name in ("ratio", "range")),
+            f"{cell['bound']:.3f}",
+            f"{decode['ratio'] / cell['bound']:.2f}",
+            *(f"{prefill[name]:.3f}" for name in ("ratio", "range")),
+            f"{prefill['turns']}",
+        )
+        lines.append(f"| {cell['model']} | {cell['batch']} | {cell['row']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+PAGE = """# Latency against dense, and against bandwidth
+
+How each figure is made is said at the top of `studies/latency.py`: ratios to the dense model in the same turns, smaller
+is faster; "turns" are those of prefill, decoding has 64.
+
+{table}
+
+{dense}
+
+Command: `python studies/latency.py`
+
+{sources}
+"""
+
+
+def page(cells: list[Cell]) -> str:
+    """The table with what it was made by."""
+    dense = [
+        f"dense {model} at batch {batch}: {np.median(own['decode']):.0f} ms a step, {np.median(own['prefill']):.0f} a prompt"
+        for model in MODELS
+        for batch in sorted({cell["batch"] for cell in cells})
+        if (
+            own := {
+                phase: [c[phase]["dense_ms"] for c in cells if (c["model"], c["batch"]) == (model, batch)]
+                for phase in ("decode", "prefill")
+            }
+        )["decode"]
+    ]
+    sources = sorted({cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ") for cell in cells})
+    return PAGE.format(
+        table=table(cells), dense="; ".join(dense) + ".", sources="\n".join(f"- commit {where}" for where in sources)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "latency.jsonl"
+    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {(cell["model"], cell["row"], cell["batch"]) for cell in cells}
+    for name in arguments.models.split(","):
+        batches = [int(batch) for batch in arguments.batches.split(",")]
+        missing = [row for row in arguments.rows.split(",") if any((name, row, b) not in known for b in batches)]
+        pair = Pair(MODELS[name]()) if missing else None
+        for row in missing:
+            assert pair is not None
+            pair.compress(ROWS[row])
+            for batch in (b for b in batches if (name, row, b) not in known):
+                cells.append({"model": name, **measure(pair, row, batch)})
+                with file.open("a") as out:
+                    out.write(json.dumps(cells[-1]) + "\n")
+                print(table(cells[-1:]).splitlines()[-1], flush=True)
+    (RESULTS / "latency.md").write_text(page(cells), encoding="utf-8")
+    print(page(cells))
+
+
+if __name__ == "__main__":
+    main()
