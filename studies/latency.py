@@ -220,7 +220,7 @@ Command: `python studies/latency.py`
 def page(cells: list[Cell]) -> str:
     """The table with what it was made by."""
     dense = [
-        f"dense {model} at batch {batch}: {np.median(own['decode']):.0f} ms a step, {np.median(own['prefill']):.0f} a prompt"
+        f"{model} at batch {batch} {np.median(own['decode']):.0f} ms a step, {np.median(own['prefill']):.0f} a prompt"
         for model in MODELS
         for batch in sorted({cell["batch"] for cell in cells})
         if (
@@ -232,7 +232,9 @@ def page(cells: list[Cell]) -> str:
     ]
     sources = sorted({cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ") for cell in cells})
     return PAGE.format(
-        table=table(cells), dense="; ".join(dense) + ".", sources="\n".join(f"- commit {where}" for where in sources)
+        table=table(cells),
+        dense="Dense: " + "; ".join(dense) + ".",
+        sources="\n".join(f"- commit {where}" for where in sources),
     )
 
 
