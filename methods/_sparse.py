@@ -7,12 +7,11 @@ or s on average where a method shares them among rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from rankfront.methods._support import pack, unpack
+from rankfront.methods._unpacked import Unpacked
 from rankfront.methods.layers import parameter
 
 
@@ -37,13 +36,8 @@ def gather_rows(matrix: Tensor, mask: Tensor) -> Tensor:
     return values
 
 
-class SparseRows(nn.Module):
-    """A module that stores a sparse matrix (m, k) as above and runs it dense, by `sparse_matrix`.
-
-    Where gradients are wanted for the values, and while a graph is compiled, the dense matrix is rebuilt at every call.
-    Otherwise it is kept until values or support change or move. What is kept is neither saved nor copied. Writing
-    through ``.data``, which leaves no trace, is the one change that goes unnoticed.
-    """
+class SparseRows(Unpacked):
+    """A module that stores a sparse matrix (m, k) as above and runs it dense, by `sparse_matrix`."""
 
     values: nn.Parameter
     support: Tensor
@@ -53,7 +47,6 @@ class SparseRows(nn.Module):
         self.values = parameter(values)
         self.register_buffer("support", support)
         self.columns = columns
-        self._kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor] | None = None
 
     def mask(self) -> Tensor:
         """The places of the values, bool (m, k)."""
@@ -61,23 +54,4 @@ class SparseRows(nn.Module):
 
     def sparse_matrix(self) -> Tensor:
         """The sparse matrix (m, k), dense, in the dtype of the values."""
-        values, support = self.values, self.support
-        wanted = torch.is_grad_enabled() and values.requires_grad
-        if wanted or torch.compiler.is_compiling() or values.is_inference() or support.is_inference():
-            return scatter_rows(values, self.mask())
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in (values, support)]
-        if self._kept is not None:
-            sources, stamps, dense = self._kept
-            if sources[0] is values and sources[1] is support and stamps == versions:
-                return dense
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a backward pass later
-            dense = scatter_rows(values, self.mask())
-        self._kept = ((values, support), versions, dense)
-        return dense
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._kept = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return self.kept(lambda: scatter_rows(self.values, self.mask()), self.values, self.support)

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods._scatter import columns_of, dense_of, support_bytes
+from rankfront.methods._unpacked import Unpacked
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 
 @layer("block-dictionary")
-class BlockDictionaryLinear(nn.Module):
+class BlockDictionaryLinear(Unpacked):
     """y = Σ_b Z_b (D_b x_b) + bias: ``basis`` [D_1, ..., D_B] (k, n), ``values`` (m, B s) of [Z_1, ..., Z_B].
 
-    Each Z_b (m, k) has N nonzeros in a row's every M atoms, s = N k / M, at places that ``support`` holds packed. They
-    are decoded at the first use and stay resident as int32, 4 bytes an entry; while running, Z is scattered into a
-    dense (m, B k) of the values' dtype, which is let go of afterwards.
+    Each Z_b (m, k) has N nonzeros in a row's every M atoms, s = N k / M, at places that ``support`` holds packed. Z
+    made dense (m, B k) would be about as large as the weight, so the product (m, n) is made at the first use and kept
+    beside what is stored: as fast as the weight itself, and more memory than it.
     """
 
     support: Tensor
-    columns: Tensor | None
 
     def __init__(self, basis: Tensor, values: Tensor, support: Tensor, bias: Tensor | None, settings: Settings) -> None:
         super().__init__()
@@ -29,24 +29,21 @@ class BlockDictionaryLinear(nn.Module):
         self.values = parameter(values)
         self.bias = optional_parameter(bias)
         self.register_buffer("support", support)
-        self.register_buffer("columns", None, persistent=False)
         self.block, self.group, self.nonzeros = settings["block"], settings["group"], settings["nonzeros"]
         self.out_features, (self.atoms, self.in_features) = len(values), basis.shape
         self.blocks = -(-self.in_features // self.block)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _decode(self) -> Tensor:
-        """Columns (m, B s) among the B k atoms; the support has no values before a model is loaded, so not earlier."""
+    def columns(self) -> Tensor:
+        """Columns (m, B s) among the B k atoms; the support has no values before a model is loaded."""
         groups = self.blocks * self.atoms // self.group
         inside = columns_of(self.support, self.out_features * groups, self.group, self.nonzeros)
         starts = self.group * torch.arange(groups, device=inside.device)[:, None]  # (groups, 1)
-        return (inside.view(self.out_features, groups, self.nonzeros) + starts).flatten(1).to(torch.int32)
+        return (inside.view(self.out_features, groups, self.nonzeros) + starts).flatten(1)
 
     def _codes(self, values: Tensor) -> Tensor:
         """[Z_1, ..., Z_B], (m, B k)."""
-        if self.columns is None:
-            self.columns = self._decode()
-        return dense_of(values, self.columns, self.blocks * self.atoms)
+        return dense_of(values, self.columns(), self.blocks * self.atoms)
 
     def _split(self, rows: Tensor) -> Tensor:
         """(..., n) to (..., B, n_b), the last block filled with zeros."""
@@ -55,8 +52,9 @@ class BlockDictionaryLinear(nn.Module):
         return split
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.einsum("...bj,kbj->...bk", self._split(x), self._split(self.basis))
-        return nn.functional.linear(hidden.flatten(-2), self._codes(self.values), self.bias)  # (..., m)
+        sources = (self.basis, self.values, self.support)
+        weight = self.kept(lambda: self.matrix().to(self.values.dtype), *sources)
+        return nn.functional.linear(x, weight, self.bias)
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
@@ -71,8 +69,7 @@ class BlockDictionaryLinear(nn.Module):
         return self.bias
 
     def multiplications(self) -> int:
-        """The coefficients run dense."""
-        return self.blocks * self.atoms * (self.block + self.out_features)
+        return self.out_features * self.in_features
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._sparse import SparseRows
+from rankfront.methods._sparse import SparseRows, scatter_rows
 from rankfront.methods._support import packed_bits
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
@@ -17,7 +17,8 @@ class DictionaryLinear(SparseRows):
     """y = A (right x) + bias: right (k, n) the atoms, A (m, k) sparse, x (..., n) to y (..., m).
 
     A is stored as ``values`` (m, s) and packed ``support`` (see `_sparse`): m·s nonzeros, s in every row or, where a
-    method shares them among rows, s on average.
+    method shares them among rows, s on average. It runs as two dense products, with A made dense and kept, or where
+    they are no cheaper than one, as the product of both.
     """
 
     def __init__(self, right: Tensor, values: Tensor, support: Tensor, bias: Tensor | None = None) -> None:
@@ -25,23 +26,32 @@ class DictionaryLinear(SparseRows):
         self.right = parameter(right)
         self.bias = optional_parameter(bias)
         self.out_features, self.in_features = len(values), right.shape[1]
+        whole = self.out_features * self.in_features
+        self.multiplied_out = self.columns * (self.out_features + self.in_features) >= whole
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.multiplied_out:
+            weight = self.kept(self._product, self.values, self.support, self.right)
+            return nn.functional.linear(x, weight, self.bias)
         hidden = nn.functional.linear(x, self.right)  # (..., k)
         return nn.functional.linear(hidden, self.sparse_matrix(), self.bias)  # (..., m)
+
+    def _product(self) -> Tensor:
+        return (scatter_rows(self.values, self.mask()).float() @ self.right.float()).to(self.values.dtype)
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         return DictionaryLinear(**tensors, bias=bias)
 
     def matrix(self) -> Tensor:
-        return self.sparse_matrix().float() @ self.right.float()
+        return scatter_rows(self.values.float(), self.mask()) @ self.right.float()
 
     def full_bias(self) -> Tensor | None:
         return self.bias
 
     def multiplications(self) -> int:
-        return self.columns * (self.out_features + self.in_features)
+        apart, whole = self.columns * (self.out_features + self.in_features), self.out_features * self.in_features
+        return whole if self.multiplied_out else apart
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:

@@ -125,8 +125,7 @@ def test_values_are_the_least_squares_ones_within_their_block():
     """One block: row by row against the tokens."""
     weight, sample = make_weight((24, 12)), make_sample((24, 12))
     layer = layer_of(weight, sample, option_of(6, 6, 2, 12))
-    layer._codes(layer.values)
-    for row, columns, values in zip(weight.double(), layer.columns.long(), layer.values, strict=True):
+    for row, columns, values in zip(weight.double(), layer.columns(), layer.values, strict=True):
         atoms = sample.x @ layer.basis[columns].double().T
         best = torch.linalg.lstsq(atoms, sample.x @ row).solution
         torch.testing.assert_close(values.double(), best, rtol=1e-3, atol=1e-4)
@@ -170,4 +169,4 @@ def test_the_layer_runs_compiled(group):
     layer = layer_of(make_weight((12, 24)), make_sample((12, 24)), option_of(8, group, 2, 10))
     x = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))
-    assert torch.equal(dense_of(layer.values, layer.columns, 24), layer._codes(layer.values))
+    assert torch.equal(dense_of(layer.values, layer.columns(), 24), layer._codes(layer.values))

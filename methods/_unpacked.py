@@ -1,0 +1,48 @@
+"""Modules that keep something else to run than what they store: sparse factors made dense, weights multiplied out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Unpacked(nn.Module):
+    """A module that keeps a dense matrix beside what it is stored as.
+
+    Where gradients are wanted for what is stored, and while a graph is compiled, the matrix is made at every call.
+    Otherwise it is kept until what it was made of changes or moves. What is kept is neither saved nor copied. Writing
+    through ``.data``, which leaves no trace, is the one change that goes unnoticed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor] | None = None
+
+    def kept(self, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+        """What ``make`` makes of ``sources``."""
+        wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        if wanted or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return make()
+        versions = [(source._version, source.data_ptr()) for source in sources]
+        if self._kept is not None:
+            known, stamps, dense = self._kept
+            if len(known) == len(sources) and all(map(_same, known, sources)) and stamps == versions:
+                return dense
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a backward pass later
+            dense = make()
+        self._kept = (sources, versions, dense)
+        return dense
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other
