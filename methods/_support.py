@@ -30,10 +30,11 @@ def pack(numbers: Tensor, width: int) -> Tensor:
 
 def unpack(packed: Tensor, width: int, count: int) -> Tensor:
     """What `pack` was given, (count,) int64."""
-    bits = ((packed.long()[:, None] >> torch.arange(BYTE, device=packed.device)) & 1).flatten()
-    numbers = bits[: count * width].unflatten(0, (count, width))
+    places = torch.arange(BYTE, dtype=torch.uint8, device=packed.device)
+    bits = ((packed[:, None] >> places) & 1).flatten()  # bytes until here: there may be one for every entry of a weight
+    numbers = bits[: count * width].unflatten(0, (count, width)).long()
     shifted: Tensor = numbers << torch.arange(width, device=packed.device)
-    return shifted.sum(1)
+    return shifted.sum(1) if width > 1 else shifted[:, 0]
 
 
 def seeded_support(seed: int, rows: int, columns: int, kept: int) -> Tensor:
