@@ -33,6 +33,7 @@ PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them a
 PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
 GROUPED = "grouped"
 GROUP_BANDS, GROUP_KEEP = 3, 0.5  # bands of depth of the grouped source, and the fraction its sites are probed at
+WIDER = 0.25  # than that fraction, what may be probed: a small step would say nothing of large ones
 WORST_RATIO = 30.0  # of a measured to a predicted divergence, either way: beyond, one of the two is not to be believed
 
 
@@ -72,12 +73,18 @@ def group_plans(
         chosen = {}
         for site, options in near.items():
             known = predictions.get(site.name, {})
-            predicted = [option for option in options if option.label in known]
+            predicted = [o for o in options if o.label in known and _share(site, o) < 1]
+            predicted = [o for o in predicted if _share(site, o) <= GROUP_KEEP + WIDER] or predicted
             if predicted:
                 chosen[site.name] = min(predicted, key=lambda option: known[option.label])
         if chosen:
             plans.append(Plan.of(chosen))
     return plans
+
+
+def _share(site: Site, option: Option) -> float:
+    """What it stores of the dense site, in numbers: one that only rounds them stores them all."""
+    return get_method(option.method).storage(site, option).parameters / site.storage.parameters
 
 
 def scaled_by_group(
@@ -156,9 +163,8 @@ def probe_options(wanted: Mapping[Site, Iterable[Option]], fractions: Sequence[f
         by_method: dict[str, list[Option]] = {}
         for option in options:
             by_method.setdefault(option.method, []).append(option)
-        dense = site.storage.parameters
         picked = {
-            min(found, key=lambda o: abs(get_method(o.method).storage(site, o).parameters / dense - fraction))
+            min(found, key=lambda o: abs(_share(site, o) - fraction))
             for found in by_method.values()
             for fraction in fractions
         }

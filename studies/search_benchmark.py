@@ -3,13 +3,13 @@
     python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
-svd-llm and dense; one row adds the methods that treat several weights jointly. Tokens are counted everywhere (a
-backward pass as two forward ones): probes, menus, slopes and trials alike. Allocators that only predict are solved at
-block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on looking at their plans; searches give, at each of those, the
-measured plan that is best on the search split. All these plans are measured on the report split. Hypervolume is that
-of (log perplexity excess over dense, block_parameters) within [0, ln 10] x [0, 1], as a share. Finished cells are kept
-in studies/results/search.jsonl, one line each, and never measured again: stop it at any time and start it again. Rows
-that no budget changes are measured once, at the first one.
+svd-llm and dense; one row adds the methods that treat several weights jointly, one oats beside them. Tokens are
+counted everywhere (a backward pass as two forward ones): probes, menus, slopes and trials alike. Allocators that only
+predict are solved at block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on looking at their plans; searches give,
+at each of those, the measured plan that is best on the search split. All these plans are measured on the report
+split. Hypervolume is that of (log perplexity excess over dense, block_parameters) within [0, ln 10] x [0, 1], as a
+share. Finished cells are kept in studies/results/search.jsonl, one line each, and never measured again: stop it at
+any time and start it again. Rows that no budget changes are measured once, at the first one.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are c
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
 JOINT = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
+SPARSE = (*JOINT, "oats")
+TENTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # kept fractions of the row with oats, which factors each level anew
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
 
 
@@ -195,22 +197,25 @@ def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> 
     return plan
 
 
-def sampler_row(sampler: str, methods: Sequence[str] = ()) -> Callable[[Bench, int, int], Found]:
-    """A whole study; ``methods`` replace those of the shared space."""
+def sampler_row(
+    sampler: str, methods: Sequence[str] = (), keep: Sequence[float] = ()
+) -> Callable[[Bench, int, int], Found]:
+    """A whole study; ``methods`` and ``keep`` replace those of the shared space."""
 
     def run(bench: Bench, budget: int, seed: int) -> Found:
         overrides = [f"search.sampler={sampler}", f"search.seed={seed}", f"search.tokens={budget}"]
         overrides += [f"space.methods={json.dumps(methods)}"] if methods else []
+        overrides += [f"space.keep={json.dumps(keep)}"] if keep else []
         folder = "-".join([sampler, *methods, str(seed)])
         study = Study(bench.settings, run=RESULTS / "runs" / folder, overrides=overrides)
         study.launch(Console(quiet=True), report=False)
         rows = [row for row in study.rows() if row.state == "complete"]
         overhead = sum(row.attributes["seconds"]["propose"] for row in rows)
         found = Found(tokens=study.tokens(), overhead=overhead)
-        for keep in GRID:
-            within = [row for row in rows if row.attributes["block_parameters"] <= keep]
+        for budgeted in GRID:
+            within = [row for row in rows if row.attributes["block_parameters"] <= budgeted]
             if within:
-                found.plans[keep] = min(within, key=lambda row: row.attributes["perplexity"]).plan
+                found.plans[budgeted] = min(within, key=lambda row: row.attributes["perplexity"]).plan
         calibration = study.calibration()
         if calibration is not None:
             found.spearman = calibration.spearman
@@ -231,8 +236,9 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "menu + knapsack": menu_row(grouped=True),
     **{name: sampler_row(name) for name in SAMPLERS},
     "rankfront with joint methods": sampler_row("rankfront", JOINT),
+    "rankfront with joint methods and oats": sampler_row("rankfront", SPARSE, TENTHS),
 }
-SEEDED = {"level evolution", "rankfront with joint methods", *SAMPLERS}
+SEEDED = {"level evolution", "rankfront with joint methods", "rankfront with joint methods and oats", *SAMPLERS}
 ONCE = {  # at any budget
     "uniform",
     "spectrum knapsack",

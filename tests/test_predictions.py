@@ -68,6 +68,16 @@ def test_every_site_is_probed_once_near_half_by_the_method_that_hurts_least(data
         assert off[options[site.name]] == min(off.values())
 
 
+def test_no_group_is_probed_by_a_rounding_of_the_whole_weight(data):
+    """It hurts least of all, and says nothing of what a large step does."""
+    data["space"] = {"methods": ["svd-llm", "gptq-int8"], "keep": [0.5, 0.9], "rank_multiple": 2}
+    space = make_space(Study(data).setup())
+    wanted = space.wanted()
+    predictions = {s.name: {o.label: float(o.method == "svd-llm") + 0.1 for o in found} for s, found in wanted.items()}
+    plans = group_plans(space.bands(GROUP_BANDS), wanted, predictions)
+    assert {option.method for plan in plans for option in plan.by_site.values()} == {"svd-llm"}
+
+
 def test_sites_of_a_group_are_of_one_kind_and_band(data):
     space = make_space(Study(data).setup())
     for count in (1, 2, 3):
