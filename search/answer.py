@@ -85,12 +85,14 @@ def answer(
 
 def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:
     """The run's menu, a row for each (site, option), dense first: ``site``, ``option``, ``method``, the stored
-    ``parameters`` and ``bytes`` of the site, and the ``divergence`` predicted before any plan was measured, in nats a
-    token. Raises `InputError` where the run has no menu yet."""
+    ``parameters`` and ``bytes`` of the site, the ``divergence`` predicted before any plan was measured, in nats a
+    token, and under the name of each latency among the objectives what its table predicts of the model with that option
+    alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu, dense = _known(study, config, rows, space)
     value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
     sites = {site.name: site for site in space.sites}
+    timings = timings_of(config, study.user_attrs)
     found = []
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):
@@ -98,6 +100,9 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
             treated = option != DENSE_OPTION
             stored = get_method(option.method).storage(site, option) if treated else site.storage
             figures = {"parameters": stored.parameters, "bytes": stored.bytes(value_bytes), "divergence": divergence}
+            figures |= {
+                name: timing.ratio(objective, {line.site: option}) for name, (objective, timing) in timings.items()
+            }
             found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
     return pd.DataFrame(found)
 

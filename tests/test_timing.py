@@ -165,6 +165,8 @@ def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     assert ranks.max() <= 4
     offered = {option.label for options in Resident(study.setup()).space.wanted().values() for option in options}
     assert any(int(label.rpartition("=")[2]) > 4 for label in offered)
+    assert (frame.loc[frame["method"] == "dense", "latency"] == 1).all()
+    assert (frame.loc[frame["method"] != "dense", "latency"] < 1).all()
     assert {"trials", "slope", "median", "worst"} == study.latency()["latency"].figures().keys()
 
 
