@@ -125,10 +125,12 @@ def plan_table(plan: dict[str, Any]) -> Table:
 def menu_table(frame: pd.DataFrame) -> Table:
     """A run's menu as a rich table."""
     table = Table(title="menu: what each option stores, and its predicted divergence alone", title_justify="left")
-    for name in ("site", "option", "parameters", "bytes", "divergence"):
+    latencies = [name for name in frame.columns if name.startswith("latency")]
+    for name in ("site", "option", "parameters", "bytes", "divergence", *latencies):
         table.add_column(name, justify="left" if name in ("site", "option") else "right")
-    for row in frame.itertuples():
-        table.add_row(str(row.site), str(row.option), f"{row.parameters:,}", f"{row.bytes:,}", f"{row.divergence:.3g}")
+    for row in frame.to_dict("records"):
+        figures = [f"{row['parameters']:,}", f"{row['bytes']:,}", f"{row['divergence']:.3g}"]
+        table.add_row(row["site"], row["option"], *figures, *(f"{row[name]:.4f}" for name in latencies))
     return table
 
 

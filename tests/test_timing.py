@@ -13,6 +13,7 @@ from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives.latency import Latency, LatencyDecode, LatencyPrefill
 from rankfront.search import Plan, Study, timing
 from rankfront.search.goal import menu_of, size_of, timings_of
+from rankfront.search.tables import menu_table
 from rankfront.search.timing import Stopwatches, Timing, compared, pack, timed, unpack
 from rankfront.search.trial import Job, Resident
 
@@ -165,6 +166,7 @@ def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     assert ranks.max() <= 4
     offered = {option.label for options in Resident(study.setup()).space.wanted().values() for option in options}
     assert any(int(label.rpartition("=")[2]) > 4 for label in offered)
+    assert [column.header for column in menu_table(frame).columns][-1] == "latency"
     assert (frame.loc[frame["method"] == "dense", "latency"] == 1).all()
     assert (frame.loc[frame["method"] != "dense", "latency"] < 1).all()
     assert {"trials", "slope", "median", "worst"} == study.latency()["latency"].figures().keys()
