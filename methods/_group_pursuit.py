@@ -55,8 +55,10 @@ def _pursued(residual: Tensor, cosines: Tensor, group: int, nonzeros: int) -> Te
 
 
 def coded(correlations: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
-    """The least-squares values (m, s) of each row at its ``columns`` (m, s)."""
+    """The least-squares values (m, s) of each row at its ``columns`` (m, s), in the dtype of what is given."""
     systems = gram[columns[:, :, None], columns[:, None, :]]  # (m, s, s)
-    scale = systems.diagonal(dim1=1, dim2=2).mean(1) * DAMPING + torch.finfo(gram.dtype).tiny
+    precision = torch.finfo(gram.dtype)
+    damping = max(DAMPING, 100 * precision.eps)  # atoms that coincide leave nothing in fp32
+    scale = systems.diagonal(dim1=1, dim2=2).mean(1) * damping + precision.tiny
     systems.diagonal(dim1=1, dim2=2).add_(scale[:, None])
     return torch.cholesky_solve(correlations.gather(1, columns)[:, :, None], torch.linalg.cholesky(systems))[:, :, 0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,8 +145,8 @@ def level_errors(weight: Tensor, energies: Tensor, component: Callable[[int], Te
 
 
 def with_tensorly(solver: str, tensor: Tensor, *arguments: object, **settings: object) -> Any:
-    """What TensorLy's solver of that name makes of a tensor, on NumPy arrays; the caller's own backend stays chosen."""
+    """What TensorLy's solver of that name makes of a tensor, by torch; the caller's own backend stays chosen."""
     import tensorly.decomposition  # loads slowly, and few studies ask for it
 
-    with tensorly.backend_context("numpy", local_threadsafe=True):
-        return getattr(tensorly.decomposition, solver)(np.asarray(tensor), *arguments, **settings)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        return getattr(tensorly.decomposition, solver)(tensor, *arguments, **settings)

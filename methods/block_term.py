@@ -88,9 +88,9 @@ class BlockTerm(TensorFormat):
     block-wise alternating least squares follow, each the optimum for one factor of one block while all else stands.
 
     `block-term-published` runs as many sweeps as it takes to settle, up to 100: at 0.6 of a 576x576 weight 14 s of one
-    core against 0.3 s, at 0.6 of a 1536x576 one 50 s against 1 s, some 6 core hours for four levels of each weight of a
-    135M model. It leaves half of the default's error at 0.6. The metric of both is the identity, for S⁻¹ cannot be
-    folded into the factors. Own solver: TensorLy has none. A local optimum: more blocks may fit worse.
+    core against 0.15 s, at 0.6 of a 1536x576 one 50 s against 0.7 s, some 6 core hours for four levels of each weight
+    of a 135M model. It leaves two fifths of the default's error at 0.6. The metric of both is the identity, for S⁻¹
+    cannot be folded into the factors. Own solver: TensorLy has none. A local optimum: more blocks may fit worse.
     """
 
     name: str
@@ -150,5 +150,5 @@ class BlockTerm(TensorFormat):
         return blocks
 
 
-register(BlockTerm("block-term", 2))
+register(BlockTerm("block-term", 1))
 register(BlockTerm("block-term-published", PUBLISHED_SWEEPS))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}
 PUBLISHED_SWEEPS = 100  # TensorLy's default [M]
 SETTLED = 1e-8  # fall of the relative error in a sweep, below which sweeps end; TensorLy's default [M]
 SEED = 0
+STAYS = 1  # the mode whose factor the quick setting leaves as it starts
 ORTHOGONAL, RANDOM = "orthogonal terms", "random factors"
 
 
@@ -60,8 +60,10 @@ class CP(TensorFormat):
     CP of W as a tensor of three paired modes I_k = m_k n_k; of two it would be `kronecker`. R exceeds every I_k by far
     where it stores a fair share of W, so `orthogonal_terms` are the start: closed form, falling with R, all of W at
     the end. From there ``sweeps`` of ALS in fp32 by TensorLy's `parafac` (MTTKRP against an explicit Khatri-Rao
-    product: one large product, which is as fast as it gets), with a ridge against terms that grow while they cancel
-    each other; kept only where they fit better. Each term's norm is shared equally between its factors.
+    product: one large product, which is as fast as it gets) over the first and the last mode, with a ridge against
+    terms that grow while they cancel each other; kept only where they fit better. The second mode would take as long as
+    each of the others and gain little: on a query projection of SmolLM2-135M at keep 0.6 the start left 0.41 of the
+    energy, the sweep 0.31, with the second mode 0.29. Each term's norm is shared equally between its factors.
 
     `cp-published` is the same solver as it is usually run: random start, fp64, many sweeps until nothing moves
     (Kolda & Bader 2009, Section 3.4): at 0.6 of a 576x576 weight 19 s of one core against 0.3 s, at 0.6 of a 1536x576
@@ -120,11 +122,12 @@ class CP(TensorFormat):
         if self.start == RANDOM:
             settings = {"init": "random", "random_state": SEED, "tol": SETTLED, "l2_reg": RIDGE[torch.float64]}
         else:
-            factors = [factor.float().numpy() for factor in closed]
-            settings = {"init": (np.ones(terms, np.float32), factors), "tol": 0, "l2_reg": RIDGE[torch.float32]}
+            factors = [factor.float() for factor in closed]
+            settings = {"init": (torch.ones(terms), factors), "tol": 0, "l2_reg": RIDGE[torch.float32]}
+            settings["fixed_modes"] = [STAYS]
             tensor = tensor.float()
         _, found = with_tensorly("parafac", tensor, terms, n_iter_max=self.sweeps, **settings)
-        return [torch.from_numpy(np.array(factor, np.float64)) for factor in found]
+        return [factor.double() for factor in found]
 
 
 def stored_terms(factors: Sequence[Tensor], modes: Modes) -> dict[str, Tensor]:

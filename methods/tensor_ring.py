@@ -26,7 +26,7 @@ def ring_cores(modes: Modes, weight: Tensor, ranks: tuple[int, int, int]) -> lis
     """
     ring = with_tensorly("tensor_ring", modes.tensor(weight), rank=[*ranks, ranks[0]])
     sizes = zip(ring, modes.rows, modes.columns, strict=True)
-    return [torch.from_numpy(core.copy()).unflatten(1, (m, n)) for core, m, n in sizes]
+    return [core.unflatten(1, (m, n)) for core, m, n in sizes]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rankfront.methods._method import Option, Prepared, Site, register
@@ -25,7 +24,7 @@ def train_cores(modes: Modes, weight: Tensor, ranks: tuple[int, ...]) -> list[Te
     """
     train = with_tensorly("tensor_train", modes.tensor(weight), rank=list(ranks))
     sizes = zip(train, modes.rows, modes.columns, strict=True)
-    return [torch.from_numpy(core.copy()).unflatten(1, (m, n)) for core, m, n in sizes]
+    return [core.unflatten(1, (m, n)) for core, m, n in sizes]
 
 
 @dataclass(frozen=True)

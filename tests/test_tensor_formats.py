@@ -355,13 +355,13 @@ def test_one_block_recovers_what_has_its_ranks():
 @pytest.mark.parametrize(("fast", "slow"), [("cp", "cp-published"), ("block-term", "block-term-published")])
 @pytest.mark.parametrize("shape", [(24, 12), (32, 48)])
 def test_the_default_is_near_the_published_setting(fast, slow, shape):
-    """No more than a seventh of the energy worse, and the slow one is what more sweeps can reach."""
+    """No more than a sixth of the energy worse, and the slow one is what more sweeps can reach."""
     weight = make_weight(shape)
     option = get_method(fast).options(common.linear_site(*shape), Grid((0.5,), 1))[0.5]
     level, whole = get_method(fast).kept(option), float(weight.square().sum())
     errors = [get_method(name).error(fit(name, weight, level)[1], option) for name in (fast, slow)]
     assert errors[1] <= errors[0] * 1.1
-    assert errors[0] - errors[1] < whole / 7
+    assert errors[0] - errors[1] < whole / 6
 
 
 # Running
