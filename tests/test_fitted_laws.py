@@ -351,8 +351,12 @@ def test_exports_load_as_they_were_measured(name, architecture, tmp_path, text_f
 
 
 def test_a_search_over_every_family_goes_from_menu_to_front(tmp_path, model_folder, text_file):
-    """All of the fast ones in one space: the menu knows them all, and plans of several families are measured."""
+    """All of the fast ones in one space: the menu knows them all, and plans of several families are measured.
+
+    In bytes, for what only rounds a weight stores no fewer values.
+    """
     data = small_data(model_folder, text_file)
+    data["objectives"] = {"perplexity": {}, "bytes": {}}
     data["space"] = {"methods": ["svd-llm", *FAST], "keep": [0.4, 0.7], "rank_multiple": 2}
     data["search"] |= {"sampler": "rankfront", "trials": len(FAST) + 12, "anchors": [0.5]}
     study = make_run(data, tmp_path / "run")
