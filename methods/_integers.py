@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankfront.methods._storage import group_size, padded_width
+from rankfront.methods._storage import Storage, group_size, padded_width
 from rankfront.methods._weighting import Weighting
 
 LARGEST = {8: 127, 4: 15}
@@ -63,6 +63,12 @@ def restored(rounded: Integers, bits: int, columns: int, dtype: torch.dtype = to
     values = (q.to(dtype) - MIDDLE).unflatten(1, (scale.shape[1], -1)) * scale[:, :, None] + zero[:, :, None]
     whole: Tensor = values.flatten(1)[:, :columns]
     return whole
+
+
+def padded_away(own: Storage, dense: Storage) -> str | None:
+    """Why rounding is refused where the padding takes all that it saves; None where it does not."""
+    small = own.bytes(2) < dense.bytes(2)
+    return None if small else "padded to what the kernels read it stores no less than the dense weight"
 
 
 def halves(integers: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import restored, rounded
+from rankfront.methods._integers import padded_away, restored, rounded
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_storage
@@ -67,8 +67,7 @@ class Rounding(Fitted):
             if reason:
                 return reason
         weight = site.anchor
-        small = integer_storage(weight.out_features, weight.in_features, self.bits).bytes(2) < weight.storage.bytes(2)
-        return None if small else "padded to what the kernels read it stores no less than the dense weight"
+        return padded_away(integer_storage(weight.out_features, weight.in_features, self.bits), weight.storage)
 
     def check(self, option: Option) -> None:
         if whole_level(option, "bits") != self.bits:

@@ -31,13 +31,10 @@ class DictionaryLinear(SparseRows):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiplied_out:
-            weight = self.kept(self._product, self.values, self.support, self.right)
+            weight = self.kept(lambda: self.matrix().to(self.values.dtype), self.values, self.support, self.right)
             return nn.functional.linear(x, weight, self.bias)
         hidden = nn.functional.linear(x, self.right)  # (..., k)
         return nn.functional.linear(hidden, self.sparse_matrix(), self.bias)  # (..., m)
-
-    def _product(self) -> Tensor:
-        return (scatter_rows(self.values, self.mask()).float() @ self.right.float()).to(self.values.dtype)
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:

@@ -24,7 +24,7 @@ from torch import Tensor
 from rankfront.methods._dictionary import whitened
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import DAMPING, Integers, restored, rounded
+from rankfront.methods._integers import DAMPING, Integers, padded_away, restored, rounded
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -68,8 +68,7 @@ class IntegerLowRank(Fitted):
         if reason:
             return reason
         m, n = site.anchor.out_features, site.anchor.in_features
-        small = self._stored(m, n, 1).bytes(2) < site.storage.bytes(2)
-        return None if small else "padded to what the kernels read it stores no less than the dense weight"
+        return padded_away(self._stored(m, n, 1), site.storage)
 
     def check(self, option: Option) -> None:
         whole_level(option, "rank")

@@ -12,7 +12,7 @@ from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, dense_row
-from rankfront.search.goal import menu_of, timings_of
+from rankfront.search.goal import Timings, menu_of, timings_of
 from rankfront.search.menu import Menu
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan, cost_of
@@ -55,9 +55,9 @@ def answer(
         if limit.figure not in COSTS or not limit.operator.startswith("<"):
             raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(COSTS)}")
     space = Space(find_sites(skeleton(source)), config.space, 0)
-    menu, dense = _known(study, config, rows, space)
+    menu, dense, timings = _known(study, config, rows, space)
     origin = dict(dense.plan.origin)
-    beliefs = ours(menu, space, config, dense, origin, timings_of(config, study.user_attrs)).beliefs
+    beliefs = ours(menu, space, config, dense, origin, timings).beliefs
     beliefs.learn(study)
     inside = {site: place.block is not None for site, place in space.sites.items()}
 
@@ -89,10 +89,9 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
     token, and under the name of each latency among the objectives what its table predicts of the model with that option
     alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
     space = Space(find_sites(skeleton(source)), config.space, 0)
-    menu, dense = _known(study, config, rows, space)
+    menu, dense, timings = _known(study, config, rows, space)
     value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
     sites = {site.name: site for site in space.sites}
-    timings = timings_of(config, study.user_attrs)
     found = []
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):
@@ -107,15 +106,15 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
     return pd.DataFrame(found)
 
 
-def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row]:
-    """The run's menu and its dense trial; `InputError` where there is none."""
+def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row, Timings]:
+    """The run's menu, its dense trial and its latency tables; `InputError` where there is none."""
     record, dense = menu_record(study.user_attrs), dense_row(rows, rung=0)
     if config.search.sampler != OURS:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:
         raise InputError("the run has no menu or dense trial yet: launch it first")
     timings = timings_of(config, study.user_attrs)
-    return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense
+    return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense, timings
 
 
 def _budget(

@@ -92,6 +92,8 @@ class Driver:
         self.menu: Menu | None = None
         self.record: Record | None = None  # what the menu is made of
         self.menu_asked: set[int] = set()
+        timed = self.ours and bool(timed_objectives(config.objectives))
+        self.wants_timing = timed and "timing" not in study.user_attrs  # a latency, and no table of it yet
         self.timing_asked = False
         self.sampler = self._first_sampler()
         self._with_menu()
@@ -207,7 +209,7 @@ class Driver:
         Raises KeyboardInterrupt once a stop is requested.
         """
         self.stop.check()
-        if self.searching and self._wants_timing:  # alone, for what runs beside it would be in its figures
+        if self.wants_timing and self.searching:  # alone, for what runs beside it would be in its figures
             if self.timing_asked or self.running or self.menu_asked:
                 return None
             self.timing_asked = True
@@ -276,11 +278,6 @@ class Driver:
         return self.menu is not None if self.ours else not self._wants_menu or self.record is not None
 
     @property
-    def _wants_timing(self) -> bool:
-        """Whether our sampler has a latency among its objectives, and no table of it yet."""
-        return self.ours and "timing" not in self.study.user_attrs and bool(timed_objectives(self.config.objectives))
-
-    @property
     def _wants_menu(self) -> bool:
         """Whether the study has a menu: our sampler's, or for untying the variables of another."""
         return self.ours or self.config.search.untie > 0
@@ -346,7 +343,7 @@ class Driver:
             self.menu_asked.discard(job.number)
             self._menu_arrived(job.number, record)
         elif job.kind == "timing":
-            self.timing_asked = False
+            self.timing_asked = self.wants_timing = False
             self.study.set_user_attr("timing", record)  # a failure too: latency is then read off the trials alone
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.

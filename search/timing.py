@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rankfront.methods import DENSE_OPTION, Option, Site
+from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed, generate
 from rankfront.search.factors import FactorStore
@@ -169,29 +170,36 @@ def time_sites(
             for weight in site.weights:
                 if weight.kind == "embedding":
                     continue
-                alone = dict.fromkeys(PHASES, 0.0)
-                dense, size = dense_modules[weight.path], f"{weight.out_features}x{weight.in_features}"
-                parameter = next(dense.parameters())
-                for phase, tokens, steps in (("prefill", prompt, 1), ("decode", 1, objective.decode)):
-                    shape = (objective.batch, tokens, weight.in_features)
-                    x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
-                    seconds = watches.seconds(f"dense {size}", dense, x)
-                    if factors:
-                        own = factors[weight.role]
-                        level = " ".join(f"{name}={value}" for name, value in sorted(own.settings.items()))
-                        path = weight.path
-                        seconds *= watches.seconds(
-                            f"{own.kind} {level} for {size}",
-                            dense,
-                            x,
-                            lambda: make(site, option)[path],  # noqa: B023
-                        )
-                    alone[phase] = steps * seconds
-                    total[phase] += alone[phase]
-                if option == DENSE_OPTION:  # of a joint site's weights too, which may have no site of their own here
+                dense, own = dense_modules[weight.path], factors.get(weight.role)
+                made = partial(make, site, option)
+                alone = _weight_seconds(objective, prompt, weight, dense, own, made, watches)
+                total = {phase: total[phase] + alone[phase] for phase in PHASES}
+                if own is None:  # of a joint site's weights too, which may have no site of their own here
                     found.setdefault(weight.path, {}).setdefault(option.label, alone)
             found[site.name][option.label] = total
         watches.save()
+    return found
+
+
+def _weight_seconds(
+    objective: Timed,
+    prompt: int,
+    weight: Weight,
+    dense: nn.Module,
+    own: Factors | None,
+    make: Callable[[], Mapping[str, nn.Module]],
+    watches: Stopwatches,
+) -> Seconds:
+    """What runs at one weight, dense or its ``own`` factors: for ``prompt`` tokens, and for every token decoded."""
+    parameter, size = next(dense.parameters()), f"{weight.out_features}x{weight.in_features}"
+    found = {}
+    for phase, tokens, steps in (("prefill", prompt, 1), ("decode", 1, objective.decode)):
+        shape = (objective.batch, tokens, weight.in_features)
+        x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
+        found[phase] = steps * watches.seconds(f"dense {size}", dense, x)
+        if own is not None:
+            level = " ".join(f"{name}={value}" for name, value in sorted(own.settings.items()))
+            found[phase] *= watches.ratio(f"{own.kind} {level} for {size}", dense, x, lambda: make()[weight.path])
     return found
 
 
@@ -204,7 +212,7 @@ def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
 
 
 class Stopwatches:
-    """Seconds of modules by what they are and by tokens, on this device, kept on disk."""
+    """Seconds of dense modules and ratios of others to them, by what they are and by tokens, kept on disk."""
 
     def __init__(self, root: Path, device: str, dtype: torch.dtype) -> None:
         self.path = root / f"latency-{_machine(device, dtype)}.json"
@@ -214,11 +222,18 @@ class Stopwatches:
     def _kept(self) -> dict[str, float]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
 
-    def seconds(self, key: str, dense: nn.Module, x: Tensor, module: Callable[[], nn.Module] | None = None) -> float:
-        """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n), or of a ``module`` in its place."""
+    def seconds(self, key: str, dense: nn.Module, x: Tensor) -> float:
+        """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n)."""
+        return self._figure(key, x, lambda: timed(dense, x))
+
+    def ratio(self, key: str, dense: nn.Module, x: Tensor, module: Callable[[], nn.Module]) -> float:
+        """Seconds of ``module``, which ``key`` describes, over those of ``dense``, likewise."""
+        return self._figure(key, x, lambda: compared(module(), dense, x))
+
+    def _figure(self, key: str, x: Tensor, measure: Callable[[], float]) -> float:
         name = f"{key} on {x.shape[0]}x{x.shape[1]}"
         if name not in self.known:
-            self.known[name] = timed(dense, x) if module is None else compared(module(), dense, x)
+            self.known[name] = measure()
             self.new = True
         return self.known[name]
 

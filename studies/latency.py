@@ -211,7 +211,7 @@ is faster; "turns" are those of prefill, decoding has 64.
 
 {dense}
 
-Command: `python studies/latency.py`
+Command: `python studies/latency.py --models ... --batches ... --rows ...`
 
 {sources}
 """
