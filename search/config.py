@@ -129,7 +129,8 @@ class SearchConfig(Strict):
     where predictions come from: a gradient pass scaled by a measured probe of each group of sites, a gradient pass
     alone, the spectrum alone, one measured probe per site and method, or a few.
     ``tokens`` limits what trials, slopes and the menu may run through the model in all. ``anchors`` are the kept
-    fractions at which every method is measured uniformly before the sampler starts. ``rungs`` are fidelities in
+    fractions at which every method is measured uniformly before the sampler starts; by our sampler, which has its menu
+    first, those methods that no other is predicted to beat there. ``rungs`` are fidelities in
     tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to the next; empty,
     every trial reads the whole search split. ``where`` are limits on objectives, such as ``block_parameters<=0.8``,
     that the search keeps to: plans beyond them are measured only to learn from. ``refit`` is what is done to members

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import moocore
+import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.allocate import sweep
@@ -23,7 +25,7 @@ from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu
 from rankfront.search.sampler import RankfrontSampler, ours
 from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
-from rankfront.search.space import Space
+from rankfront.search.space import Anchor, Space
 from rankfront.search.timing import timed_objectives
 from rankfront.search.trial import Job, Record
 
@@ -54,8 +56,9 @@ class Stop:
 class Driver:
     """Decides what is measured next and records what came back. Optuna's storage is its only state.
 
-    First the anchors (and, for our sampler, the menu and its predicted front), then what the sampler proposes,
-    until the limits are reached; last, the front members that have no perplexity on the report split yet.
+    First the anchors, then what the sampler proposes, until the limits are reached; last, the front members that have
+    no perplexity on the report split yet. Our sampler asks for the dense model and the menu first, then for the menu's
+    predicted front, and only then for those anchors that no other is predicted to dominate.
     """
 
     def __init__(
@@ -128,12 +131,12 @@ class Driver:
                 return
             self.space.untie(record["predictions"], self.config.search.untie)
         self.record = record
-        self._enqueue_anchors()
+        self._enqueue_anchors(self.space.anchors(() if self.ours else self.config.search.anchors))
         self._start_ours()
 
-    def _enqueue_anchors(self) -> None:
-        """Queue the anchors that were neither measured nor are waiting; an interrupted one is due again."""
-        for anchor in self.space.anchors(self.config.search.anchors):
+    def _enqueue_anchors(self, anchors: Iterable[Anchor]) -> None:
+        """Queue those that were neither measured nor are waiting; an interrupted one is due again."""
+        for anchor in anchors:
             self._enqueue("anchor", anchor.label, self.space.anchor_parameters(anchor))
 
     def _enqueue(self, origin: str, label: str, parameters: Mapping[str, int | str]) -> None:
@@ -169,6 +172,16 @@ class Driver:
                 if not sampler.beliefs.may_meet(chosen):
                     continue
                 self._enqueue("menu", f"keep={keep:g}", self.space.draws(chosen))
+        self._enqueue_anchors(self._anchors_to_beat(self.menu))
+
+    def _anchors_to_beat(self, menu: Menu) -> list[Anchor]:
+        """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as."""
+        anchors = self.space.anchors(self.config.search.anchors)
+        draws = (FixedTrial(self.space.anchor_parameters(anchor)) for anchor in anchors)
+        found = [menu.places(self.space.suggest(trial, {}).by_site) for trial in draws]
+        known = np.array([(menu.size(places), menu.divergence(places)) for places in found if places is not None])
+        kept = iter(moocore.is_nondominated(known, keep_weakly=False))
+        return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]
 
     # -- ask
 

@@ -584,7 +584,7 @@ def test_the_seed_decides_a_whole_study(data, tmp_path):
 
 
 def test_several_workers_measure_different_plans(data, resident):
-    """Four jobs at a time: the first beside the menu, which the search does not wait for while anchors are due."""
+    """Four jobs at a time: the dense model beside the menu, then whatever is due."""
     driver = make_driver(Study(data))
     kinds, origins = [], []
     while not driver.done:
@@ -595,7 +595,7 @@ def test_several_workers_measure_different_plans(data, resident):
             driver.finish(job, resident.run(job))
     rows = driver.rows()
     origins = [row.origin for row in rows if row.state == "complete"]
-    assert kinds[0] == ["menu", "trial", "trial", "trial"]
+    assert kinds[0] == ["menu", "trial"]
     parts = driver.study.user_attrs["menu 0"]["jobs"]
     assert sum(kind == "menu" for group in kinds for kind in group) == parts > 1
     assert origins.count(OURS) >= 2
@@ -612,17 +612,48 @@ def make_driver(study):
 
 
 def test_nothing_is_guessed_before_the_menu(data):
-    """While a worker makes the menu, others measure the anchors, then wait: also where two anchors are one plan."""
-    sites = [f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
-    rules = [{"match": sites[0], "methods": ["svd"]}, {"match": sites[1], "methods": ["svd-llm"]}]
-    data["space"] |= {"include": sites, "rule": rules}
+    """While a worker makes the menu, another measures the dense model, and the others wait."""
     driver = make_driver(Study(data))
     for _ in range(6):
         driver.next()
     rows = [row for row in driver.rows() if row.state == "running"]
-    assert [row.origin for row in rows] == ["anchor: dense", "anchor: svd keep=0.6"]
+    assert [row.origin for row in rows] == ["anchor: dense"]
     assert driver.next() is None
     assert not driver.done
+
+
+def test_two_anchors_that_are_one_plan_are_measured_once(data, resident):
+    sites = [f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
+    rules = [{"match": sites[0], "methods": ["svd"]}, {"match": sites[1], "methods": ["svd-llm"]}]
+    data["space"] |= {"include": sites, "rule": rules}
+    driver = make_driver(Study(data))
+    while not driver.done:
+        job = driver.next()
+        if job is not None:
+            driver.finish(job, resident.run(job))
+    keys = [row.plan_key for row in driver.rows() if row.state == "complete"]
+    assert len(set(keys)) == len(keys)
+
+
+def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(data, resident):
+    """At the same size the worse predicted method is left out, after the menu's own front; unknown ones are measured."""
+    driver = make_driver(Study(data))
+    while driver.menu is None:
+        job = driver.next()
+        driver.finish(job, resident.run(job))
+    anchors = driver.space.anchors(driver.config.search.anchors)
+    wanted = driver._anchors_to_beat(driver.menu)
+    assert anchors[0] in wanted
+    levels = {}
+    for anchor in anchors[1:]:
+        plan = driver.space.suggest(optuna.trial.FixedTrial(driver.space.anchor_parameters(anchor)), {})
+        levels.setdefault(anchor.keep, []).append((driver.menu.divergence(driver.menu.places(plan.by_site)), anchor))
+    best = [min(found, key=lambda pair: pair[0])[1] for found in levels.values()]
+    assert wanted[1:] == best and len(best) < len(anchors[1:])
+    waiting = driver.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    assert [trial.user_attrs["origin"] for trial in waiting][-len(best) :] == ["anchor"] * len(best)
+    lines = tuple(Line(line.site, line.options[:1], line.sizes[:1], line.divergence[:1]) for line in driver.menu.lines)
+    assert driver._anchors_to_beat(Menu(lines)) == anchors
 
 
 @pytest.mark.parametrize("sampler", [OURS, "random"])
