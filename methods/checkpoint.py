@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.quantizers.auto import (
@@ -21,7 +21,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankfront.methods._errors import InputError
+from rankfront.methods.joined import Joined
 from rankfront.methods.layers import empty_replacement, set_module
+from rankfront.methods.layers_low_rank import LowRankLinear
 
 QUANT_METHOD = "rankfront"
 CONFIG_VERSION = 2
@@ -33,6 +35,7 @@ class RankfrontConfig(QuantizationConfigMixin):
     Attributes:
         modules: module path -> kind of layer and the settings its shapes follow from.
         tied: name of a tensor -> name of the tensor that it is (a tied embedding and head, a basis of several weights).
+        joined: modules whose right factors run as one product, ``{"modules": [path, ...], "most": vectors or None}``.
         version: of this format; another one than this code writes raises `InputError`.
     """
 
@@ -40,6 +43,7 @@ class RankfrontConfig(QuantizationConfigMixin):
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         tied: dict[str, str] | None = None,
+        joined: list[dict[str, Any]] | None = None,
         version: int = CONFIG_VERSION,
         **_: Any,
     ) -> None:
@@ -49,6 +53,7 @@ class RankfrontConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.modules = modules or {}
         self.tied = tied or {}
+        self.joined = joined or []
         self.version = version
 
 
@@ -76,6 +81,8 @@ class RankfrontQuantizer(HfQuantizer):
             path, own = name.rsplit(".", 1)
             setattr(model.get_submodule(path), own, model.get_buffer(self.config.tied[name]))
         tie_factors(model, self.config)
+        for group in self.config.joined:
+            Joined([cast(LowRankLinear, model.get_submodule(path)) for path in group["modules"]], group["most"])
         return model
 
     def _tied_buffers(self, model: nn.Module) -> list[str]:

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods.joined import Joined
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 
 @layer("low-rank")
 class LowRankLinear(nn.Module):
-    """y = left (right x) + bias: left (m, r), right (r, n), x (..., n) to y (..., m)."""
+    """y = left (right x) + bias: left (m, r), right (r, n), x (..., n) to y (..., m).
+
+    Several that read the same input may have their right factors ``joined``.
+    """
 
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -20,9 +24,13 @@ class LowRankLinear(nn.Module):
         self.right = parameter(right)
         self.bias = optional_parameter(bias)
         self.out_features, self.in_features, self.rank = left.shape[0], right.shape[1], right.shape[0]
+        self.joined: Joined | None = None
+        self.place = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = nn.functional.linear(x, self.right)  # (..., r)
+        hidden = None if self.joined is None else self.joined.part(self, x)  # (..., r)
+        if hidden is None:
+            hidden = nn.functional.linear(x, self.right)
         return nn.functional.linear(hidden, self.left, self.bias)  # (..., m)
 
     @staticmethod

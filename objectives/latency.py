@@ -10,10 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from rankfront.methods import Cost, InputError
 from rankfront.objectives._objective import register
@@ -21,6 +24,7 @@ from rankfront.objectives._subject import Subject
 
 REFERENCE = 1.1  # times dense: slower than that counts for nothing
 STEADY = 0.03  # of the median
+GRAPHS = 4096  # that compiled models may have had in all: every trial's are others
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Timed:
         decode: tokens generated after it.
         rounds: pairs of runs, at least.
         seconds: after which no further round is begun to steady the ratio.
+        compile: whether both models run through ``torch.compile``, with a static cache.
     """
 
     name = "timed"
@@ -86,6 +91,7 @@ class Timed:
     decode: int = 16
     rounds: int = 20
     seconds: float = 60.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "decode", "rounds"):
@@ -94,6 +100,8 @@ class Timed:
                 raise InputError(f"objectives.{self.name}.{name} is {value!r}: it must be a whole number of at least 1")
         if type(self.seconds) not in (int, float) or not 0 <= self.seconds < float("inf"):
             raise InputError(f"objectives.{self.name}.seconds is {self.seconds!r}: it must be a number of at least 0")
+        if type(self.compile) is not bool:
+            raise InputError(f"objectives.{self.name}.compile is {self.compile!r}: it must be true or false")
 
     @staticmethod
     def of(run: Run) -> float:
@@ -112,7 +120,7 @@ class Timed:
         raise NotImplementedError
 
     def _rounds(self, subject: Subject) -> Rounds:
-        key = (self.batch, self.prompt, self.decode)
+        key = (self.batch, self.prompt, self.decode, self.compile)
         if key not in subject.timings:
             subject.timings[key] = Rounds(self._pairs(subject))
         rounds: Rounds = subject.timings[key]
@@ -129,15 +137,22 @@ class Timed:
         ids, need = windows.flatten(), self.batch * self.prompt
         return ids.repeat(-(-need // len(ids)))[:need].view(self.batch, self.prompt).to(device)
 
+    def runner(self, model: nn.Module) -> Callable[[Tensor], Run]:
+        """What times one generation from prompts (batch, prompt)."""
+        if self.compile:
+            return partial(generate_compiled, compiled(model), model, decode=self.decode)
+        return partial(generate, model, decode=self.decode)
+
     def _pairs(self, subject: Subject) -> Iterator[tuple[Run, Run]]:
         ids = self.prompts(subject.windows, next(subject.model.parameters()).device)
+        run = self.runner(subject.model)
 
         def dense_run() -> Run:
             with subject.dense():
-                return generate(subject.model, ids, self.decode)
+                return run(ids)
 
         def our_run() -> Run:
-            return generate(subject.model, ids, self.decode)
+            return run(ids)
 
         our_run(), dense_run()  # warm-up
         while True:
@@ -234,12 +249,27 @@ class _Stopwatch:
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, ids: Tensor, decode: int) -> Run:
-    """Time a prefill of ``ids`` (batch, prompt) and ``decode`` greedy single-token steps with the key-value cache."""
+def generate(model: Callable[..., Any], ids: Tensor, decode: int, cache: Any = None) -> Run:
+    """Time a prefill of ``ids`` (batch, prompt) and ``decode`` greedy single-token steps with the key-value ``cache``,
+    one that grows where none is given."""
     watch = _Stopwatch(ids.device)
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     prefill = watch.lap()
     for _ in range(decode):
         token = out.logits[:, -1:].argmax(-1)  # (batch, 1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
     return Run(prefill, watch.lap())
+
+
+def generate_compiled(forward: Callable[..., Any], model: Any, ids: Tensor, decode: int) -> Run:
+    """`generate` by what `compiled` made of ``model``, with a static cache: one that grows asks for more graphs."""
+    return generate(forward, ids, decode, StaticCache(config=model.config, max_cache_len=ids.shape[1] + decode))
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """``model`` through ``torch.compile``, on a GPU with CUDA graphs. What its modules are replaced by is compiled at
+    its first call, and the graphs of before are kept."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
+    cuda = next(model.parameters()).is_cuda
+    forward: Callable[..., Any] = torch.compile(model, mode="reduce-overhead" if cuda else None)
+    return forward

@@ -83,6 +83,7 @@ class DataConfig(Strict):
         return {name: Split(split.text, split.windows, split.part) for name, split in chosen.items()}
 
 
+FINEST = 8  # multiple that ranks may be of where the device is asked
 Methods = Annotated[tuple[str, ...], Field(min_length=1)]
 Keep = tuple[float, ...]
 
@@ -96,11 +97,17 @@ class RuleConfig(Strict):
 
 
 class SpaceConfig(Strict):
+    """Which weights may be treated, how, and at which levels.
+
+    Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64 at which the device multiplies
+    fastest, measured at the first launch.
+    """
+
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     methods: Methods = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    rank_multiple: int = 8
+    rank_multiple: int | Literal["device"] = 8
     rule: tuple[RuleConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -108,9 +115,22 @@ class SpaceConfig(Strict):
         for names in (self.methods, *(rule.methods for rule in self.rule if rule.methods)):
             for name in names:
                 check_choice("method", name, (DENSE, *method_names()))
-        for keep in (self.keep, *(rule.keep for rule in self.rule if rule.keep is not None)):
-            Grid(keep, self.rank_multiple)
+        for keep in self._levels:
+            self.grid(keep)
         return self
+
+    def grid(self, keep: Keep) -> Grid:
+        """What methods are asked for at these kept fractions, the finest grid until the device has been asked."""
+        return Grid(keep, FINEST if self.rank_multiple == "device" else self.rank_multiple)
+
+    @property
+    def _levels(self) -> list[Keep]:
+        return [self.keep, *(rule.keep for rule in self.rule if rule.keep is not None)]
+
+    @property
+    def every_keep(self) -> list[float]:
+        """The kept fractions that some site may take, each once."""
+        return sorted({keep for levels in self._levels for keep in levels})
 
 
 class ResourcesConfig(Strict):

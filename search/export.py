@@ -22,6 +22,7 @@ from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
 from rankfront.search import verify
 from rankfront.search.front import Row
+from rankfront.search.joining import separate
 from rankfront.search.model import load_tokenizer, quiet, staged
 from rankfront.search.refit import refitted
 from rankfront.search.trial import Resident, Setup
@@ -121,7 +122,9 @@ def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
 
 def _mark(model: Any, resident: Resident) -> None:
     """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
-    config = RankfrontConfig(modules=resident.layers, tied=_tied(model, resident.layers))
+    joined = resident.join()
+    separate(resident.modules.values())  # files hold every factor by itself
+    config = RankfrontConfig(modules=resident.layers, tied=_tied(model, resident.layers), joined=joined)
     model.config.quantization_config = config
     model.hf_quantizer = RankfrontQuantizer(config)
     tie_factors(model, config)

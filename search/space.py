@@ -10,7 +10,7 @@ from typing import Protocol
 
 import optuna
 
-from rankfront.methods import DENSE, DENSE_OPTION, Grid, InputError, Option, Site, get_method
+from rankfront.methods import DENSE, DENSE_OPTION, InputError, Option, Site, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.model import Place
 from rankfront.search.plan import Plan
@@ -154,7 +154,7 @@ class Space:
             if fnmatchcase(site.name, rule.match):
                 methods, keep = rule.methods or methods, rule.keep or keep
         methods = tuple(name for name in methods if name != DENSE)  # dense is an option everywhere, named or not
-        grid = Grid(keep, self.config.rank_multiple)
+        grid = self.config.grid(keep)
         offered = {name: get_method(name).options(site, grid) for name in methods}
         options = {(name, level): option for name, found in offered.items() for level, option in found.items()}
         return Choices(tuple(name for name in methods if offered[name]), keep, options)

@@ -24,12 +24,13 @@ from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
 from rankfront.search.front import Constraint, Row
 from rankfront.search.goal import quality_of, timings_of
-from rankfront.search.model import cache_folder, load_tokenizer, resolve
+from rankfront.search.model import cache_folder, find_sites, load_tokenizer, resolve, skeleton
 from rankfront.search.progress import Display
+from rankfront.search.ranks import measured_multiple, shapes_of
 from rankfront.search.run import Run
 from rankfront.search.samplers import OURS
 from rankfront.search.text import cut, hash_tokens
-from rankfront.search.timing import Calibrated
+from rankfront.search.timing import Calibrated, timed_objectives
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 
 RUNS = Path("runs")
@@ -204,7 +205,7 @@ class Study:
         return export(self.setup(), row or self.knee(), Path(out), form, refit or self.config.search.refit)
 
     def setup(self) -> Setup:
-        """Resolve the study on this machine: tokens, dtype, device, fingerprint."""
+        """Resolve the study on this machine: tokens, dtype, device, fingerprint, the grid of ranks."""
         source = resolve(self.config.model.name)
         earlier = self.run.definition().resolved if self.run.file.exists() else {}
         device = pick_device(earlier.get("device", self.config.model.device))
@@ -216,7 +217,15 @@ class Study:
             )
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
-        return Setup(self.config, source, dtype, device, source.fingerprint, tokens, str(cache_folder().resolve()))
+        cache = cache_folder().resolve()
+        config, space = self.config, self.config.space
+        if space.rank_multiple == "device":
+            timed = next(iter(timed_objectives(config.objectives).values()), None)
+            known = earlier.get("rank_multiple")
+            shapes = {} if known else shapes_of(find_sites(skeleton(source)))
+            step = int(known or measured_multiple(shapes, space.every_keep, timed, device, dtype, cache))
+            config = config.model_copy(update={"space": space.model_copy(update={"rank_multiple": step})})
+        return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache))
 
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model so far."""
@@ -247,6 +256,8 @@ class Study:
         space = make_space(setup)
         hashes = {f"tokens.{name}": hash_tokens(windows) for name, windows in setup.tokens.items()}
         resolved = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
+        if self.config.space.rank_multiple == "device":
+            resolved["rank_multiple"] = str(setup.config.space.rank_multiple)
         self.run.define(self.config, resolved)
         if rebuild:
             setup.store().clear(space.methods)

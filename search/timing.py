@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight
 from rankfront.objectives import make_objective
-from rankfront.objectives.latency import Run, Timed, generate
+from rankfront.objectives.latency import Run, Timed
 from rankfront.search.factors import FactorStore
 
 PHASES = ("prefill", "decode")
@@ -206,8 +206,9 @@ def _weight_seconds(
 def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
     """``whole`` of a `Timing`: the dense model, median of a few runs."""
     ids = objective.prompts(windows, next(model.parameters()).device)
-    generate(model, ids, objective.decode)
-    runs = [generate(model, ids, objective.decode) for _ in range(WHOLE_RUNS)]
+    run = objective.runner(model)
+    run(ids)
+    runs = [run(ids) for _ in range(WHOLE_RUNS)]
     return {phase: float(np.median([getattr(run, phase) for run in runs])) for phase in PHASES}
 
 

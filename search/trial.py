@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
-from rankfront.search.calibration import calibrate
+from rankfront.objectives.latency import Latency
+from rankfront.search.calibration import calibrate, shared_inputs
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.factors import FactorStore
 from rankfront.search.goal import quality_of
+from rankfront.search.joining import join_faster
 from rankfront.search.model import (
     Place,
     Source,
@@ -190,6 +193,21 @@ class Resident:
         for site, option in sorted(changed, key=lambda change: change[1] != DENSE_OPTION):
             self._swap(site, option)
 
+    def join(self) -> list[dict[str, Any]]:
+        """Run right factors that read the same input as one product where that is faster; what is joined."""
+        timed = timed_objectives(self.setup.config.objectives)
+        return join_faster(self.modules, self._inputs, next(iter(timed.values()), Latency()), self._watches())
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        """Path of every linear -> path of the first that reads the same input."""
+        linears = [path for path, module in self.dense_modules.items() if not isinstance(module, nn.Embedding)]
+        with self.dense():
+            return shared_inputs(self.model, linears, self.windows(0)[:1, :8].to(self.setup.device))
+
+    def _watches(self) -> Stopwatches:
+        return Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype])
+
     def apply_one(self, site: Site, option: Option) -> None:
         """Make the model run dense but for one site."""
         self.apply(Plan.of({site.name: option}))
@@ -293,6 +311,9 @@ class Resident:
         """``plan`` applied, ready for objectives on the windows of ``rung``."""
         with clock.phase("apply"):
             self.apply(plan)
+        if timed_objectives(self.setup.config.objectives):
+            with clock.phase("join"):
+                self.join()
         inside = {site: place.block is not None for site, place in self.sites.items()}
         cost = cost_of(plan, inside, self.dense_values, DTYPES[self.setup.dtype].itemsize)
         teacher = None
@@ -427,7 +448,7 @@ class Resident:
         """The latency table of every latency among the objectives: name -> sites and the whole dense model."""
         clock = Clock()
         self.apply(job.plan)
-        watches = Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype])
+        watches = self._watches()
         outside = {site.name for site, place in self.sites.items() if place.block is None}
 
         def made(site: Site, option: Option) -> dict[str, nn.Module]:

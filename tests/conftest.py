@@ -30,6 +30,12 @@ def _session():
     shutil.rmtree(os.environ["RANKFRONT_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def never_joined(monkeypatch):
+    """No clock decides how models run here; tests of what it does decide override this."""
+    monkeypatch.setattr("rankfront.search.joining.faster", lambda *_: False)
+
+
 @pytest.fixture(params=common.ARCHITECTURES, ids=lambda row: row.name)
 def architecture(request):
     """Each row of `common.ARCHITECTURES` in turn."""

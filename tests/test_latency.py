@@ -1,14 +1,16 @@
 """Latency: what is reported, never how fast. The clock of a shared machine proves nothing."""
 
 import math
+from functools import partial
 
 import common
 import pytest
 import torch
+from transformers import StaticCache
 
 from rankfront.methods import Cost, InputError
 from rankfront.objectives import Clock, Subject, make_objective
-from rankfront.objectives.latency import STEADY, Latency, generate
+from rankfront.objectives.latency import STEADY, Latency, compiled, generate
 from rankfront.search.plan import Plan
 
 NAMES = ["latency", "latency_prefill", "latency_decode"]
@@ -77,6 +79,61 @@ def test_the_value_is_the_median_of_ratios(resident, monkeypatch):
     assert subject.notes["latency_prefill"] == 1.0  # of 1/1, 2/1, 3/3
     assert subject.notes["latency_decode"] == 1.0  # of 1/1, 4/1, 3/9
     assert subject.notes["latency_dense_ms"] == 2000.0
+
+
+def test_both_models_run_compiled(resident, monkeypatch):
+    """One graph of either for a prompt and one for a token, kept from round to round; scoring goes on as before."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    subject = subject_of(resident, a_plan(resident))
+    ratios = {}
+    for name in NAMES:
+        ratios[name] = make_objective(name, SMALL | {"compile": True}).value(subject)
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
+    made = len(graphs)
+    assert made
+    make_objective("latency", SMALL | {"compile": True, "rounds": 5}).value(subject)
+    assert len(graphs) == made
+    make_objective("latency", SMALL).value(subject)
+    assert subject.timings.keys() == {(1, 6, 2, True), (1, 6, 2, False)}
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["dense", "ours"])
+def test_a_compiled_model_says_what_it_says_eagerly(resident, kind):
+    """By the compiler of the platform, token by token, with a static cache and a growing one."""
+    torch.compiler.reset()
+    resident.apply(a_plan(resident) if kind == "ours" else Plan(()))
+    ids, said = common.tokens(2, 5), {}
+    for name, forward in (("eager", resident.model), ("compiled", compiled(resident.model))):
+        calls = []
+
+        def recorded(forward=forward, calls=calls, **inputs):
+            out = forward(**inputs)
+            calls.append(out.logits.clone())
+            return out
+
+        cache = None if name == "eager" else StaticCache(config=resident.model.config, max_cache_len=8)
+        generate(recorded, ids, 3, cache)
+        said[name] = calls
+    assert len(said["eager"]) == 4
+    for ours, theirs in zip(said["compiled"], said["eager"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    resident.apply(Plan(()))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_a_bad_word_on_compiling_is_refused(name, value):
+    with pytest.raises(InputError, match=f"objectives.{name}.compile"):
+        make_objective(name, {"compile": value})
 
 
 @pytest.mark.parametrize("name", ["batch", "prompt", "decode", "rounds"])

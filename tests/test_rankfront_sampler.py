@@ -636,7 +636,7 @@ def test_two_anchors_that_are_one_plan_are_measured_once(data, resident):
 
 
 def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(data, resident):
-    """At the same size the worse predicted method is left out, after the menu's own front; unknown ones are measured."""
+    """At the same size the worse predicted one is left out, after the menu's own front; unknown ones are measured."""
     driver = make_driver(Study(data))
     while driver.menu is None:
         job = driver.next()
@@ -649,7 +649,8 @@ def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(da
         plan = driver.space.suggest(optuna.trial.FixedTrial(driver.space.anchor_parameters(anchor)), {})
         levels.setdefault(anchor.keep, []).append((driver.menu.divergence(driver.menu.places(plan.by_site)), anchor))
     best = [min(found, key=lambda pair: pair[0])[1] for found in levels.values()]
-    assert wanted[1:] == best and len(best) < len(anchors[1:])
+    assert wanted[1:] == best
+    assert len(best) < len(anchors[1:])
     waiting = driver.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
     assert [trial.user_attrs["origin"] for trial in waiting][-len(best) :] == ["anchor"] * len(best)
     lines = tuple(Line(line.site, line.options[:1], line.sizes[:1], line.divergence[:1]) for line in driver.menu.lines)
