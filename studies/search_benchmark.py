@@ -3,7 +3,7 @@
     python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
-svd-llm and dense; one row adds the methods that treat several weights jointly, one oats beside them. Tokens are
+svd-llm and dense; one row adds the methods that treat several weights jointly, one oats and dsformer too. Tokens are
 counted everywhere (a backward pass as two forward ones): probes, menus, slopes and trials alike. Allocators that only
 predict are solved at block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on looking at their plans; searches give,
 at each of those, the measured plan that is best on the search split. All these plans are measured on the report
@@ -51,8 +51,8 @@ GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are c
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
 JOINT = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
-SPARSE = (*JOINT, "oats")
-TENTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # kept fractions of the row with oats, which factors each level anew
+SPARSE = (*JOINT, "oats", "dsformer")
+TENTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # kept fractions of the row with these two, which factor each level anew
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
 
 
@@ -236,9 +236,9 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "menu + knapsack": menu_row(grouped=True),
     **{name: sampler_row(name) for name in SAMPLERS},
     "rankfront with joint methods": sampler_row("rankfront", JOINT),
-    "rankfront with joint methods and oats": sampler_row("rankfront", SPARSE, TENTHS),
+    "rankfront with joint and sparse methods": sampler_row("rankfront", SPARSE, TENTHS),
 }
-SEEDED = {"level evolution", "rankfront with joint methods", "rankfront with joint methods and oats", *SAMPLERS}
+SEEDED = {"level evolution", "rankfront with joint methods", "rankfront with joint and sparse methods", *SAMPLERS}
 ONCE = {  # at any budget
     "uniform",
     "spectrum knapsack",
