@@ -1,6 +1,6 @@
 """Search against search at equal token budgets: what every allocator and sampler reaches on smollm2-135m.
 
-    python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2]
+    python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2] [--threads 1]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
 svd-llm and dense; one row adds the methods that treat several weights jointly, one oats and dsformer too. Tokens are
@@ -9,7 +9,8 @@ predict are solved at block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on 
 at each of those, the measured plan that is best on the search split. All these plans are measured on the report
 split. Hypervolume is that of (log perplexity excess over dense, block_parameters) within [0, ln 10] x [0, 1], as a
 share. Finished cells are kept in studies/results/search.jsonl, one line each, and never measured again: stop it at
-any time and start it again. Rows that no budget changes are measured once, at the first one.
+any time and start it again, or several of it with other rows. Rows that no budget changes are measured once, at the
+first one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ TENTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # kept fractions of the row with t
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
 
 
-def settings(text: str) -> dict[str, object]:
+def settings(text: str, threads: int) -> dict[str, object]:
     """The study that every row shares."""
     return {
         "data": {
@@ -67,7 +68,7 @@ def settings(text: str) -> dict[str, object]:
         },
         "space": {"methods": ["svd-llm"], "keep": [round(0.1 + 0.05 * i, 2) for i in range(18)]},
         "objectives": {"perplexity": {}, "block_parameters": {}},
-        "search": {"workers": 0, "trials": 100_000, "rungs": [TRIAL_TOKENS]},
+        "search": {"workers": 0, "trials": 100_000, "rungs": [TRIAL_TOKENS], "resources": {"cpu": threads}},
     }
 
 
@@ -85,7 +86,7 @@ class Bench:
     """The resident model with everything rows share."""
 
     def __init__(self, text: str) -> None:
-        self.settings = settings(text)
+        self.settings = settings(text, torch.get_num_threads())
         study = Study(self.settings, run=RESULTS / "unused")
         self.setup = study.setup()
         self.resident = Resident(self.setup)
@@ -323,8 +324,9 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--budgets", default="100000,300000,1000000")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "search.jsonl"
     cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
