@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
@@ -126,30 +128,38 @@ def run(driver: Driver, setup: Setup, workers: int, resources: ResourcesConfig, 
 
     Raises `InputError` where a worker refused the study for a cause that is the user's.
     """
-    _connect(address, workers, resources)
     bridge = _Bridge(driver)
-    trainable = tune.with_resources(
-        tune.with_parameters(Worker, setup=setup, cpus=resources.cpu),
-        {"cpu": resources.cpu, "gpu": resources.gpu},
-    )
-    try:
-        with tempfile.TemporaryDirectory(prefix="rankfront-tune-") as scratch:
-            tune.Tuner(
-                trainable,
-                tune_config=tune.TuneConfig(
-                    search_alg=bridge, num_samples=-1, reuse_actors=True, max_concurrent_trials=workers
-                ),
-                run_config=tune.RunConfig(
-                    storage_path=scratch,
-                    verbose=0,
-                    callbacks=[_Watch(driver.stop)],
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                ),
-            ).fit()
-    finally:
-        ray.shutdown()
+    with _connected(address, workers, resources), tempfile.TemporaryDirectory(prefix="rankfront-tune-") as scratch:
+        trainable = tune.with_resources(
+            tune.with_parameters(Worker, setup=setup, cpus=resources.cpu),
+            {"cpu": resources.cpu, "gpu": resources.gpu},
+        )
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=bridge, num_samples=-1, reuse_actors=True, max_concurrent_trials=workers
+            ),
+            run_config=tune.RunConfig(
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[_Watch(driver.stop)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
     if bridge.error is not None:
         raise bridge.error
+
+
+@contextmanager
+def _connected(address: str | None, workers: int, resources: ResourcesConfig) -> Iterator[None]:
+    """Within, Ray runs; after, it is shut down unless it ran before."""
+    theirs = ray.is_initialized()
+    try:
+        _connect(address, workers, resources)
+        yield
+    finally:
+        if not theirs:
+            ray.shutdown()
 
 
 def _connect(address: str | None, workers: int, resources: ResourcesConfig) -> None:
@@ -173,7 +183,6 @@ def _connect(address: str | None, workers: int, resources: ResourcesConfig) -> N
     there = ray.cluster_resources()
     for name, wanted in (("CPU", resources.cpu), ("GPU", resources.gpu)):
         if wanted > there.get(name, 0):
-            ray.shutdown()
             raise InputError(
                 f"search.resources.{name.lower()} is {wanted:g} and Ray has {there.get(name, 0):g} in all: ask for less"
             )

@@ -20,6 +20,7 @@ from launching import (
 )
 
 from rankfront.methods import InputError
+from rankfront.search import workers
 from rankfront.search.driver import WorkersDied
 from rankfront.search.predictions import menu_jobs
 from rankfront.search.samplers import OURS
@@ -90,6 +91,22 @@ def spoil(tmp_path, monkeypatch):
 @pytest.fixture
 def data(model_folder, text_file):
     return small_data(model_folder, text_file, trials=TRIALS, workers=1)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_callers_ray_stays(model_folder, text_file, tmp_path, refused):
+    """Also where the study asks for more than it has."""
+    workers.ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        data = small_data(model_folder, text_file, trials=2, workers=1, resources={"cpu": 64 if refused else 1})
+        if refused:
+            with pytest.raises(InputError, match=r"search\.resources\.cpu"):
+                make_run(data, tmp_path / "run")
+        else:
+            check_whole(make_run(data, tmp_path / "run"), {}, 2)
+        assert workers.ray.is_initialized()
+    finally:
+        workers.ray.shutdown()
 
 
 def test_one_worker_lives_through_every_trial_and_two_go_on(data, tmp_path, spoil):
