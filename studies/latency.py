@@ -3,11 +3,12 @@
     python studies/latency.py [--models smollm2-135m,llama-1.1b] [--batches 1,8] [--rows 'low rank 0.5,int8']
 
 Every linear of the blocks runs as said, the rest dense, in bf16. Factors are random: time does not depend on what they
-hold. llama-1.1b is a Llama configuration of 22 blocks and hidden size 2048, initialised at random. Decoding takes 64
-tokens after a prompt of 256, the compressed and the dense model taking turns token by token, each with a cache of its
-own; prefill, whole prompts in turns, 20 rounds and no more than 90 seconds. Ratios are medians over turns, with
-the interquartile range. The bound is the weights that one decoding step reads, in bytes, over the dense model's: what a
-model that does nothing but read would take. Finished rows are kept in studies/results/latency.jsonl.
+hold. Right factors of one input are joined where that is faster. llama-1.1b is a Llama configuration of 22 blocks and
+hidden size 2048, initialised at random. Decoding takes 64 tokens after a prompt of 256, the compressed and the dense
+model taking turns token by token, each with a cache of its own; prefill, whole prompts in turns, 20 rounds and no more
+than 90 seconds. Ratios are medians over turns, with the interquartile range. The bound is the weights that one decoding
+step reads, in bytes, over the dense model's: what a model that does nothing but read would take. Finished rows are kept
+in studies/results/latency.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfront.methods._integers import rounded
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.search.model import find_sites, load_model, resolve
+from rankfront.objectives.latency import Latency
+from rankfront.search.calibration import shared_inputs
+from rankfront.search.joining import join_faster, separate
+from rankfront.search.model import cache_folder, find_sites, load_model, resolve
+from rankfront.search.timing import Stopwatches
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, DECODE, ROUNDS, SECONDS = 256, 64, 20, 90.0
@@ -113,11 +118,18 @@ class Pair:
         paths = [w.path for site, place in find_sites(model).items() if place.block is not None for w in site.weights]
         self.dense: Modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths)}
         self.ours: Modules = {}
+        self.inputs = shared_inputs(model, list(self.dense), torch.zeros(1, 4, dtype=torch.long))
+        self.watches = Stopwatches(cache_folder(), "cpu", torch.bfloat16)
 
     def compress(self, made: Callable[[nn.Module], nn.Module]) -> None:
         """Make what runs in the place of every dense linear."""
         torch.manual_seed(0)
         self.ours = {path: made(dense) for path, dense in self.dense.items()}
+
+    def join(self, batch: int) -> None:
+        """Run right factors that read the same input as one product where that is faster at this batch."""
+        separate(self.ours.values())
+        join_faster(self.ours, self.inputs, Latency(batch=batch, prompt=PROMPT), self.watches)
 
     def run(self, ours: bool) -> None:
         """Put the compressed modules in place, or the dense ones."""
@@ -178,6 +190,7 @@ def ratio(pairs: Iterator[tuple[float, float]]) -> dict[str, float]:
 
 def measure(pair: Pair, row: str, batch: int) -> Cell:
     """Both phases at one batch size."""
+    pair.join(batch)
     ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     decode, prefill = ratio(decoded(pair, ids)), ratio(prefilled(pair, ids))
     bound = pair.read(True) / pair.read(False)
