@@ -23,6 +23,7 @@ from rankfront.methods._method import (
 from rankfront.methods._statistics import Statistics, narrow_outputs
 from rankfront.methods._storage import Cost, Storage
 from rankfront.methods._taxonomy import FAMILIES
+from rankfront.methods._unpacked import Unpacked
 from rankfront.methods._weighting import Gram
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Site",
     "Statistics",
     "Storage",
+    "Unpacked",
     "Weight",
     "check_choice",
     "get_method",

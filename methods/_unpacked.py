@@ -21,6 +21,11 @@ class Unpacked(nn.Module):
         super().__init__()
         self._kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor] | None = None
 
+    @property
+    def unpacked(self) -> bool:
+        """Whether it keeps one now."""
+        return self._kept is not None
+
     def kept(self, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
         """What ``make`` makes of ``sources``."""
         wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)

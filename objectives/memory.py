@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rankfront.methods import Cost
+from rankfront.methods import Cost, Unpacked
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -30,9 +30,7 @@ class ResidentBytes:
     logarithmic = False
 
     def value(self, subject: Subject) -> float:
-        _cache_after(subject)
-        held = (tensor for module in subject.model.modules() for tensor in _tensors(vars(module).values()))
-        return float(sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values()))
+        return running(subject)["resident_bytes"]
 
     def from_cost(self, cost: Cost) -> None:
         return None
@@ -59,6 +57,19 @@ class KVBytes:
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, dense
+
+
+def running(subject: Subject) -> dict[str, float]:
+    """How the model runs: ``resident_bytes``; the number of modules that keep a sparse factor or their whole weight
+    made dense, ``unpacked``; and of those whose right factor is part of one product, ``joined``."""
+    _cache_after(subject)
+    modules = list(subject.model.modules())
+    held = (tensor for module in modules for tensor in _tensors(vars(module).values()))
+    return {
+        "resident_bytes": float(sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())),
+        "unpacked": float(sum(isinstance(module, Unpacked) and module.unpacked for module in modules)),
+        "joined": float(sum(getattr(module, "joined", None) is not None for module in modules)),
+    }
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
-from rankfront.search.trial import Resident
+from rankfront.search.front import Constraint, Row
+from rankfront.search.trial import Job, Resident
 
 CONTEXT = 12
 JOINT = ["svd-llm", "lama", "vo-svd", "nystrom", "drop-block"]
@@ -122,3 +123,22 @@ def test_copies_that_layers_run_with_count_as_held(residents):
         assert more > 0
         if factor:
             assert integers <= more <= 2 * integers  # rows are filled up to what the kernel takes at a time
+
+
+@pytest.mark.parametrize("method", ["oats", "svd"])
+def test_a_record_says_how_the_model_runs(residents, method, monkeypatch):
+    """What it holds, how many weights are multiplied out, how many right factors are one product with others."""
+    resident = residents("llama", (method,))
+    plan = Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()})
+    resident.apply(Plan(()))
+    notes = resident.run(Job("trial", 0, plan))["notes"]
+    assert notes["resident_bytes"] == value(resident, plan, "resident_bytes")
+    assert notes["unpacked"] == (len(plan.choices) if method == "oats" else 0)
+    assert notes["joined"] == 0
+    monkeypatch.setattr("rankfront.search.joining.faster", lambda *_: True)
+    resident.join()
+    again = resident.run(Job("trial", 1, plan))["notes"]
+    assert again["joined"] == (0 if method == "oats" else 10)  # q/k/v and gate/up, in two blocks
+    assert again["resident_bytes"] == notes["resident_bytes"]
+    row = Row(0, "complete", "random", plan.to_json(), plan.key, {}, {"notes": notes})
+    assert Constraint.parse("resident_bytes<=1e9").holds(row)
