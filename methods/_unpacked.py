@@ -19,7 +19,7 @@ class Unpacked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor] | None = None
+        self._kept: tuple[list[tuple[Tensor, int, int]], Tensor] | None = None
 
     @property
     def unpacked(self) -> bool:
@@ -28,17 +28,20 @@ class Unpacked(nn.Module):
 
     def kept(self, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
         """What ``make`` makes of ``sources``."""
-        wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if wanted or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(each.requires_grad for each in sources)):
             return make()
-        versions = [(source._version, source.data_ptr()) for source in sources]
         if self._kept is not None:
-            known, stamps, dense = self._kept
-            if len(known) == len(sources) and all(map(_same, known, sources)) and stamps == versions:
+            stamps, dense = self._kept
+            for source, (known, version, address) in zip(sources, stamps, strict=True):
+                if source is not known or source._version != version or source.data_ptr() != address:
+                    break
+            else:
                 return dense
+        if any(source.is_inference() for source in sources):  # whose changes nobody counts
+            return make()
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a backward pass later
             dense = make()
-        self._kept = (sources, versions, dense)
+        self._kept = [(source, source._version, source.data_ptr()) for source in sources], dense
         return dense
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -47,7 +50,3 @@ class Unpacked(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other
