@@ -105,6 +105,7 @@ def test_both_models_run_compiled(resident, monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's compiler loads it itself
 @pytest.mark.parametrize("kind", ["dense", "ours"])
 def test_a_compiled_model_says_what_it_says_eagerly(resident, kind):
     """By the compiler of the platform, token by token, with a static cache and a growing one."""
