@@ -216,6 +216,10 @@ class StudyConfig(Strict):
         self.rung_windows()
         return self
 
+    def on_grid(self, multiple: int) -> StudyConfig:
+        """The same study with ranks that are multiples of this."""
+        return self.model_copy(update={"space": self.space.model_copy(update={"rank_multiple": multiple})})
+
     def rung_windows(self) -> list[slice]:
         """Which windows of the search split each rung reads; `InputError` where the split has too few."""
         return rung_windows(self.search.rungs, self.data.search.windows, self.data.length)

@@ -7,6 +7,7 @@ one product wherever decoding is faster, for long inputs too where those are. Fi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,8 @@ def join_faster(
             groups.setdefault(first, []).append(path)
     wanted = [paths for paths in groups.values() if len(paths) > 1]
     members = [[cast(LowRankLinear, modules[path]) for path in paths] for paths in wanted]
-    separate([modules[path] for paths in groups.values() for path in paths], but=members)
+    intact = [own[0].joined for own in members if own[0].joined is not None and own[0].joined.members == own]
+    separate(module for module in modules.values() if getattr(module, "joined", None) not in intact)
     done = []
     for paths, own in zip(wanted, members, strict=True):
         joined = own[0].joined or _joined(own, lengths, watches)
@@ -68,11 +70,11 @@ def join_faster(
     return done
 
 
-def separate(modules: Iterable[nn.Module], but: Sequence[Sequence[LowRankLinear]] = ()) -> None:
-    """Give every factor its own place again, except in groups of the very members in ``but``."""
+def separate(modules: Iterable[nn.Module]) -> None:
+    """Give the factors of every joined one, and of those it is joined with, places of their own again."""
     for module in modules:
         joined = getattr(module, "joined", None)
-        if joined is not None and not any(joined.members == list(own) for own in but):
+        if joined is not None:
             joined.part_ways()
 
 
@@ -89,4 +91,5 @@ def faster(members: Sequence[LowRankLinear], batch: int, tokens: int, watches: S
     shapes = [(m.out_features, m.rank, m.in_features) for m in members]
     key = "one product for " + " + ".join(f"{m}x{r}x{n}" for m, r, n in shapes)
     x = torch.ones(batch, tokens, members[0].in_features, dtype=like.dtype, device=like.device)
-    return watches.ratio(key, Together(shapes, like, False), x, lambda: Together(shapes, like, True)) < 1 - GAIN
+    apart, together = (partial(Together, shapes, like, joined) for joined in (False, True))
+    return watches.ratio(key, apart, x, together) < 1 - GAIN

@@ -19,11 +19,12 @@ from torch import nn
 from rankfront.methods import Site
 from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.objectives.latency import Latency, Timed
+from rankfront.search.config import FINEST
 from rankfront.search.device import DTYPES
 from rankfront.search.model import Place
 from rankfront.search.timing import Stopwatches
 
-MULTIPLES = (8, 16, 32, 64)
+MULTIPLES = (FINEST, 16, 32, 64)
 GAIN = 0.01  # of the time; for less than that no coarser grid is worth its larger ranks
 
 Shapes = Mapping[tuple[int, int], int]  # (out_features, in_features) -> how many
@@ -51,7 +52,7 @@ def measured_multiple(
             return LowRankLinear(left, right)
 
         key = f"rank {rank} over rank {least} for {rows}x{columns}"
-        return watches.ratio(key, made(least), x, lambda: made(rank))
+        return watches.ratio(key, lambda: made(least), x, lambda: made(rank))
 
     found = liked(shapes, keep, (1, lengths.prompt), ratio)
     watches.save()
@@ -74,7 +75,7 @@ def liked(
             for length in tokens:
                 weight += count * rows * columns
                 for step, own in ranks.items():
-                    one = 1.0 if own == ranks[8] else ratio((rows, columns), own, ranks[8], length)
+                    one = 1.0 if own == ranks[FINEST] else ratio((rows, columns), own, ranks[FINEST], length)
                     total[step] += count * rows * columns * one
     best = min(total.values())
     return next(step for step in MULTIPLES if total[step] <= best + GAIN * weight)

@@ -169,11 +169,17 @@ class Study:
         limits = [Constraint.parse(text) for text in constraints]
         storage = self._optuna()  # one for both: it keeps what it has read
         rows = fronts.rows_of(storage, list(self.config.objectives))
-        return answer(storage, self.config, rows, resolve(self.config.model.name), limits)
+        return answer(storage, self._settled, rows, resolve(self.config.model.name), limits)
 
     def menu(self) -> pd.DataFrame:
         """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""
-        return menu_frame(self._optuna(), self.config, self.rows(), resolve(self.config.model.name))
+        return menu_frame(self._optuna(), self._settled, self.rows(), resolve(self.config.model.name))
+
+    @property
+    def _settled(self) -> StudyConfig:
+        """The configuration with the grid of ranks that the first launch found, where it was to ask the device."""
+        known = self.run.definition().resolved.get("rank_multiple") if self.run.file.exists() else None
+        return self.config if known is None else self.config.on_grid(int(known))
 
     # -- doing
 
@@ -218,13 +224,11 @@ class Study:
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
         cache = cache_folder().resolve()
-        config, space = self.config, self.config.space
-        if space.rank_multiple == "device":
+        config = self._settled
+        if config.space.rank_multiple == "device":
             timed = next(iter(timed_objectives(config.objectives).values()), None)
-            known = earlier.get("rank_multiple")
-            shapes = {} if known else shapes_of(find_sites(skeleton(source)))
-            step = int(known or measured_multiple(shapes, space.every_keep, timed, device, dtype, cache))
-            config = config.model_copy(update={"space": space.model_copy(update={"rank_multiple": step})})
+            shapes = shapes_of(find_sites(skeleton(source)))
+            config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
         return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache))
 
     def tokens(self) -> int:

@@ -199,7 +199,9 @@ def _weight_seconds(
         found[phase] = steps * watches.seconds(f"dense {size}", dense, x)
         if own is not None:
             level = " ".join(f"{name}={value}" for name, value in sorted(own.settings.items()))
-            found[phase] *= watches.ratio(f"{own.kind} {level} for {size}", dense, x, lambda: make()[weight.path])
+            found[phase] *= watches.ratio(
+                f"{own.kind} {level} for {size}", lambda: dense, x, lambda: make()[weight.path]
+            )
     return found
 
 
@@ -213,7 +215,7 @@ def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
 
 
 class Stopwatches:
-    """Seconds of dense modules and ratios of others to them, by what they are and by tokens, kept on disk."""
+    """Seconds of dense modules and ratios of modules to others, by what they are and by tokens, kept on disk."""
 
     def __init__(self, root: Path, device: str, dtype: torch.dtype) -> None:
         self.path = root / f"latency-{_machine(device, dtype)}.json"
@@ -227,9 +229,9 @@ class Stopwatches:
         """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n)."""
         return self._figure(key, x, lambda: timed(dense, x))
 
-    def ratio(self, key: str, dense: nn.Module, x: Tensor, module: Callable[[], nn.Module]) -> float:
-        """Seconds of ``module``, which ``key`` describes, over those of ``dense``, likewise."""
-        return self._figure(key, x, lambda: compared(module(), dense, x))
+    def ratio(self, key: str, base: Callable[[], nn.Module], x: Tensor, module: Callable[[], nn.Module]) -> float:
+        """Seconds of ``module`` over those of ``base``, which ``key`` describes; both are made where nobody knows."""
+        return self._figure(key, x, lambda: compared(module(), base(), x))
 
     def _figure(self, key: str, x: Tensor, measure: Callable[[], float]) -> float:
         name = f"{key} on {x.shape[0]}x{x.shape[1]}"

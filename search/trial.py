@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
-from rankfront.objectives.latency import Latency
+from rankfront.objectives.latency import Latency, Timed
 from rankfront.objectives.memory import running
 from rankfront.search.calibration import calibrate, shared_inputs
 from rankfront.search.config import StudyConfig
@@ -196,8 +196,12 @@ class Resident:
 
     def join(self) -> list[dict[str, Any]]:
         """Run right factors that read the same input as one product where that is faster; what is joined."""
-        timed = timed_objectives(self.setup.config.objectives)
-        return join_faster(self.modules, self._inputs, next(iter(timed.values()), Latency()), self._watches())
+        lengths = next(iter(self._timed.values()), Latency())
+        return join_faster(self.modules, self._inputs, lengths, self._watches)
+
+    @cached_property
+    def _timed(self) -> dict[str, Timed]:
+        return timed_objectives(self.setup.config.objectives)
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -206,6 +210,7 @@ class Resident:
         with self.dense():
             return shared_inputs(self.model, linears, self.windows(0)[:1, :8].to(self.setup.device))
 
+    @cached_property
     def _watches(self) -> Stopwatches:
         return Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype])
 
@@ -312,7 +317,7 @@ class Resident:
         """``plan`` applied, ready for objectives on the windows of ``rung``."""
         with clock.phase("apply"):
             self.apply(plan)
-        if timed_objectives(self.setup.config.objectives):
+        if self._timed:
             with clock.phase("join"):
                 self.join()
         inside = {site: place.block is not None for site, place in self.sites.items()}
@@ -450,7 +455,6 @@ class Resident:
         """The latency table of every latency among the objectives: name -> sites and the whole dense model."""
         clock = Clock()
         self.apply(job.plan)
-        watches = self._watches()
         outside = {site.name for site, place in self.sites.items() if place.block is None}
 
         def made(site: Site, option: Option) -> dict[str, nn.Module]:
@@ -458,8 +462,8 @@ class Resident:
 
         wanted, found = self.store.usable(self.space.wanted()), {}
         with clock.phase("timing"):
-            for name, objective in timed_objectives(self.setup.config.objectives).items():
-                sites = time_sites(objective, wanted, outside, self.dense_modules, self.store, made, watches)
+            for name, objective in self._timed.items():
+                sites = time_sites(objective, wanted, outside, self.dense_modules, self.store, made, self._watches)
                 whole = time_whole(objective, self.model, self.setup.tokens["search"])
                 found[name] = {"sites": pack(sites), "whole": whole}
         return {"timing": found, "seconds": clock.seconds}

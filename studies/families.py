@@ -1,6 +1,6 @@
 """Every method, uniform, side by side on smollm2-135m: one table.
 
-    python studies/families.py TEXT [--methods a,b]
+    python studies/families.py TEXT [--methods a,b] [--threads 1]
 
 The study file is studies/families.toml with TEXT in the place of its text: calibrate on the first half, report on the
 last quarter, and on half as many windows of `pydoc`. At each kept fraction every site that a method can treat takes its
@@ -158,8 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
     parser.add_argument("--methods", default=",".join(n for n in method_names() if not n.endswith(PUBLISHED)))
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "families.jsonl"
     cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

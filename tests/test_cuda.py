@@ -17,9 +17,7 @@ from rankfront.search.study import Study
 from rankfront.search.trial import Resident
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(
-    not getattr(torch, DEVICE).is_available(), reason="no GPU here: what is tested nobody has run"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what is tested nobody has run")
 METHODS = [name for name in method_names() if not name.endswith("-published")]
 LENGTHS = {"prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}
 

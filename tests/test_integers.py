@@ -192,6 +192,7 @@ def test_a_search_that_counts_bytes_finds_what_rounding_is_worth(model_folder, t
     methods = {row.number: {option.method for _, option in row.plan.choices} for row in rows}
     assert any(methods.get(row.number, set()) & {"gptq-int8", "svd-llm-int8"} for row in study.front())
     whole = [row for row in rows if methods[row.number] == {"gptq-int8"}]
+    assert whole
     best = min(whole, key=lambda row: row.attributes["bytes"])
     resident = Resident(study.setup())
     options = {site.name: own for site, own in resident.space.wanted().items()}

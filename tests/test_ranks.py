@@ -9,6 +9,7 @@ from rankfront.search import Study, ranks
 from rankfront.search.model import find_sites, skeleton
 from rankfront.search.ranks import GAIN, liked, measured_multiple, shapes_of
 from rankfront.search.timing import Stopwatches
+from rankfront.search.trial import make_space
 
 SHAPES = {(96, 96): 3, (192, 96): 1}
 KEEP, TOKENS = (0.3, 0.6), (1, 7)
@@ -87,6 +88,18 @@ def test_a_study_keeps_what_its_device_liked(data, tmp_path, monkeypatch):
     assert any(rank % 8 for rank in taken)
     monkeypatch.setattr("rankfront.search.study.measured_multiple", lambda *_: pytest.fail("asked again"))
     assert Study.open(study.run.path).setup().config.space.rank_multiple == 4
+
+
+def test_menu_and_answers_know_the_grid(data, tmp_path, monkeypatch):
+    """They read the run, not the study file, which says no more than to ask."""
+    monkeypatch.setattr("rankfront.search.study.measured_multiple", lambda *_: 3)
+    data["space"]["keep"], data["search"]["sampler"], data["search"]["trials"] = [0.5, 0.9], "rankfront", 6
+    study = make_run(data, tmp_path / "run")
+    offered = {option.label for own in make_space(study.setup()).wanted().values() for option in own}
+    treated = set(study.menu()["option"]) - {"dense"}
+    assert treated
+    assert treated <= offered
+    assert study.answer("parameters<=0.9").figures["parameters"] <= 0.9
 
 
 def test_another_word_than_device_is_refused(data, tmp_path):
