@@ -14,7 +14,6 @@ solver's last step, and it holds for a singular C.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._errors import InputError
-from rankfront.methods._fitted import Fitted, measured
+from rankfront.methods._fitted import Fitted, measured, shared_by_levels
 from rankfront.methods._low_rank import weighted_subspace
 from rankfront.methods._method import (
     Factors,
@@ -59,17 +58,9 @@ class Whitened(NamedTuple):
     lengths: Tensor
 
 
-_LAST: weakref.WeakKeyDictionary[Weighting, tuple[weakref.ref[Tensor], int, Whitened]] = weakref.WeakKeyDictionary()
-
-
+@shared_by_levels
 def whitened(weight: Tensor, weighting: Weighting) -> Whitened:
-    """The same for W (m, n); a weight's levels are prepared one after another and share it, as long as its Gram lives.
-
-    Raises ValueError where weight or Gram is not finite.
-    """
-    held = _LAST.get(weighting)
-    if held is not None and held[0]() is weight and held[1] == weight._version:
-        return held[2]
+    """The same for W (m, n). Raises ValueError where weight or Gram is not finite."""
     basis, energy = weighted_subspace(weight, weighting)
     roots = energy.sqrt()  # (q,)
     norm = roots.norm()
@@ -77,9 +68,7 @@ def whitened(weight: Tensor, weighting: Weighting) -> Whitened:
     lengths = (basis.T @ weight.double()).norm(dim=1)
     lengths = lengths / torch.where(lengths.max() > 0, lengths.max(), 1)
     lengths = torch.where(scaled > 0, lengths / torch.where(scaled > 0, scaled, 1), 0)
-    found = Whitened(basis, (basis * scaled).float(), lengths.float())
-    _LAST[weighting] = (weakref.ref(weight), weight._version, found)
-    return found
+    return Whitened(basis, (basis * scaled).float(), lengths.float())
 
 
 def largest_in_rows(scores: Tensor, count: int) -> Tensor:

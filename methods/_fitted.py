@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +13,24 @@ from torch import Tensor
 from rankfront.methods._method import Factors, Option, Prepared, Site
 from rankfront.methods._weighting import Weighting
 from rankfront.methods.layers import matrix_of
+
+Found = TypeVar("Found")
+
+
+def shared_by_levels(make: Callable[[Tensor, Weighting], Found]) -> Callable[[Tensor, Weighting], Found]:
+    """``make`` with its newest result kept for every Gram that lives: a weight's levels are prepared in a row."""
+    newest: weakref.WeakKeyDictionary[Weighting, tuple[weakref.ref[Tensor], int, Found]] = weakref.WeakKeyDictionary()
+
+    @wraps(make)
+    def shared(weight: Tensor, weighting: Weighting) -> Found:
+        held = newest.get(weighting)
+        if held is not None and held[0]() is weight and held[1] == weight._version:
+            return held[2]
+        found = make(weight, weighting)
+        newest[weighting] = (weakref.ref(weight), weight._version, found)
+        return found
+
+    return shared
 
 
 class Fitted:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._storage import Storage, group_size, padded_width
-from rankfront.methods._weighting import Weighting
+from rankfront.methods._weighting import Gram, Weighting
 
 LARGEST = {8: 127, 4: 15}
 MIDDLE = 8  # of sixteen steps
 DAMPING = 0.01  # of the mean diagonal of C (GPTQ, section 4)
 BLOCK = 128  # columns whose errors are carried on together; a whole number of groups
+ALIGNMENT = 64  # bytes
 SMALLEST = 2.0**-120  # a step, so that a group of zeros has one
 
 
@@ -54,6 +55,25 @@ def rounded(weight: Tensor, bits: int, weighting: Weighting | None = None) -> In
     return calibrated if error(calibrated) <= error(nearest) else nearest
 
 
+def rounded_factors(target: Tensor, basis: Tensor, bits: int, gram: Gram) -> tuple[Integers, Integers]:
+    """A (m, r) and B (r, n), both rounded, for T (m, n) and U (m, r), orthonormal directions of it, in fp64.
+
+    B is Uᵀ T rounded by GPTQ under C; A is fitted to what B has become,
+
+        A = U + (T − U B) C Bᵀ (G + λ I)⁻¹, G = B C Bᵀ,
+
+    and rounded by GPTQ under G, which is the Gram of its inputs. So the second factor makes good what rounding the
+    first has lost; the ridge, GPTQ's hundredth of G's mean diagonal, keeps it from large entries, which round badly.
+    """
+    right = rounded(basis.T @ target, bits, gram)
+    rows = restored(right, bits, target.shape[1]).double()  # B (r, n)
+    inner = gram.times_gram(rows) @ rows.T  # G (r, r)
+    ridge = DAMPING * inner.diagonal().mean() + torch.finfo(torch.float32).tiny
+    lost = gram.times_gram(target - basis @ rows) @ rows.T  # (m, r)
+    damped = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    return rounded(basis + torch.linalg.solve(damped, lost.T).T, bits, Gram(inner)), right
+
+
 def restored(rounded: Integers, bits: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the integers stand for, (m, n)."""
     if bits == 8:
@@ -70,6 +90,17 @@ def padded_away(own: Storage, dense: Storage) -> str | None:
     """Why rounding is refused where the padding takes all that it saves; None where it does not."""
     small = own.bytes(2) < dense.bytes(2)
     return None if small else "padded to what the kernels read it stores no less than the dense weight"
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its memory does not begin as torch's own does: what was mapped from a file.
+
+    torch's kernel for 8 bits loads whole vectors, from four tokens on in bf16, and faults where they are not aligned.
+    """
+    if tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
 
 
 def halves(integers: Tensor) -> Tensor:

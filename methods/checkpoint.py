@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rankfront.methods._errors import InputError
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import empty_replacement, set_module
+from rankfront.methods.layers_integer import IntegerMatrix
 from rankfront.methods.layers_low_rank import LowRankLinear
 
 QUANT_METHOD = "rankfront"
@@ -77,6 +78,9 @@ class RankfrontQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_missing = ignored | set(map(re.escape, buffers))  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, IntegerMatrix):
+                module.align()
         for name in self._tied_buffers(model):
             path, own = name.rsplit(".", 1)
             setattr(model.get_submodule(path), own, model.get_buffer(self.config.tied[name]))

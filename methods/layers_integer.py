@@ -1,4 +1,4 @@
-"""Matrices in 8 or 4 bits: one, or the two of a low rank; multiplied by torch's packed kernels where those are fast."""
+"""Matrices in 8 or 4 bits: one, the two of a low rank, or all three; by torch's packed kernels where those are fast."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._integers import Integers, halves, restored
+from rankfront.methods._integers import Integers, aligned, halves, restored
 from rankfront.methods._storage import group_size, padded_width
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
 
 ROWS = 16  # that torch's kernel for four bits takes at a time
+CORRECTION_BITS = 8  # of a low rank beside a matrix in fewer
 FEW_TOKENS = 16  # up to which the packed kernels of a CPU beat a product with the matrix restored
 
 
@@ -53,6 +54,9 @@ class IntegerMatrix(nn.Module):
             return nn.functional.linear(x, self.matrix(x.dtype), bias)
         tokens = nn.functional.pad(x.reshape(-1, self.columns), (0, self.width - self.columns)).contiguous()
         if self.bits == 8:
+            if not torch.compiler.is_compiling():  # graphs hold tensors of torch's own
+                self.align()
+                tokens = aligned(tokens)
             y = torch.ops.aten._weight_int8pack_mm(tokens, self.integers, self.scales)
         else:
             if self.packed is None:
@@ -61,6 +65,10 @@ class IntegerMatrix(nn.Module):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, group_size(self.columns), scales)
         whole: Tensor = y[:, : len(self.integers)].reshape(*x.shape[:-1], len(self.integers))
         return whole if bias is None else whole + bias
+
+    def align(self) -> None:
+        """Move the integers to where the packed kernel may read them."""
+        self.integers = aligned(self.integers)
 
     def _packable(self, x: Tensor) -> bool:
         few = 0 < x.numel() <= FEW_TOKENS * self.columns
@@ -75,12 +83,18 @@ class IntegerMatrix(nn.Module):
         return packed
 
     @staticmethod
-    def shapes(rows: int, columns: int, bits: int) -> Shapes:
-        if bits == 8:
-            return {"integers": ((rows, padded_width(columns, bits)), torch.int8), "scales": ((rows,), None)}
+    def of(name: str, tensors: Mapping[str, Tensor], bits: int, columns: int) -> IntegerMatrix:
+        """The one whose tensors are called ``name.integers`` and ``name.scales``."""
+        return IntegerMatrix(tensors[f"{name}.integers"], tensors[f"{name}.scales"], bits, columns)
+
+    @staticmethod
+    def shapes(name: str, rows: int, columns: int, bits: int) -> Shapes:
         width = padded_width(columns, bits)
-        scales = (width // group_size(columns), rows, 2)
-        return {"integers": ((rows, width // 2), torch.uint8), "scales": (scales, None)}
+        if bits == 8:
+            integers, scales = ((rows, width), torch.int8), (rows,)
+        else:
+            integers, scales = ((rows, width // 2), torch.uint8), (width // group_size(columns), rows, 2)
+        return {f"{name}.integers": integers, f"{name}.scales": (scales, None)}
 
     def extra_repr(self) -> str:
         return f"{self.columns}, {len(self.integers)}, bits={self.bits}"
@@ -100,8 +114,7 @@ class IntegerLinear(nn.Module):
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
-        own = (tensors["stored.integers"], tensors["stored.scales"])
-        stored = IntegerMatrix(*own, settings["bits"], weight_of(dense).shape[1])
+        stored = IntegerMatrix.of("stored", tensors, settings["bits"], weight_of(dense).shape[1])
         if isinstance(dense, nn.Embedding):
             return IntegerEmbedding(stored, getattr(dense, "scalar_embed_scale", None))
         return IntegerLinear(stored, bias)
@@ -117,8 +130,7 @@ class IntegerLinear(nn.Module):
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
-        found = IntegerMatrix.shapes(rows, columns, settings["bits"])
-        return {f"stored.{name}": shape for name, shape in found.items()}
+        return IntegerMatrix.shapes("stored", rows, columns, settings["bits"])
 
 
 class IntegerEmbedding(nn.Module):
@@ -157,11 +169,9 @@ class IntegerLowRankLinear(nn.Module):
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
-        sides = {
-            side: IntegerMatrix(tensors[f"{side}.integers"], tensors[f"{side}.scales"], settings["bits"], columns)
-            for side, columns in (("left", settings["rank"]), ("right", weight_of(dense).shape[1]))
-        }
-        return IntegerLowRankLinear(sides["left"], sides["right"], bias)
+        left = IntegerMatrix.of("left", tensors, settings["bits"], settings["rank"])
+        right = IntegerMatrix.of("right", tensors, settings["bits"], weight_of(dense).shape[1])
+        return IntegerLowRankLinear(left, right, bias)
 
     def matrix(self) -> Tensor:
         return self.left.matrix() @ self.right.matrix()
@@ -174,9 +184,44 @@ class IntegerLowRankLinear(nn.Module):
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
-        sides = {"left": (rows, settings["rank"]), "right": (settings["rank"], columns)}
-        return {
-            f"{side}.{name}": shape
-            for side, size in sides.items()
-            for name, shape in IntegerMatrix.shapes(*size, settings["bits"]).items()
-        }
+        bits, rank = settings["bits"], settings["rank"]
+        return IntegerMatrix.shapes("left", rows, rank, bits) | IntegerMatrix.shapes("right", rank, columns, bits)
+
+
+@layer("integer-corrected")
+class CorrectedLinear(nn.Module):
+    """y = W x + left (right x) + bias: W (m, n) in few bits, left (m, r) and right (r, n) in `CORRECTION_BITS`."""
+
+    def __init__(
+        self, stored: IntegerMatrix, left: IntegerMatrix, right: IntegerMatrix, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.stored, self.left, self.right = stored, left, right
+        self.bias = optional_parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored.product(x, self.bias) + self.left.product(self.right.product(x))
+
+    @staticmethod
+    def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
+        columns = weight_of(dense).shape[1]
+        stored = IntegerMatrix.of("stored", tensors, settings["bits"], columns)
+        left = IntegerMatrix.of("left", tensors, CORRECTION_BITS, settings["rank"])
+        return CorrectedLinear(stored, left, IntegerMatrix.of("right", tensors, CORRECTION_BITS, columns), bias)
+
+    def matrix(self) -> Tensor:
+        return self.stored.matrix() + self.left.matrix() @ self.right.matrix()
+
+    def full_bias(self) -> Tensor | None:
+        return self.bias
+
+    def multiplications(self) -> int:
+        rows, columns = len(self.stored.integers), self.stored.columns
+        return rows * columns + self.left.columns * (rows + columns)
+
+    @staticmethod
+    def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
+        rank = settings["rank"]
+        found = IntegerMatrix.shapes("stored", rows, columns, settings["bits"])
+        found |= IntegerMatrix.shapes("left", rows, rank, CORRECTION_BITS)
+        return found | IntegerMatrix.shapes("right", rank, columns, CORRECTION_BITS)

@@ -2,12 +2,7 @@
 
     minimise ‖(W − A B) C^{1/2}‖²_F over A (m, r) and B (r, n) of 8 or 4 bits, C = Σ_t x_t x_tᵀ
 
-From W C^{1/2} = U Σ Vᵀ: B is U_rᵀ W rounded by GPTQ under C; A is fitted to what B has become,
-
-    A = U_r + (W − U_r B) C Bᵀ (G + λ I)⁻¹, G = B C Bᵀ,
-
-and rounded by GPTQ under G, which is the Gram of its inputs. So the second factor makes good what rounding the first
-has lost; the ridge, GPTQ's hundredth of G's mean diagonal, keeps it from large entries, which would round badly.
+From W C^{1/2} = U Σ Vᵀ come the directions U_r, and `rounded_factors` of them.
 
 Source: SVD-LLM (2403.07378) for the factors, GPTQ (2210.17323) for the rounding; fitting one factor to the other's
 rounding in the manner of LQER (2402.02446), whose low rank corrects a rounded weight instead [M].
@@ -24,7 +19,7 @@ from torch import Tensor
 from rankfront.methods._dictionary import whitened
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import DAMPING, Integers, padded_away, restored, rounded
+from rankfront.methods._integers import Integers, padded_away, restored, rounded_factors
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -39,7 +34,6 @@ from rankfront.methods._method import (
 from rankfront.methods._metric import WHITENING
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_storage
-from rankfront.methods._weighting import Gram
 
 SIDES = ("left", "right")
 
@@ -98,15 +92,8 @@ class IntegerLowRank(Fitted):
     ) -> Prepared:
         weight, rank = weights["weight"], whole_level(options[0], "rank")
         gram = collected(statistics["weight"].gram, "gram")
-        basis = whitened(weight, gram).basis[:, :rank]  # U_r (m, r)
-        right = rounded(basis.T @ weight.double(), self.bits, gram)
-        rows = restored(right, self.bits, weight.shape[1]).double()  # B (r, n)
-        inner = gram.times_gram(rows) @ rows.T  # G (r, r)
-        ridge = DAMPING * inner.diagonal().mean() + torch.finfo(torch.float32).tiny
-        lost = gram.times_gram(weight.double() - basis @ rows) @ rows.T  # (m, r)
-        damped = inner + ridge * torch.eye(rank, dtype=inner.dtype, device=inner.device)
-        left = rounded(basis + torch.linalg.solve(damped, lost.T).T, self.bits, Gram(inner))
-        approximation = restored(left, self.bits, rank).double() @ rows
+        left, right = rounded_factors(weight.double(), whitened(weight, gram).basis[:, :rank], self.bits, gram)
+        approximation = restored(left, self.bits, rank).double() @ restored(right, self.bits, weight.shape[1]).double()
         found = {f"{side}.{name}": t for side, each in (("left", left), ("right", right)) for name, t in _named(each)}
         return found | measured(weight, approximation, gram) | {"columns": torch.tensor([weight.shape[1]])}
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
+from rankfront.methods._integers import aligned
 from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.latency import Latency, Timed
@@ -250,7 +251,7 @@ class Resident:
         held = {
             number: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
             if tensor.is_floating_point()
-            else tensor.to(device)
+            else aligned(tensor.to(device))
             for number, tensor in distinct.items()
         }
         modules = {}

@@ -3,20 +3,23 @@
     python studies/latency.py [--models smollm2-135m,llama-1.1b] [--batches 1,8] [--rows 'low rank 0.5,int8']
 
 Every linear of the blocks runs as said, the rest dense, in bf16. Factors are random: time does not depend on what they
-hold. Right factors of one input are joined where that is faster. llama-1.1b is a Llama configuration of 22 blocks and
-hidden size 2048, initialised at random. Decoding takes 64 tokens after a prompt of 256, the compressed and the dense
-model taking turns token by token, each with a cache of its own; prefill, whole prompts in turns, 20 rounds and no more
-than 90 seconds. Ratios are medians over turns, with the interquartile range. The bound is the weights that one decoding
-step reads, in bytes, over the dense model's: what a model that does nothing but read would take. Finished rows are kept
-in studies/results/latency.jsonl.
+hold. Right factors of one input are joined where that is faster, but not in rows "apart". In rows "compiled" both
+models run through torch.compile with a static cache. llama-1.1b is a Llama configuration of 22 blocks and hidden size
+2048, initialised at random. Decoding takes 64 tokens after a prompt of 256, the compressed and the dense model taking
+turns token by token, each with a cache of its own; prefill, whole prompts in turns, 20 rounds and no more than 90
+seconds. Ratios are medians over turns, with the interquartile range. The bound is the weights that one decoding step
+reads, in bytes, over the dense model's: what a model that does nothing but read would take. Finished rows are kept in
+studies/results/latency.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +27,21 @@ import numpy as np
 import torch
 from common import provenance
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from rankfront.methods._integers import rounded
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.objectives.latency import Latency
+from rankfront.objectives.latency import Latency, compiled
 from rankfront.search.calibration import shared_inputs
-from rankfront.search.joining import join_faster, separate
+from rankfront.search.joining import join_faster
 from rankfront.search.model import cache_folder, find_sites, load_model, resolve
 from rankfront.search.timing import Stopwatches
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, DECODE, ROUNDS, SECONDS = 256, 64, 20, 90.0
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+WARM_UP = 3  # steps
 RANK_MULTIPLE = 32
-Modules = dict[str, nn.Module]
 Cell = dict[str, Any]
 
 
@@ -101,79 +104,102 @@ def _narrow(tensor: Tensor) -> Tensor:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
-ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    **{f"low rank {keep}": low_rank(keep, None) for keep in KEEPS},
-    "int8": integers(8),
-    "int4": integers(4),
-    **{f"low rank {keep} int8": low_rank(keep, 8) for keep in (0.7, 0.5)},
-    "low rank 0.5 int4": low_rank(0.5, 4),
+@dataclass(frozen=True)
+class Row:
+    """What runs at every linear of the blocks, and how.
+
+    Attributes:
+        made: the dense linear to the module in its place.
+        joined: whether right factors of one input are one product where that is faster.
+        compiled: whether both models are.
+    """
+
+    made: Callable[[nn.Module], nn.Module]
+    joined: bool = True
+    compiled: bool = False
+
+
+ROWS: dict[str, Row] = {
+    **{f"low rank {keep}": Row(low_rank(keep, None)) for keep in KEEPS},
+    "int8": Row(integers(8)),
+    "int4": Row(integers(4)),
+    **{f"low rank {keep} int8": Row(low_rank(keep, 8)) for keep in (0.7, 0.5)},
+    "low rank 0.5 int4": Row(low_rank(0.5, 4)),
+    **{f"low rank {keep} apart": Row(low_rank(keep, None), joined=False) for keep in (0.7, 0.5, 0.3)},
+    **{f"low rank {keep} compiled": Row(low_rank(keep, None), compiled=True) for keep in (0.5, 0.3)},
 }
 
 
 class Pair:
-    """One model that runs dense or compressed."""
+    """One model dense, and compressed: the same tensors but for the linears of the blocks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        paths = [w.path for site, place in find_sites(model).items() if place.block is not None for w in site.weights]
-        self.dense: Modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths)}
-        self.ours: Modules = {}
-        self.inputs = shared_inputs(model, list(self.dense), torch.zeros(1, 4, dtype=torch.long))
+        self.dense: Any = model
+        held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        self.ours: Any = copy.deepcopy(model, held)
+        places = find_sites(model).items()
+        paths = {weight.path for site, place in places if place.block is not None for weight in site.weights}
+        self.paths = [path for path, _ in model.named_modules() if path in paths]
+        self.inputs = shared_inputs(model, self.paths, torch.zeros(1, 4, dtype=torch.long))
         self.watches = Stopwatches(cache_folder(), "cpu", torch.bfloat16)
 
-    def compress(self, made: Callable[[nn.Module], nn.Module]) -> None:
-        """Make what runs in the place of every dense linear."""
+    def compress(self, row: Row, batch: int) -> None:
+        """Put in place what runs at every linear."""
         torch.manual_seed(0)
-        self.ours = {path: made(dense) for path, dense in self.dense.items()}
+        for path in self.paths:
+            set_module(self.ours, path, row.made(self.dense.get_submodule(path)))
+        if row.joined:
+            modules = {path: self.ours.get_submodule(path) for path in self.paths}
+            join_faster(modules, self.inputs, Latency(batch=batch, prompt=PROMPT), self.watches)
 
-    def join(self, batch: int) -> None:
-        """Run right factors that read the same input as one product where that is faster at this batch."""
-        separate(self.ours.values())
-        join_faster(self.ours, self.inputs, Latency(batch=batch, prompt=PROMPT), self.watches)
+    def forwards(self, row: Row) -> dict[bool, Callable[..., Any]]:
+        """What runs the compressed model, and the dense one."""
+        torch._dynamo.reset()
+        return {ours: compiled(model) if row.compiled else model for ours, model in self.models.items()}
 
-    def run(self, ours: bool) -> None:
-        """Put the compressed modules in place, or the dense ones."""
-        for path, module in (self.ours if ours else self.dense).items():
-            set_module(self.model, path, module)
+    @property
+    def models(self) -> dict[bool, Any]:
+        return {True: self.ours, False: self.dense}
 
-    def read(self, ours: bool) -> int:
-        """Bytes of weights that a decoding step reads: all but the embedding table, unless it is the head as well."""
-        self.run(ours)
-        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        held = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.state_dict().values()]}
-        return sum(held.values()) - (0 if table is head else table.nbytes)
+    def cache(self, row: Row) -> Any:
+        """One for a whole turn; None for one that grows."""
+        return StaticCache(config=self.dense.config, max_cache_len=PROMPT + WARM_UP + DECODE) if row.compiled else None
+
+
+def bytes_read(model: Any) -> int:
+    """Bytes of weights that a decoding step reads: all but the embedding table, unless it is the head as well."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.state_dict().values()]}
+    return sum(held.values()) - (0 if table is head else table.nbytes)
 
 
 @torch.inference_mode()
-def decoded(pair: Pair, ids: Tensor) -> Iterator[tuple[float, float]]:
+def decoded(pair: Pair, row: Row, ids: Tensor) -> Iterator[tuple[float, float]]:
     """Seconds of ours and of dense, token by token, after a prompt (batch, PROMPT)."""
-    caches, tokens = {}, {}
-    for ours in (True, False):
-        pair.run(ours)
-        out = pair.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        caches[ours], tokens[ours] = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    for step in range(DECODE + 1):
+    forwards, last = pair.forwards(row), {}
+    for ours, forward in forwards.items():
+        last[ours] = forward(input_ids=ids, past_key_values=pair.cache(row), use_cache=True, logits_to_keep=1)
+    for step in range(WARM_UP + DECODE):
         seconds = {}
         for ours in (True, False) if step % 2 else (False, True):
-            pair.run(ours)
+            token, cache = last[ours].logits[:, -1:].argmax(-1), last[ours].past_key_values
             started = time.perf_counter()
-            out = pair.model(input_ids=tokens[ours], past_key_values=caches[ours], use_cache=True)
+            last[ours] = forwards[ours](input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             seconds[ours] = time.perf_counter() - started
-            tokens[ours] = out.logits[:, -1:].argmax(-1)
-        if step:  # the first warms up
+        if step >= WARM_UP:
             yield seconds[True], seconds[False]
 
 
 @torch.inference_mode()
-def prefilled(pair: Pair, ids: Tensor) -> Iterator[tuple[float, float]]:
+def prefilled(pair: Pair, row: Row, ids: Tensor) -> Iterator[tuple[float, float]]:
     """Seconds of ours and of dense for the whole prompt, in turns."""
-    begun = time.perf_counter()
+    forwards, begun = pair.forwards(row), time.perf_counter()
     for turn in range(ROUNDS + 1):
         seconds = {}
         for ours in (True, False) if turn % 2 else (False, True):
-            pair.run(ours)
+            cache = pair.cache(row)
             started = time.perf_counter()
-            pair.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            forwards[ours](input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             seconds[ours] = time.perf_counter() - started
         if turn:
             yield seconds[True], seconds[False]
@@ -188,13 +214,14 @@ def ratio(pairs: Iterator[tuple[float, float]]) -> dict[str, float]:
     return {"ratio": middle, "range": high - low, "turns": len(ours), "dense_ms": 1000 * float(np.median(dense))}
 
 
-def measure(pair: Pair, row: str, batch: int) -> Cell:
+def measure(pair: Pair, name: str, batch: int) -> Cell:
     """Both phases at one batch size."""
-    pair.join(batch)
+    row = ROWS[name]
+    pair.compress(row, batch)
     ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-    decode, prefill = ratio(decoded(pair, ids)), ratio(prefilled(pair, ids))
-    bound = pair.read(True) / pair.read(False)
-    return {"row": row, "batch": batch, "bound": bound, "decode": decode, "prefill": prefill, "from": provenance()}
+    decode, prefill = ratio(decoded(pair, row, ids)), ratio(prefilled(pair, row, ids))
+    bound = bytes_read(pair.ours) / bytes_read(pair.dense)
+    return {"row": name, "batch": batch, "bound": bound, "decode": decode, "prefill": prefill, "from": provenance()}
 
 
 def table(cells: list[Cell]) -> str:
@@ -268,7 +295,6 @@ def main() -> None:
         pair = Pair(MODELS[name]()) if missing else None
         for row in missing:
             assert pair is not None
-            pair.compress(ROWS[row])
             for batch in (b for b in batches if (name, row, b) not in known):
                 cells.append({"model": name, **measure(pair, row, batch)})
                 with file.open("a") as out:

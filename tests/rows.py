@@ -268,6 +268,7 @@ FITTED_ROWS: dict[str, FittedRow] = {
     "rtn-int4": FittedRow(loss=plain_loss, needs=(), own=its_bits, gridded=False, tables=True),
     "gptq-int8": FittedRow(loss=output_loss, needs=("gram",), own=its_bits, gridded=False),
     "gptq-int4": FittedRow(loss=output_loss, needs=("gram",), own=its_bits, gridded=False),
+    "lqer-int4": FittedRow(loss=output_loss, needs=("gram",), own=some_ranks, gridded=False),
     "svd-llm-int8": FittedRow(
         loss=output_loss, needs=("gram",), own=some_ranks, falls=False, gridded=False, noise=1e-4
     ),

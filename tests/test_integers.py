@@ -1,6 +1,8 @@
 """Weights and factors in 8 or 4 bits: rounding, packing, kernels, export, and a search that counts bytes."""
 
 import json
+import subprocess
+import sys
 
 import common
 import pytest
@@ -98,6 +100,36 @@ def test_the_second_factor_makes_good_what_rounding_the_first_lost(bits, shape):
     assert get_method(name).error(ours, option) - exact < 0.95 * (without - exact)
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (40, 72), (33, 130)])
+@pytest.mark.parametrize("kind", ["plain", "outlier"])
+@pytest.mark.parametrize("rank", [2, 8, 24])
+def test_a_correction_is_the_best_of_its_rank_for_either_rounding(shape, kind, rank):
+    """Against the singular values of (W − Q) Xᵀ, XᵀX = C, with Q by GPTQ and to the nearest."""
+    weight, sample = make_weight(shape), make_sample(shape, kind)
+    statistics, option = sample.statistics(), Option.of("lqer-int4", rank=rank, bits=4)
+    prepared = get_method("lqer-int4").prepare(
+        common.linear_site(*shape), {"weight": weight}, {"weight": statistics}, [option]
+    )
+    squares = []
+    for weighting in (statistics.gram, None):
+        lost = weight.double() - restored(rounded(weight, 4, weighting), 4, shape[1]).double()
+        squares.append(torch.linalg.svdvals(lost @ sample.x.T).square())
+    best = min(squares, key=lambda each: float(each[rank:].sum()))
+    noise = 1e-3 * float(best.sum())  # of the factors, on 8 bits
+    assert get_method("lqer-int4").error(prepared, option) == pytest.approx(
+        float(best[rank:].sum()), rel=0.01, abs=noise
+    )
+
+
+def test_a_correction_takes_what_of_the_bytes_the_four_bits_leave():
+    site, grid = common.linear_site(256, 512), Grid((0.2, 0.28, 0.35, 0.45, 0.9), 8)
+    offered = get_method("lqer-int4").options(site, grid)
+    assert list(offered) == [0.35, 0.45, 0.9]
+    for keep, option in offered.items():
+        share = get_method("lqer-int4").storage(site, option).bytes(2) / site.storage.bytes(2)
+        assert share == pytest.approx(keep, abs=0.02)
+
+
 @each_bits
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -115,6 +147,36 @@ def test_packed_kernels_give_what_the_restored_matrix_does(bits, shape, dtype, l
             assert (found.float() - expected).norm() <= tolerance * expected.norm()
             assert found.dtype == dtype
             assert layer(x[:0]).shape == (0, shape[0])
+
+
+MISALIGNED = """
+import torch
+from rankfront.methods._integers import rounded
+from rankfront.methods.layers_integer import IntegerMatrix
+
+def shifted(tensor):
+    room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = 8 + -room.data_ptr() % 64
+    return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+for bits in (8, 4):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        found = rounded(torch.randn(48, 64), bits)
+        built = IntegerMatrix(shifted(found.integers), found.scales.to(dtype), bits, 64)
+        loaded = IntegerMatrix(found.integers, found.scales.to(dtype), bits, 64)
+        loaded.integers = shifted(found.integers)  # as loading puts it in place
+        for tokens in (1, 3, 4, 5, 16):
+            x = torch.randn(tokens, 64).to(dtype)
+            for matrix in (built, loaded):
+                with torch.inference_mode():
+                    torch.testing.assert_close(matrix.product(shifted(x)), matrix.product(x))
+"""
+
+
+def test_memory_that_is_not_aligned_is_read_all_the_same():
+    """As tensors of a safetensors file are, mapped into memory. Without a copy the kernel ends the process."""
+    done = subprocess.run([sys.executable, "-c", MISALIGNED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @each_bits
