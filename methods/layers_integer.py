@@ -91,10 +91,9 @@ class IntegerMatrix(nn.Module):
     def shapes(name: str, rows: int, columns: int, bits: int) -> Shapes:
         width = padded_width(columns, bits)
         if bits == 8:
-            integers, scales = ((rows, width), torch.int8), (rows,)
-        else:
-            integers, scales = ((rows, width // 2), torch.uint8), (width // group_size(columns), rows, 2)
-        return {f"{name}.integers": integers, f"{name}.scales": (scales, None)}
+            return {f"{name}.integers": ((rows, width), torch.int8), f"{name}.scales": ((rows,), None)}
+        scales = (width // group_size(columns), rows, 2)
+        return {f"{name}.integers": ((rows, width // 2), torch.uint8), f"{name}.scales": (scales, None)}
 
     def extra_repr(self) -> str:
         return f"{self.columns}, {len(self.integers)}, bits={self.bits}"

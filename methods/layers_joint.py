@@ -181,6 +181,7 @@ class PlainLinear(nn.Module):
         super().__init__()
         self.weight = parameter(weight)
         self.bias = optional_parameter(bias)
+        self.in_features = weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)

@@ -21,7 +21,7 @@ class Subject:
 
     Attributes:
         model: with the plan applied, in evaluation mode.
-        dense: a context manager within which ``model`` runs dense.
+        dense: a context manager within which ``model`` runs dense; None where it does so anyway.
         windows: token ids (W, L) of the split that is scored.
         teacher: the dense model's predictions on the same windows; None where no objective needs them.
         cost: what the plan stores.
@@ -31,7 +31,7 @@ class Subject:
     """
 
     model: nn.Module
-    dense: Callable[[], AbstractContextManager[None]]
+    dense: Callable[[], AbstractContextManager[None]] | None
     windows: Tensor
     teacher: Teacher | None
     cost: Cost

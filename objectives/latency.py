@@ -1,8 +1,8 @@
 """Latency: prefill of a prompt and decode token by token, as ratios to dense, measured on the model itself.
 
 Each round runs both models, taking turns at going first, so that a busy machine slows both; a ratio's value is the
-median over rounds, its spread their interquartile range. Rounds go on until the spread is below `STEADY` of the median,
-and no longer than the objective's ``seconds`` once it has its ``rounds``.
+median over rounds, its spread their interquartile range. The dense model's is 1, without a spread. Rounds go on until
+the spread is below `STEADY` of the median, and no longer than the objective's ``seconds`` once it has its ``rounds``.
 """
 
 from __future__ import annotations
@@ -145,21 +145,23 @@ class Timed:
 
     def _pairs(self, subject: Subject) -> Iterator[tuple[Run, Run]]:
         ids = self.prompts(subject.windows, next(subject.model.parameters()).device)
-        run = self.runner(subject.model)
+        run, as_dense = self.runner(subject.model), subject.dense
+        if as_dense is None:
+            run(ids)  # warm-up
+            while True:
+                alike = run(ids)
+                yield alike, alike
 
         def dense_run() -> Run:
-            with subject.dense():
+            with as_dense():
                 return run(ids)
 
-        def our_run() -> Run:
-            return run(ids)
-
-        our_run(), dense_run()  # warm-up
+        run(ids), dense_run()  # warm-up
         while True:
-            ours = our_run()
+            ours = run(ids)
             yield ours, dense_run()
             dense = dense_run()
-            yield our_run(), dense
+            yield run(ids), dense
 
     def from_cost(self, cost: Cost) -> None:
         return None

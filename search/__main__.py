@@ -134,6 +134,9 @@ def _print_front(study: Study, where: list[str]) -> None:
         output.print(str(calibration), soft_wrap=True)
     for name, calibrated in study.latency().items():
         output.print(f"{name}, {calibrated}", soft_wrap=True)
+    unmade = study.latency_failure()
+    if unmade is not None:
+        output.print(f"the latency table could not be made ({unmade}): launch the study again", soft_wrap=True)
     failed = [row for row in study.rows() if row.state == "failed" and row.counts]
     if failed:
         output.print(f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}", soft_wrap=True)

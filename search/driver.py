@@ -96,7 +96,7 @@ class Driver:
         self.record: Record | None = None  # what the menu is made of
         self.menu_asked: set[int] = set()
         timed = self.ours and bool(timed_objectives(config.objectives))
-        self.wants_timing = timed and "timing" not in study.user_attrs  # a latency, and no table of it yet
+        self.wants_timing = timed and "timing" not in study.user_attrs.get("timing", {})  # or one that failed
         self.timing_asked = False
         self.sampler = self._first_sampler()
         self._with_menu()

@@ -156,6 +156,11 @@ class Study:
             for name, (objective, timing) in tables.items()
         }
 
+    def latency_failure(self) -> str | None:
+        """Why there is no latency table, where making it failed; the next launch tries again."""
+        failure: str | None = self._optuna().user_attrs.get("timing", {}).get("failure")
+        return failure
+
     def frame(self) -> pd.DataFrame:
         """Every trial as one row of a pandas frame."""
         return fronts.frame(self.rows())

@@ -278,13 +278,17 @@ def timed(module: nn.Module, x: Tensor) -> float:
 
 @torch.inference_mode()
 def compared(module: nn.Module, dense: nn.Module, x: Tensor) -> float:
-    """Median over rounds of ``module``'s seconds over ``dense``'s, taking turns at going first."""
-    ours, theirs = _copies(module), _copies(dense)
-    _round(ours, x), _round(theirs, x)
+    """Median over rounds of ``module``'s seconds over ``dense``'s, taking turns at going first.
+
+    A module that says that it has fewer ``in_features`` than x (..., n) is given as many.
+    """
+    own = x[..., : getattr(module, "in_features", x.shape[-1])].contiguous()
+    ours, theirs = (_copies(module), own), (_copies(dense), x)
+    _round(*ours), _round(*theirs)
     ratios = []
     for turn in range(ROUNDS):
         first, second = (ours, theirs) if turn % 2 == 0 else (theirs, ours)
-        a, b = _round(first, x), _round(second, x)
+        a, b = _round(*first), _round(*second)
         ratios.append(a / b if turn % 2 == 0 else b / a)
     return float(np.median(ratios))
 

@@ -327,7 +327,7 @@ class Resident:
         if "divergence" in self.setup.config.objectives:
             with clock.phase("teacher"):
                 teacher = self.teacher(rung)
-        return Subject(self.model, self.dense, self.windows(rung), teacher, cost, clock)
+        return Subject(self.model, self.dense if self.modules else None, self.windows(rung), teacher, cost, clock)
 
     def run(self, job: Job) -> Record:
         """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception.

@@ -64,6 +64,15 @@ def test_both_models_run_in_turns(resident, monkeypatch):
     assert order == ["ours", "dense", "ours", "dense", "dense", "ours", "ours", "dense"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dense_model_is_as_fast_as_itself(resident, name):
+    """Exactly, and without a spread that others would have to beat."""
+    subject = subject_of(resident, Plan(()))
+    assert make_objective(name, SMALL).value(subject) == 1.0
+    assert subject.notes[f"{name}_spread"] == 0.0
+    assert all(note > 0 for key, note in subject.notes.items() if not key.endswith("_spread"))
+
+
 def test_the_value_is_the_median_of_ratios(resident, monkeypatch):
     """Of compressed seconds over dense seconds, round by round."""
     ours, dense = [(9, 9), (1, 1), (2, 4), (3, 3)], [(9, 9), (1, 1), (1, 1), (3, 9)]

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from common import save_folder
 from launching import make_run, quiet, small_data
 from torch import nn
 
@@ -156,6 +157,33 @@ def test_every_distinct_module_is_timed_once_at_both_lengths(data, counted):
     assert np.array(sites[joint.name][DENSE]) == pytest.approx(sum(parts), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_whatever_a_method_makes_can_be_timed(name, text_file, tmp_path, monkeypatch):
+    """For real: what a joint treatment leaves may read fewer inputs than the dense module."""
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    data = small_data(save_folder(name, tmp_path / "model"), text_file, sampler="rankfront")
+    data["objectives"] = {"perplexity": {}, "latency": SMALL}
+    methods = [
+        "svd-llm",
+        "lama",
+        "vo-svd",
+        "nystrom",
+        "drop-block",
+        "shared-basis",
+        "hola",
+        "gptq-int8",
+        "oats",
+        "wara",
+    ]
+    data["space"] = {"methods": methods, "keep": [0.5], "rank_multiple": 2}
+    resident = Resident(Study(data).setup())
+    record = resident.run(Job("timing", 0, Plan(())))
+    assert "failure" not in record
+    sites = record["timing"]["latency"]["sites"]
+    for site, options in resident.space.wanted().items():
+        assert all(min(sites[site.name][option.label]) >= 0 for option in options)
+
+
 def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     study = make_run(data, tmp_path / "run")
     known = study._optuna().user_attrs
@@ -198,7 +226,9 @@ def test_a_table_is_made_once_and_a_failed_one_does_not_stop_the_study(data, tmp
     assert sum(row.counts for row in study.rows()) == data["search"]["trials"]
     again = Study(data | {"search": data["search"] | {"trials": 11}}, tmp_path / "run")
     again.launch(quiet())
-    assert len(made) == 1
+    assert len(made) == 2  # a launch asks once more
+    monkeypatch.undo()
+    assert "no clock" in again.latency_failure()
 
 
 def test_where_nothing_is_faster_the_study_says_so(data, tmp_path, monkeypatch):
