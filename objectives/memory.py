@@ -30,7 +30,8 @@ class ResidentBytes:
     logarithmic = False
 
     def value(self, subject: Subject) -> float:
-        return running(subject)["resident_bytes"]
+        note_running(subject)
+        return subject.notes["resident_bytes"]
 
     def from_cost(self, cost: Cost) -> None:
         return None
@@ -59,13 +60,15 @@ class KVBytes:
         return 0.0, dense
 
 
-def running(subject: Subject) -> dict[str, float]:
-    """How the model runs: ``resident_bytes``; the number of modules that keep a sparse factor or their whole weight
-    made dense, ``unpacked``; and of those whose right factor is part of one product, ``joined``."""
+def note_running(subject: Subject) -> None:
+    """Note, once, how the model runs: ``resident_bytes``; the number of modules that keep a sparse factor or their
+    whole weight made dense, ``unpacked``; and of those whose right factor is part of one product, ``joined``."""
+    if "resident_bytes" in subject.notes:
+        return
     _cache_after(subject)
     modules = list(subject.model.modules())
     held = (tensor for module in modules for tensor in _tensors(vars(module).values()))
-    return {
+    subject.notes |= {
         "resident_bytes": float(sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())),
         "unpacked": float(sum(isinstance(module, Unpacked) and module.unpacked for module in modules)),
         "joined": float(sum(getattr(module, "joined", None) is not None for module in modules)),

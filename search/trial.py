@@ -20,7 +20,7 @@ from rankfront.methods._integers import aligned
 from rankfront.methods.layers import replacement, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.latency import Latency, Timed
-from rankfront.objectives.memory import running
+from rankfront.objectives.memory import note_running
 from rankfront.search.calibration import calibrate, shared_inputs
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
@@ -367,7 +367,7 @@ class Resident:
                 for name, settings in self.setup.config.objectives.items()
             }
             perplexity = subject.scores.perplexity
-            subject.notes |= running(subject)
+            note_running(subject)
         bad = {name: value for name, value in {"perplexity": perplexity, **values}.items() if not math.isfinite(value)}
         if bad:
             return {"failure": f"not finite: {', '.join(f'{name} is {value}' for name, value in bad.items())}"}
