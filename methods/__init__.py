@@ -18,6 +18,7 @@ from rankfront.methods._method import (
     get_method,
     method_names,
     register,
+    source_behind,
     source_of,
 )
 from rankfront.methods._statistics import Statistics, narrow_outputs
@@ -50,6 +51,7 @@ __all__ = [
     "narrow_outputs",
     "nearest",
     "register",
+    "source_behind",
     "source_of",
 ]
 

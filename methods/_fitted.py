@@ -18,7 +18,7 @@ Found = TypeVar("Found")
 
 
 def shared_by_levels(make: Callable[[Tensor, Weighting], Found]) -> Callable[[Tensor, Weighting], Found]:
-    """``make`` with its newest result kept for every Gram that lives: a weight's levels are prepared in a row."""
+    """``make`` with its newest result kept while its Gram lives: a weight's levels are prepared in a row."""
     newest: weakref.WeakKeyDictionary[Weighting, tuple[weakref.ref[Tensor], int, Found]] = weakref.WeakKeyDictionary()
 
     @wraps(make)
@@ -26,6 +26,7 @@ def shared_by_levels(make: Callable[[Tensor, Weighting], Found]) -> Callable[[Te
         held = newest.get(weighting)
         if held is not None and held[0]() is weight and held[1] == weight._version:
             return held[2]
+        newest.clear()
         found = make(weight, weighting)
         newest[weighting] = (weakref.ref(weight), weight._version, found)
         return found

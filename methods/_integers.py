@@ -174,4 +174,6 @@ def _packed(q: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Integers:
     if bits == 8:
         return Integers(padded.to(torch.int8).contiguous(), scales[:, 0].float())
     pairs = padded.to(torch.uint8).contiguous().unflatten(1, (-1, 2))
-    return Integers(pairs[..., 0] | pairs[..., 1] << 4, torch.stack([scales, zeros], -1).movedim(0, 1).float())
+    return Integers(
+        pairs[..., 0] | pairs[..., 1] << 4, torch.stack([scales, zeros], -1).movedim(0, 1).float().contiguous()
+    )

@@ -262,10 +262,15 @@ def whole_level(option: Option, name: str) -> int:
     return value
 
 
-def not_one_linear(site: Site, needs: Sequence[str]) -> str | None:
-    """Why a method of single linears that reads ``needs`` cannot treat ``site`` at all; None where it is one."""
+def not_one_linear(site: Site, needs: Sequence[str], looked_up: bool = False) -> str | None:
+    """Why a method of single linears that reads ``needs`` cannot treat ``site`` at all; None where it is one.
+
+    ``looked_up`` says that what it makes can be looked up too, where an output head is the embedding table as well.
+    """
     if len(site.weights) != 1:
         return "it treats one weight at a time"
+    if site.weights[0].tied and not looked_up:
+        return "the weight is an embedding table too, which is looked up, not multiplied"
     if site.weights[0].kind != "embedding":
         return None
     if needs:
@@ -312,12 +317,13 @@ APART = ("_method", "_errors", "_storage", "_taxonomy")  # shared files that no 
 def source_of(method: Method) -> str:
     """The source text behind the method's factors, part of every cache key so that changed code is never reused: its
     family's file and, of ours, what that imports."""
-    return _source_behind(type(method).__module__)
+    return source_behind(type(method).__module__)
 
 
 @cache
-def _source_behind(module: str) -> str:
-    waiting, seen = [module], set()
+def source_behind(*modules: str) -> str:
+    """The source text of ``modules`` and of what they import of this package, `APART` left out."""
+    waiting, seen = list(modules), set()
     while waiting:
         name = waiting.pop()
         short = name.rpartition(".")[2]

@@ -63,7 +63,7 @@ class Rounding(Fitted):
 
     def refuses(self, site: Site) -> str | None:
         if len(site.weights) != 1 or self.calibrated:
-            reason = not_one_linear(site, self.needs)
+            reason = not_one_linear(site, self.needs, looked_up=True)
             if reason:
                 return reason
         weight = site.anchor

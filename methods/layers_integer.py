@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,9 @@ class IntegerMatrix(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias."""
         if not self._packable(x):
-            if self.bits == 8:  # scaled after the product, which is exact in the integers
-                y = nn.functional.linear(x, self.integers[:, : self.columns].to(x.dtype)) * self.scales
+            if self.bits == 8 and x.dtype != torch.float16:  # scaled after the product; fp16 would overflow
+                wide = nn.functional.pad(x, (0, self.width - self.columns))
+                y = nn.functional.linear(wide, self.integers.to(x.dtype)) * self.scales
                 return y if bias is None else y + bias
             return nn.functional.linear(x, self.matrix(x.dtype), bias)
         tokens = nn.functional.pad(x.reshape(-1, self.columns), (0, self.width - self.columns)).contiguous()
@@ -61,10 +63,14 @@ class IntegerMatrix(nn.Module):
         else:
             if self.packed is None:
                 self.packed = self._pack()
-            scales = nn.functional.pad(self.scales, (0, 0, 0, -len(self.integers) % ROWS))
+            scales = nn.functional.pad(self.scales, (0, 0, 0, -len(self.integers) % ROWS)).contiguous()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, group_size(self.columns), scales)
         whole: Tensor = y[:, : len(self.integers)].reshape(*x.shape[:-1], len(self.integers))
         return whole if bias is None else whole + bias
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.packed = None  # of integers that are others now
 
     def align(self) -> None:
         """Move the integers to where the packed kernel may read them."""

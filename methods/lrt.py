@@ -38,7 +38,7 @@ def limit_rank(site: Site) -> int:
 
 def published_refusal(site: Site) -> str | None:
     """Why the published rule skips ``site`` at every fraction, or None."""
-    reason = not_one_linear(site, ())
+    reason = not_one_linear(site, (), looked_up=True)
     return reason if reason or limit_rank(site) > 1 else "no rank from 1 lies below ⌊mn/(m + n)⌋"
 
 

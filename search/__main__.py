@@ -204,8 +204,9 @@ def export_command(
     with terminal.status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
     terminal.print(
-        f"trial {row.number} ({row.origin}) is in {out}: {verified.parameters:,} parameters, perplexity"
-        f" {verified.perplexity:.4g} on the search split after reloading in a fresh process",
+        f"trial {row.number} ({row.origin}) is in {out}: {verified.parameters:,} stored values in"
+        f" {verified.bytes / 1e6:,.1f} MB, perplexity {verified.perplexity:.4g} on the search split after reloading in"
+        " a fresh process",
         soft_wrap=True,
     )
 

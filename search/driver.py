@@ -153,7 +153,7 @@ class Driver:
     def _start_ours(self) -> None:
         """Once the menu and the dense model are measured: queue the predicted front, and hand over to our sampler."""
         dense = dense_row(self.rows(), rung=0)
-        if not self.ours or self.record is None or dense is None or self.menu is not None:
+        if not self.ours or self.wants_timing or self.record is None or dense is None or self.menu is not None:
             return
         timings = timings_of(self.config, self.study.user_attrs)
         self.menu = menu_of(self.config, self.space, self.record, self.origin["dtype"], timings)
@@ -358,6 +358,7 @@ class Driver:
         elif job.kind == "timing":
             self.timing_asked = self.wants_timing = False
             self.study.set_user_attr("timing", record)  # a failure too: latency is then read off the trials alone
+            self._start_ours()  # which waited for it, where an earlier launch had measured all else
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
             self.study.set_user_attr(f"report {job.number}", record)

@@ -10,6 +10,7 @@ from rankfront.objectives.latency import generate
 from rankfront.search.device import DTYPES, pick_device, pick_dtype
 from rankfront.search.model import (
     check_length,
+    count_bytes,
     count_parameters,
     learned_positions,
     load_model,
@@ -46,6 +47,7 @@ def evaluate(
         "tokens": scores.tokens,
         "perplexity": scores.perplexity,
         "parameters": count_parameters(model),
+        "bytes": count_bytes(model),
         "dtype": dtype,
         "device": device,
         "prefill_tokens_per_second": prompt.numel() / median(run.prefill for run in runs),

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -43,10 +43,17 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class Verified:
-    """What a fresh process measured on the folder just written."""
+    """What a fresh process measured on the folder just written.
+
+    Attributes:
+        perplexity: on the search split.
+        parameters: stored values; integers count one each, index bits as `Storage.parameters` says.
+        bytes: of its tensors.
+    """
 
     perplexity: float
     parameters: int
+    bytes: int
 
 
 def export(setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none") -> Verified:
@@ -87,9 +94,10 @@ def _in_buffers(resident: Resident) -> int:
 def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measured: float, refit: Refit) -> Verified:
     """Write what ``resident`` runs, which has ``measured`` as its perplexity, reload it and compare."""
     setup = resident.setup
-    expected = resident.dense_values
+    expected, buffers = resident.dense_values, 0
     if form == "factored":
-        expected = row.attributes["parameter_count"] - _in_buffers(resident)
+        buffers = _in_buffers(resident)
+        expected = row.attributes["parameter_count"] - buffers
     with staged(out) as folder:
         _write(resident, row, folder, form)
         verified = _verify(setup, folder, row.rung)
@@ -100,6 +108,7 @@ def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measu
                 f"the export's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
                 f" tokens, more than {TOLERANCE:.1%} apart: not kept"
             )
+        verified = replace(verified, parameters=verified.parameters + buffers)
         (folder / "README.md").write_text(_card(setup, row, verified, form, refit), encoding="utf-8")
     return verified
 
@@ -201,6 +210,7 @@ def _card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit
         "parameters (kept fraction of the model)": f"{row.attributes['parameters']:.4f}",
         "block_parameters (kept fraction of the block linears)": f"{row.attributes['block_parameters']:.4f}",
         "stored values in this folder": f"{verified.parameters:,}",
+        "bytes of its tensors": f"{verified.bytes:,}",
         f"perplexity, search split ({data.search.text}), reloaded": f"{verified.perplexity:.6g}",
     }
     reported = (row.report or {}).get("perplexity" if refit == "none" else "refitted")

@@ -131,11 +131,12 @@ class _Scored:
     def _hook(self, part: Site) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             bias = getattr(module, "bias", None)
+            x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+            outputs = output.detach()  # a hook that held ``output`` itself would keep the whole graph for good
 
             def arrived(gradient: Tensor) -> None:  # when what it needs is complete
                 g = gradient.flatten(0, -2)  # (tokens, m)
-                x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
-                y = output.detach().flatten(0, -2).float()  # (tokens, m)
+                y = outputs.flatten(0, -2).float()  # (tokens, m)
                 dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
                 along = products(self.options, self.site, part, self.store, g, x)
                 self._arrived.append({label: dense - compressed for label, compressed in along.items()})

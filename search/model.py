@@ -298,6 +298,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of what is saved of a model, each tensor once: integers and supports, which are no parameters, too."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+
+
 def weights_at(model: Any, site: Site) -> dict[str, Tensor]:
     """Role -> W of a site's weights; those of a joint site with their biases under ``ROLE.bias``."""
     modules = {weight.role: model.get_submodule(weight.path) for weight in site.weights}

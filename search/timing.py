@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import platform
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +34,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight
+from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight, source_behind
+from rankfront.methods.layers import LAYERS
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
 from rankfront.search.factors import FactorStore
@@ -161,22 +164,26 @@ def time_sites(
     prompt alone. Lookups in embedding tables take no time worth counting.
     """
     found: dict[str, dict[str, Seconds]] = {}
+    alike: dict[tuple[Any, ...], dict[str, Seconds]] = {}  # what sites of one kind have in common: role -> seconds
     for site, options in wanted.items():
         found.setdefault(site.name, {})
         prompt = 1 if site.name in outside else objective.prompt
+        weights = [weight for weight in site.weights if weight.kind != "embedding"]
+        dense = {weight.role: dense_modules[weight.path] for weight in weights}
+        kind = [(w.role, w.out_features, w.in_features, type(dense[w.role])) for w in weights]
         for option in (DENSE_OPTION, *options):
-            factors = {} if option == DENSE_OPTION else store.factors(site, option)
-            total = dict.fromkeys(PHASES, 0.0)
-            for weight in site.weights:
-                if weight.kind == "embedding":
-                    continue
-                dense, own = dense_modules[weight.path], factors.get(weight.role)
+            seconds = alike.get((option, prompt, *kind))
+            if seconds is None:
+                factors = {} if option == DENSE_OPTION else store.factors(site, option)
                 made = partial(make, site, option)
-                alone = _weight_seconds(objective, prompt, weight, dense, own, made, watches)
-                total = {phase: total[phase] + alone[phase] for phase in PHASES}
-                if own is None:  # of a joint site's weights too, which may have no site of their own here
-                    found.setdefault(weight.path, {}).setdefault(option.label, alone)
-            found[site.name][option.label] = total
+                seconds = alike[option, prompt, *kind] = {
+                    w.role: _weight_seconds(objective, prompt, w, dense[w.role], factors.get(w.role), made, watches)
+                    for w in weights
+                }
+            found[site.name][option.label] = {phase: sum(s[phase] for s in seconds.values()) for phase in PHASES}
+            if option == DENSE_OPTION:  # of a joint site's weights too, which may have no site of their own here
+                for weight in weights:
+                    found.setdefault(weight.path, {}).setdefault(option.label, seconds[weight.role])
         watches.save()
     return found
 
@@ -191,7 +198,7 @@ def _weight_seconds(
     watches: Stopwatches,
 ) -> Seconds:
     """What runs at one weight, dense or its ``own`` factors: for ``prompt`` tokens, and for every token decoded."""
-    parameter, size = next(dense.parameters()), f"{weight.out_features}x{weight.in_features}"
+    parameter, size = next(dense.parameters()), f"{type(dense).__name__} {weight.out_features}x{weight.in_features}"
     found = {}
     for phase, tokens, steps in (("prefill", prompt, 1), ("decode", 1, objective.decode)):
         shape = (objective.batch, tokens, weight.in_features)
@@ -255,7 +262,8 @@ def _machine(device: str, dtype: torch.dtype) -> str:
     name = (
         torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor()} {_model_name()}"
     )
-    parts = (name, str(torch.get_num_threads()), str(dtype), torch.__version__, transformers.__version__)
+    code = inspect.getsource(sys.modules[__name__]) + source_behind(*(layer.__module__ for layer in LAYERS.values()))
+    parts = (name, str(torch.get_num_threads()), str(dtype), torch.__version__, transformers.__version__, code)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -296,7 +304,8 @@ def compared(module: nn.Module, dense: nn.Module, x: Tensor) -> float:
 def _copies(module: nn.Module) -> list[nn.Module]:
     size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
     count = min(COPIES, max(1, -(-COLD // max(size, 1))))
-    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+    with torch.inference_mode(False):  # some keep what they unpack, but not of tensors whose changes nobody counts
+        return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
 
 
 def _round(copies: Sequence[nn.Module], x: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Reload an exported folder and measure it. Run as a file, in a process of its own, by `export`.
 
-Takes FOLDER TOKENS DEVICE THREADS and prints ``{"perplexity": x, "parameters": n}``. It imports rankfront only where
-the folder asks for it, so that a dense export is seen to load without us.
+Takes FOLDER TOKENS DEVICE THREADS and prints ``{"perplexity": x, "parameters": n, "bytes": b}``. It imports rankfront
+only where the folder asks for it, so that a dense export is seen to load without us.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def main(folder: str, tokens: str, device: str, threads: str) -> None:
             total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(json.dumps({"perplexity": math.exp(total / predicted), "parameters": parameters}))
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    found = {"perplexity": math.exp(total / predicted), "parameters": parameters, "bytes": sum(held.values())}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

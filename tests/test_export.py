@@ -212,6 +212,7 @@ def test_what_is_exported_was_verified_in_a_fresh_process(exportable, compressed
     assert commands[0][0] == sys.executable
     assert verified.perplexity == pytest.approx(compressed.attributes["perplexity"], rel=1e-4)
     assert verified.parameters == compressed.attributes["parameter_count"]
+    assert verified.bytes == compressed.attributes["bytes"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"{verified.parameters:,}" in card
     assert f"{compressed.report['perplexity']:.6g}" in card if compressed.report else True

@@ -1,5 +1,7 @@
 """The gradient's predictions: the Fisher quadratic of every option, against slow code and measured divergence."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import common
@@ -206,6 +208,20 @@ def with_falling_spectra(model):
         falling = sigma[0] * 0.8 ** torch.arange(len(sigma))
         weight.copy_(u @ falling.diag() @ v)
     return model
+
+
+def test_nothing_of_a_pass_is_kept(windows, stored):
+    """A graph that a hook holds on to would be more memory with every pass."""
+    model = common.architecture("llama").build()
+    wanted, store = stored(model)
+    seen = []
+    module = model.get_submodule("model.layers.0.mlp.down_proj")
+    handle = module.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
+    quadratic_divergence(model, windows, linear(wanted), store, 0)
+    handle.remove()
+    gc.collect()
+    assert seen
+    assert all(output() is None for output in seen)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -18,7 +18,7 @@ from rankfront.methods import Grid, Option, get_method
 from rankfront.methods._integers import restored, rounded
 from rankfront.methods._storage import group_size, integer_storage, padded_width
 from rankfront.methods.layers import replacement
-from rankfront.methods.layers_integer import FEW_TOKENS
+from rankfront.methods.layers_integer import FEW_TOKENS, IntegerMatrix
 from rankfront.search import Plan, Study
 from rankfront.search.export import export
 from rankfront.search.trial import Resident
@@ -179,6 +179,49 @@ def test_memory_that_is_not_aligned_is_read_all_the_same():
     assert done.returncode == 0, done.stderr
 
 
+def test_long_inputs_do_not_overflow_in_half_precision():
+    """Sums of integers pass the largest fp16 long before what they stand for does."""
+    weight = 0.02 * make_weight((16, 4096)) / make_weight((16, 4096)).std()
+    found = rounded(weight, 8)
+    matrix = IntegerMatrix(found.integers, found.scales.half(), 8, 4096)
+    x = 32 * torch.randn(FEW_TOKENS + 1, 4096, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, y = x @ matrix.matrix().T, matrix.product(x.half())
+    assert (x @ found.integers[:, :4096].float().T).abs().max() > torch.finfo(torch.float16).max
+    assert (y.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("columns", [64, 72])
+@each_bits
+def test_compiled_products_are_the_eager_ones(bits, columns):
+    """By the platform's compiler, which puts a kernel of its own in the place of what it recognises."""
+    torch.compiler.reset()
+    found = rounded(make_weight((48, columns)), bits)
+    matrix = IntegerMatrix(found.integers, found.scales.bfloat16(), bits, columns)
+    with torch.inference_mode():
+        for tokens in (2, FEW_TOKENS + 1):
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+            compiled = torch.compile(matrix.product)(x)
+            torch.testing.assert_close(compiled, matrix.product(x), rtol=3e-2, atol=3e-2)
+    torch.compiler.reset()
+
+
+@each_bits
+@pytest.mark.parametrize("shape", [(48, 192), (33, 130)])
+def test_what_was_just_rounded_can_be_run(bits, shape):
+    """Without the store between, and again after other integers were loaded into the same module."""
+    x = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(0))
+    matrix = None
+    for seed in (0, 1):
+        found = rounded(make_weight(shape) * (1 + seed), bits)
+        fresh = IntegerMatrix(found.integers, found.scales, bits, shape[1])
+        matrix = matrix or fresh
+        matrix.load_state_dict(fresh.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(matrix.product(x), x @ matrix.matrix().T, rtol=1e-3, atol=1e-3)
+
+
 @each_bits
 def test_gradients_reach_the_inputs_however_few_tokens(bits):
     layer = layer_of(f"rtn-int{bits}", (48, 64))
@@ -222,7 +265,10 @@ def test_a_tied_table_is_rounded_once_and_stays_tied(name, text_file, tmp_path, 
     with torch.no_grad():
         expected = resident.model(input_ids=ids, use_cache=False).logits
         held = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
-        export(resident.setup, row, tmp_path / form, form)
+        verified = export(resident.setup, row, tmp_path / form, form)
+        if form == "factored":
+            assert verified.parameters == row.attributes["parameter_count"]
+            assert verified.bytes == row.attributes["bytes"]
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / form)
         torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
     if form == "factored":

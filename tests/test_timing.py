@@ -10,9 +10,9 @@ from common import save_folder
 from launching import make_run, quiet, small_data
 from torch import nn
 
-from rankfront.methods import DENSE_OPTION, InputError, Option
+from rankfront.methods import DENSE_OPTION, InputError, Option, Unpacked
 from rankfront.objectives.latency import Latency, LatencyDecode, LatencyPrefill
-from rankfront.search import Plan, Study, timing
+from rankfront.search import Plan, Study, driver, timing
 from rankfront.search.goal import menu_of, size_of, timings_of
 from rankfront.search.tables import menu_table
 from rankfront.search.timing import Stopwatches, Timing, compared, pack, timed, unpack
@@ -123,6 +123,40 @@ def test_what_was_timed_is_kept_by_device_threads_and_dtype(tmp_path, counted, m
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert not Stopwatches(tmp_path, "cpu", torch.float32).known
     assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
+def test_what_was_timed_by_other_code_is_timed_again(tmp_path, counted, monkeypatch):
+    Stopwatches(tmp_path, "cpu", torch.float32).seconds("dense 8x16", nn.Linear(16, 8), torch.ones(1, 1, 16))
+    monkeypatch.setattr(timing, "source_behind", lambda *modules: "other code")
+    Stopwatches(tmp_path, "cpu", torch.float32).seconds("dense 8x16", nn.Linear(16, 8), torch.ones(1, 1, 16))
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("name", ["oats", "compot", "sltrain"])
+def test_what_a_model_keeps_unpacked_is_timed_unpacked(data, name, monkeypatch):
+    """As it runs in trials: made dense once, not at every call."""
+    data["space"] = {"methods": [name], "keep": [0.5], "rank_multiple": 2}
+    resident = Resident(Study(data).setup())
+    seen = []
+    monkeypatch.setattr(
+        timing, "_round", lambda copies, x: seen.extend(each(x) is None or each for each in copies) or 1.0
+    )
+    resident.run(Job("timing", 0, Plan(())))
+    sparse = [module for module in seen if isinstance(module, Unpacked)]
+    assert sparse
+    assert all(module.unpacked for module in sparse)
+
+
+def test_a_table_made_on_resuming_is_used(data, counted, tmp_path, monkeypatch):
+    """By the search that goes on, not by those alone who read the run later."""
+    with monkeypatch.context() as broken:
+        broken.setattr("rankfront.search.trial.time_sites", lambda *arguments: 1 / 0)
+        make_run(data, tmp_path / "run")
+    seen = []
+    real = driver.ours
+    monkeypatch.setattr(driver, "ours", lambda *arguments: seen.append(arguments[-1]) or real(*arguments))
+    Study(data | {"search": data["search"] | {"trials": 12}}, tmp_path / "run").launch(quiet())
+    assert [list(timings) for timings in seen] == [["latency"]]
 
 
 def test_two_studies_at_once_keep_both_their_figures(tmp_path, counted):

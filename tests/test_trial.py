@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from common import random_plan, rank_option, tokens
+from common import random_plan, rank_option, save_folder, tokens
+from launching import small_data
 
-from rankfront.methods import InputError
+from rankfront.methods import InputError, method_names
 from rankfront.methods.layers import weight_of
 from rankfront.search.model import count_parameters
 from rankfront.search.plan import Plan
+from rankfront.search.study import Study
 from rankfront.search.trial import Job, Resident, prepare_store
 
 IDS = tokens(2, 16)
@@ -27,6 +29,21 @@ def test_dense_again_is_the_very_same_model(resident):
     resident.apply(Plan(()))
     assert torch.equal(logits(resident), before)
     assert all(module is modules[path] for path, module in resident.model.named_modules())
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_what_is_offered_for_a_shared_head_can_be_looked_up(name, text_file, tmp_path):
+    """Whatever treats an output head that is the embedding table as well runs as both."""
+    data = small_data(save_folder(name, tmp_path / "model"), text_file)
+    fast = [method for method in method_names() if not method.endswith("-published")]
+    data["space"] = {"methods": fast, "keep": [0.5], "rank_multiple": 2, "include": ["lm_head"]}
+    resident = Resident(Study(data).setup())
+    ((site, options),) = resident.space.wanted().items()
+    assert site.weights[0].tied
+    assert {"svd-llm", "lrt", "gptq-int8", "rtn-int4", "hola-embedding"} <= {option.method for option in options}
+    for option in options:
+        resident.apply(Plan.of({site.name: option}))
+        assert logits(resident).isfinite().all(), option
 
 
 def test_a_plan_is_the_same_whatever_came_before(resident):
