@@ -23,7 +23,7 @@ from rankfront.objectives.latency import Latency, Timed
 from rankfront.objectives.memory import note_running
 from rankfront.search.calibration import calibrate, shared_inputs
 from rankfront.search.config import StudyConfig
-from rankfront.search.device import DTYPES
+from rankfront.search.device import DTYPES, give_back_memory
 from rankfront.search.factors import FactorStore
 from rankfront.search.goal import quality_of
 from rankfront.search.joining import join_faster
@@ -342,7 +342,10 @@ class Resident:
                 "slopes": self._slopes,
                 "timing": self._timing,
             }
-            return measure[job.kind](job)
+            record = measure[job.kind](job)
+            if job.kind in ("menu", "slopes"):  # which look at every option of every site
+                give_back_memory()
+            return record
         except InputError:
             raise
         except FAILURES as error:
