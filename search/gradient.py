@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import Option, Site, get_method
+from rankfront.methods import Factors, Option, Site, get_method
+from rankfront.methods.layers import replacement
 from rankfront.search.factors import FactorStore
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
@@ -50,12 +51,9 @@ class Quadratic:
 def quadratic_divergence(
     model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: FactorStore, seed: int
 ) -> Quadratic:
-    """The predictions for every option wanted, from ``windows`` (W, L) through the dense ``model``.
-
-    Sites whose inputs are token ids get no prediction.
-    """
+    """The predictions for every option wanted, from ``windows`` (W, L) through the dense ``model``."""
     generator = torch.Generator().manual_seed(seed)
-    scored = [_Scored(site, options, store) for site, options in wanted.items() if is_predictable(site)]
+    scored = [_Scored(site, options, store) for site, options in wanted.items()]
     products = torch.zeros(LEVELS, len(scored), len(scored))
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with differentiated(model, [hook for s in scored for hook in s.hooks()]):
@@ -81,9 +79,9 @@ def differentiated(model: Any, hooks: Sequence[tuple[str, Callable[..., None]]])
     forward ``hooks`` (module path, hook) are in place."""
     handles = []
     try:
-        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks]
         table = model.get_input_embeddings()
         handles.append(table.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True)))
+        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks]
         with torch.enable_grad():
             yield
     finally:
@@ -97,9 +95,10 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
 
-def is_predictable(site: Site) -> bool:
-    """Whether the products gᵀ Ŵ x of a site can be formed: its anchors' inputs are vectors."""
-    return all(part.anchor.kind == "linear" for part in site.parts)
+def arriving(inputs: tuple[Tensor, ...]) -> Tensor:
+    """What a linear or a table was given, token by token: x (tokens, n), or ids (tokens,)."""
+    x = inputs[0].detach()
+    return x.flatten(0, -2) if x.is_floating_point() else x.flatten()
 
 
 def _cosines(products: Tensor) -> Tensor:
@@ -131,14 +130,14 @@ class _Scored:
     def _hook(self, part: Site) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             bias = getattr(module, "bias", None)
-            x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+            x = arriving(inputs)
             outputs = output.detach()  # a hook that held ``output`` itself would keep the whole graph for good
 
             def arrived(gradient: Tensor) -> None:  # when what it needs is complete
                 g = gradient.flatten(0, -2)  # (tokens, m)
                 y = outputs.flatten(0, -2).float()  # (tokens, m)
                 dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
-                along = products(self.options, self.site, part, self.store, g, x)
+                along = products(self.options, self.site, part, self.store, module, g, x)
                 self._arrived.append({label: dense - compressed for label, compressed in along.items()})
 
             output.register_hook(arrived)
@@ -155,9 +154,17 @@ class _Scored:
 
 
 def products(
-    options: Sequence[Option], site: Site, part: Site, store: FactorStore, g: Tensor, x: Tensor
+    options: Sequence[Option], site: Site, part: Site, store: FactorStore, dense: nn.Module, g: Tensor, x: Tensor
 ) -> dict[str, Tensor]:
-    """What `Method.along` gives at the anchor of a ``part`` of the ``site``, for options of several methods."""
+    """What `Method.along` gives at the anchor of a ``part`` of the ``site``, for options of several methods.
+
+    Of an embedding table, ``dense``, gᵀ ê for the rows ê that x, token ids, look up.
+    """
+    if part.anchor.kind == "embedding":
+        return {
+            option.label: (g.float() * _looked_up(store.factors(site, option)["weight"], dense, x)).sum(1)
+            for option in options
+        }
     by_method: dict[str, list[Option]] = {}
     for option in options:
         by_method.setdefault(option.method, []).append(option)
@@ -170,3 +177,11 @@ def products(
             for option in chosen:
                 found |= method.along(part, store.load(site, option), [option], g, x)
     return found
+
+
+@torch.no_grad()
+def _looked_up(factors: Factors, dense: nn.Module, ids: Tensor) -> Tensor:
+    """The rows (tokens, width) that ``factors`` have for token ids in the place of the table ``dense``."""
+    tensors = {name: tensor.to(ids.device) for name, tensor in factors.tensors.items()}
+    rows: Tensor = replacement(dense, factors.kind, tensors, factors.settings)(ids)
+    return rows.float()

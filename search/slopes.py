@@ -25,7 +25,7 @@ from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors import FactorStore
-from rankfront.search.gradient import BATCH_TOKENS, differentiated, drawn_loss, is_predictable, products
+from rankfront.search.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss, products
 
 SLOPE_TOKENS = 4096  # of the search split, for one plan
 SLOPE_PASSES = 5  # one forward pass and two backward ones of twice its cost
@@ -47,7 +47,7 @@ def measure_slopes(
     path. With a ``teacher`` on these windows the loss is KL from the dense model, else the negative log-likelihood.
     """
     generator = torch.Generator().manual_seed(seed)
-    probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items() if is_predictable(site)]
+    probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items()]
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with differentiated(model, [hook for probe in probes for hook in probe.hooks()]):
         for start in range(0, len(windows), step):
@@ -103,9 +103,9 @@ class _Probe:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             def arrived(gradient: Tensor) -> None:  # when what it needs is complete
                 g = gradient.flatten(0, -2)  # (tokens, m)
-                x = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+                x = arriving(inputs)
                 moved = {DENSE_OPTION.label: _along_dense(dense, g, x)}
-                moved |= products(self.options, self.site, part, self.store, g, x)
+                moved |= products(self.options, self.site, part, self.store, dense, g, x)
                 base = moved[self.now.label]
                 self._arrived.append({label: value - base for label, value in moved.items()})
 
@@ -131,6 +131,10 @@ class _Probe:
 
 
 def _along_dense(dense: nn.Module, g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ W x (tokens,), without bias; the module itself may carry our hook, so it is not called."""
-    along: Tensor = (g.float() * nn.functional.linear(x, weight_of(dense)).float()).sum(1)
+    """gᵀ W x (tokens,), without bias, or gᵀ e; the module itself may carry our hook, so it is not called."""
+    if x.is_floating_point():
+        y = nn.functional.linear(x, weight_of(dense))
+    else:
+        y = nn.functional.embedding(x, weight_of(dense)) * getattr(dense, "scalar_embed_scale", 1.0)
+    along: Tensor = (g.float() * y.float()).sum(1)
     return along

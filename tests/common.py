@@ -299,3 +299,13 @@ def random_plan(resident: Any, seed: int) -> Plan:
     return Plan.of(
         {site.name: chooser.choice([DENSE_OPTION, *options]) for site, options in resident.space.wanted().items()}
     )
+
+
+def arrived(given):
+    """What a module was given, token by token: x (tokens, n) in fp64, or ids (tokens,)."""
+    return given.detach().flatten(0, -2).double() if given.is_floating_point() else given.flatten()
+
+
+def product(matrix, x):
+    """W x, or the row of W that a token id looks up."""
+    return matrix @ x if x.is_floating_point() else matrix[x]

@@ -26,7 +26,7 @@ def windows():
 
 @pytest.fixture
 def stored(tmp_path):
-    """(model, ranks or None) -> every linear site's svd options, and a store that holds their factors."""
+    """(model, ranks or None) -> every single site's svd options, and a store that holds their factors."""
 
     def make(model, ranks=None, dtype=torch.float32):
         store = FactorStore("model", "text", dtype, tmp_path)
@@ -41,10 +41,6 @@ def stored(tmp_path):
     return make
 
 
-def linear(wanted):
-    return {site: options for site, options in wanted.items() if site.weights[0].kind == "linear"}
-
-
 def slow_moves(model, windows, site, option, store, step=WINDOWS):
     """g_tᵀ (W − Ŵ) x_t of every batch's tokens, one by one, with the whole matrix Ŵ and labels drawn again."""
     path = site.weights[0].path
@@ -54,7 +50,7 @@ def slow_moves(model, windows, site, option, store, step=WINDOWS):
     generator, moves = torch.Generator().manual_seed(SEED), []
 
     def hook(module, inputs, output):
-        seen["x"] = inputs[0].detach().flatten(0, -2).double()
+        seen["x"] = common.arrived(inputs[0])
         seen["added"] = torch.zeros_like(output, requires_grad=True)
         return output + seen["added"]
 
@@ -64,7 +60,10 @@ def slow_moves(model, windows, site, option, store, step=WINDOWS):
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
         (gradient,) = torch.autograd.grad(loss, seen["added"])
-        moves += [float(g @ difference @ x) for g, x in zip(gradient.flatten(0, -2).double(), seen["x"], strict=True)]
+        moves += [
+            float(g @ common.product(difference, x))
+            for g, x in zip(gradient.flatten(0, -2).double(), seen["x"], strict=True)
+        ]
     handle.remove()
     return np.array(moves)
 
@@ -81,8 +80,8 @@ def test_it_is_the_quadratic_form(model, windows, stored):
     """On every architecture, whatever class its linears are of and whether they have biases."""
     wanted, store = stored(model)
     found = quadratic_divergence(model, windows, wanted, store, SEED).divergence
-    assert found.keys() == {site.name for site in linear(wanted)}
-    for site, options in linear(wanted).items():
+    assert found.keys() == {site.name for site in wanted}
+    for site, options in wanted.items():
         assert found[site.name].keys() == {option.label for option in options}
         option = options[-1]
         expected = slow_quadratic(model, windows, site, option, store)
@@ -95,7 +94,7 @@ def test_batches_add_up(monkeypatch, windows, stored, batch):
     model = common.architecture("llama").build()
     wanted, store = stored(model)
     found = quadratic_divergence(model, windows, wanted, store, SEED).divergence
-    for site, options in list(linear(wanted).items())[::5]:
+    for site, options in list(wanted.items())[::5]:
         for option in options:
             expected = slow_quadratic(model, windows, site, option, store, max(1, batch // LENGTH))
             assert found[site.name][option.label] == pytest.approx(expected, rel=1e-3, abs=1e-9)
@@ -134,11 +133,11 @@ def test_cosines_are_those_of_what_sites_do_to_the_output(monkeypatch, windows, 
     expected = np.zeros((len(found.sites), len(found.sites)))
     for rank in (1, 4, 6, 8, 12):  # of the seven by cost, those at 0, 1½, 3, 4½ and 6, halves rounded to even
         option = common.rank_option("svd", rank)
-        sites = [site for site in linear(wanted) if site.name in found.sites]
+        sites = [site for site in wanted if site.name in found.sites]
         moves = np.stack([slow_moves(model, windows, site, option, store, step) for site in sites])  # (sites, tokens)
         moves /= np.linalg.norm(moves, axis=1, keepdims=True)
         expected += moves @ moves.T / 5
-    assert found.sites == [site.name for site in linear(wanted)]
+    assert found.sites == [site.name for site in wanted]
     assert found.cosines.numpy() == pytest.approx(expected, abs=1e-4)
 
 
@@ -217,7 +216,7 @@ def test_nothing_of_a_pass_is_kept(windows, stored):
     seen = []
     module = model.get_submodule("model.layers.0.mlp.down_proj")
     handle = module.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
-    quadratic_divergence(model, windows, linear(wanted), store, 0)
+    quadratic_divergence(model, windows, wanted, store, 0)
     handle.remove()
     gc.collect()
     assert seen
@@ -232,7 +231,7 @@ def test_small_perturbations_diverge_as_predicted(windows, stored, name):
     """
     model = with_falling_spectra(common.architecture(name).build())
     wanted, store = stored(model, ranks=(12, 16, 20, 24) if name == "llama" else (16, 24))
-    kinds = [site for site in linear(wanted) if not site.weights[0].tied and min_side(site) > 24]
+    kinds = [site for site in wanted if not site.weights[0].tied and min_side(site) > 24]
     wanted = {site: wanted[site] for site in kinds}
     draws = [quadratic_divergence(model, windows, wanted, store, seed).divergence for seed in range(24)]
     pairs = []

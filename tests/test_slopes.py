@@ -28,7 +28,8 @@ class Between(nn.Module):
         self.t = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def forward(self, x):
-        return nn.functional.linear(x, self.start + self.t * self.direction, self.bias)
+        matrix = self.start + self.t * self.direction
+        return nn.functional.linear(x, matrix, self.bias) if x.is_floating_point() else matrix[x]
 
 
 class World:
@@ -65,10 +66,6 @@ class World:
             for path in (weight.path, *weight.tied):
                 set_module(model, path, replacement(self.dense[path], factors.kind, shared))
 
-    @property
-    def linear(self):
-        return {site: options for site, options in self.wanted.items() if site.weights[0].kind == "linear"}
-
     def matrix(self, site, option):
         """Ŵ of an option, or W, (m, n) in fp64."""
         (weight,) = site.weights
@@ -83,7 +80,7 @@ class World:
 
     def moving(self, path, start, direction):
         """The model in fp64 with a `Between` at ``path``, and that."""
-        model, bias = copy.deepcopy(self.model).double(), self.dense[path].bias
+        model, bias = copy.deepcopy(self.model).double(), getattr(self.dense[path], "bias", None)
         between = Between(start, direction, None if bias is None else bias.double())
         set_module(model, path, between)
         return model, between
@@ -110,7 +107,7 @@ class World:
         generator, total = torch.Generator().manual_seed(SEED), 0.0
 
         def hook(module, inputs, output):
-            seen["x"] = inputs[0].detach().flatten(0, -2).double()
+            seen["x"] = common.arrived(inputs[0])
             seen["added"] = torch.zeros_like(output, requires_grad=True)
             return output + seen["added"]
 
@@ -121,7 +118,7 @@ class World:
             loss = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
             (gradient,) = torch.autograd.grad(loss, seen["added"])
             for h, x in zip(gradient.flatten(0, -2).double(), seen["x"], strict=True):
-                total += 0.5 * float(h @ change @ x) ** 2
+                total += 0.5 * float(h @ common.product(change, x)) ** 2
         handle.remove()
         return total / (WINDOWS * (LENGTH - 1))
 
@@ -142,7 +139,7 @@ def llama(tmp_path):
 
 def every(world):
     """(site, option) of every switch, dense included."""
-    return [(site, option) for site, options in world.linear.items() for option in (DENSE_OPTION, *options)]
+    return [(site, option) for site, options in world.wanted.items() for option in (DENSE_OPTION, *options)]
 
 
 # -- against slow code
@@ -181,7 +178,7 @@ def test_batches_add_up(llama, monkeypatch, batch):
 def test_it_says_what_a_small_step_changes(llama):
     """Measured with `score`: the loss a hundredth of the way to another option, and back, by its slope."""
     found = llama.slopes()
-    site = next(site for site in llama.linear if llama.current[site.name] != DENSE_OPTION)
+    site = next(site for site in llama.wanted if llama.current[site.name] != DENSE_OPTION)
     start = llama.matrix(site, llama.current[site.name])
     for option in (DENSE_OPTION, *llama.wanted[site]):
         step = 0.01 * (llama.matrix(site, option) - start)
@@ -206,8 +203,8 @@ def test_half_precision_says_the_same(name, tmp_path):
 
 def test_every_site_and_option_is_there(world):
     found = world.slopes()
-    assert found.keys() == {site.name for site in world.linear}
-    for site, options in world.linear.items():
+    assert found.keys() == {site.name for site in world.wanted}
+    for site, options in world.wanted.items():
         assert found[site.name].keys() == {DENSE_OPTION.label, *(option.label for option in options)}
         assert all(b >= 0 for _, b in found[site.name].values())
 
@@ -236,7 +233,7 @@ def test_the_plan_matters(tmp_path):
     """Of two plans that differ in one site, all the other sites' slopes differ too."""
     world = World("llama", tmp_path)
     before = world.slopes(world.teacher)
-    site = next(site for site in world.linear if world.current[site.name] == DENSE_OPTION)
+    site = next(site for site in world.wanted if world.current[site.name] == DENSE_OPTION)
     world.current[site.name] = world.wanted[site][0]
     world.apply(world.model, site)
     after = world.slopes(world.teacher)

@@ -234,6 +234,15 @@ def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     assert {"trials", "slope", "median", "worst"} == study.latency()["latency"].figures().keys()
 
 
+def test_a_table_that_is_looked_up_costs_no_time_and_stays_on_the_menu(data, counted, tmp_path):
+    data["space"] = {"methods": ["rtn-int8"], "keep": [0.5], "include": ["*.o_proj", "model.embed_tokens"]}
+    data["objectives"] |= {"bytes": {}}
+    frame = make_run(data, tmp_path / "run").menu()
+    offered = frame[(frame["method"] != "dense") & (frame["site"] == "model.embed_tokens")]
+    assert len(offered) == 1
+    assert (offered["divergence"] > 0).all()
+
+
 def test_budgets_are_time_where_nothing_else_is_counted(data, counted, tmp_path):
     study = make_run(data, tmp_path / "run")
     timings = timings_of(study.config, study._optuna().user_attrs)
