@@ -49,9 +49,8 @@ class IntegerMatrix(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias."""
         if not self._packable(x):
-            if self.bits == 8 and x.dtype != torch.float16:  # scaled after the product; fp16 would overflow
-                wide = nn.functional.pad(x, (0, self.width - self.columns))
-                y = nn.functional.linear(wide, self.integers.to(x.dtype)) * self.scales
+            if self.bits == 8 and self.width == self.columns and x.dtype != torch.float16:  # which would overflow
+                y = nn.functional.linear(x, self.integers.to(x.dtype)) * self.scales  # less to scale than the matrix
                 return y if bias is None else y + bias
             return nn.functional.linear(x, self.matrix(x.dtype), bias)
         tokens = nn.functional.pad(x.reshape(-1, self.columns), (0, self.width - self.columns)).contiguous()
