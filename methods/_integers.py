@@ -40,6 +40,11 @@ class Integers(NamedTuple):
     scales: Tensor
 
 
+def named(**parts: Integers) -> dict[str, Tensor]:
+    """What parts are stored as, and what a module finds them by: ``part.integers`` and ``part.scales``."""
+    return {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each._asdict().items()}
+
+
 def rounded(weight: Tensor, bits: int, weighting: Weighting | None = None) -> Integers:
     """W (m, n) to the nearest values; under a weighting by GPTQ, where that leaves less of ‖(W − Ŵ) S‖."""
     work = weight.double()

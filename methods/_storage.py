@@ -130,6 +130,11 @@ def integer_storage(rows: int, columns: int, bits: int) -> Storage:
     return Storage(scales, integers=integers, integer_bits=bits * integers)
 
 
+def integer_low_rank_storage(rows: int, columns: int, rank: int, bits: int) -> Storage:
+    """The two factors of a low rank, left (m, r) and right (r, n), as `integer_storage` says."""
+    return integer_storage(rows, rank, bits) + integer_storage(rank, columns, bits)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a whole plan costs, exactly.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import padded_away, restored, rounded
+from rankfront.methods._integers import named, padded_away, restored, rounded
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_storage
@@ -95,8 +95,7 @@ class Rounding(Fitted):
         weighting = collected(statistics["weight"].gram, "gram") if self.calibrated else None
         integers = rounded(weight, self.bits, weighting)
         approximation = restored(integers, self.bits, weight.shape[1])
-        found = {f"stored.{name}": tensor for name, tensor in integers._asdict().items()}
-        found |= measured(weight, approximation, weighting or Unweighted())
+        found = named(stored=integers) | measured(weight, approximation, weighting or Unweighted())
         return found | {"columns": torch.tensor([weight.shape[1]])}
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:

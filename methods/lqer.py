@@ -24,11 +24,11 @@ from torch import Tensor
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured, shared_by_levels
-from rankfront.methods._integers import Integers, padded_away, restored, rounded, rounded_factors
+from rankfront.methods._integers import Integers, named, padded_away, restored, rounded, rounded_factors
 from rankfront.methods._low_rank import weighted_subspace
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
 from rankfront.methods._statistics import Statistics, collected
-from rankfront.methods._storage import Storage, integer_storage
+from rankfront.methods._storage import Storage, integer_low_rank_storage, integer_storage
 from rankfront.methods._weighting import Weighting
 from rankfront.methods.layers_integer import CORRECTION_BITS
 
@@ -100,8 +100,7 @@ class Corrected(Fitted):
         return self._stored(site.anchor.out_features, site.anchor.in_features, whole_level(option, "rank"))
 
     def _stored(self, m: int, n: int, rank: int) -> Storage:
-        factors = integer_storage(m, rank, CORRECTION_BITS) + integer_storage(rank, n, CORRECTION_BITS)
-        return integer_storage(m, n, BITS) + factors
+        return integer_storage(m, n, BITS) + integer_low_rank_storage(m, n, rank, CORRECTION_BITS)
 
     def prepare(
         self,
@@ -116,8 +115,7 @@ class Corrected(Fitted):
         left, right = rounded_factors(chosen.lost, chosen.basis[:, :rank], CORRECTION_BITS, gram)
         correction = restored(left, CORRECTION_BITS, rank).double() @ restored(right, CORRECTION_BITS, columns).double()
         approximation = restored(chosen.integers, BITS, columns).double() + correction
-        parts = zip(PARTS, (chosen.integers, left, right), strict=True)
-        found = {f"{part}.{name}": tensor for part, each in parts for name, tensor in each._asdict().items()}
+        found = named(stored=chosen.integers, left=left, right=right)
         return found | measured(weight, approximation, gram) | {"columns": torch.tensor([columns])}
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:

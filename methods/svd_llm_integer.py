@@ -19,7 +19,7 @@ from torch import Tensor
 from rankfront.methods._dictionary import whitened
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import Integers, padded_away, restored, rounded_factors
+from rankfront.methods._integers import Integers, named, padded_away, restored, rounded_factors
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -33,7 +33,7 @@ from rankfront.methods._method import (
 )
 from rankfront.methods._metric import WHITENING
 from rankfront.methods._statistics import Statistics, collected
-from rankfront.methods._storage import Storage, integer_storage
+from rankfront.methods._storage import Storage, integer_low_rank_storage
 
 SIDES = ("left", "right")
 
@@ -81,7 +81,7 @@ class IntegerLowRank(Fitted):
         return self._stored(site.anchor.out_features, site.anchor.in_features, whole_level(option, "rank"))
 
     def _stored(self, m: int, n: int, rank: int) -> Storage:
-        return integer_storage(m, rank, self.bits) + integer_storage(rank, n, self.bits)
+        return integer_low_rank_storage(m, n, rank, self.bits)
 
     def prepare(
         self,
@@ -94,8 +94,11 @@ class IntegerLowRank(Fitted):
         gram = collected(statistics["weight"].gram, "gram")
         left, right = rounded_factors(weight.double(), whitened(weight, gram).basis[:, :rank], self.bits, gram)
         approximation = restored(left, self.bits, rank).double() @ restored(right, self.bits, weight.shape[1]).double()
-        found = {f"{side}.{name}": t for side, each in (("left", left), ("right", right)) for name, t in _named(each)}
-        return found | measured(weight, approximation, gram) | {"columns": torch.tensor([weight.shape[1]])}
+        return (
+            named(left=left, right=right)
+            | measured(weight, approximation, gram)
+            | {"columns": torch.tensor([weight.shape[1]])}
+        )
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
         tensors = {f"{side}.{name}": prepared[f"{side}.{name}"] for side in SIDES for name in Integers._fields}
@@ -103,10 +106,6 @@ class IntegerLowRank(Fitted):
         settings = {"rank": rank, "bits": self.bits}
         storage = self._stored(len(tensors["left.integers"]), columns, rank)
         return {"weight": Factors("integer-low-rank", tensors, settings, storage)}
-
-
-def _named(integers: Integers) -> list[tuple[str, Tensor]]:
-    return list(integers._asdict().items())
 
 
 for bits in (8, 4):

@@ -7,9 +7,9 @@ and t_w those of its weight w,
 
     T(plan) = T + Σ_{w treated} (t_w(option) − t_w(dense)),
 
-so what is no linear is the measured remainder. Tables are kept by device, threads, dtype and versions in the cache
-folder and shared by all studies. The sum leaves out what modules do to each other; a slope through "as dense", fitted
-to the trials of a study, corrects for it (see `Timing.calibrated`).
+so what is no linear is the measured remainder. Tables are kept by device, threads, dtype, versions and our code in
+the cache folder and shared by all studies. The sum leaves out what modules do to each other; a slope through "as
+dense", fitted to the trials of a study, corrects for it (see `Timing.calibrated`).
 """
 
 from __future__ import annotations
