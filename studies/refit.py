@@ -1,20 +1,22 @@
 """What a sequential refit buys on smollm2-135m: perplexity on the report split without and with it.
 
-    python studies/refit.py TEXT [--rows uniform,...] [--keep 0.8,0.6]
+    python studies/refit.py TEXT [--rows uniform,rankfront] [--budget 100000] [--keep 0.8,0.6] [--threads 2]
 
-Model, text, splits and plans are those of studies/search_benchmark.py (svd-llm and dense): the same fraction
-everywhere, and what the menu and the knapsack give before any search. The refit reads the calibrate split, 64 windows
-of 512 tokens.
+Model, text, splits, plans and budgets in tokens are those of studies/search_benchmark.py (svd-llm and dense): the same
+fraction everywhere, what allocators give before any plan is looked at, and what a search has found. The refit reads the
+calibrate split, 64 windows of 512 tokens. Finished lines are kept in studies/results/refit.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from typing import Any
 
 import torch
 from common import provenance
-from search_benchmark import RESULTS, ROWS, Bench
+from search_benchmark import RESULTS, ROWS, Bench, sources
 
 from rankfront.objectives import score
 from rankfront.search import Plan
@@ -25,40 +27,65 @@ PAGE = """# Sequential refit
 SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense; perplexity on the report split (dense:
 {dense:.4g}). How is said at the top of `studies/refit.py`.
 
-| plan | keep | perplexity | refitted | seconds of the refit |
-| --- | --- | --- | --- | --- |
+| plan | budget | keep | perplexity | refitted | seconds of the refit |
+| --- | --- | --- | --- | --- | --- |
 {lines}
 
-{source}
+{sources}
 """
+
+
+def page(cells: list[dict[str, Any]]) -> str:
+    """The table, dearest plans first."""
+    order = sorted(cells, key=lambda cell: (-cell["keep"], -cell["perplexity"]))
+    lines = [
+        f"| {c['row']} | {c['budget']:,} | {c['keep']:g} | {c['perplexity']:.4g} | {c['refitted']:.4g} |"
+        f" {c['seconds']:.0f} |"
+        for c in order
+    ]
+    made = sources([cell | {"seed": 0} for cell in cells]).replace("search_benchmark.py", "refit.py")
+    return PAGE.format(dense=cells[0]["dense"], lines="\n".join(lines), sources=made)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
-    parser.add_argument("--rows", default="uniform,menu + knapsack")
+    parser.add_argument("--rows", default="uniform,menu + knapsack,LEMS-style probe,rankfront")
+    parser.add_argument("--budget", type=int, default=100_000)
     parser.add_argument("--keep", default="0.8,0.6")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    bench = Bench(arguments.text)
-    resident, report = bench.resident, bench.setup.tokens["report"]
-    resident.apply(Plan(()))
-    dense = score(resident.model, report).perplexity
-    lines = []
+    torch.set_num_threads(arguments.threads)
+    file = RESULTS / "refit.jsonl"
+    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    bench: Bench | None = None
     for row in arguments.rows.split(","):
-        plans = ROWS[row](bench, 100_000, 0).plans
-        for keep in map(float, arguments.keep.split(",")):
-            resident.apply(plans[keep])
-            plain = score(resident.model, report).perplexity
-            start = time.perf_counter()
-            with refitted(resident, plans[keep]):
-                seconds = time.perf_counter() - start
-                again = score(resident.model, report).perplexity
-            lines.append(f"| {row} | {keep:g} | {plain:.4g} | {again:.4g} | {seconds:.0f} |")
-            print(lines[-1], flush=True)
-    source = "\n".join(f"- {line}" for line in provenance().strip().splitlines())
-    page = PAGE.format(dense=dense, lines="\n".join(lines), source=source)
-    (RESULTS / "refit.md").write_text(page, encoding="utf-8")
+        wanted = [{"row": row, "budget": arguments.budget, "keep": float(k)} for k in arguments.keep.split(",")]
+        missing = [key for key in wanted if not any(key.items() <= cell.items() for cell in cells)]
+        if not missing:
+            continue
+        bench = bench or Bench(arguments.text)
+        plans = ROWS[row](bench, arguments.budget, 0).plans
+        for key in missing:
+            cells.append(key | measure(bench, plans[key["keep"]]) | {"from": provenance()})
+            with file.open("a") as out:
+                out.write(json.dumps(cells[-1]) + "\n")
+            print(json.dumps(cells[-1]), flush=True)
+    (RESULTS / "refit.md").write_text(page(cells), encoding="utf-8")
+
+
+def measure(bench: Bench, plan: Plan) -> dict[str, float]:
+    """Perplexity of the dense model, of ``plan``, and of ``plan`` refitted, on the report split."""
+    resident, report = bench.resident, bench.setup.tokens["report"]
+    found = {}
+    for name, each in (("dense", Plan(())), ("perplexity", plan)):
+        resident.apply(each)
+        found[name] = score(resident.model, report).perplexity
+    start = time.perf_counter()
+    with refitted(resident, plan):
+        found["seconds"] = time.perf_counter() - start
+        found["refitted"] = score(resident.model, report).perplexity
+    return found
 
 
 if __name__ == "__main__":
