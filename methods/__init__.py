@@ -26,6 +26,7 @@ from rankfront.methods._storage import Cost, Storage
 from rankfront.methods._taxonomy import FAMILIES
 from rankfront.methods._unpacked import Unpacked
 from rankfront.methods._weighting import Gram
+from rankfront.methods.prepacked import prepack, undo_prepack
 
 __all__ = [
     "DENSE",
@@ -50,9 +51,11 @@ __all__ = [
     "method_names",
     "narrow_outputs",
     "nearest",
+    "prepack",
     "register",
     "source_behind",
     "source_of",
+    "undo_prepack",
 ]
 
 for _module in pkgutil.iter_modules(__path__):  # a new method is a new file: nothing to add here

@@ -19,6 +19,7 @@ class Unpacked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._keep_as: Callable[[Tensor], Tensor] | None = None
         self._kept: tuple[list[tuple[Tensor, int, int]], Tensor] | None = None
 
     @property
@@ -40,9 +41,14 @@ class Unpacked(nn.Module):
         if any(source.is_inference() for source in sources):  # whose changes nobody counts
             return make()
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a backward pass later
-            dense = make()
+            dense = make() if self._keep_as is None else self._keep_as(make())
         self._kept = [(source, source._version, source.data_ptr()) for source in sources], dense
         return dense
+
+    def keep_as(self, layout: Callable[[Tensor], Tensor] | None) -> None:
+        """Bring what is kept into a ``layout`` that linear products read; None: leave it plain."""
+        if layout is not self._keep_as:
+            self._keep_as, self._kept = layout, None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = None

@@ -20,7 +20,11 @@ Settings = Mapping[str, int]
 
 
 class Factored(Protocol):
-    """What every module here offers beside ``forward``."""
+    """What every module here offers beside ``forward``.
+
+    Those with parameters that multiply inputs, by ``linear``, and do nothing else name them in ``products``: they may
+    be `prepack`ed.
+    """
 
     def matrix(self) -> Tensor:
         """Ŵ in fp32, rebuilt from what is stored. Where it is smaller than the dense weight, zeros follow."""

@@ -22,6 +22,7 @@ class HeadsLinear(nn.Module):
     attention caches (`CACHED`), the cache holds the kept ones alone: see `ThinCache`.
     """
 
+    products = ("weight",)
     place: Tensor | None
 
     def __init__(
@@ -141,6 +142,8 @@ class FromHeadsLinear(nn.Module):
     weight (m, heads · kept), x (..., heads · width) to (..., m).
     """
 
+    products = ("weight",)
+
     def __init__(self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int) -> None:
         super().__init__()
         self.weight = parameter(weight)
@@ -176,6 +179,8 @@ class FromHeadsLinear(nn.Module):
 @layer("plain")
 class PlainLinear(nn.Module):
     """y = W x + bias with a dense W (rows, columns) of its own size: fewer neurons than the model had."""
+
+    products = ("weight",)
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

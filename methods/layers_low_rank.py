@@ -18,6 +18,8 @@ class LowRankLinear(nn.Module):
     Several that read the same input may have their right factors ``joined``.
     """
 
+    products = ("left", "right")
+
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.left = parameter(left)

@@ -28,6 +28,7 @@ class DictionaryLinear(SparseRows):
         self.out_features, self.in_features = len(values), right.shape[1]
         whole = self.out_features * self.in_features
         self.multiplied_out = self.columns * (self.out_features + self.in_features) >= whole
+        self.products = () if self.multiplied_out else ("right",)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiplied_out:

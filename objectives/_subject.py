@@ -27,7 +27,7 @@ class Subject:
         cost: what the plan stores.
         clock: where the seconds of each phase go.
         notes: figures that objectives leave beside their values.
-        timings: rounds of both models, by batch, prompt, decode length and whether compiled, for latencies to share.
+        timings: rounds of both models, by lengths and by how both run, for latencies to share.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Subject:
     cost: Cost
     clock: Clock
     notes: dict[str, float] = field(default_factory=dict)
-    timings: dict[tuple[int, int, int, bool], Any] = field(default_factory=dict)
+    timings: dict[tuple[int, int, int, bool, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def scores(self) -> Scores:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from rankfront.methods import Cost, InputError
+from rankfront.methods import Cost, InputError, prepack, undo_prepack
 from rankfront.objectives._objective import register
 from rankfront.objectives._subject import Subject
 
@@ -80,6 +81,7 @@ class Timed:
         rounds: pairs of runs, at least.
         seconds: after which no further round is begun to steady the ratio.
         compile: whether both models run through ``torch.compile``, with a static cache.
+        prepack: whether both run with their weights prepacked, see `prepack`.
     """
 
     name = "timed"
@@ -92,6 +94,7 @@ class Timed:
     rounds: int = 20
     seconds: float = 60.0
     compile: bool = False
+    prepack: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "decode", "rounds"):
@@ -100,8 +103,14 @@ class Timed:
                 raise InputError(f"objectives.{self.name}.{name} is {value!r}: it must be a whole number of at least 1")
         if type(self.seconds) not in (int, float) or not 0 <= self.seconds < float("inf"):
             raise InputError(f"objectives.{self.name}.seconds is {self.seconds!r}: it must be a number of at least 0")
-        if type(self.compile) is not bool:
-            raise InputError(f"objectives.{self.name}.compile is {self.compile!r}: it must be true or false")
+        for name in ("compile", "prepack"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise InputError(f"objectives.{self.name}.{name} is {value!r}: it must be true or false")
+        if self.compile and self.prepack:
+            raise InputError(
+                f"objectives.{self.name} has compile and prepack, and compiled graphs read plain weights: choose one"
+            )
 
     @staticmethod
     def of(run: Run) -> float:
@@ -120,17 +129,35 @@ class Timed:
         raise NotImplementedError
 
     def _rounds(self, subject: Subject) -> Rounds:
-        key = (self.batch, self.prompt, self.decode, self.compile)
+        key = (self.batch, self.prompt, self.decode, self.compile, self.prepack)
         if key not in subject.timings:
             subject.timings[key] = Rounds(self._pairs(subject))
         rounds: Rounds = subject.timings[key]
-        while len(rounds.ours) < self.rounds or rounds.seconds < self.seconds:
-            if len(rounds.ours) >= self.rounds:
-                value, spread = rounds.ratio(self.of)
-                if spread < STEADY * value:
-                    break
-            rounds.more()
+        with self._laid_out(subject):
+            while len(rounds.ours) < self.rounds or rounds.seconds < self.seconds:
+                if len(rounds.ours) >= self.rounds:
+                    value, spread = rounds.ratio(self.of)
+                    if spread < STEADY * value:
+                        break
+                rounds.more()
         return rounds
+
+    @contextmanager
+    def _laid_out(self, subject: Subject) -> Iterator[None]:
+        """Within, both models' weights are as the rounds want them."""
+        if not self.prepack:
+            yield
+            return
+        as_dense = subject.dense or nullcontext
+        try:
+            prepack(subject.model)
+            with as_dense():
+                prepack(subject.model)
+            yield
+        finally:
+            undo_prepack(subject.model)
+            with as_dense():
+                undo_prepack(subject.model)
 
     def prompts(self, windows: Tensor, device: torch.device) -> Tensor:
         """Token ids (batch, prompt) out of ``windows``, over and over where they are few."""

@@ -230,12 +230,13 @@ def evaluate_command(
     text: Annotated[str, typer.Option(help="pydoc, a text file, or hub:NAME/CONFIG:SPLIT")] = "pydoc",
     windows: Annotated[int, typer.Option(min=1)] = 16,
     length: Annotated[int, typer.Option(min=8)] = 512,
+    prepack: Annotated[bool, typer.Option("--prepack", help="with weights in the order a CPU reads fastest")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model: perplexity, parameters, latency."""
     from rankfront.search.evaluate import evaluate
 
-    found = evaluate(model, text, windows, length)
+    found = evaluate(model, text, windows, length, prepacked=prepack)
     if as_json:
         _print_json(found)
     else:

@@ -41,7 +41,7 @@ def measured_multiple(
 ) -> int:
     """The multiple that ``device`` likes for a study with these levels, at the lengths of its latency."""
     lengths = timed or Latency()
-    watches = Stopwatches(cache, device, DTYPES[dtype])
+    watches = Stopwatches(cache, device, DTYPES[dtype], lengths.prepack)
 
     def ratio(shape: tuple[int, int], rank: int, least: int, tokens: int) -> float:
         rows, columns = shape

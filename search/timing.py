@@ -24,6 +24,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight, source_behind
+from rankfront.methods import DENSE_OPTION, Factors, InputError, Option, Site, Weight, source_behind
 from rankfront.methods.layers import LAYERS
+from rankfront.methods.prepacked import prepacked
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
 from rankfront.search.factors import FactorStore
@@ -146,7 +148,10 @@ def unpack(record: Mapping[str, Any]) -> Timing:
 def timed_objectives(objectives: Mapping[str, dict[str, Any]]) -> dict[str, Timed]:
     """Those of a study's objectives that are latencies."""
     made = {name: make_objective(name, settings) for name, settings in objectives.items()}
-    return {name: objective for name, objective in made.items() if isinstance(objective, Timed)}
+    timed = {name: objective for name, objective in made.items() if isinstance(objective, Timed)}
+    if len({objective.prepack for objective in timed.values()}) > 1:
+        raise InputError(f"objectives {', '.join(timed)} differ in prepack: set it for all of them, or for none")
+    return timed
 
 
 def time_sites(
@@ -216,16 +221,21 @@ def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
     """``whole`` of a `Timing`: the dense model, median of a few runs."""
     ids = objective.prompts(windows, next(model.parameters()).device)
     run = objective.runner(model)
-    run(ids)
-    runs = [run(ids) for _ in range(WHOLE_RUNS)]
+    with prepacked(model) if objective.prepack else nullcontext():
+        run(ids)
+        runs = [run(ids) for _ in range(WHOLE_RUNS)]
     return {phase: float(np.median([getattr(run, phase) for run in runs])) for phase in PHASES}
 
 
 class Stopwatches:
-    """Seconds of dense modules and ratios of modules to others, by what they are and by tokens, kept on disk."""
+    """Seconds of dense modules and ratios of modules to others, by what they are and by tokens, kept on disk.
 
-    def __init__(self, root: Path, device: str, dtype: torch.dtype) -> None:
-        self.path = root / f"latency-{_machine(device, dtype)}.json"
+    ``prepack``: whether all of them run prepacked.
+    """
+
+    def __init__(self, root: Path, device: str, dtype: torch.dtype, prepack: bool = False) -> None:
+        self.path = root / f"latency-{_machine(device, dtype)}{'-prepacked' if prepack else ''}.json"
+        self.prepack = prepack
         self.known: dict[str, float] = self._kept()
         self.new = False
 
@@ -234,11 +244,11 @@ class Stopwatches:
 
     def seconds(self, key: str, dense: nn.Module, x: Tensor) -> float:
         """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n)."""
-        return self._figure(key, x, lambda: timed(dense, x))
+        return self._figure(key, x, lambda: timed(dense, x, self.prepack))
 
     def ratio(self, key: str, base: Callable[[], nn.Module], x: Tensor, module: Callable[[], nn.Module]) -> float:
         """Seconds of ``module`` over those of ``base``, which ``key`` describes; both are made where nobody knows."""
-        return self._figure(key, x, lambda: compared(module(), base(), x))
+        return self._figure(key, x, lambda: compared(module(), base(), x, self.prepack))
 
     def _figure(self, key: str, x: Tensor, measure: Callable[[], float]) -> float:
         name = f"{key} on {x.shape[0]}x{x.shape[1]}"
@@ -277,27 +287,29 @@ def _model_name() -> str:
 
 
 @torch.inference_mode()
-def timed(module: nn.Module, x: Tensor) -> float:
+def timed(module: nn.Module, x: Tensor, prepack: bool = False) -> float:
     """Median seconds of a call, over rounds through copies whose weights come from memory."""
     copies = _copies(module)
-    _round(copies, x)
-    return float(np.median([_round(copies, x) for _ in range(ROUNDS)]))
+    with prepacked(*copies) if prepack else nullcontext():
+        _round(copies, x)
+        return float(np.median([_round(copies, x) for _ in range(ROUNDS)]))
 
 
 @torch.inference_mode()
-def compared(module: nn.Module, dense: nn.Module, x: Tensor) -> float:
+def compared(module: nn.Module, dense: nn.Module, x: Tensor, prepack: bool = False) -> float:
     """Median over rounds of ``module``'s seconds over ``dense``'s, taking turns at going first.
 
     A module that says that it has fewer ``in_features`` than x (..., n) is given as many.
     """
     own = x[..., : getattr(module, "in_features", x.shape[-1])].contiguous()
     ours, theirs = (_copies(module), own), (_copies(dense), x)
-    _round(*ours), _round(*theirs)
     ratios = []
-    for turn in range(ROUNDS):
-        first, second = (ours, theirs) if turn % 2 == 0 else (theirs, ours)
-        a, b = _round(*first), _round(*second)
-        ratios.append(a / b if turn % 2 == 0 else b / a)
+    with prepacked(*ours[0], *theirs[0]) if prepack else nullcontext():
+        _round(*ours), _round(*theirs)
+        for turn in range(ROUNDS):
+            first, second = (ours, theirs) if turn % 2 == 0 else (theirs, ours)
+            a, b = _round(*first), _round(*second)
+            ratios.append(a / b if turn % 2 == 0 else b / a)
     return float(np.median(ratios))
 
 

@@ -196,13 +196,22 @@ class Resident:
             self._swap(site, option)
 
     def join(self) -> list[dict[str, Any]]:
-        """Run right factors that read the same input as one product where that is faster; what is joined."""
+        """Run right factors that read the same input as one product where that is faster; what is joined.
+
+        Nothing where weights are prepacked, each by itself.
+        """
+        if self._prepacks:
+            return []
         lengths = next(iter(self._timed.values()), Latency())
         return join_faster(self.modules, self._inputs, lengths, self._watches)
 
     @cached_property
     def _timed(self) -> dict[str, Timed]:
         return timed_objectives(self.setup.config.objectives)
+
+    @property
+    def _prepacks(self) -> bool:
+        return any(objective.prepack for objective in self._timed.values())
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
@@ -213,7 +222,7 @@ class Resident:
 
     @cached_property
     def _watches(self) -> Stopwatches:
-        return Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype])
+        return Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype], self._prepacks)
 
     def apply_one(self, site: Site, option: Option) -> None:
         """Make the model run dense but for one site."""

@@ -5,11 +5,12 @@
 Every linear of the blocks runs as said, the rest dense, in bf16. Factors are random: time does not depend on what they
 hold. Right factors of one input are joined where that is faster, but not in rows "apart". In rows "compiled" both
 models run through torch.compile with a static cache. llama-1.1b is a Llama configuration of 22 blocks and hidden size
-2048, initialised at random. Decoding takes 64 tokens after a prompt of 256, the compressed and the dense model taking
-turns token by token, each with a cache of its own; prefill, whole prompts in turns, 20 rounds and no more than 90
-seconds. Ratios are medians over turns, with the interquartile range. The bound is the weights that one decoding step
-reads, in bytes, over the dense model's: what a model that does nothing but read would take. Finished rows are kept in
-studies/results/latency.jsonl.
+2048, initialised at random. In rows "prepacked" the weights of both are in the layout that oneDNN reads fastest; in
+"dense prepacked" the dense model's are, against itself as it was. Decoding takes 64 tokens after a prompt of 256, the
+compressed and the dense model taking turns token by token, each with a cache of its own; prefill, whole prompts in
+turns, 20 rounds and no more than 90 seconds. Ratios are medians over turns, with the interquartile range. The bound is
+the weights that one decoding step reads, in bytes, over the dense model's: what a model that does nothing but read
+would take. Finished rows are kept in studies/results/latency.jsonl.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from common import provenance
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from rankfront.methods import prepack, undo_prepack
 from rankfront.methods._integers import rounded
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives.latency import Latency, compiled
@@ -112,11 +115,13 @@ class Row:
         made: the dense linear to the module in its place.
         joined: whether right factors of one input are one product where that is faster.
         compiled: whether both models are.
+        prepacked: whether the compressed model is, and the dense one.
     """
 
     made: Callable[[nn.Module], nn.Module]
     joined: bool = True
     compiled: bool = False
+    prepacked: tuple[bool, bool] = (False, False)
 
 
 ROWS: dict[str, Row] = {
@@ -127,6 +132,8 @@ ROWS: dict[str, Row] = {
     "low rank 0.5 int4": Row(low_rank(0.5, 4)),
     **{f"low rank {keep} apart": Row(low_rank(keep, None), joined=False) for keep in (0.7, 0.5, 0.3)},
     **{f"low rank {keep} compiled": Row(low_rank(keep, None), compiled=True) for keep in (0.5, 0.3)},
+    "dense prepacked": Row(copy.deepcopy, prepacked=(True, False)),
+    **{f"low rank {keep} prepacked": Row(low_rank(keep, None), joined=False, prepacked=(True, True)) for keep in KEEPS},
 }
 
 
@@ -151,6 +158,20 @@ class Pair:
         if row.joined:
             modules = {path: self.ours.get_submodule(path) for path in self.paths}
             join_faster(modules, self.inputs, Latency(batch=batch, prompt=PROMPT), self.watches)
+
+    @contextmanager
+    def laid_out(self, row: Row) -> Iterator[None]:
+        """Within, the weights of both are as the row says."""
+        chosen = [model for model, wanted in zip((self.ours, self.dense), row.prepacked, strict=True) if wanted]
+        head = self.ours.get_output_embeddings()
+        if len(chosen) == 1 and head.weight is not self.ours.get_input_embeddings().weight:
+            self.ours.set_output_embeddings(copy.deepcopy(head))  # for the dense model's stays plain
+        try:
+            prepack(*chosen)
+            yield
+        finally:
+            undo_prepack(*chosen)
+            self.ours.set_output_embeddings(head)
 
     def forwards(self, row: Row) -> dict[bool, Callable[..., Any]]:
         """What runs the compressed model, and the dense one."""
@@ -219,7 +240,8 @@ def measure(pair: Pair, name: str, batch: int) -> Cell:
     row = ROWS[name]
     pair.compress(row, batch)
     ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-    decode, prefill = ratio(decoded(pair, row, ids)), ratio(prefilled(pair, row, ids))
+    with pair.laid_out(row):
+        decode, prefill = ratio(decoded(pair, row, ids)), ratio(prefilled(pair, row, ids))
     bound = bytes_read(pair.ours) / bytes_read(pair.dense)
     return {"row": name, "batch": batch, "bound": bound, "decode": decode, "prefill": prefill, "from": provenance()}
 

@@ -250,6 +250,12 @@ def test_evaluate_dense_and_exported(finished_run, model_folder, text_file, ok, 
     assert ours["parameters"] == row.attributes["parameter_count"]
     assert ours["parameters"] / dense["parameters"] == pytest.approx(row.values["parameters"])
     assert "perplexity" in ok("evaluate", model_folder, *options)
+    for model, figures in ((model_folder, dense), (tmp_path / "out", ours)):
+        packed = json.loads(ok("evaluate", model, *options, "--prepack", "--json"))
+        assert packed["perplexity"] == pytest.approx(figures["perplexity"], rel=1e-3)
+        assert {name: packed[name] for name in ("parameters", "bytes")} == {
+            name: figures[name] for name in ("parameters", "bytes")
+        }
 
 
 def test_evaluate_agrees_with_the_trial(finished_run, model_folder, text_file, ok, monkeypatch):

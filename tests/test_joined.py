@@ -208,7 +208,7 @@ def ratios(monkeypatch):
     """What one product takes of separate ones, by tokens; what was timed."""
     found, asked = {1: 0.5, 128: 0.5}, []
 
-    def compared(ours, theirs, x):
+    def compared(ours, theirs, x, prepack):
         assert (ours.together, theirs.together) == (True, False)
         asked.append(([(m.out_features, m.rank) for m in ours.members], tuple(x.shape)))
         return found[x.shape[1]]
@@ -281,7 +281,7 @@ KNOWN = {"llama": SPLIT, "qwen2": SPLIT, "gpt2": set()}
 def made(architecture, text_file, tmp_path, monkeypatch):
     """A resident model of every architecture, all sites at a low rank, with one product always faster."""
     monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rankfront.search.timing.compared", lambda ours, theirs, x: 0.5)
+    monkeypatch.setattr("rankfront.search.timing.compared", lambda *_: 0.5)
     data = small_data(save_folder(architecture.name, tmp_path / "model"), text_file)
     data["space"] |= {"methods": ["svd"], "keep": [0.5]}
     resident = Resident(Study(data, run=tmp_path / "run").setup())

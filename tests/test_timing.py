@@ -46,11 +46,11 @@ def counted(monkeypatch):
     """Timings of a millisecond, a module half of it where its rank is small; what was timed."""
     seen = []
 
-    def once(module, x):
+    def once(module, x, prepack):
         seen.append(("dense", module, tuple(x.shape)))
         return 1e-3
 
-    def ratio(module, dense, x):
+    def ratio(module, dense, x, prepack):
         seen.append(("ours", module, tuple(x.shape)))
         return 0.5 if getattr(module, "rank", 0) <= 4 else 1.5
 
@@ -275,7 +275,7 @@ def test_a_table_is_made_once_and_a_failed_one_does_not_stop_the_study(data, tmp
 
 
 def test_where_nothing_is_faster_the_study_says_so(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "compared", lambda module, dense, x: 2.0)
+    monkeypatch.setattr(timing, "compared", lambda *_: 2.0)
     with pytest.raises(InputError, match="faster than dense"):
         make_run(data, tmp_path / "run")
 
