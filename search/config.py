@@ -50,11 +50,15 @@ class Strict(BaseModel):
 
 
 class ModelConfig(Strict):
-    """A bundled name, a hub id, a local folder or a .gguf file; what it is evaluated in and on."""
+    """A bundled name, a hub id, a local folder or a .gguf file; what it is evaluated in and on.
+
+    ``attention`` is one of transformers' implementations, such as sdpa or eager; None leaves it to transformers.
+    """
 
     name: str = "smollm2-135m"
     dtype: str = "auto"
     device: str = "auto"
+    attention: str | None = None
 
 
 class SplitConfig(Strict):

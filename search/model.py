@@ -195,6 +195,23 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     return model.to(device).eval().requires_grad_(False)
 
 
+def use_attention(model: Any, implementation: str | None) -> None:
+    """Run ``model`` by one of transformers' attention implementations; None leaves it as it is.
+
+    Raises `InputError` where transformers has none of that name, or none for this model here.
+    """
+    if implementation is None:
+        return
+    try:
+        with quiet():
+            model.set_attn_implementation(implementation)
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.attention is {implementation!r}, which transformers refuses: {reason}") from error
+    if model.config._attn_implementation != implementation:
+        raise InputError(f"model.attention is {implementation!r}, which {type(model).__name__} has no choice of")
+
+
 def load_tokenizer(source: Source) -> Any:
     """The model's own tokenizer, from the same place."""
     with _loading(source):

@@ -35,6 +35,7 @@ from rankfront.search.model import (
     find_sites,
     load_model,
     skeleton,
+    use_attention,
     weights_at,
 )
 from rankfront.search.plan import Plan, check_disjoint, cost_of
@@ -100,6 +101,7 @@ class Job:
 def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
     model = skeleton(setup.source)
+    use_attention(model, setup.config.model.attention)
     check_length(model, setup.config.data.length, "data.length")
     for name, timed in timed_objectives(setup.config.objectives).items():
         check_length(model, timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
@@ -160,6 +162,7 @@ class Resident:
         self.space = make_space(setup)
         prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
         self.model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
+        use_attention(self.model, setup.config.model.attention)
         self.sites: dict[Site, Place] = find_sites(self.model)
         self.store = setup.store()
         self.names = {site.name for site in self.sites}

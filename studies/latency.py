@@ -6,11 +6,12 @@ Every linear of the blocks runs as said, the rest dense, in bf16. Factors are ra
 hold. Right factors of one input are joined where that is faster, but not in rows "apart". In rows "compiled" both
 models run through torch.compile with a static cache. llama-1.1b is a Llama configuration of 22 blocks and hidden size
 2048, initialised at random. In rows "prepacked" the weights of both are in the layout that oneDNN reads fastest; in
-"dense prepacked" the dense model's are, against itself as it was. Decoding takes 64 tokens after a prompt of 256, the
-compressed and the dense model taking turns token by token, each with a cache of its own; prefill, whole prompts in
-turns, 20 rounds and no more than 90 seconds. Ratios are medians over turns, with the interquartile range. The bound is
-the weights that one decoding step reads, in bytes, over the dense model's: what a model that does nothing but read
-would take. Finished rows are kept in studies/results/latency.jsonl.
+"dense prepacked" the dense model's are, against itself as it was. Attention is transformers' "sdpa", in rows "eager"
+the "eager" one, of both models; in "dense eager" of one. Decoding takes 64 tokens after a prompt of 256, the compressed
+and the dense model taking turns token by token, each with a cache of its own; prefill, whole prompts in turns, 20
+rounds and no more than 90 seconds. Ratios are medians over turns, with the interquartile range. The bound is the
+weights that one decoding step reads, in bytes, over the dense model's: what a model that does nothing but read would
+take. Finished rows are kept in studies/results/latency.jsonl.
 """
 
 from __future__ import annotations
@@ -116,12 +117,14 @@ class Row:
         joined: whether right factors of one input are one product where that is faster.
         compiled: whether both models are.
         prepacked: whether the compressed model is, and the dense one.
+        attention: transformers' implementation of it, in the compressed model and in the dense one.
     """
 
     made: Callable[[nn.Module], nn.Module]
     joined: bool = True
     compiled: bool = False
     prepacked: tuple[bool, bool] = (False, False)
+    attention: tuple[str, str] = ("sdpa", "sdpa")
 
 
 ROWS: dict[str, Row] = {
@@ -132,6 +135,8 @@ ROWS: dict[str, Row] = {
     "low rank 0.5 int4": Row(low_rank(0.5, 4)),
     **{f"low rank {keep} apart": Row(low_rank(keep, None), joined=False) for keep in (0.7, 0.5, 0.3)},
     **{f"low rank {keep} compiled": Row(low_rank(keep, None), compiled=True) for keep in (0.5, 0.3)},
+    "dense eager": Row(copy.deepcopy, attention=("eager", "sdpa")),
+    **{f"low rank {keep} eager": Row(low_rank(keep, None), attention=("eager", "eager")) for keep in (0.7, 0.5, 0.3)},
     "dense prepacked": Row(copy.deepcopy, prepacked=(True, False)),
     **{f"low rank {keep} prepacked": Row(low_rank(keep, None), joined=False, prepacked=(True, True)) for keep in KEEPS},
 }
@@ -166,6 +171,8 @@ class Pair:
         head = self.ours.get_output_embeddings()
         if len(chosen) == 1 and head.weight is not self.ours.get_input_embeddings().weight:
             self.ours.set_output_embeddings(copy.deepcopy(head))  # for the dense model's stays plain
+        for model, attention in zip((self.ours, self.dense), row.attention, strict=True):
+            model.set_attn_implementation(attention)
         try:
             prepack(*chosen)
             yield
