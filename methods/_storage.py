@@ -145,7 +145,6 @@ class Cost:
         block_values: those of the block-linear weights alone (embeddings and head left out).
         dense_block_values: the same of the dense model.
         bytes: tensor bytes on disk in the dtype the plan is exported in.
-        dense_bytes: the same of the dense model.
     """
 
     values: int
@@ -153,7 +152,6 @@ class Cost:
     block_values: int
     dense_block_values: int
     bytes: int
-    dense_bytes: int
 
     @property
     def parameters(self) -> float:

@@ -119,5 +119,4 @@ def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_byt
         block_values=block.parameters,
         dense_block_values=dense_block.parameters,
         bytes=whole.bytes(value_bytes),
-        dense_bytes=Storage(model_values).bytes(value_bytes),
     )

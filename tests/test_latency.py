@@ -228,7 +228,7 @@ def test_generation_takes_one_token_at_a_time(architecture, model):
 
 
 def test_objectives_of_the_plan_alone_need_no_model():
-    cost = Cost(values=60, dense_values=80, block_values=10, dense_block_values=40, bytes=120, dense_bytes=160)
+    cost = Cost(values=60, dense_values=80, block_values=10, dense_block_values=40, bytes=120)
     subject = Subject(torch.nn.Identity(), None, torch.zeros(0), None, cost, Clock())
     assert make_objective("parameters", {}).value(subject) == 0.75
     assert make_objective("block_parameters", {}).value(subject) == 0.25

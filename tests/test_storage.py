@@ -104,11 +104,11 @@ def test_a_block_dictionary_pays_for_every_blocks_coefficients():
 
 
 def test_kept_fractions():
-    cost = Cost(values=60, dense_values=80, block_values=10, dense_block_values=40, bytes=120, dense_bytes=160)
+    cost = Cost(values=60, dense_values=80, block_values=10, dense_block_values=40, bytes=120)
     assert cost.parameters == 0.75
     assert cost.block_parameters == 0.25
 
 
 def test_a_model_without_block_linears_keeps_them_all():
-    cost = Cost(values=60, dense_values=80, block_values=0, dense_block_values=0, bytes=120, dense_bytes=160)
+    cost = Cost(values=60, dense_values=80, block_values=0, dense_block_values=0, bytes=120)
     assert cost.block_parameters == 1.0
