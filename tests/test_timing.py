@@ -234,6 +234,15 @@ def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     assert {"trials", "slope", "median", "worst"} == study.latency()["latency"].figures().keys()
 
 
+def test_what_is_faster_in_one_way_of_two_is_on_the_menu(data, counted, tmp_path, monkeypatch):
+    """Four bits decode faster and read prompts slower, and somebody who asks for both figures may want them."""
+    monkeypatch.setattr(timing, "compared", lambda module, dense, x, prepack: 2.0 if x.shape[1] > 1 else 0.5)
+    data["objectives"] = {"perplexity": {}, "parameters": {}, "latency_prefill": SMALL, "latency_decode": SMALL}
+    study = make_run(data, tmp_path / "run")
+    frame, wanted = study.menu(), Resident(study.setup()).space.wanted()
+    assert set(frame["option"]) - {DENSE} == {option.label for options in wanted.values() for option in options}
+
+
 def test_a_table_that_is_looked_up_costs_no_time_and_stays_on_the_menu(data, counted, tmp_path):
     data["space"] = {"methods": ["rtn-int8"], "keep": [0.5], "include": ["*.o_proj", "model.embed_tokens"]}
     data["objectives"] |= {"bytes": {}}
