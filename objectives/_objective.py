@@ -7,6 +7,8 @@ from typing import Protocol
 from rankfront.methods import Cost, InputError, check_choice
 from rankfront.objectives._subject import Subject
 
+WORST = 1.1  # times dense, of a size or a time: a plan that leaves one as it was still counts for what else it does
+
 
 class Objective(Protocol):
     """A model or a plan in, one number out. Smaller is better, everywhere.

@@ -10,7 +10,7 @@ from torch import nn
 
 from rankfront.methods import Cost, InputError
 from rankfront.methods.layers import Factored, weight_of
-from rankfront.objectives._objective import register
+from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
 DENSE = ("Linear", "Conv1D")
@@ -49,7 +49,7 @@ class Flops:
         return None
 
     def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, dense
+        return 0.0, WORST * dense
 
 
 def _multiplications(module: nn.Module) -> int:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from rankfront.methods import Cost, InputError, prepack, undo_prepack
-from rankfront.objectives._objective import register
+from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
-REFERENCE = 1.1  # times dense: slower than that counts for nothing
 STEADY = 0.03  # of the median
 GRAPHS = 4096  # that compiled models may have had in all: every trial's are others
 
@@ -194,7 +193,7 @@ class Timed:
         return None
 
     def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, REFERENCE
+        return 0.0, WORST
 
 
 @register

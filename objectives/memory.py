@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import Cost, Unpacked
-from rankfront.objectives._objective import register
+from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
 TOKENS = 5  # that are run to see what is kept
@@ -37,7 +37,7 @@ class ResidentBytes:
         return None
 
     def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, dense
+        return 0.0, WORST * dense
 
 
 @register
@@ -57,7 +57,7 @@ class KVBytes:
         return None
 
     def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, dense
+        return 0.0, WORST * dense
 
 
 def note_running(subject: Subject) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankfront.methods import Cost
-from rankfront.objectives._objective import register
+from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
 
@@ -25,7 +25,7 @@ class Parameters:
         return cost.parameters
 
     def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, dense
+        return 0.0, WORST * dense
 
 
 @register
@@ -44,4 +44,4 @@ class BlockParameters:
         return cost.block_parameters
 
     def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, dense
+        return 0.0, WORST * dense

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
-from rankfront.search.front import Constraint, Row
+from rankfront.search.front import Constraint, Row, box_of, hypervolume
 from rankfront.search.trial import Job, Resident
 
 CONTEXT = 12
@@ -142,3 +142,11 @@ def test_a_record_says_how_the_model_runs(residents, method, monkeypatch):
     assert again["resident_bytes"] == notes["resident_bytes"]
     row = Row(0, "complete", "random", plan.to_json(), plan.key, {}, {"notes": notes})
     assert Constraint.parse("resident_bytes<=1e9").holds(row)
+
+
+@pytest.mark.parametrize("name", ["parameters", "bytes", "kv_bytes", "resident_bytes", "flops", "latency"])
+def test_a_plan_that_leaves_a_figure_as_it_was_still_fills_the_box(name):
+    """Low ranks never touch the cache, and integers no parameter: a search that asks for more than that sees them."""
+    dense = 1.0 if name in ("parameters", "latency") else 300.0
+    row = Row(0, "complete", "anchor", "", "", {"perplexity": 20.0, name: dense}, {})
+    assert hypervolume([row], box_of({"perplexity": {}, name: {}}, row)) > 0

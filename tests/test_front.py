@@ -190,9 +190,9 @@ def test_the_box_is_what_objectives_state():
     dense = make_rows([(20.0, 1.0, 1.0)])[0]
     box = box_of({"perplexity": {}, "parameters": {}, "latency": {}}, dense)
     assert box.ideal == {"perplexity": 20.0, "parameters": 0.0, "latency": 0.0}
-    assert box.reference == {"perplexity": 200.0, "parameters": 1.0, "latency": 1.1}
+    assert box.reference == {"perplexity": 200.0, "parameters": 1.1, "latency": 1.1}
     assert box.logarithmic == {"perplexity"}
-    assert hypervolume([dense], box) == 0.0
+    assert hypervolume([dense], box) == pytest.approx((0.1 / 1.1) ** 2)
 
 
 def test_the_dense_row_has_the_dense_plan():
