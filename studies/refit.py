@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import Any
 
 import torch
 from common import provenance
-from search_benchmark import RESULTS, ROWS, Bench, sources
+from search_benchmark import RESULTS, ROWS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
@@ -27,9 +26,11 @@ PAGE = """# Sequential refit
 SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense; perplexity on the report split (dense:
 {dense:.4g}). How is said at the top of `studies/refit.py`.
 
-| plan | budget | keep | perplexity | refitted | seconds of the refit |
-| --- | --- | --- | --- | --- | --- |
+| plan | budget | keep | perplexity | refitted |
+| --- | --- | --- | --- | --- |
 {lines}
+
+Command: `python studies/refit.py TEXT --rows ... --budget ...`
 
 {sources}
 """
@@ -39,12 +40,14 @@ def page(cells: list[dict[str, Any]]) -> str:
     """The table, dearest plans first."""
     order = sorted(cells, key=lambda cell: (-cell["keep"], -cell["perplexity"]))
     lines = [
-        f"| {c['row']} | {c['budget']:,} | {c['keep']:g} | {c['perplexity']:.4g} | {c['refitted']:.4g} |"
-        f" {c['seconds']:.0f} |"
-        for c in order
+        f"| {c['row']} | {c['budget']:,} | {c['keep']:g} | {c['perplexity']:.4g} | {c['refitted']:.4g} |" for c in order
     ]
-    made = sources([cell | {"seed": 0} for cell in cells]).replace("search_benchmark.py", "refit.py")
-    return PAGE.format(dense=cells[0]["dense"], lines="\n".join(lines), sources=made)
+    made: dict[str, dict[str, None]] = {}  # commit and machine -> rows, each once
+    for cell in cells:
+        where = cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ")
+        made.setdefault(where, {})[f"{cell['row']} {cell['budget']:,}"] = None
+    found = "\n".join(f"- commit {where}: {'; '.join(rows)}" for where, rows in made.items())
+    return PAGE.format(dense=cells[0]["dense"], lines="\n".join(lines), sources=found)
 
 
 def main() -> None:
@@ -81,9 +84,7 @@ def measure(bench: Bench, plan: Plan) -> dict[str, float]:
     for name, each in (("dense", Plan(())), ("perplexity", plan)):
         resident.apply(each)
         found[name] = score(resident.model, report).perplexity
-    start = time.perf_counter()
     with refitted(resident, plan):
-        found["seconds"] = time.perf_counter() - start
         found["refitted"] = score(resident.model, report).perplexity
     return found
 
