@@ -16,6 +16,7 @@ from rankfront.search.beliefs import CENTRES, SURROGATE_ERROR, Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
 from rankfront.search.goal import Timings, make_goal
+from rankfront.search.lines import fitted, savings
 from rankfront.search.local import Local
 from rankfront.search.menu import Menu
 from rankfront.search.samplers import INTERRUPTED
@@ -218,11 +219,10 @@ class RankfrontSampler(BaseSampler):
 
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
-        worse by the median error; what nothing predicts is a straight line in the size, fitted to the trials."""
+        worse by the median error; what nothing predicts is a line in what each method saves, fitted to the trials."""
         logs, errors = self.beliefs.levels(candidates, coefficients)
         logs = logs + PESSIMISM * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
-        stored = np.array([self.menu.size(candidate) for candidate in candidates]) / self.menu.dense
         for row, candidate in enumerate(candidates):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
             for column, value in self.goal.costs(self.menu.choices(candidate)).items():
@@ -234,11 +234,10 @@ class RankfrontSampler(BaseSampler):
             doubt = 0.0 if np.isnan(table.median) else table.median
             values[:, column] = [np.nan if ratio is None else ratio + doubt for ratio in ratios]
         for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
-            pairs = [(self.menu.size(p) / self.menu.dense, m.values[column]) for p, m in self.beliefs.measured.items()]
-            x, y = np.array(pairs or [(1.0, 1.0)]).T
-            design = np.stack([np.ones_like(x), x - 1.0], axis=1)
-            line = np.linalg.solve(design.T @ design + 1e-3 * np.eye(2), design.T @ y)
-            values[:, column] = line[0] + line[1] * (stored - 1.0)
+            known = np.array([found.values[column] for found in self.beliefs.measured.values()])
+            values[:, column] = fitted(
+                savings(self.menu, list(self.beliefs.measured)), known, savings(self.menu, candidates)
+            )
         return values
 
 
