@@ -132,14 +132,18 @@ class Timed:
         if key not in subject.timings:
             subject.timings[key] = Rounds(self._pairs(subject))
         rounds: Rounds = subject.timings[key]
-        with self._laid_out(subject):
-            while len(rounds.ours) < self.rounds or rounds.seconds < self.seconds:
-                if len(rounds.ours) >= self.rounds:
-                    value, spread = rounds.ratio(self.of)
-                    if spread < STEADY * value:
-                        break
-                rounds.more()
+        if not self._enough(rounds):
+            with self._laid_out(subject):
+                while not self._enough(rounds):
+                    rounds.more()
         return rounds
+
+    def _enough(self, rounds: Rounds) -> bool:
+        """Whether these rounds settle the ratio, or have taken as long as they may."""
+        if len(rounds.ours) < self.rounds:
+            return False
+        value, spread = rounds.ratio(self.of)
+        return rounds.seconds >= self.seconds or spread < STEADY * value
 
     @contextmanager
     def _laid_out(self, subject: Subject) -> Iterator[None]:

@@ -31,9 +31,10 @@ def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Values (K,) of plans that save ``asked`` (K, M), from those (N,) measured of plans that save ``known`` (N, M)."""
+    """Values (K, ...) of plans that save ``asked`` (K, M), from those (N, ...) measured of plans that save ``known``
+    (N, M); ones where nothing was."""
     if not len(values):
-        return np.ones(len(asked))
+        return np.ones((len(asked), *values.shape[1:]))
 
     def design(saved: np.ndarray) -> np.ndarray:
         return np.hstack([np.ones((len(saved), 1)), saved.sum(1, keepdims=True), saved])

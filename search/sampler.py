@@ -233,11 +233,11 @@ class RankfrontSampler(BaseSampler):
             ratios = [table.timing.ratio(objective, self.menu.choices(candidate)) for candidate in candidates]
             doubt = 0.0 if np.isnan(table.median) else table.median
             values[:, column] = [np.nan if ratio is None else ratio + doubt for ratio in ratios]
-        for column in map(int, np.flatnonzero(np.isnan(values).any(0))):
-            known = np.array([found.values[column] for found in self.beliefs.measured.values()])
-            values[:, column] = fitted(
-                savings(self.menu, list(self.beliefs.measured)), known, savings(self.menu, candidates)
-            )
+        unknown = np.isnan(values).any(0)
+        if unknown.any():
+            plans = list(self.beliefs.measured)
+            known = np.array([found.values for found in self.beliefs.measured.values()]).reshape(-1, self.goal.count)
+            values[:, unknown] = fitted(savings(self.menu, plans), known[:, unknown], savings(self.menu, candidates))
         return values
 
 

@@ -1,13 +1,18 @@
-"""What every benchmark prints beside its table: command, commit, machine."""
+"""What benchmarks share: the cells that they keep, and what stands beside a table: command, commit, machine."""
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+Cell = dict[str, Any]  # a measurement, with its `provenance` under "from"
 
 
 def _processor() -> str:
@@ -29,3 +34,27 @@ def provenance() -> str:
     )
     machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return f"\ncommand: python {' '.join(sys.argv)}\ncommit: {commit}\nmachine: {machine}"
+
+
+def read_cells(file: Path) -> list[Cell]:
+    """The finished cells in ``file``, one a line."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def keep_cells(file: Path, cells: Iterable[Cell]) -> None:
+    """Add ``cells`` to those in ``file``."""
+    with file.open("a") as out:
+        out.writelines(json.dumps(cell) + "\n" for cell in cells)
+
+
+def origin(cell: Cell) -> str:
+    """Commit and machine of a cell, on one line."""
+    return str(cell["from"]).partition("commit: ")[2].replace("\nmachine: ", ", ")
+
+
+def sources(cells: Iterable[Cell], name: Callable[[Cell], str], between: str = "; ") -> str:
+    """Commit and machine of every cell, as a list: the names of those that share them together, each once."""
+    groups: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        groups.setdefault(origin(cell), {})[name(cell)] = None
+    return "\n".join(f"- commit {where}: {between.join(names)}" for where, names in groups.items())

@@ -14,14 +14,13 @@ Finished methods are kept in studies/results/families.jsonl and not measured aga
 from __future__ import annotations
 
 import argparse
-import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance
+from common import Cell, keep_cells, provenance, read_cells, sources
 
 from rankfront.methods import FAMILIES, get_method, method_names
 from rankfront.objectives import Clock, score, teach
@@ -34,7 +33,6 @@ from rankfront.search.trial import Resident, make_space, prepare_store
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PUBLISHED = "-published"  # what slow published settings are called; they are left out unless named
-Cell = dict[str, Any]
 
 
 def settings(text: str, methods: Sequence[str]) -> dict[str, Any]:
@@ -140,18 +138,10 @@ perplexity {dense[0]} on the report split and {dense[1]} on `pydoc`.
 
 {table}
 
+Command: `python studies/families.py TEXT --methods ...`
+
 {sources}
 """
-
-
-def sources(cells: list[Cell]) -> str:
-    """Commit and machine of every method, those that share them together."""
-    groups: dict[str, dict[str, None]] = {}
-    for cell in cells:
-        where = cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ")
-        groups.setdefault(where, {})[cell["method"]] = None
-    lines = [f"- commit {where}: {', '.join(methods)}" for where, methods in groups.items()]
-    return "\n".join(["Command: `python studies/families.py TEXT --methods ...`", "", *lines])
 
 
 def main() -> None:
@@ -163,18 +153,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "families.jsonl"
-    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    cells = read_cells(file)
     known = {cell["method"] for cell in cells}
     missing = [method for method in arguments.methods.split(",") if method not in known]
     for found in measure(arguments.text, missing) if missing else ():
         cells += found
-        with file.open("a") as out:
-            out.writelines(json.dumps(cell) + "\n" for cell in found)
+        keep_cells(file, found)
         print(table(found), flush=True)
     if not cells:
         return
     dense = [f"{value:.4g}" for value in cells[0]["dense"]]
-    page = PAGE.format(dense=dense, table=table(cells), sources=sources(cells))
+    page = PAGE.format(dense=dense, table=table(cells), sources=sources(cells, lambda cell: cell["method"], ", "))
     (RESULTS / "families.md").write_text(page, encoding="utf-8")
     print(page)
 

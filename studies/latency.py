@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import provenance
+from common import Cell, keep_cells, origin, provenance, read_cells
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -46,7 +45,6 @@ PROMPT, DECODE, ROUNDS, SECONDS = 256, 64, 20, 90.0
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 WARM_UP = 3  # steps
 RANK_MULTIPLE = 32
-Cell = dict[str, Any]
 
 
 def llama() -> nn.Module:
@@ -299,11 +297,10 @@ def page(cells: list[Cell]) -> str:
             }
         )["decode"]
     ]
-    sources = sorted({cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ") for cell in cells})
     return PAGE.format(
         table=table(cells),
         dense="Dense: " + "; ".join(dense) + ".",
-        sources="\n".join(f"- commit {where}" for where in sources),
+        sources="\n".join(f"- commit {where}" for where in sorted(set(map(origin, cells)))),
     )
 
 
@@ -316,7 +313,7 @@ def main() -> None:
     torch.set_num_threads(2)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "latency.jsonl"
-    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    cells = read_cells(file)
     known = {(cell["model"], cell["row"], cell["batch"]) for cell in cells}
     for name in arguments.models.split(","):
         batches = [int(batch) for batch in arguments.batches.split(",")]
@@ -326,8 +323,7 @@ def main() -> None:
             assert pair is not None
             for batch in (b for b in batches if (name, row, b) not in known):
                 cells.append({"model": name, **measure(pair, row, batch)})
-                with file.open("a") as out:
-                    out.write(json.dumps(cells[-1]) + "\n")
+                keep_cells(file, cells[-1:])
                 print(table(cells[-1:]).splitlines()[-1], flush=True)
     (RESULTS / "latency.md").write_text(page(cells), encoding="utf-8")
     print(page(cells))

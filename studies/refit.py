@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 import torch
-from common import provenance
+from common import Cell, keep_cells, provenance, read_cells, sources
 from search_benchmark import RESULTS, ROWS, Bench
 
 from rankfront.objectives import score
@@ -36,18 +35,14 @@ Command: `python studies/refit.py TEXT --rows ... --budget ...`
 """
 
 
-def page(cells: list[dict[str, Any]]) -> str:
+def page(cells: list[Cell]) -> str:
     """The table, dearest plans first."""
     order = sorted(cells, key=lambda cell: (-cell["keep"], -cell["perplexity"]))
     lines = [
         f"| {c['row']} | {c['budget']:,} | {c['keep']:g} | {c['perplexity']:.4g} | {c['refitted']:.4g} |" for c in order
     ]
-    made: dict[str, dict[str, None]] = {}  # commit and machine -> rows, each once
-    for cell in cells:
-        where = cell["from"].partition("commit: ")[2].replace("\nmachine: ", ", ")
-        made.setdefault(where, {})[f"{cell['row']} {cell['budget']:,}"] = None
-    found = "\n".join(f"- commit {where}: {'; '.join(rows)}" for where, rows in made.items())
-    return PAGE.format(dense=cells[0]["dense"], lines="\n".join(lines), sources=found)
+    made = sources(cells, lambda cell: f"{cell['row']} {cell['budget']:,}")
+    return PAGE.format(dense=cells[0]["dense"], lines="\n".join(lines), sources=made)
 
 
 def main() -> None:
@@ -60,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     file = RESULTS / "refit.jsonl"
-    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    cells = read_cells(file)
     bench: Bench | None = None
     for row in arguments.rows.split(","):
         wanted = [{"row": row, "budget": arguments.budget, "keep": float(k)} for k in arguments.keep.split(",")]
@@ -71,8 +66,7 @@ def main() -> None:
         plans = ROWS[row](bench, arguments.budget, 0).plans
         for key in missing:
             cells.append(key | measure(bench, plans[key["keep"]]) | {"from": provenance()})
-            with file.open("a") as out:
-                out.write(json.dumps(cells[-1]) + "\n")
+            keep_cells(file, cells[-1:])
             print(json.dumps(cells[-1]), flush=True)
     (RESULTS / "refit.md").write_text(page(cells), encoding="utf-8")
 

@@ -28,7 +28,7 @@ from statistics import median
 import moocore
 import numpy as np
 import torch
-from common import provenance
+from common import keep_cells, provenance, read_cells, sources
 from rich.console import Console
 
 from rankfront.objectives import score
@@ -302,20 +302,10 @@ commit has local changes, they are these results.
 
 {table}
 
+Command: `python studies/search_benchmark.py TEXT --rows ... --budgets ... --seeds ...`
+
 {sources}
 """
-
-
-def sources(cells: list[dict[str, object]]) -> str:
-    """Commit and machine of every cell, those that share them together."""
-    groups: dict[str, list[str]] = {}
-    for cell in cells:
-        where = str(cell["from"]).partition("commit: ")[2].replace("\nmachine: ", ", ")
-        groups.setdefault(where, []).append(f"{cell['row']} {cell['budget']:,} seed {cell['seed']}")
-    lines = [f"- commit {where}: {'; '.join(members)}" for where, members in groups.items()]
-    return "\n".join(
-        ["Command: `python studies/search_benchmark.py TEXT --rows ... --budgets ... --seeds ...`", "", *lines]
-    )
 
 
 def main() -> None:
@@ -329,7 +319,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "search.jsonl"
-    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    cells = read_cells(file)
     bench: Bench | None = None
     for budget in map(int, arguments.budgets.split(",")):
         for seed in map(int, arguments.seeds.split(",")):
@@ -342,10 +332,10 @@ def main() -> None:
                 bench = bench or Bench(arguments.text)
                 cell = key | report(bench, ROWS[row](bench, budget, seed)) | {"from": provenance()}
                 cells.append(cell)
-                with file.open("a") as out:
-                    out.write(json.dumps(cell) + "\n")
+                keep_cells(file, [cell])
                 print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
-    page = PAGE.format(table=table(cells), sources=sources(cells))
+    made = sources(cells, lambda cell: f"{cell['row']} {cell['budget']:,} seed {cell['seed']}")
+    page = PAGE.format(table=table(cells), sources=made)
     (RESULTS / "search.md").write_text(page, encoding="utf-8")
     print(page)
 
