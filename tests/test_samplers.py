@@ -1,13 +1,16 @@
 """Every sampler by name finishes a study, with one or more measured and exact objectives."""
 
+import moocore
+import optuna
 import pytest
 from launching import again, check_whole, make_run, small_data, values_of
+from optuna.distributions import IntDistribution
 
 from rankfront.methods import InputError
 from rankfront.search.config import make_config
 from rankfront.search.driver import WARM_START
 from rankfront.search.predictions import menu_record
-from rankfront.search.samplers import OURS, SAMPLERS
+from rankfront.search.samplers import OURS, SAMPLERS, make_sampler
 
 TRIALS = 7  # three anchors, then four of the sampler's own; ours measures the menu's front before two of them
 MENU = [f"menu: keep={keep:g}" for keep in WARM_START]  # what our own measures first
@@ -125,3 +128,22 @@ def test_four_objectives_and_dense_among_the_trials(model_folder, text_file, tmp
     dense = [row for row in study.rows() if row.state == "complete" and not row.plan.choices]
     assert len(dense) == 1
     assert dense[0].values["divergence"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gaussian_process_rounds_its_levels():
+    """Integers and names come back as such and within their bounds, and once fitted it finds more than its start."""
+    names = {f"level {i}": IntDistribution(0, 6) for i in range(4)}
+
+    def measure(trial: optuna.Trial) -> tuple[float, float]:
+        levels = [trial.suggest_int(name, known.low, known.high) for name, known in names.items()]
+        method = trial.suggest_categorical("method", ["good", "bad"])
+        return sum((6 - level) ** 2 for level in levels) + 20 * (method == "bad"), sum(levels) / 24
+
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=make_sampler("gp", 0, 0))
+    study.optimize(measure, n_trials=26)
+    assert all(isinstance(trial.params[name], int) for trial in study.trials for name in names)
+    start, found = study.trials[:10], study.trials[10:]
+    assert all(trial.params["method"] in ("good", "bad") for trial in found)
+    volumes = [moocore.hypervolume([trial.values for trial in part], ref=[164, 1.1]) for part in (start, study.trials)]
+    assert volumes[1] > 1.1 * volumes[0]
+    assert sum(trial.params["method"] == "good" for trial in found) > 12
