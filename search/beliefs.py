@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,7 @@ class Beliefs:
         kinds, blocks: the kind of projection and the block of each line of the menu.
         goal: the objectives.
         seed: of posterior samples.
+        disjoint: options by site as a trial drew them -> those of the plan, which treats no weight twice.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class Beliefs:
         blocks: Sequence[int],
         goal: Goal,
         seed: int,
+        disjoint: Callable[[Mapping[str, Option]], Mapping[str, Option]] = dict,
     ) -> None:
+        self.disjoint = disjoint
         self.menu = menu
         self.options = options
         self.goal = goal
@@ -80,9 +83,8 @@ class Beliefs:
 
     def plan_of(self, params: Mapping[str, Any]) -> list[int] | None:
         """A trial's parameters as places in the menu; None where it took an option that is not on it."""
-        return self.menu.places(
-            {site: self.options[site][int(place)] for site, place in params.items() if site in self.options}
-        )
+        drawn = {site: self.options[site][int(place)] for site, place in params.items() if site in self.options}
+        return self.menu.places(self.disjoint(drawn))
 
     def learn(self, study: optuna.Study) -> None:
         """Fit the surrogate to what is measured, each plan at the highest rung that it has reached.
@@ -185,15 +187,14 @@ class Beliefs:
         losses = self.surrogate.losses(used)
         return sweep(self.menu, losses) if coupling is None else Descent(self.menu, losses, coupling)
 
-    def downhill(self, local: Local, shares: Sequence[float]) -> list[list[int]]:
-        """The slopes of ``local``, solved at budgets that are ``shares`` of its centre's, boldly and with caution."""
+    def downhill(self, local: Local, budgets: Sequence[float]) -> list[list[int]]:
+        """The slopes of ``local``, solved at ``budgets`` in stored values, boldly and with caution."""
         none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
-        centre = self.menu.size(local.plan)
         trust = self.trusts[self.locals.index(local)]
         found = []
         for caution in CAUTIONS:
             solved = Descent(self.menu, local.losses(trust, caution), none)
-            found += [solved.solve(min(max(share * centre, self.menu.least), self.menu.dense)) for share in shares]
+            found += [solved.solve(min(max(budget, self.menu.least), self.menu.dense)) for budget in budgets]
         return found
 
     def best_within(self, budget: float) -> tuple[list[int], float]:
@@ -205,7 +206,7 @@ class Beliefs:
             return [0] * len(self.menu.lines), self.goal.dense
         plans = [self.solver().solve(budget)]
         for local in sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budget))[:NEAREST]:
-            plans += self.downhill(local, [budget / self.menu.size(local.plan)])
+            plans += self.downhill(local, [budget])
         plans = [plan for plan in plans if self.menu.size(plan) <= budget]
         levels = map(float, self.levels(plans)[0])
         value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}

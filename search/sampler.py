@@ -158,9 +158,11 @@ class RankfrontSampler(BaseSampler):
 
     def _downhill(self, centres: Sequence[Local], stretch: float) -> list[list[int]]:
         """The slopes of ``centres``, solved at budgets around each."""
-        shares = [[1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))] for _ in centres]
-        found = [self.beliefs.downhill(local, near) for local, near in zip(centres, shares, strict=True)]
-        return [plan for plans in found for plan in plans]
+        found = []
+        for local in centres:
+            shares = np.array([1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))])
+            found += self.beliefs.downhill(local, list(self.menu.size(local.plan) * shares))
+        return found
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
@@ -255,5 +257,5 @@ def ours(
     blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
     options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
     goal = make_goal(config, space, dense, origin["dtype"], timings)
-    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed)
+    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed, space.disjoint)
     return RankfrontSampler(beliefs, config.search.seed)

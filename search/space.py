@@ -247,19 +247,23 @@ class Space:
         options: dict[str, Option] = {}
         for variable in self.variables:
             options |= variable.suggest(trial)
-        return Plan.of(self._disjoint(options), origin)
+        return Plan.of(self.disjoint(options), origin)
 
-    def _disjoint(self, options: Mapping[str, Option]) -> dict[str, Option]:
-        """``options`` without those whose weights a larger site treats: general samplers draw every variable."""
+    def disjoint(self, options: Mapping[str, Option]) -> dict[str, Option]:
+        """``options`` without dense ones and those whose weights a larger site treats: samplers draw every variable."""
         kept: dict[str, Option] = {}
         claimed: set[str] = set()
-        by_size = sorted((site for site in self.choices if site.name in options), key=lambda s: -len(s.weights))
-        for site in by_size:
+        for site in self._largest_first:
+            option = options.get(site.name, DENSE_OPTION)
             paths = {weight.path for weight in site.weights}
-            if options[site.name] != DENSE_OPTION and claimed.isdisjoint(paths):
-                kept[site.name] = options[site.name]
+            if option != DENSE_OPTION and claimed.isdisjoint(paths):
+                kept[site.name] = option
                 claimed |= paths
         return kept
+
+    @cached_property
+    def _largest_first(self) -> list[Site]:
+        return sorted(self.choices, key=lambda site: -len(site.weights))
 
     def anchor_parameters(self, anchor: Anchor) -> dict[str, int | str]:
         """The draws that give the same method and kept fraction everywhere, to enqueue so that samplers learn from it.

@@ -3,6 +3,7 @@
 import itertools
 
 import common
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,10 +13,12 @@ from rows import JOINT_METHODS, SHARED_METHODS
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search import trial
+from rankfront.search.answer import _known
 from rankfront.search.calibration import calibrate
 from rankfront.search.export import _multiply_out, export
 from rankfront.search.model import find_sites, load_model, weights_at
 from rankfront.search.plan import Plan
+from rankfront.search.sampler import ours
 from rankfront.search.study import Study
 from rankfront.search.trial import Resident, make_space
 
@@ -356,6 +359,24 @@ def test_a_study_searches_joint_and_single_sites_together(model_folder, text_fil
     assert study.answer("block_parameters<=0.77").figures["block_parameters"] <= 0.77
 
 
+def test_the_search_believes_the_plans_that_were_measured(model_folder, text_file, tmp_path):
+    """Anchors draw joint sites and their weights' own sites at once: what it learns from is the plan that was run."""
+    data = small_data(model_folder, text_file, sampler="rankfront", trials=22, anchors=[0.8, 0.4])
+    data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.6, 0.8]}
+    study = make_run(data, tmp_path / "run")
+    storage, rows = study._optuna(), {row.number: row for row in study.rows()}
+    space = make_space(study.setup())
+    menu, dense, timings = _known(storage, study.config, list(rows.values()), space)
+    beliefs = ours(menu, space, study.config, dense, dict(dense.plan.origin), timings).beliefs
+    beliefs.learn(storage)
+    assert {rows[known.trial].origin.partition(":")[0] for known in beliefs.measured.values()} >= {"anchor", "menu"}
+    for places, known in beliefs.measured.items():
+        assert menu.compatible(places)
+        assert Plan.of(menu.choices(places)).key == rows[known.trial].plan_key
+    for budget in np.linspace(menu.least / menu.dense + 0.01, 0.9, 9):
+        assert study.answer(f"block_parameters<={budget}").figures["block_parameters"] <= budget
+
+
 @pytest.mark.parametrize("methods", [["nystrom"], ["lama", "vo-svd"]], ids="+".join)
 def test_a_space_of_joint_sites_alone_is_searched(model_folder, text_file, tmp_path, methods):
     """Weights that only joint sites treat have no variable of their own: warm start, slopes, menu and answer do."""
@@ -379,7 +400,7 @@ def test_anchors_of_a_single_method_leave_joint_sites_dense(model_folder, text_f
     for anchor in space.anchors((0.8,)):
         draws = space.anchor_parameters(anchor)
         options = {v.name: v.options[draws[v.name]] for v in space.variables}
-        treated = space._disjoint(options)
+        treated = space.disjoint(options)
         if anchor.method == "svd-llm":
             assert {option.method for option in treated.values()} == {"svd-llm"}
         if anchor.method == "nystrom":
