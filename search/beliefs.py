@@ -180,21 +180,25 @@ class Beliefs:
 
     # -- solving
 
-    def solver(self, coefficients: Coefficients | None = None) -> Solver:
-        """What finds the plan of least predicted divergence at any budget, as far as the trials have taught."""
-        used = coefficients or self.surrogate.mean
+    def solver(self, coefficients: Coefficients | None = None, menu: Menu | None = None) -> Solver:
+        """What finds the plan of least predicted divergence at any budget, as far as the trials have taught.
+
+        ``menu`` is ours with its costs weighed otherwise; budgets are in its size.
+        """
+        used, priced = coefficients or self.surrogate.mean, menu or self.menu
         coupling = self.surrogate.coupling(used)
         losses = self.surrogate.losses(used)
-        return sweep(self.menu, losses) if coupling is None else Descent(self.menu, losses, coupling)
+        return sweep(priced, losses) if coupling is None else Descent(priced, losses, coupling)
 
-    def downhill(self, local: Local, budgets: Sequence[float]) -> list[list[int]]:
-        """The slopes of ``local``, solved at ``budgets`` in stored values, boldly and with caution."""
-        none = np.zeros((len(self.menu.lines), len(self.menu.lines)))
+    def downhill(self, local: Local, budgets: Sequence[float], menu: Menu | None = None) -> list[list[int]]:
+        """The slopes of ``local``, solved at ``budgets`` in the size of ``menu`` (ours), boldly and with caution."""
+        priced = menu or self.menu
+        none = np.zeros((len(priced.lines), len(priced.lines)))
         trust = self.trusts[self.locals.index(local)]
         found = []
         for caution in CAUTIONS:
-            solved = Descent(self.menu, local.losses(trust, caution), none)
-            found += [solved.solve(min(max(budget, self.menu.least), self.menu.dense)) for budget in budgets]
+            solved = Descent(priced, local.losses(trust, caution), none)
+            found += [solved.solve(min(max(budget, priced.least), priced.dense)) for budget in budgets]
         return found
 
     def best_within(self, budget: float) -> tuple[list[int], float]:

@@ -165,10 +165,11 @@ class Driver:
             )
         self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings)
         self.study.sampler = sampler
-        solved = sweep(self.menu)
+        even = self.menu.even
+        solved = sweep(even)
         for keep in WARM_START:
-            if keep * self.menu.dense >= self.menu.least:
-                chosen = self.menu.choices(solved.solve(keep * self.menu.dense))
+            if keep * even.dense >= even.least:
+                chosen = even.choices(solved.solve(keep * even.dense))
                 if not sampler.beliefs.may_meet(chosen):
                     continue
                 self._enqueue("menu", f"keep={keep:g}", self.space.draws(chosen))
@@ -179,7 +180,7 @@ class Driver:
         anchors = self.space.anchors(self.config.search.anchors)
         draws = (FixedTrial(self.space.anchor_parameters(anchor)) for anchor in anchors)
         found = [menu.places(self.space.suggest(trial, {}).by_site) for trial in draws]
-        known = np.array([(menu.size(places), menu.divergence(places)) for places in found if places is not None])
+        known = np.array([(*menu.costs(places), menu.divergence(places)) for places in found if places is not None])
         kept = iter(moocore.is_nondominated(known, keep_weakly=False))
         return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rankfront.search.space import Space
 from rankfront.search.timing import Timing, timed_objectives, unpack
 
 Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
-NEVER = 2**62  # nanoseconds of what was not timed: as slow as dense, so never chosen
+NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
 QUALITY = ("divergence", "perplexity")
 SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
 
@@ -37,21 +38,24 @@ def quality_of(config: StudyConfig) -> str:
     )
 
 
-def size_of(config: StudyConfig, dtype: str, timings: Timings) -> Size:
-    """What budgets count: stored values where an objective does, else bytes, else predicted time, else values."""
-    if {"parameters", "block_parameters"} & config.objectives.keys():
-        return values_stored
+def sizes_of(config: StudyConfig, dtype: str, timings: Timings) -> list[Size]:
+    """The costs among the objectives that single options add up to: stored values, bytes, predicted times, in this
+    order. Budgets count the first; stored values where there is none."""
+    value_bytes = DTYPES[dtype].itemsize
+    counted = bool({"parameters", "block_parameters"} & config.objectives.keys())
+    found: list[Size] = [values_stored] if counted else []
     if "bytes" in config.objectives:
-        value_bytes = DTYPES[dtype].itemsize
-        return lambda site, option: stored(site, option).bytes(value_bytes)
-    for objective, timing in timings.values():
-        return lambda site, option: _nanoseconds(timing, objective, site, option)
-    return values_stored
+        found.append(lambda site, option: stored(site, option).bytes(value_bytes))
+    found += [partial(_nanoseconds, timing, objective) for objective, timing in timings.values()]
+    return found or [values_stored]
 
 
 def _nanoseconds(timing: Timing, objective: Timed, site: Site, option: Option) -> int:
-    seconds = timing.seconds(objective, site.name, option)
-    return NEVER if seconds is None else round(1e9 * seconds)
+    """Predicted time; nothing where the dense site was not timed either, so that no option gains any."""
+    ours, dense = (timing.seconds(objective, site.name, each) for each in (option, DENSE_OPTION))
+    if ours is None:
+        return 0 if dense is None else NEVER
+    return round(1e9 * ours)
 
 
 def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype: str, timings: Timings) -> Menu:
@@ -64,8 +68,8 @@ def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype:
         ]
         return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
 
-    size = size_of(config, dtype, timings)
-    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), size, faster)
+    sizes = sizes_of(config, dtype, timings)
+    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), sizes, faster)
 
 
 def timings_of(config: StudyConfig, known: Mapping[str, Any]) -> Timings:

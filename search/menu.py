@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from rankfront.methods import DENSE_OPTION, Option, Site, Storage, get_method
 from rankfront.search.regions import Region, regions_of
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
+GRAINS = 50_000  # of the whole size where several costs are weighed against each other
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
 
 
@@ -26,6 +27,7 @@ class Line:
         sizes: stored values, or bytes, of each, (K,) integers.
         divergence: predicted divergence of each alone, (K,), nats a token; 0 for dense.
         weights: what the site claims where it treats several weights jointly; empty where it is one weight.
+        more: further costs of each, (K,) integers each, such as bytes beside stored values.
     """
 
     site: str
@@ -33,6 +35,7 @@ class Line:
     sizes: np.ndarray
     divergence: np.ndarray
     weights: tuple[str, ...] = ()
+    more: tuple[np.ndarray, ...] = ()
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -63,6 +66,43 @@ class Menu:
     def dense(self) -> int:
         """Size with every site dense, each weight once."""
         return int(sum(line.sizes[0] for line in self.lines if not line.weights))
+
+    @property
+    def count(self) -> int:
+        """How many costs every option has, the size among them."""
+        return 1 + (len(self.lines[0].more) if self.lines else 0)
+
+    def weighed(self, weights: Sequence[float]) -> Menu:
+        """The menu whose size is Σ_j w_j cost_j / cost_j(dense), in `GRAINS` of its whole; ``weights`` (`count`,).
+
+        What is solved under it at some budget is a point of the front of all costs, and of divergence.
+        """
+        if self.count == 1:
+            return self
+        costs = [np.array([line.sizes, *line.more], dtype=float) for line in self.lines]
+        dense = sum(cost[:, 0] for cost, line in zip(costs, self.lines, strict=True) if not line.weights)
+        share = np.asarray(weights) / np.sum(weights) / np.maximum(dense, 1)
+        lines = tuple(
+            replace(line, sizes=np.ceil(GRAINS * np.minimum(share @ cost, 1)).astype(int), more=())
+            for line, cost in zip(self.lines, costs, strict=True)
+        )
+        menu = replace(self, lines=lines)
+        menu.__dict__.update(regions=self.regions, rivals=self.rivals)  # found once
+        return menu
+
+    @cached_property
+    def even(self) -> Menu:
+        """All costs weighed alike."""
+        return self.weighed([1.0] * self.count)
+
+    def costs(self, places: Sequence[int]) -> list[int]:
+        """Every cost of the choice ``places``, the size first."""
+        totals = []
+        for j in range(self.count):
+            own = [line.sizes if j == 0 else line.more[j - 1] for line in self.lines]
+            dense = sum(cost[0] for cost, line in zip(own, self.lines, strict=True) if not line.weights)
+            totals.append(int(dense + sum(cost[k] - cost[0] for cost, k in zip(own, places, strict=True))))
+        return totals
 
     @cached_property
     def _sites(self) -> frozenset[str]:
@@ -144,43 +184,50 @@ def make_menu(
     wanted: Mapping[Site, Iterable[Option]],
     predictions: Predictions,
     cosines: Mapping[str, Any] | None = None,
-    size: Size = values_stored,
+    sizes: Sequence[Size] = (values_stored,),
     offered: Callable[[Site, Option], bool] = lambda site, option: True,
 ) -> Menu:
     """The menu of ``wanted`` under ``predictions``; predictions never fall as an option gets cheaper.
 
     Within a method, a level that stores less cannot be better: predictions are made monotone by a running
-    maximum from the largest level down. Options without a prediction, as large as dense, or not ``offered`` are left
-    out. A weight that only a joint site treats has a line of its own with dense on it. ``cosines`` is what `pack` made.
+    maximum from the largest level down. ``sizes`` are the costs, what budgets count first. Options without a
+    prediction, by no cost cheaper than dense, or not ``offered`` are left out. A weight that only a joint site treats
+    has a line of its own with dense on it. ``cosines`` is what `pack` made.
     """
     lines: list[Line] = []
     for site, options in wanted.items():
         known = predictions.get(site.name, {})
-        by_method: dict[str, list[tuple[int, Option, float]]] = {}
+        dense = _costs(site, DENSE_OPTION, sizes)
+        by_method: dict[str, list[tuple[tuple[int, ...], Option, float]]] = {}
         for option in options:
             if np.isfinite(known.get(option.label, np.nan)):
-                # What saves biases on top of all its weights stores no less than nothing here.
-                own = max(size(site, option), 0)
-                if own < size(site, DENSE_OPTION) and offered(site, option):
+                own = _costs(site, option, sizes)
+                if any(a < b for a, b in zip(own, dense, strict=True)) and offered(site, option):
                     by_method.setdefault(option.method, []).append((own, option, max(known[option.label], TINY)))
-        entries: list[tuple[int, Option, float]] = []
+        entries: list[tuple[tuple[int, ...], Option, float]] = []
         for found in by_method.values():
             worst = 0.0
-            for own, option, divergence in sorted(found, key=lambda entry: -entry[0]):
+            for own, option, divergence in sorted(found, key=lambda entry: -entry[0][0]):
                 worst = max(worst, divergence)
                 entries.append((own, option, worst))
         if entries:
-            entries.sort(key=lambda entry: (-entry[0], entry[2], entry[1].label))
-            entries.insert(0, (size(site, DENSE_OPTION), DENSE_OPTION, 0.0))
-            sizes, chosen, divergences = zip(*entries, strict=True)
+            entries.sort(key=lambda entry: (-entry[0][0], entry[2], entry[1].label))
+            entries.insert(0, (dense, DENSE_OPTION, 0.0))
+            costs, chosen, divergences = zip(*entries, strict=True)
             weights = tuple(weight.path for weight in site.weights) if len(site.weights) > 1 else ()
-            lines.append(Line(site.name, chosen, np.array(sizes), np.array(divergences), weights))
+            first, *more = np.array(costs).T
+            lines.append(Line(site.name, chosen, first, np.array(divergences), weights, tuple(more)))
     alone = {line.site for line in lines}
     joint = {w.path: w for site in wanted if len(site.weights) > 1 for w in site.weights if w.path not in alone}
     claimed = {weight for line in lines for weight in line.weights}
     single = {path: Site(path, (weight,)) for path, weight in joint.items() if path in claimed}
-    lines += [_dense_line(path, size(site, DENSE_OPTION)) for path, site in single.items()]
+    lines += [_dense_line(path, _costs(site, DENSE_OPTION, sizes)) for path, site in single.items()]
     return Menu(tuple(lines), None if cosines is None else _unpack(cosines, [line.site for line in lines]))
+
+
+def _costs(site: Site, option: Option, sizes: Sequence[Size]) -> tuple[int, ...]:
+    """Every cost of an option; what saves biases on top of all its weights stores no less than nothing here."""
+    return tuple(max(size(site, option), 0) for size in sizes)
 
 
 def pack(sites: Sequence[str], cosines: np.ndarray) -> dict[str, Any]:
@@ -201,5 +248,6 @@ def _unpack(packed: Mapping[str, Any], sites: Sequence[str]) -> np.ndarray:
     return found
 
 
-def _dense_line(path: str, size: int) -> Line:
-    return Line(path, (DENSE_OPTION,), np.array([size]), np.zeros(1))
+def _dense_line(path: str, costs: Sequence[int]) -> Line:
+    first, *more = (np.array([cost]) for cost in costs)
+    return Line(path, (DENSE_OPTION,), first, np.zeros(1), (), tuple(more))

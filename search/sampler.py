@@ -27,9 +27,10 @@ BUDGETS = 48  # budgets at which the corrected menu is solved for each proposal
 STEPS = 100  # random steps before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
-MODES = ("solve", "sample", "solve", "switch")  # what proposals are drawn from, in turn
+NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
+MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
 STEPS_PER_SLOPES = 4  # proposals measured between two passes, all but the last of them from the newest
-GLOBAL_EVERY, GLOBAL_MODES = 6, ("solve", "switch")  # one trial in so many is not downhill, though there are slopes
+GLOBAL_EVERY = 12  # one proposal in so many is global, though there are slopes
 STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
 WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
@@ -43,8 +44,9 @@ class RankfrontSampler(BaseSampler):
     Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
     candidates are steps downhill from their centres, at budgets around them, and now and then something global: the
     solutions of the corrected menu at many budgets, those of a posterior sample of its coefficients, or switches of
-    levels within front members that keep their budget. Plans that were measured or are running are never proposed
-    again.
+    levels within front members that keep their budget. Where plans cost several things at once, such as values and
+    bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured or are
+    running are never proposed again.
 
     Args:
         beliefs: what is known of the plans, shared with whoever asks for predictions.
@@ -76,13 +78,14 @@ class RankfrontSampler(BaseSampler):
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
         """Without slopes the global modes in turn; with them, steps downhill from the newest, then from any of them,
         and now and then a global one."""
+        proposed = sum(t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs) for t in trials)
         last = max((t.number for t in trials if "slopes" in t.user_attrs), default=None)
         if last is None or not self.beliefs.locals:
-            return MODES[number % len(MODES)]
+            return MODES[proposed % len(MODES)]
+        if proposed % GLOBAL_EVERY == GLOBAL_EVERY - 1:
+            return MODES[proposed // GLOBAL_EVERY % len(MODES)]
         steps = sum(last < t.number < number and "slopes_of" not in t.user_attrs for t in trials)
-        if steps < STEPS_PER_SLOPES - 1:
-            return "newest"
-        return GLOBAL_MODES[number // GLOBAL_EVERY % 2] if number % GLOBAL_EVERY == 0 else "any"
+        return "newest" if steps < STEPS_PER_SLOPES - 1 else "any"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -130,14 +133,16 @@ class RankfrontSampler(BaseSampler):
     def _propose(self, tried: set[tuple[int, ...]], mode: str) -> list[int]:
         coefficients = self.beliefs.surrogate.sample() if mode == "sample" else self.beliefs.surrogate.mean
         front = self.beliefs.front()
+        costs = self.menu.count
+        priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
         if mode == "newest":
-            candidates = self._downhill(self.beliefs.locals[-1:], STRETCH)
+            candidates = self._downhill(self.beliefs.locals[-1:], STRETCH, priced)
         elif mode == "any":
-            candidates = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH)
+            candidates = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH, priced)
         else:
-            candidates = self._solutions(coefficients)
+            candidates = self._solutions(coefficients, priced)
             if mode == "switch" and front:
-                candidates += self._switches(front, coefficients)
+                candidates += self._switches(front, coefficients, priced)
         fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
         for _ in range(STEPS):  # everything solved for was measured: step away from it at random
             if fresh:
@@ -149,34 +154,34 @@ class RankfrontSampler(BaseSampler):
         gains = self._gains(fresh, coefficients)
         return fresh[int(np.argmax(gains))]
 
-    def _solutions(self, coefficients: Coefficients) -> list[list[int]]:
+    def _solutions(self, coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time."""
-        solved = self.beliefs.solver(coefficients)
+        solved = self.beliefs.solver(coefficients, priced)
         shift = self.random.uniform()
         shares = (np.arange(BUDGETS) + shift) / BUDGETS
-        return [solved.solve(self.menu.least + share * (self.menu.dense - self.menu.least)) for share in shares]
+        return [solved.solve(priced.least + share * (priced.dense - priced.least)) for share in shares]
 
-    def _downhill(self, centres: Sequence[Local], stretch: float) -> list[list[int]]:
+    def _downhill(self, centres: Sequence[Local], stretch: float, priced: Menu) -> list[list[int]]:
         """The slopes of ``centres``, solved at budgets around each."""
         found = []
         for local in centres:
             shares = np.array([1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))])
-            found += self.beliefs.downhill(local, list(self.menu.size(local.plan) * shares))
+            found += self.beliefs.downhill(local, list(priced.size(local.plan) * shares), priced)
         return found
 
-    def _switches(self, front: Sequence[list[int]], coefficients: Coefficients) -> list[list[int]]:
+    def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
         losses = self.beliefs.surrogate.losses(coefficients)
         found = []
         for _ in range(SWITCHES):
             plan = list(front[int(self.random.integers(len(front)))])
-            budget = self.menu.size(plan)
+            budget = priced.size(plan)
             plan = self._step(plan)
-            over = self.menu.size(plan) - budget
+            over = priced.size(plan) - budget
             best: tuple[float, int, int] | None = None
             for i in map(int, self.random.permutation(len(plan))[:PARTNERS]):
-                line = self.menu.lines[i]
-                if any(plan[rival] for rival in self.menu.rivals[i]):
+                line = priced.lines[i]
+                if any(plan[rival] for rival in priced.rivals[i]):
                     continue
                 enough = np.flatnonzero(line.sizes[plan[i]] - line.sizes >= over)
                 if len(enough):
@@ -186,7 +191,7 @@ class RankfrontSampler(BaseSampler):
                         best = (change, i, place)
             if best is not None:
                 plan[best[1]] = best[2]
-            if self.menu.size(plan) <= budget:
+            if priced.size(plan) <= budget:
                 found.append(plan)
         return found
 
@@ -239,7 +244,9 @@ class RankfrontSampler(BaseSampler):
         if unknown.any():
             plans = list(self.beliefs.measured)
             known = np.array([found.values for found in self.beliefs.measured.values()]).reshape(-1, self.goal.count)
-            values[:, unknown] = fitted(savings(self.menu, plans), known[:, unknown], savings(self.menu, candidates))
+            values[:, unknown] = fitted(
+                savings(self.menu.even, plans), known[:, unknown], savings(self.menu.even, candidates)
+            )
         return values
 
 

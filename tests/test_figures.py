@@ -39,7 +39,7 @@ def value(resident, plan, name, **settings):
 
 def disjoint_plan(resident, seed):
     """Random options, of sites that share weights one."""
-    return Plan.of(resident.space._disjoint(random_plan(resident, seed).by_site))
+    return Plan.of(resident.space.disjoint(random_plan(resident, seed).by_site))
 
 
 def counted(model, context):

@@ -8,7 +8,7 @@ import common
 import pytest
 import torch
 from common import save_folder
-from launching import measured, small_data, verify_here
+from launching import make_run, measured, small_data, verify_here
 from safetensors import safe_open
 from test_method_laws import make_sample, make_weight
 from torch import nn
@@ -283,6 +283,19 @@ def test_a_tied_table_is_rounded_once_and_stays_tied(name, text_file, tmp_path, 
             names = list(file.keys())
             assert sum(file.get_tensor(name).nbytes for name in names) == row.attributes["bytes"]
             assert sum("stored" in name for name in names) == 2 * len(resident.layers) - 2  # of the table, once
+
+
+def test_a_search_of_values_and_bytes_finds_what_is_best_in_either(model_folder, text_file, tmp_path):
+    """Eight bits store no fewer values and are on the menu for their bytes; low ranks are there for their values."""
+    data = small_data(model_folder, text_file, trials=20, sampler="rankfront", anchors=[0.6])
+    data["space"] = {"methods": ["svd-llm", "gptq-int8", "svd-llm-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
+    data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}}
+    study = make_run(data, tmp_path / "ours")
+    assert set(study.menu()["method"]) == {"dense", "svd-llm", "gptq-int8", "svd-llm-int8"}
+    used = {option.method for row in study.front() for option in row.plan.by_site.values()}
+    assert used == {"svd-llm", "gptq-int8", "svd-llm-int8"}
+    data["search"] |= {"sampler": "random"}
+    assert study.hypervolume() > make_run(data, tmp_path / "random").hypervolume()
 
 
 def test_a_search_that_counts_bytes_finds_what_rounding_is_worth(model_folder, text_file, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
-from rankfront.search.menu import TINY, make_menu, pack
+from rankfront.search.menu import TINY, make_menu, pack, values_stored
 from rankfront.search.predictions import probe_options, scaled_predictions, spectrum_predictions
 
 GRID = Grid((0.2, 0.4, 0.6, 0.8), 2)
@@ -122,6 +122,39 @@ def test_sums_are_over_the_lines():
     )
     assert menu.dense == menu.size([0, 0, 0]) == sum(site.storage.parameters for site in WANTED)
     assert menu.least == menu.size([len(line.options) - 1 for line in menu.lines])
+
+
+def test_several_costs_are_weighed_against_each_other():
+    """Alone a cost keeps its order and its shares of dense; weighed, the whole is one again; regions stay."""
+
+    def bits(site, option):
+        own = site.storage if option == DENSE_OPTION else get_method(option.method).storage(site, option)
+        return own.bytes(2) + (0 if option == DENSE_OPTION else 7)
+
+    menu = make_menu(WANTED, random_predictions(0), sizes=(values_stored, bits))
+    assert menu.count == 2
+    chooser = np.random.default_rng(0)
+    plans = [[int(chooser.integers(len(line.options))) for line in menu.lines] for _ in range(20)]
+    dense = np.array(menu.costs([0] * len(menu.lines)))
+    for plan in plans:
+        chosen = menu.choices(plan)
+        costs = [sum(size(site, chosen[site.name]) for site in WANTED) for size in (values_stored, bits)]
+        assert menu.costs(plan) == costs
+        for weights in ([1, 0], [0, 1], [0.3, 0.7]):
+            weighed = menu.weighed(weights)
+            shares = np.array(weights) @ (np.array(costs) / dense)
+            assert weighed.size(plan) / weighed.dense == pytest.approx(shares, abs=1e-3)
+            assert (weighed.count, weighed.regions) == (1, menu.regions)
+            assert [line.options for line in weighed.lines] == [line.options for line in menu.lines]
+    assert make_menu(WANTED, random_predictions(0)).even.lines[0].sizes[0] == menu.lines[0].sizes[0]
+
+
+def test_what_is_cheaper_by_any_cost_stays_on_the_menu():
+    """As many values in fewer bytes: nothing to gain where values count alone, something where bytes do too."""
+    whole = {site: options for site, options in WANTED.items() if site.name == "wide"}
+    fine = make_menu(whole, random_predictions(0), sizes=(lambda site, option: 5, values_stored))
+    assert len(fine.lines[0].options) == len(make_menu(whole, random_predictions(0)).lines[0].options)
+    assert not make_menu(whole, random_predictions(0), sizes=(lambda site, option: 5,)).lines
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -36,6 +36,7 @@ class Problem:
         interaction: extra divergence of compressing both sites of a block, as a multiple of √(d_i d_j).
         noise: standard deviation of what is measured, in log-divergence.
         slow: whether there is a third objective, which the plan alone does not decide.
+        bytes: whether there is a third one that options decide, and that has little to do with the stored values.
         seed: of the problem.
         sites: two kinds in each block.
         levels: options of each site, dense included.
@@ -44,6 +45,7 @@ class Problem:
     interaction: float = 0.0
     noise: float = 0.0
     slow: bool = False
+    bytes: bool = False
     seed: int = 0
     sites: int = 6
     levels: int = 4
@@ -57,7 +59,9 @@ class Problem:
             tail = np.cumsum(random.exponential(0.03, self.levels - 1)) * (site // 2 + 1)
             stored = 8 * np.array([100, *np.sort(random.integers(15, 90, self.levels - 1))[::-1]])
             options = (DENSE_OPTION, *(Option.of("svd", rank=self.levels - level) for level in range(1, self.levels)))
-            lines.append(Line(f"site {site}", options, stored, np.array([0.0, *tail])))
+            heavy = 1000 * np.array([1.0, *random.uniform(0.1, 1.1, self.levels - 1)])
+            more = (heavy.astype(int),) if self.bytes else ()
+            lines.append(Line(f"site {site}", options, stored, np.array([0.0, *tail]), more=more))
         return Menu(tuple(lines))
 
     @cached_property
@@ -76,20 +80,32 @@ class Problem:
         pairs = zip(alone[: self.sites : 2], alone[1 : self.sites : 2], strict=True)  # the two sites of each block
         divergence = sum(alone) + self.interaction * sum(math.sqrt(a * b) for a, b in pairs)
         stored = menu.size(plan) / menu.dense
-        return [max(divergence, NEVER), stored, *([0.2 + 0.5 * stored + 0.1 * (plan[0] == 0)] if self.slow else [])]
+        third = [0.2 + 0.5 * stored + 0.1 * (plan[0] == 0)] if self.slow else []
+        return [max(divergence, NEVER), stored, *third, *([self.weight(plan)] if self.bytes else [])]
+
+    def weight(self, plan):
+        """The second cost, over that of dense."""
+        return self.menu.costs(plan)[1] / self.menu.costs([0] * self.sites)[1]
+
+    @property
+    def count(self):
+        return 2 + self.slow + self.bytes
 
     @property
     def goal(self):
-        menu = self.menu
         return Goal(
             loss=math.exp,
             log_divergence=lambda value, dense: math.log(max(value, NEVER)),
-            costs=lambda options: {1: menu.size(menu.places(options)) / menu.dense},
+            costs=self.costs,
             dense=NEVER,
             quality=0,
-            count=2 + self.slow,
-            unit=lambda values: np.reshape(values, (-1, 2 + self.slow)) / np.array([0.5, *[1.0] * (1 + self.slow)]),
+            count=self.count,
+            unit=lambda values: np.reshape(values, (-1, self.count)) / np.array([0.5, *[1.0] * (self.count - 1)]),
         )
+
+    def costs(self, options):
+        plan = self.menu.places(options)
+        return {1: self.menu.size(plan) / self.menu.dense} | ({2: self.weight(plan)} if self.bytes else {})
 
     def sampler(self, seed):
         kinds, blocks = zip(*((KINDS[site % 2], site // 2) for site in range(self.sites)), strict=True)
@@ -108,7 +124,7 @@ class Problem:
     def study(self, sampler):
         """An empty study."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        return optuna.create_study(sampler=sampler, directions=["minimize"] * (2 + self.slow))
+        return optuna.create_study(sampler=sampler, directions=["minimize"] * self.count)
 
     def run(self, study, trials, pending=1, fails=lambda number: False):
         """``trials`` more, ``pending`` at a time; the plans in order."""
@@ -140,6 +156,8 @@ PROBLEMS = {
     "noise": (Problem(noise=0.1), 0.93),
     "interactions and noise": (Problem(interaction=1.0, noise=0.1, seed=3), 0.93),
     "three objectives": (Problem(slow=True, interaction=0.5), 0.93),
+    "two costs": (Problem(bytes=True), 0.97),
+    "two costs and noise": (Problem(bytes=True, noise=0.1, seed=1), 0.95),
 }
 
 
@@ -231,7 +249,7 @@ def test_switches_keep_the_budget():
     random = np.random.default_rng(0)
     for _ in range(5):
         member = [int(place) for place in random.integers(0, problem.levels, problem.sites)]
-        switched = sampler._switches([member], sampler.beliefs.surrogate.mean)
+        switched = sampler._switches([member], sampler.beliefs.surrogate.mean, problem.menu)
         assert switched
         assert all(problem.menu.size(plan) <= problem.menu.size(member) for plan in switched)
 

@@ -266,9 +266,9 @@ def test_general_samplers_never_treat_a_weight_twice():
     option = next(iter(space.choices[pair[0]].options.values()))
     space.choices[joint] = space.choices[pair[0]]
     drawn = dict.fromkeys([*singles, joint.name], option)
-    kept = space._disjoint(drawn)
+    kept = space.disjoint(drawn)
     assert set(kept) == set(drawn) - {site.name for site in pair}
-    assert set(space._disjoint(drawn | {joint.name: DENSE_OPTION})) == set(singles)
+    assert set(space.disjoint(drawn | {joint.name: DENSE_OPTION})) == set(singles)
     check_disjoint([site for site in space.choices if site.name in kept])
     with pytest.raises(
         InputError, match=r"treats 'model.layers.0.* twice, at 'model.layers.0.*leave one of them dense"

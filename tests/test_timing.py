@@ -13,7 +13,7 @@ from torch import nn
 from rankfront.methods import DENSE_OPTION, InputError, Option, Unpacked
 from rankfront.objectives.latency import Latency, LatencyDecode, LatencyPrefill
 from rankfront.search import Plan, Study, driver, timing
-from rankfront.search.goal import menu_of, size_of, timings_of
+from rankfront.search.goal import menu_of, sizes_of, timings_of
 from rankfront.search.tables import menu_table
 from rankfront.search.timing import Stopwatches, Timing, compared, pack, timed, unpack
 from rankfront.search.trial import Job, Resident
@@ -257,7 +257,7 @@ def test_budgets_are_time_where_nothing_else_is_counted(data, counted, tmp_path)
     timings = timings_of(study.config, study._optuna().user_attrs)
     objective, table = timings["latency"]
     space = Resident(study.setup()).space
-    size = size_of(study.config, "float32", timings)
+    (size,) = sizes_of(study.config, "float32", timings)
     for site, options in space.wanted().items():
         for option in (DENSE_OPTION, *options):
             assert size(site, option) == round(1e9 * table.seconds(objective, site.name, option))
