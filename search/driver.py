@@ -31,6 +31,7 @@ from rankfront.search.trial import Job, Record
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions of the treated weights at which the menu is measured
+ENOUGH = 10  # trials beside the menu that a limit on tokens should leave room for
 STEPS_AFTER = 2  # trials that the limit on tokens must leave room for after slopes
 MAX_DEAD = 3  # workers in a row that died without finishing anything
 
@@ -214,7 +215,7 @@ class Driver:
         """Whether more trials may start."""
         limits = self.config.search
         in_time = limits.time is None or self.elapsed < limits.time
-        in_tokens = limits.tokens is None or self.tokens < limits.tokens
+        in_tokens = limits.tokens is None or self.tokens + self._promised < limits.tokens
         return in_time and in_tokens and not self.exhausted and self.spent + len(self.running) < limits.trials
 
     def next(self) -> Job | None:
@@ -223,6 +224,7 @@ class Driver:
         Raises KeyboardInterrupt once a stop is requested.
         """
         self.stop.check()
+        begun = time.monotonic()
         if self.wants_timing and self.searching:  # alone, for what runs beside it would be in its figures
             if self.timing_asked or self.running or self.menu_asked:
                 return None
@@ -234,7 +236,7 @@ class Driver:
             return due
         if self.searching and self._ready:
             self._ask_slopes()
-        job = self._next_trial() if self.searching and self._ready else None
+        job = self._next_trial(begun) if self.searching and self._ready else None
         if job is None and self.searching and not self.running and not self._ready and not self.menu_asked:
             raise InputError(
                 f"the dense model could not be measured ({self._dense_failure()}): nothing to compare with"
@@ -243,22 +245,44 @@ class Driver:
             job = self._next_report()
         return job
 
+    def _check_tokens(self) -> None:
+        """Raise `InputError` where the limit was spent before anything was measured."""
+        limit = self.config.search.tokens
+        if limit is not None and limit <= self.tokens and not (self.menu_asked or self.running or self.spent):
+            raise InputError(
+                f"search.tokens = {limit:,} is spent on the menu, which took {self.tokens:,}, and no plan was measured:"
+                f" set it to {self.tokens + ENOUGH * self._trial_tokens():,} or more"
+            )
+
     def _ask_slopes(self) -> None:
         """Queue slopes around the plan that our sampler names, where the limit leaves tokens for them and a trial."""
         if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
             return
         left = math.inf if self.config.search.tokens is None else self.config.search.tokens - self.tokens
-        if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self._trial_tokens:
+        if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self._trial_tokens():
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 source = self.study.get_trials(deepcopy=False)[number]
                 self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
 
-    @property
-    def _trial_tokens(self) -> int:
-        """What a trial at the first rung runs through the model."""
-        windows = self.config.rung_windows()[0]
+    def _trial_tokens(self, rung: int = 0) -> int:
+        """What a trial runs through the model."""
+        windows = self.config.rung_windows()[rung]
         return int(windows.stop - windows.start) * self.config.data.length
+
+    @property
+    def _promised(self) -> int:
+        """Tokens of the trials and slopes that run."""
+        return sum(
+            SLOPE_PASSES * min(SLOPE_TOKENS, self._search_tokens)
+            if "slopes_of" in trial.user_attrs
+            else self._trial_tokens(int(trial.user_attrs.get("rung", 0)))
+            for trial in self.running.values()
+        )
+
+    @property
+    def _search_tokens(self) -> int:
+        return int(self.config.data.search.windows * self.config.data.length)
 
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -301,8 +325,8 @@ class Driver:
         """Nothing is running and nothing is left to start."""
         return not self.running and not self.reporting and not self.searching and not self._unreported()
 
-    def _next_trial(self) -> Job | None:
-        begun = time.monotonic()
+    def _next_trial(self, begun: float) -> Job | None:
+        """The next trial, with the seconds that proposing it took since ``begun``."""
         for _ in range(MAX_REPEATS):
             if not self._ready:  # the last of the anchors was a repetition, and our sampler is not there yet
                 return None
@@ -356,6 +380,7 @@ class Driver:
         if job.kind == "menu":
             self.menu_asked.discard(job.number)
             self._menu_arrived(job.number, record)
+            self._check_tokens()
         elif job.kind == "timing":
             self.timing_asked = self.wants_timing = False
             self.study.set_user_attr("timing", record)  # a failure too: latency is then read off the trials alone

@@ -16,14 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import psutil
 from common import study_data
 from rich.console import Console
 
+from rankfront.search.driver import Driver
 from rankfront.search.front import Row
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident
+from rankfront.search.trial import Job, Resident, make_space
 
 PATIENCE = 240  # seconds until a test gives a process up
 
@@ -54,6 +56,15 @@ def make_run(data: Mapping[str, Any], run: Path) -> Study:
     study = Study(data, run)
     study.launch(quiet())
     return study
+
+
+def make_driver(data: Mapping[str, Any], run: Path) -> tuple[Driver, Resident]:
+    """A driver over a study in memory, and its resident model."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = Study(data, run)
+    setup = study.setup()
+    memory = optuna.create_study(directions=["minimize"] * 2)
+    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None), Resident(setup)
 
 
 def again(study: Study, **search: Any) -> Study:

@@ -8,7 +8,7 @@ import sys
 import optuna
 import pytest
 import torch
-from launching import again, check_whole, make_run, quiet, small_data, values_of
+from launching import again, check_whole, make_driver, make_run, quiet, small_data, values_of
 
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
@@ -254,6 +254,30 @@ def test_a_tiny_time_limit_ends_the_launch_and_more_time_goes_on(data, tmp_path)
     longer = again(study, time="1h", trials=TRIALS)
     longer.launch(quiet())
     check_whole(longer, before, TRIALS)
+
+
+@pytest.mark.parametrize("sampler", ["random", "rankfront"])
+def test_workers_together_spend_no_more_tokens_than_one(data, tmp_path, sampler):
+    """What runs counts before it is told: at most the last job goes beyond the limit."""
+    data["search"] |= {"tokens": 4 * 32 * 10 + 1, "trials": 100, "sampler": sampler}
+    driver, resident = make_driver(data, tmp_path / "run")
+    largest = 0
+    while not driver.done:
+        jobs = [job for job in (driver.next() for _ in range(8)) if job]
+        for job in jobs:
+            before = driver.tokens
+            driver.finish(job, resident.run(job))
+            largest = max(largest, driver.tokens - before)
+    assert data["search"]["tokens"] <= driver.tokens < data["search"]["tokens"] + largest
+
+
+def test_a_limit_that_the_menu_alone_spends_is_refused(data, tmp_path):
+    data["search"] |= {"tokens": 100, "sampler": "rankfront"}
+    with pytest.raises(InputError, match=r"search.tokens = 100 .* set it to") as refused:
+        make_run(data, tmp_path / "run")
+    enough = int(str(refused.value).rpartition("set it to ")[2].split()[0].replace(",", ""))
+    data["search"]["tokens"] = enough
+    assert make_run(data, tmp_path / "run").front()
 
 
 @pytest.mark.parametrize("limit", [{"trials": 2}, {"workers": 3}, {"time": "5m"}, {"resources": {"cpu": 2, "gpu": 0}}])

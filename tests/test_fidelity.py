@@ -3,18 +3,16 @@
 import itertools
 
 import numpy as np
-import optuna
 import pytest
-from launching import again, make_run, quiet, small_data, verify_here
+from launching import again, make_driver, make_run, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
-from rankfront.search.driver import Driver
 from rankfront.search.fidelity import pareto_order, rung_windows
 from rankfront.search.plan import Plan
 from rankfront.search.samplers import INTERRUPTED, OURS
 from rankfront.search.study import Interrupted, Study
 from rankfront.search.text import hash_tokens
-from rankfront.search.trial import Resident, make_space
+from rankfront.search.trial import Resident
 
 LENGTH, WINDOWS, RUNGS, REDUCTION, TRIALS = 32, 10, (32, 64, 128), 3, 25  # the rungs read 7 windows, 3 are spare
 DENSE = Plan(()).key
@@ -326,15 +324,6 @@ def test_an_interrupted_dense_model_is_measured_again(data, tmp_path, monkeypatc
     dense = [row.rung for row in complete(study) if row.plan_key == DENSE]
     assert dense == list(range(len(RUNGS)))
     check_promotions(study)
-
-
-def make_driver(data, run):
-    """A driver over a study in memory, and its resident model."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = Study(data, run)
-    setup = study.setup()
-    memory = optuna.create_study(directions=["minimize"] * 2)
-    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None), Resident(setup)
 
 
 def test_nothing_goes_on_before_the_dense_model_is_measured(data, tmp_path):
