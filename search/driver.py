@@ -249,9 +249,12 @@ class Driver:
         """Raise `InputError` where the limit was spent before anything was measured."""
         limit = self.config.search.tokens
         if limit is not None and limit <= self.tokens and not (self.menu_asked or self.running or self.spent):
+            known = self.study.user_attrs
+            missing = sum(f"menu {i}" not in known for i in range(len(self._menu_plans(known.get("menu 0")))))
+            enough = self.tokens + (missing + ENOUGH) * self._trial_tokens()
             raise InputError(
-                f"search.tokens = {limit:,} is spent on the menu, which took {self.tokens:,}, and no plan was measured:"
-                f" set it to {self.tokens + ENOUGH * self._trial_tokens():,} or more"
+                f"search.tokens = {limit:,} is spent on the menu, which took {self.tokens:,} so far, and no plan was"
+                f" measured: set it to {enough:,} or more"
             )
 
     def _ask_slopes(self) -> None:
