@@ -5,11 +5,12 @@ import pkgutil
 
 from rankfront.objectives._clock import Clock
 from rankfront.objectives._objective import OBJECTIVES, Objective, make_objective
-from rankfront.objectives._scores import Scores, Teacher, divergence_from, score, teach
+from rankfront.objectives._scores import TEACHER_TOP_K, Scores, Teacher, divergence_from, score, teach
 from rankfront.objectives._subject import Subject
 
 __all__ = [
     "OBJECTIVES",
+    "TEACHER_TOP_K",
     "Clock",
     "Objective",
     "Scores",
