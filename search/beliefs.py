@@ -155,6 +155,13 @@ class Beliefs:
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
         return mixed, SURROGATE_ERROR * np.sqrt(1 - weight)
 
+    def excess_rate(self, column: int, dense: float) -> float:
+        """Nats by which the loss rises for each nat of divergence, with the perplexity of objective ``column``: the
+        median over measured plans; 1 where there is none."""
+        pairs = [(known.values[column], known.level) for plan, known in self.measured.items() if any(plan)]
+        rates = [math.log(value / dense) / math.exp(level) for value, level in pairs if value > dense]
+        return float(np.median(rates)) if rates else 1.0
+
     def may_meet(self, option_of: Mapping[str, Option]) -> bool:
         """Whether a plan meets the study's limits on what the plan alone decides."""
         values = np.array([[-math.inf] * self.goal.count, [math.inf] * self.goal.count])  # what is not known may be any

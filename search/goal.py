@@ -90,6 +90,7 @@ class Goal:
         timed: position -> a latency among the objectives, and its table.
         dense: value of the quality objective for the dense model, at the first rung.
         quality: position of the quality objective.
+        perplexity: position of a perplexity beside a divergence that is modelled, and the dense model's; else None.
         count: of objectives, d.
         unit: values (N, d) -> the same in units of the box that hypervolume is measured in.
         excess: values (N, d) -> how far they miss the study's limits, (N,); 0 where they meet them.
@@ -104,6 +105,7 @@ class Goal:
     unit: Callable[[np.ndarray], np.ndarray]
     excess: Callable[[np.ndarray], np.ndarray] = lambda values: np.zeros(len(values))
     timed: Mapping[int, tuple[Timed, Timing]] = field(default_factory=dict)
+    perplexity: tuple[int, float] | None = None
 
 
 def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings: Timings | None = None) -> Goal:
@@ -139,4 +141,6 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
 
     timed = {names.index(name): found for name, found in (timings or {}).items()}
     place = names.index(quality)
-    return Goal(loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed)
+    beside = quality != "perplexity" and "perplexity" in names
+    other = (names.index("perplexity"), dense.values["perplexity"]) if beside else None
+    return Goal(loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed, other)

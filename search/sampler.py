@@ -226,7 +226,8 @@ class RankfrontSampler(BaseSampler):
 
     def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
-        worse by the median error; what nothing predicts is a line in what each method saves, fitted to the trials."""
+        worse by the median error; the logarithm of a perplexity beside divergence rises in proportion to it; what
+        nothing predicts is a line in what each method saves, fitted to the trials."""
         logs, errors = self.beliefs.levels(candidates, coefficients)
         logs = logs + PESSIMISM * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
@@ -240,6 +241,9 @@ class RankfrontSampler(BaseSampler):
             ratios = [table.timing.ratio(objective, self.menu.choices(candidate)) for candidate in candidates]
             doubt = 0.0 if np.isnan(table.median) else table.median
             values[:, column] = [np.nan if ratio is None else ratio + doubt for ratio in ratios]
+        if self.goal.perplexity is not None:
+            column, dense = self.goal.perplexity
+            values[:, column] = dense * np.exp(np.minimum(self.beliefs.excess_rate(column, dense) * np.exp(logs), 100))
         unknown = np.isnan(values).any(0)
         if unknown.any():
             plans = list(self.beliefs.measured)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import moocore
@@ -261,6 +261,33 @@ def test_what_it_predicts():
     plan = menu.choices([1] * len(menu.lines))
     assert sampler.beliefs.predict(plan) == pytest.approx(menu.divergence([1] * len(menu.lines)), rel=1e-6)
     assert sampler.beliefs.predict(plan | {menu.lines[0].site: Option.of("svd", rank=99)}) is None
+
+
+class Both(Problem):
+    """Perplexity beside the divergence that is modelled: the loss rises 1.3 times as much."""
+
+    count = 3
+
+    def values(self, plan):
+        divergence, stored = super().values(plan)
+        return [divergence, stored, 30 * math.exp(1.3 * divergence)]
+
+    @property
+    def goal(self):
+        box = np.array([[0.0, 0.0, 30.0], [0.5, 1.0, 60.0]])
+        return replace(
+            super().goal, perplexity=(2, 30.0), unit=lambda values: (np.reshape(values, (-1, 3)) - box[0]) / box[1]
+        )
+
+
+def test_perplexity_follows_from_the_divergence_beside_it():
+    problem = Both()
+    sampler = problem.sampler(0)
+    problem.run(problem.study(sampler), 12)
+    plans = [[place] * problem.sites for place in range(1, problem.levels)]
+    divergence, _, perplexity = sampler._values(plans, sampler.beliefs.surrogate.mean).T
+    np.testing.assert_allclose(perplexity, 30 * np.exp(1.3 * divergence), rtol=1e-6)
+    assert (np.diff(perplexity) > 0).all()
 
 
 # -- sites that share weights, and slopes
