@@ -1,14 +1,15 @@
 """What the search believes of a plan's divergence: the menu as prior, corrected by every measured trial.
 
-    log D(plan) = a + c · log S(plan) + residual(plan)
+    log D(plan) = a + c · log S(plan) + residual(plan),    measured with noise
     S(plan) = Σ_i e_i + ρ/2 Σ_{i≠j} C_ij √(2 e_i) √(2 e_j),    e_i = d_i(o_i) exp(θ_i(o_i))
 
 d is the menu's prediction for each site alone; θ corrects one (site, method), and is shared in part by the sites of a
 kind and of a block; C are the menu's cosines between sites and ρ how far they are believed; a and c let divergences
 add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured plans that
-share many options, the more the worse the rest explains what was measured. All coefficients are Gaussian a priori, so
-fitting is a Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample costs one more
-solve.
+share many options, the more the worse the rest explains what was measured. Noise is of the logarithm and of nats: near
+dense a few thousandths of a nat are most of what is measured, and say little. All coefficients are Gaussian a priori,
+so fitting is a Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample costs one
+more solve.
 
 Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
 linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).
@@ -29,7 +30,8 @@ from rankfront.search.menu import TINY, Menu
 SITE, KIND, BLOCK, METHOD = 0.4, 0.3, 0.2, 0.3
 OFFSET, SLOPE = 1.0, 0.3  # of a around 0 and of c around 1
 TRUST, TRUST_MEAN = 0.2, 0.5  # of ρ: cosines are estimated from few tokens, and believing all of them overfits
-NOISE = 0.05  # what additive terms cannot explain
+NOISE = 0.05  # of a measurement, in log-divergence: what neither terms nor neighbours can explain
+SPREAD = 0.004  # of a measurement, in nats a token: the error of a difference in loss over about 4,000 tokens
 RESIDUALS = (0.1, 0.03, 0.3, 1.0)  # of what neighbours can; which of them the evidence decides, the first a priori
 LEAST_SHARE = 0.1  # of what sites do alone that is left where they cancel; ρ C need not be positive definite
 ITERATIONS = 6
@@ -72,7 +74,8 @@ class Surrogate:
             self._divergence[i, : len(line.options)] = line.divergence
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
-        self._weights = np.zeros(0)
+        self.noise = np.zeros(0)  # standard deviation of each of them
+        self._near = np.zeros((0, 0))  # how much measured plans are alike
         self.residual = RESIDUALS[0]  # standard deviation of what neighbours explain
         self._cosines = None if menu.cosines is None else menu.cosines - np.eye(len(menu.lines))
         self.mean = self._unpack(np.zeros(len(self.features) + 3))
@@ -140,55 +143,75 @@ class Surrogate:
     def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
         """Log-divergence of plans (T, lines), residuals of measured neighbours included, (T,)."""
         base = self.explained(plans, coefficients)
-        return base + self._alike(plans, self._plans) @ self._weights if len(self._weights) else base
+        if not len(self._observed):
+            return base
+        left = self._observed - self.explained(self._plans, coefficients)
+        return base + self.residual**2 * _alike(plans, self._plans) @ np.linalg.solve(self._unexplained, left)
 
-    def _alike(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """residual² exp(−share of sites that differ / 0.2), (A, B)."""
-        differ = (a[:, None, :] != b[None, :, :]).mean(-1)
-        kernel: np.ndarray = self.residual**2 * np.exp(-differ / 0.2)
-        return kernel
+    @property
+    def _unexplained(self) -> np.ndarray:
+        """Covariance of what the terms do not explain of the measured plans: residuals and noise, (T, T)."""
+        return self.residual**2 * self._near + np.diag(self.noise**2)
 
     # -- fitting
 
-    def fit(self, plans: np.ndarray, log_divergence: np.ndarray) -> None:
-        """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,)."""
-        self._plans, self._observed = plans, log_divergence
+    def fit(self, plans: np.ndarray, log_divergence: np.ndarray, spread: float | np.ndarray = SPREAD) -> None:
+        """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,).
+
+        ``spread`` is the standard deviation of the divergences in nats, of all or of each, (T,). What was measured below
+        it is only known to be small: it counts as ``spread``, give or take a factor of e.
+        """
+        self._plans = plans
+        self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
+        self.noise = np.hypot(NOISE, spread * np.exp(-self._observed))
+        self._near = _alike(plans, plans)
         fitted = {}
         for self.residual in RESIDUALS:
-            mean = self._map(np.zeros(self._root.shape[1]), log_divergence)
+            mean = self._map(np.zeros(self._root.shape[1]), self._observed)
             fitted[self.residual] = self._evidence(mean), mean
         self.residual = max(RESIDUALS, key=lambda residual: fitted[residual][0])
         self.mean = fitted[self.residual][1]
-        kernel = self._alike(plans, plans) + NOISE**2 * np.eye(len(plans))
-        self._weights = np.linalg.solve(kernel, log_divergence - self.explained(plans))
 
     def _evidence(self, mean: Coefficients) -> float:
         """log p(observed) but for a constant, linearised at ``mean``: Rasmussen & Williams equation 2.30."""
-        jacobian = self._jacobian(mean)
-        prior = np.array([*np.zeros(len(mean.theta)), TRUST_MEAN, 0.0, 1.0])
-        moved = np.array([*mean.theta, mean.trust, mean.offset, mean.slope]) - prior
-        gap = self._observed - self.explained(self._plans, mean) + jacobian @ moved
-        reach = jacobian @ self._root
-        covariance = reach @ reach.T + self._alike(self._plans, self._plans) + NOISE**2 * np.eye(len(gap))
+        gap, covariance = self._linearised(mean)
         return float(-0.5 * gap @ np.linalg.solve(covariance, gap) - 0.5 * np.linalg.slogdet(covariance)[1])
+
+    def _linearised(self, at: Coefficients) -> tuple[np.ndarray, np.ndarray]:
+        """What was measured, less what the prior's mean predicts by the tangent at ``at``, (T,); its covariance."""
+        jacobian = self._jacobian(at)
+        prior = np.array([*np.zeros(len(at.theta)), TRUST_MEAN, 0.0, 1.0])
+        moved = np.array([*at.theta, at.trust, at.offset, at.slope]) - prior
+        gap = self._observed - self.explained(self._plans, at) + jacobian @ moved
+        reach = jacobian @ self._root
+        return gap, reach @ reach.T + self._unexplained
+
+    def ahead(self) -> np.ndarray:
+        """By how much each measured log-divergence missed what the ones before it had predicted, (T,).
+
+        L_tt [L⁻¹ gap]_t with L Lᵀ the covariance of the linearised model: a trial's innovation given the earlier ones.
+        """
+        gap, covariance = self._linearised(self.mean)
+        root = np.linalg.cholesky(covariance)
+        missed: np.ndarray = np.diag(root) * np.linalg.solve(root, gap)
+        return missed
 
     def sample(self) -> Coefficients:
         """One setting of the coefficients from their posterior, by Matheron's rule on the linearised model."""
         if not len(self._observed):
             return self._unpack(self._root @ self.random.standard_normal(self._root.shape[1]))
         start: np.ndarray = np.array(self.random.standard_normal(self._root.shape[1]))
-        noise = np.hypot(NOISE, self.residual) * self.random.standard_normal(len(self._observed))
-        return self._map(start, self._observed + noise)
+        drawn = np.linalg.cholesky(self._unexplained) @ self.random.standard_normal(len(self._observed))
+        return self._map(start, self._observed + drawn)
 
     def _map(self, prior: np.ndarray, observed: np.ndarray) -> Coefficients:
-        """The posterior mode for prior effects centred at ``prior`` (P,)."""
-        effects = prior
+        """The posterior mode for prior effects centred at ``prior`` (P,), whatever the residuals are."""
+        effects, unexplained = prior, self._unexplained
         for _ in range(ITERATIONS):
             current = self._unpack(self._root @ effects)
             jacobian = self._jacobian(current) @ self._root  # (T, P)
             gap = observed - self.explained(self._plans, current) + jacobian @ (effects - prior)
-            gain = jacobian @ jacobian.T + (NOISE**2 + self.residual**2) * np.eye(len(observed))
-            effects = prior + jacobian.T @ np.linalg.solve(gain, gap)
+            effects = prior + jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + unexplained, gap)
         return self._unpack(self._root @ effects)
 
     def _unpack(self, values: np.ndarray) -> Coefficients:
@@ -210,3 +233,10 @@ class Surrogate:
         jacobian[:, -2] = 1.0
         jacobian[:, -1] = np.log(sums)
         return jacobian
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """exp(−share of sites that differ / 0.2) of plans (A, lines) and (B, lines), (A, B)."""
+    differ = (a[:, None, :] != b[None, :, :]).mean(-1)
+    kernel: np.ndarray = np.exp(-differ / 0.2)
+    return kernel

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Option
+from rankfront.search.goal import SMALLEST
 from rankfront.search.menu import Line, Menu
-from rankfront.search.surrogate import NOISE, RESIDUALS, Coefficients, Surrogate
+from rankfront.search.surrogate import NOISE, RESIDUALS, SPREAD, Coefficients, Surrogate
 
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
 
@@ -130,6 +131,72 @@ def test_one_trial_is_enough_to_fit():
     assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=NOISE)
 
 
+# -- noise
+
+
+def near_dense_plans(count, seed):
+    """Plans (count, SITES) that compress two sites at their mildest, from 0.001 to 0.02 nats."""
+    random = np.random.default_rng(seed)
+    plans = np.zeros((count, SITES), dtype=int)
+    for plan in plans:
+        plan[random.permutation(SITES)[:2]] = random.integers(1, 3, 2)
+    return plans
+
+
+def test_near_dense_measurements_spoil_nothing():
+    """A few thousandths of a nat of noise, and less than dense where it hides the difference: as good as without."""
+    errors, residuals = {True: [], False: []}, []
+    for seed in range(8):
+        random, factors = np.random.default_rng(seed), true_factors(seed)
+        plans = np.vstack([random_plans(12, seed), near_dense_plans(8, seed)])
+        measured = np.exp(truth(plans, factors=factors)) + SPREAD * random.standard_normal(len(plans))
+        unseen = random_plans(100, 100 + seed)
+        for all_of_them in (True, False):
+            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * SPREAD
+            surrogate = make_surrogate()
+            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], SMALLEST)))
+            errors[all_of_them].append(root_mean_square(surrogate.predict(unseen) - truth(unseen, factors=factors)))
+        surrogate.fit(plans, np.log(np.maximum(measured, SMALLEST)))
+        residuals.append(surrogate.residual)
+    assert np.median(errors[True]) <= 1.05 * np.median(errors[False])
+    assert np.median(residuals) <= RESIDUALS[0]
+
+
+def test_what_is_below_the_spread_is_only_known_to_be_small():
+    """How far below, noise decides; no plan is made out to be worse by it than a measurement of it could."""
+    plans, predicted = np.vstack([random_plans(12, 0), near_dense_plans(2, 0)]), []
+    for least in (SMALLEST, 0.1 * SPREAD, SPREAD):
+        surrogate, observed = make_surrogate(), truth(plans)
+        observed[-2:] = np.log(least)
+        surrogate.fit(plans, observed, SPREAD)
+        predicted.append(surrogate.predict(plans))
+    assert predicted[0] == pytest.approx(predicted[2])
+    assert predicted[1] == pytest.approx(predicted[2])
+
+
+def test_each_measurement_has_its_own_spread():
+    """A wrong one that is said to be uncertain changes little, one that is said to be certain much."""
+    plans = random_plans(20, 0)
+    observed, shifts = truth(plans), {}
+    wrong = observed + 1.5 * (np.arange(len(plans)) == 7)
+    for own in (0.0, 10.0):
+        spread = np.where(np.arange(len(plans)) == 7, own * np.exp(observed), 0.0)
+        right, misled = make_surrogate(), make_surrogate()
+        right.fit(plans, observed, spread)
+        misled.fit(plans, wrong, spread)
+        shifts[own] = root_mean_square(misled.predict(plans) - right.predict(plans))
+    assert shifts[10.0] < 0.2 * shifts[0.0]
+
+
+def test_what_earlier_trials_had_predicted_of_each():
+    """The innovations against conditioning one trial after the other on those before it."""
+    surrogate, plans = make_surrogate(), random_plans(12, 0)
+    surrogate.fit(plans, truth(plans, 0.3, 1.1, true_factors()))
+    gap, covariance = surrogate._linearised(surrogate.mean)
+    slow = [gap[t] - covariance[t, :t] @ np.linalg.solve(covariance[:t, :t], gap[:t]) for t in range(len(gap))]
+    assert surrogate.ahead() == pytest.approx(slow)
+
+
 # -- how sure it is
 
 
@@ -168,11 +235,12 @@ def test_samples_agree_where_it_was_measured():
 
 
 def test_samples_spread_as_the_posterior_does():
-    """Covariance R (I − Jᵀ (J Jᵀ + s² I)⁻¹ J) Rᵀ of the coefficients, s² what the fit takes as noise of a trial."""
+    """Covariance R (I − Jᵀ (J Jᵀ + K + N)⁻¹ J) Rᵀ of the coefficients, K of residuals of alike plans and N of noise."""
     surrogate, plans = make_surrogate(), random_plans(8, 0)
     surrogate.fit(plans, truth(plans))
     jacobian = surrogate._jacobian(surrogate.mean) @ surrogate._root
-    gain = jacobian @ jacobian.T + (NOISE**2 + surrogate.residual**2) * np.eye(len(plans))
+    alike = np.exp(-(plans[:, None, :] != plans[None, :, :]).mean(-1) / 0.2)
+    gain = jacobian @ jacobian.T + surrogate.residual**2 * alike + np.diag(surrogate.noise**2)
     left = np.eye(jacobian.shape[1]) - jacobian.T @ np.linalg.solve(gain, jacobian)
     expected = np.sqrt(np.diag(jacobian @ left @ jacobian.T))  # (T,) of the measured plans' log-divergence
     assert spread(surrogate, plans, 400) == pytest.approx(expected, rel=0.25)
@@ -211,5 +279,8 @@ def test_it_leans_on_neighbours_where_the_menu_is_no_guide():
     assert told.residual <= RESIDUALS[0]
     alike = (plans[:, None, :] != plans[None, :, :]).mean(-1)
     covariance = np.exp(-alike / 0.2) + 1e-9 * np.eye(len(plans))
-    untold.fit(plans, np.linalg.cholesky(covariance) @ np.random.default_rng(1).standard_normal(len(plans)))
+    observed = np.linalg.cholesky(covariance) @ np.random.default_rng(1).standard_normal(len(plans))
+    untold.fit(plans, observed)
     assert untold.residual == max(RESIDUALS)
+    for coefficients in (untold.mean, untold.sample()):  # which residuals there are, the coefficients decide
+        assert root_mean_square(untold.predict(plans, coefficients) - observed) < 2 * NOISE
