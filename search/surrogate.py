@@ -158,13 +158,16 @@ class Surrogate:
     def fit(self, plans: np.ndarray, log_divergence: np.ndarray, spread: float | np.ndarray = SPREAD) -> None:
         """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,).
 
-        ``spread`` is the standard deviation of the divergences in nats, of all or of each, (T,). What was measured below
-        it is only known to be small: it counts as ``spread``, give or take a factor of e.
+        ``spread`` is the standard deviation of the divergences in nats, of all or of each, (T,). What was measured
+        below it is only known to be small: it counts as ``spread``, give or take a factor of e. In the logarithm the
+        spread is relative to the lesser of measured and expected, for what noise made large is no surer for it.
         """
         self._plans = plans
         self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
-        self.noise = np.hypot(NOISE, spread * np.exp(-self._observed))
         self._near = _alike(plans, plans)
+        self.residual, self.noise = RESIDUALS[0], np.hypot(NOISE, spread * np.exp(-self._observed))
+        expected = self.explained(plans, self._map(np.zeros(self._root.shape[1]), self._observed))
+        self.noise = np.hypot(NOISE, spread * np.exp(-np.minimum(self._observed, expected)))
         fitted = {}
         for self.residual in RESIDUALS:
             mean = self._map(np.zeros(self._root.shape[1]), self._observed)
