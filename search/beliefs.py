@@ -15,12 +15,15 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import Option
 from rankfront.search.allocate import sweep
 from rankfront.search.descent import Descent
-from rankfront.search.goal import Goal
+from rankfront.search.front import MIN_PREDICTIONS, POOR_ERROR, RECENT
+from rankfront.search.goal import SPREAD_TOKENS, Goal
 from rankfront.search.local import Local, Trust, learn_trust, surest
 from rankfront.search.menu import Menu
 from rankfront.search.surrogate import Coefficients, Surrogate
 
-SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation
+SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation: what is believed before any trial
+PRIOR_TRIALS = 8  # that the prior counts for
+DEVIATION = 1.48  # of a Gaussian, in median absolute errors
 CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
 CENTRES = 8  # slopes that steps are taken from at once
 NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solving around one takes a while
@@ -28,11 +31,15 @@ NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solvin
 
 @dataclass(frozen=True)
 class Measured:
-    """A plan that is known: its trial, log-divergence, and values as they would be at the first rung."""
+    """A plan that is known: its trial, log-divergence, and values as they would be at the first rung.
+
+    ``spread`` is the standard deviation of the divergence, in nats.
+    """
 
     trial: int
     level: float
     values: list[float]
+    spread: float = 0.0
 
 
 class Solver(Protocol):
@@ -77,6 +84,8 @@ class Beliefs:
         self.measured: dict[tuple[int, ...], Measured] = {}
         self.locals: list[Local] = []
         self.trusts: list[Trust] = []  # of each of them
+        self.error = SURROGATE_ERROR  # of the surrogate's predictions, as recent trials showed it
+        self.poor = False  # whether that is too much to lean on them
         self._fitted = 0
 
     # -- learning
@@ -106,14 +115,29 @@ class Beliefs:
                 values = list(trial.values)
                 if rung:
                     values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
-                self.measured[tuple(plan)] = Measured(trial.number, level, values)
-        learned = {plan: found.level for plan, found in self.measured.items() if any(plan)}
+                tokens = trial.user_attrs.get("fidelity", SPREAD_TOKENS)
+                spread = self.goal.spread * math.sqrt(SPREAD_TOKENS / tokens)
+                self.measured[tuple(plan)] = Measured(trial.number, level, values, spread)
+        in_turn = sorted(self.measured.items(), key=lambda item: item[1].trial)
+        learned = {plan: (found.level, found.spread) for plan, found in in_turn if any(plan)}
         if learned:
-            plans, levels = np.array(list(learned)), np.array(list(learned.values()))
-            self.surrogate.fit(plans, levels)
+            plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
+            self.surrogate.fit(plans, levels, spreads)
+            self._doubt()
             self.locals = [local for trial in finished if (local := self._local(trial)) is not None]
             self.trusts = [learn_trust(self.locals, plans, np.exp(levels), own) for own in self.locals]
         self._fitted = len(finished)
+
+    def _doubt(self) -> None:
+        """Learn how far the surrogate is to be believed, from what it would have predicted of recent trials.
+
+        By the rule of `Calibration.poor`, though of the surrogate alone: slopes do not make it better.
+        """
+        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < SURROGATE_ERROR])[-RECENT:]
+        median = float(np.median(missed)) if len(missed) else 0.0
+        self.poor = len(missed) >= MIN_PREDICTIONS and median > POOR_ERROR
+        variances = [SURROGATE_ERROR**2] * PRIOR_TRIALS + [(DEVIATION * median) ** 2] * len(missed)
+        self.error = math.sqrt(sum(variances) / len(variances))
 
     def _local(self, trial: FrozenTrial) -> Local | None:
         """The slopes that a trial measured; None where it measured none, or their centre's level is unknown."""
@@ -147,13 +171,17 @@ class Beliefs:
         self, plans: Sequence[list[int]], coefficients: Coefficients | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
-        nearby, weighted by their precision."""
+        nearby, weighted by their precision.
+
+        A poor surrogate has less weight, but no plan's deviation exceeds that believed a priori: held against all plans
+        alike it would only hide which of them is the best.
+        """
         places = np.array(plans)
         logs = self.surrogate.predict(places, coefficients)
         near, errors = surest(self.locals, places, self.trusts)
-        weight = SURROGATE_ERROR**2 / (SURROGATE_ERROR**2 + errors**2)
+        weight = self.error**2 / (self.error**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
-        return mixed, SURROGATE_ERROR * np.sqrt(1 - weight)
+        return mixed, np.minimum(self.error * np.sqrt(1 - weight), SURROGATE_ERROR)
 
     def excess_rate(self, column: int, dense: float) -> float:
         """Nats by which the loss rises for each nat of divergence, with the perplexity of objective ``column``: the

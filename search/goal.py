@@ -19,12 +19,14 @@ from rankfront.search.front import Constraint, Row, box_of
 from rankfront.search.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.space import Space
+from rankfront.search.surrogate import SPREAD
 from rankfront.search.timing import Timing, timed_objectives, unpack
 
 Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
 NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
 QUALITY = ("divergence", "perplexity")
 SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
+SPREAD_TOKENS = 4096  # that a trial scores where a difference in loss is uncertain by the surrogate's `SPREAD`
 
 
 def quality_of(config: StudyConfig) -> str:
@@ -88,6 +90,7 @@ class Goal:
         log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
         costs: options by site -> values of the objectives that the plan alone decides, by position.
         timed: position -> a latency among the objectives, and its table.
+        spread: standard deviation of a measured divergence, in nats, where a trial scores `SPREAD_TOKENS` tokens.
         dense: value of the quality objective for the dense model, at the first rung.
         quality: position of the quality objective.
         perplexity: position of a perplexity beside a divergence that is modelled, and the dense model's; else None.
@@ -106,6 +109,7 @@ class Goal:
     excess: Callable[[np.ndarray], np.ndarray] = lambda values: np.zeros(len(values))
     timed: Mapping[int, tuple[Timed, Timing]] = field(default_factory=dict)
     perplexity: tuple[int, float] | None = None
+    spread: float = 0.0
 
 
 def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings: Timings | None = None) -> Goal:
@@ -143,4 +147,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
     place = names.index(quality)
     beside = quality != "perplexity" and "perplexity" in names
     other = (names.index("perplexity"), dense.values["perplexity"]) if beside else None
-    return Goal(loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed, other)
+    spread = 0.0 if base is None else SPREAD  # a divergence is of whole distributions: no token is drawn from them
+    return Goal(
+        loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed, other, spread
+    )

@@ -89,7 +89,7 @@ def _status(rows: list[Row], objectives: list[str], left: str, calibrated: Calib
         if within:
             best.append(f"{budget:g}: {min(within):.4g}")
     failed = sum(1 for row in rows if row.state == "failed" and row.counts)
-    held = f"predictions hold to Spearman {calibrated.spearman:.2f}" if calibrated else ""
+    held = f"predictions hold to {calibrated.brief}" if calibrated else ""
     if calibrated and calibrated.poor:
         held += " (poor: leaning on measured neighbours)"
     parts = [f"front {len(front_of(rows))}", f"best {first} at keep {', '.join(best)}" if best else "", held, left]

@@ -141,7 +141,7 @@ class RankfrontSampler(BaseSampler):
             candidates = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH, priced)
         else:
             candidates = self._solutions(coefficients, priced)
-            if mode == "switch" and front:
+            if front and (mode == "switch" or self.beliefs.poor):
                 candidates += self._switches(front, coefficients, priced)
         fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
         for _ in range(STEPS):  # everything solved for was measured: step away from it at random

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rankfront.methods import InputError
 from rankfront.search.driver import INTERRUPTED
@@ -13,6 +14,7 @@ from rankfront.search.front import (
     Constraint,
     Row,
     box_of,
+    calibration,
     dense_row,
     frame,
     front_of,
@@ -201,6 +203,90 @@ def test_the_dense_row_has_the_dense_plan():
     dense = replace(rows[1], plan_key=Plan(()).key)
     assert dense_row([rows[0], dense]) is dense
     assert dense_row(rows) is None
+
+
+# -- how well predictions held
+
+
+def predicted_rows(predicted, measured, sizes, dense=None):
+    """Complete rows of a divergence that was predicted, in order; the dense model's perplexity before them."""
+    name = "divergence" if dense is None else "perplexity"
+    rows = [
+        Row(i, "complete", "", "{}", str(i), {name: m, "parameters": s}, {"predicted": p, "block_parameters": s})
+        for i, (p, m, s) in enumerate(zip(predicted, measured, sizes, strict=True))
+    ]
+    first = Row(-1, "complete", "", "{}", Plan(()).key, {name: dense or 0.0, "parameters": 1.0})
+    return [first, *rows]
+
+
+def ladder(count, seed):
+    """Sizes from 0.9 to 0.4, by how much (30%) each plan is off a divergence that size decides, and that divergence."""
+    sizes = np.linspace(0.9, 0.4, count)
+    own = np.random.default_rng(seed).normal(0, 0.3, count)
+    return sizes, own, 0.1 * np.exp(8 * (0.9 - sizes))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_size_alone_is_no_good_prediction(seed):
+    """It orders plans of all sizes well, and says nothing of those of one size."""
+    sizes, own, by_size = ladder(40, seed)
+    blind = calibration(predicted_rows(by_size * np.exp(-own), by_size * np.exp(own), sizes), "divergence")
+    told = calibration(predicted_rows(by_size * np.exp(0.8 * own), by_size * np.exp(own), sizes), "divergence")
+    assert min(blind.spearman, told.spearman) > 0.8
+    assert told.at_size > 0.8
+    assert blind.at_size < 0
+
+
+def test_the_correlation_at_a_size_is_the_partial_one():
+    """(r_pm − r_ps r_ms) / √((1 − r_ps²)(1 − r_ms²)) of rank correlations; those of shuffled sizes as they are."""
+    sizes, own, by_size = ladder(30, 0)
+    predicted, measured = by_size * np.exp(np.roll(own, 1)), by_size * np.exp(own)
+    rank = [[stats.spearmanr(a, b).statistic for b in (measured, sizes)] for a in (predicted, measured)]
+    (both, with_size), (_, measured_with) = rank
+    expected = (both - with_size * measured_with) / np.sqrt((1 - with_size**2) * (1 - measured_with**2))
+    assert calibration(predicted_rows(predicted, measured, sizes), "divergence").at_size == pytest.approx(expected)
+    equal = calibration(predicted_rows(predicted, measured, np.full(30, 0.5)), "divergence")
+    assert equal.at_size == pytest.approx(equal.spearman)
+
+
+def test_there_is_none_where_nothing_is_left_to_tell():
+    sizes, own, by_size = ladder(40, 0)
+    few = calibration(predicted_rows(by_size[:7], by_size[:7] * np.exp(own[:7]), sizes[:7]), "divergence")
+    assert few.at_size is None
+    ordered = calibration(predicted_rows(by_size, 1.1 * by_size, sizes), "divergence")
+    assert ordered.spearman == pytest.approx(1.0)
+    assert ordered.at_size is None
+    assert "not to be told" in str(ordered)
+    assert "at a size" not in ordered.brief
+
+
+@pytest.mark.parametrize("dense", [None, 20.0])
+def test_predictions_are_poor_where_recent_ones_miss(dense):
+    """By the logarithm of divergence, as of perplexity's excess over dense; what was long ago is forgiven."""
+    sizes, _, by_size = ladder(40, 0)
+
+    def of(factors):
+        predicted = by_size * factors
+        made = (predicted, by_size) if dense is None else (dense * np.exp(predicted), dense * np.exp(by_size))
+        return calibration(predicted_rows(*made, sizes, dense), "divergence" if dense is None else "perplexity")
+
+    turns = np.where(np.arange(40) % 2, 1.5, 1 / 1.5)
+    assert of(turns).spearman > 0.9
+    assert of(turns).poor
+    assert of(turns).error == pytest.approx(np.log(1.5))
+    assert not of(np.where(np.arange(40) < 20, turns, 1.1)).poor
+    assert of(np.where(np.arange(40) < 20, 1.1, turns)).poor
+    assert not of(turns**0.5).poor
+    assert "poor" in str(of(turns))
+    assert "poor" not in str(of(turns**0.5))
+
+
+def test_what_noise_decides_is_no_miss():
+    """A few thousandths of a nat, or a perplexity below the dense model's."""
+    measured = 20 * np.exp(np.array([-0.003, 0.001, 0.004, 0.008, 0.012, 0.0005, 0.006, 0.002, 0.4, 0.5]))
+    predicted = 20 * np.exp(np.array([0.002, 0.005, 0.012, 0.002, 0.004, 0.007, 0.0001, 0.01, 0.4, 0.5]))
+    rows = predicted_rows(predicted, measured, np.linspace(0.99, 0.8, 10), 20.0)
+    assert calibration(rows, "perplexity").error == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("seed", range(4))

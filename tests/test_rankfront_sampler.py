@@ -14,8 +14,10 @@ from optuna.trial import TrialState
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
-from rankfront.search.beliefs import Beliefs
+from rankfront.search.allocate import sweep
+from rankfront.search.beliefs import SURROGATE_ERROR, Beliefs
 from rankfront.search.driver import WARM_START, Driver
+from rankfront.search.front import Row, calibration
 from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
 from rankfront.search.predictions import menu_jobs, menu_record
@@ -288,6 +290,109 @@ def test_perplexity_follows_from_the_divergence_beside_it():
     divergence, _, perplexity = sampler._values(plans, sampler.beliefs.surrogate.mean).T
     np.testing.assert_allclose(perplexity, 30 * np.exp(1.3 * divergence), rtol=1e-6)
     assert (np.diff(perplexity) > 0).all()
+
+
+# -- what is not to be believed
+
+
+class Misled(Problem):
+    """The menu knows nothing: what it says of a site is another's, and off by a factor of seven besides."""
+
+    def values(self, plan):
+        random = np.random.default_rng(self.seed + 5)
+        factors, other = np.exp(random.normal(0, 2.0, self.sites)), random.permutation(self.sites)
+        alone = [self.menu.lines[i].divergence[place] * f for place, i, f in zip(plan, other, factors, strict=True)]
+        return [max(sum(alone) / 10, NEVER), self.menu.size(plan) / self.menu.dense]
+
+
+def predictions_of(problem, trials):
+    """Rows of the menu's front and then proposals, with what was predicted of each; the sampler at the end."""
+    sampler = problem.sampler(0)
+    study = problem.study(sampler)
+    solved, rows = sweep(problem.menu), []
+    for keep in WARM_START:
+        if keep * problem.menu.dense >= problem.menu.least:
+            study.enqueue_trial(dict(zip(problem.options, solved.solve(keep * problem.menu.dense), strict=True)))
+    for number in range(trials):
+        trial, plan = problem.ask(study)
+        sampler.beliefs.learn(study)
+        predicted = sampler.beliefs.predict(problem.menu.choices(plan))
+        problem.tell(study, trial, plan)
+        values = dict(zip(("divergence", "parameters"), study.get_trials()[number].values, strict=True))
+        attributes = {"predicted": predicted, "block_parameters": values["parameters"]}
+        rows.append(Row(number, "complete", OURS, "{}", str(number), values, attributes))
+    sampler.beliefs.learn(study)
+    return rows, sampler
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_menu_that_knows_nothing_is_called_poor(seed):
+    """Size alone orders its first plans well, so rank correlation does not show it."""
+    rows, sampler = predictions_of(Misled(sites=30, levels=8, seed=seed), 14)
+    found = calibration(rows, "divergence")
+    assert found.poor
+    assert found.spearman > 0.75
+    assert sampler.beliefs.poor
+    assert sampler.beliefs.error > 1.5 * SURROGATE_ERROR
+
+
+@pytest.mark.parametrize("settings", [{}, {"interaction": 1.5}, {"noise": 0.1}])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_menu_that_is_off_by_half_is_not(settings, seed):
+    rows, sampler = predictions_of(Problem(sites=30, levels=8, seed=seed, **settings), 14)
+    assert not calibration(rows, "divergence").poor
+    assert not sampler.beliefs.poor
+    assert sampler.beliefs.error < 1.5 * SURROGATE_ERROR
+
+
+def test_where_predictions_are_poor_slopes_weigh_more():
+    """Between the surrogate and slopes of equal say, a surrogate that missed lately gives way; none is surer for it."""
+    problem = Problem()
+    sampler = problem.sampler(0)
+    study = problem.study(optuna.samplers.RandomSampler(0))
+    plans = problem.run(study, 4)
+    measure_slopes(problem, study, 3)
+    beliefs = sampler.beliefs
+    beliefs.learn(study)
+    near = [[*plans[3][:site], (plans[3][site] + 1) % problem.levels, *plans[3][site + 1 :]] for site in range(6)]
+    places = np.array(near)
+    slopes, surrogate = beliefs.locals[0].predict(places, beliefs.trusts[0])[0], beliefs.surrogate.predict(places)
+    gaps = {}
+    for beliefs.error in (0.05, SURROGATE_ERROR, 1.0):
+        levels, deviations = beliefs.levels(near)
+        gaps[beliefs.error] = np.abs(levels - slopes)
+        assert (deviations <= SURROGATE_ERROR).all()
+    assert (gaps[1.0] < gaps[SURROGATE_ERROR]).all()
+    assert (gaps[SURROGATE_ERROR] < gaps[0.05]).all()
+    assert (gaps[0.05] <= np.abs(surrogate - slopes)).all()
+
+
+def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates(monkeypatch):
+    """In every global mode, beside the menu's solutions; else in one of four."""
+    problem, asked = Problem(), []
+    sampler = problem.sampler(0)
+    problem.run(problem.study(sampler), 10)
+    switches = RankfrontSampler._switches
+    monkeypatch.setattr(RankfrontSampler, "_switches", lambda self, *known: asked.append(1) or switches(self, *known))
+    for poor in (False, True):
+        sampler.beliefs.poor = poor
+        asked.clear()
+        for mode in ("solve", "sample", "switch"):
+            sampler._propose(set(), mode)
+        assert len(asked) == (3 if poor else 1)
+
+
+def test_near_dense_measurements_are_as_uncertain_as_their_tokens_leave_them():
+    problem = Problem()
+    sampler = problem.sampler(0)
+    sampler.beliefs.goal = replace(problem.goal, spread=0.004)
+    study = problem.study(sampler)
+    for tokens in (4096, 16384):
+        trial, plan = problem.ask(study)
+        trial.set_user_attr("fidelity", tokens)
+        problem.tell(study, trial, plan)
+    sampler.beliefs.learn(study)
+    assert [found.spread for found in sampler.beliefs.measured.values()] == pytest.approx([0.004, 0.002])
 
 
 # -- sites that share weights, and slopes

@@ -1,0 +1,20 @@
+"""The live line: what it says of the sampler's predictions."""
+
+from rankfront.search.front import Calibration
+from rankfront.search.progress import _status
+
+GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_error=0.034, error=0.08)
+
+
+def line(calibrated):
+    return _status([], ["perplexity"], "", calibrated)
+
+
+def test_the_line_has_all_figures_of_the_calibration():
+    assert "Spearman 0.99 (at a size 0.61), Kendall 0.92, front within 3.4%" in line(GOOD)
+    assert "poor" not in line(GOOD)
+
+
+def test_the_line_says_where_predictions_are_poor():
+    assert "poor: leaning on measured neighbours" in line(Calibration(20, 0.987, 0.92, None, float("nan"), 0.5))
+    assert "Spearman" not in line(None)
