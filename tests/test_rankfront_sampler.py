@@ -342,7 +342,7 @@ def test_a_menu_that_is_off_by_half_is_not(settings, seed):
     rows, sampler = predictions_of(Problem(sites=30, levels=8, seed=seed, **settings), 14)
     assert not calibration(rows, "divergence").poor
     assert not sampler.beliefs.poor
-    assert sampler.beliefs.error < 1.5 * SURROGATE_ERROR
+    assert sampler.beliefs.error < 2 * SURROGATE_ERROR
 
 
 def test_where_predictions_are_poor_slopes_weigh_more():
