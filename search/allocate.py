@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, gcd
 
@@ -15,6 +17,7 @@ from rankfront.search.menu import TINY, Line, Menu
 from rankfront.search.regions import Merged
 
 MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
+REPAIRS = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
 Places = list[int]
 
 
@@ -97,41 +100,95 @@ def knapsack(menu: Menu, budget: float) -> Places:
     return sweep(menu).solve(budget)
 
 
-def knapsack_several(menu: Menu, limits: Sequence[tuple[Sequence[np.ndarray], float]]) -> Places:
-    """The least predicted divergence under several budgets at once, exactly, by HiGHS.
+@dataclass(frozen=True)
+class Budget:
+    """A limit beside stored values: bytes, predicted latency.
 
-    ``limits`` are pairs (cost of every option, line by line; budget): parameters, bytes, predicted latency.
-    Raises `InputError` where no plan meets them all.
+    Attributes:
+        costs: of every option, line by line, dense's 0 where they are changes; infinite ones are never taken.
+        most: what the costs of a plan may come to, each weight counted once.
+    """
+
+    costs: Sequence[np.ndarray]
+    most: float
+
+    def room(self, menu: Menu) -> float:
+        """What is left of it with every site dense."""
+        alone = (cost[0] for line, cost in zip(menu.lines, self.costs, strict=True) if not line.weights)
+        return self.most - float(sum(alone))
+
+    @property
+    def changes(self) -> np.ndarray:
+        """What each option costs more than dense, all lines in a row."""
+        return np.concatenate([cost - cost[0] for cost in self.costs])
+
+
+def knapsack_several(
+    menu: Menu,
+    budget: float,
+    others: Sequence[Budget] = (),
+    losses: Sequence[np.ndarray] | None = None,
+    gap: float = 0.0,
+) -> Places:
+    """The least predicted divergence within ``budget`` stored values, infinite or not, and all ``others``, by HiGHS.
+
+    Exact where ``gap`` is 0, else at most that much worse, relative to the optimum. ``losses`` replace the menu's
+    divergences, line by line; infinite ones are never taken. Raises `InputError` where no plan meets all budgets.
     """
     sizes = [len(line.options) for line in menu.lines]
-    starts = np.cumsum([0, *sizes])
-    total = int(starts[-1])
+    starts = np.cumsum([0, *sizes])[:-1]
+    budgets = [Budget([line.sizes for line in menu.lines], budget), *others]
+    changes = np.array([each.changes for each in budgets], dtype=float)  # (budgets, options)
+    room = np.array([each.room(menu) for each in budgets])
+    loss = np.concatenate([line.divergence for line in menu.lines] if losses is None else losses)
+    offered = np.isfinite(loss) & np.isfinite(changes).all(0)
+    changes, loss = np.where(offered, changes, 0.0), np.where(offered, loss, 0.0)
+    tighter = room.copy()
+    for attempt in range(REPAIRS):
+        constraints = [*_one_each(menu), LinearConstraint(changes, -np.inf, tighter)]
+        with _silent():
+            found = milp(
+                loss,
+                constraints=constraints,
+                integrality=np.ones(len(loss), dtype=int),
+                bounds=Bounds(0, offered.astype(float)),
+                options={"mip_rel_gap": gap},
+            )
+        if found.x is None:
+            break
+        places = [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
+        over = changes[:, starts + places].sum(1) - room
+        if (over <= 0).all():
+            return places
+        tighter -= 2**attempt * np.maximum(over, 0)  # the solver's tolerance let it through
+    wanted = ", ".join(f"{each.most:,.6g}" for each in budgets if np.isfinite(each.most))
+    raise InputError(f"no plan meets the budgets {wanted} together: raise one, or offer lower levels in space.keep")
+
+
+def _one_each(menu: Menu) -> list[LinearConstraint]:
+    """One option a line, and at most one treatment a weight."""
+    sizes = [len(line.options) for line in menu.lines]
     rows = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array((np.ones(total), (rows, np.arange(total))), shape=(len(sizes), total))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for costs, budget in limits:
-        dense = sum(float(cost[0]) for line, cost in zip(menu.lines, costs, strict=True) if not line.weights)
-        changes = np.concatenate([cost - cost[0] for cost in costs])
-        constraints.append(LinearConstraint(changes[None], -np.inf, budget - dense))
+    total = len(rows)
+    constraints = [LinearConstraint(csr_array((np.ones(total), (rows, np.arange(total)))), 1, 1)]
+    treated = np.concatenate([np.arange(size) > 0 for size in sizes])
     for weight in dict.fromkeys(weight for line in menu.lines for weight in line.weights):
-        treated = np.zeros(total)
-        for line, start, size in zip(menu.lines, starts, sizes, strict=False):
-            treated[start + 1 : start + size] = weight in line.claims
-        constraints.append(LinearConstraint(treated[None], -np.inf, 1))
-    loss = np.concatenate([line.divergence for line in menu.lines])
-    found = milp(
-        loss,
-        constraints=constraints,
-        integrality=np.ones(total, dtype=int),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        budgets = ", ".join(f"{budget:,.6g}" for _, budget in limits)
-        raise InputError(
-            f"no plan meets the budgets {budgets} together: raise one, or offer lower levels in space.keep"
-        )
-    return [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=False)]
+        claiming = np.array([weight in line.claims for line in menu.lines])
+        constraints.append(LinearConstraint((claiming[rows] & treated).astype(float)[None], -np.inf, 1))
+    return constraints
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within, what C code prints is dropped: HiGHS 1.12 prints now and then though told not to (its issue 2783)."""
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _cheapest_from(line: Line, keep: float) -> int:
@@ -245,10 +302,12 @@ def sensitivity(menu: Menu, budget: float) -> Places:
     return places if stored <= budget else list(menu.cheapest)
 
 
-ALLOCATORS: Mapping[str, Callable[[Menu, float], Places]] = {
+Allocator = Callable[[Menu, float], Places]  # the menu, a budget of stored values
+ALLOCATORS: Mapping[str, Allocator] = {
     "uniform": uniform,
     "tolerance": tolerance,
     "value": value,
     "sensitivity": sensitivity,
     "knapsack": knapsack,
+    "knapsack_several": knapsack_several,
 }

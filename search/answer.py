@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import optuna
 import pandas as pd
 
 from rankfront.methods import DENSE_OPTION, InputError, get_method
+from rankfront.search.allocate import knapsack_several
+from rankfront.search.beliefs import Beliefs
 from rankfront.search.config import StudyConfig
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Constraint, Row, dense_row
 from rankfront.search.goal import Timings, menu_of, timings_of
+from rankfront.search.limits import COSTS, Figures, met
 from rankfront.search.menu import Menu
 from rankfront.search.model import Source, find_sites, skeleton
-from rankfront.search.plan import Plan, cost_of
+from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 
-COSTS = ("parameters", "block_parameters", "parameter_count", "bytes")  # figures that a plan alone decides
-TRIES = 12  # budgets tried until the plan meets every limit
+GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes longer
+TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
+NEARBY = (1.0, 0.98, 0.95)  # budgets, by what the knapsack's plan stores, at which slopes and interactions are solved
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Answer:
         plan: it.
         draws: the same as values of the study's variables.
         predicted: the modelled objective's value there; measured where ``trial`` says so.
-        figures: `COSTS` of the plan.
+        figures: `COSTS` of the plan; under its name and ``_predicted`` each latency that has a table, as the table
+            predicts it; where ``trial`` says so each latency as it was measured, under its own name.
         trial: the trial that measured the plan already, or None.
     """
 
@@ -47,40 +53,116 @@ class Answer:
 def answer(
     study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source, limits: Sequence[Constraint]
 ) -> Answer:
-    """Solve the corrected menu of a run within ``limits``; nothing is measured.
+    """The plan of least divergence, measured or else predicted, within ``limits`` and the study's own.
 
-    Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide, or none is met.
+    It is the best of what solves the corrected menu under all limits at once, of what slopes and interactions
+    recommend nearby, and of what was measured. A latency counts as measured where the plan was, else as predicted; what
+    nothing predicts limits measured plans alone. Nothing is measured.
+
+    Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide or a table
+    predicts, or no plan meets them all.
     """
-    for limit in limits:
-        if limit.figure not in COSTS or not limit.operator.startswith("<"):
-            raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(COSTS)}")
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu, dense, timings = _known(study, config, rows, space)
     origin = dict(dense.plan.origin)
     beliefs = ours(menu, space, config, dense, origin, timings).beliefs
     beliefs.learn(study)
+    known = _Known(beliefs, _figures(beliefs, space, dense, timings), list(config.objectives))
+    names = known.figures.names
+    for limit in limits:
+        if limit.figure not in names or not limit.operator.startswith("<"):
+            raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(names)}")
+    together = [*(Constraint.parse(text) for text in config.search.where), *limits]
+    plans = [[0] * len(menu.lines)]
+    if not met(together, known.of(plans[0])):  # nothing is better than dense
+        plans = [*known.solved(together), *map(list, beliefs.measured)]
+        plans = [plan for plan in plans if met(together, known.of(plan))]
+    if not plans:
+        cheapest = ", ".join(f"{name}={value:.6g}" for name, value in known.figures.of(menu.cheapest).items())
+        wanted = " and ".join(map(str, together))
+        raise InputError(f"no plan meets {wanted}; the cheapest has {cheapest}: raise the limit")
+    best, value = known.best(plans)
+    measured = beliefs.measured.get(tuple(best))
+    figures = known.figures.of(best)
+    shown = {name: figures[name] for name in COSTS} | {f"{name}_predicted": figures[name] for name in timings}
+    if measured is not None:
+        shown |= {name: known.of(best)[name] for name in timings}
+    options = menu.choices(best)
+    return Answer(Plan.of(options, origin), space.draws(options), value, shown, measured.trial if measured else None)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a run knows of plans: figures that their options decide, and what was measured of them."""
+
+    beliefs: Beliefs
+    figures: Figures
+    objectives: list[str]
+
+    def of(self, places: Sequence[int]) -> dict[str, float]:
+        """Every figure that is known of a choice: those of its options; as measured, where it was."""
+        measured = self.beliefs.measured.get(tuple(places))
+        values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
+        return self.figures.of(places) | values
+
+    def best(self, plans: Sequence[list[int]]) -> tuple[list[int], float]:
+        """Of ``plans`` the one of least divergence, and the modelled objective's value there: measured where the plan
+        was, else predicted."""
+        goal, measured = self.beliefs.goal, self.beliefs.measured
+        levels = self.beliefs.levels(plans)[0]
+        values = [
+            known.values[goal.quality] if (known := measured.get(tuple(plan))) else goal.loss(float(level))
+            for plan, level in zip(plans, levels, strict=True)
+        ]
+        least = int(np.argmin(values))
+        return plans[least], values[least]
+
+    def solved(self, limits: Sequence[Constraint]) -> list[list[int]]:
+        """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``."""
+        found = self._knapsack(limits)
+        if found is None:
+            return []
+        menu = self.beliefs.menu
+        cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
+        upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
+        budget = _budget(cheapest, dense, upper, menu.least, menu.dense)
+        return [found, *self.beliefs.refined([budget, *(share * menu.size(found) for share in NEARBY)])]
+
+    def _knapsack(self, limits: Sequence[Constraint]) -> list[int] | None:
+        """The corrected menu solved under all ``limits`` that options decide; None where no plan meets them.
+
+        Where a latency of the solution was measured and missed its limit, the bound moves by what the table was wrong.
+        """
+        beliefs, bounds = self.beliefs, list(limits)
+        losses = beliefs.surrogate.losses(beliefs.surrogate.mean)
+        places = None
+        for _ in range(TRIES):
+            try:
+                places = knapsack_several(beliefs.menu, np.inf, self.figures.budgets(bounds), losses, GAP)
+            except InputError:  # where this is the first, what was measured may still meet them
+                return places
+            predicted, known = self.figures.of(places), self.of(places)
+            if all(not limit.missed(known[limit.figure]) for limit in limits if limit.figure in predicted):
+                return places
+            bounds = [
+                replace(bound, bound=limit.bound * predicted[limit.figure] / known[limit.figure])
+                if limit.figure in self.figures.tables and limit.missed(known[limit.figure])
+                else bound
+                for limit, bound in zip(limits, bounds, strict=True)
+            ]
+        return places
+
+
+def _figures(beliefs: Beliefs, space: Space, dense: Row, timings: Timings) -> Figures:
+    """Those of the run's menu, its latency tables corrected by the trials."""
+    plans = [(beliefs.menu.choices(plan), found.values) for plan, found in beliefs.measured.items()]
+    tables = {
+        name: (objective, timing.calibrated(objective, [(options, v[column]) for options, v in plans]).timing)
+        for (name, (objective, timing)), column in zip(timings.items(), beliefs.goal.timed, strict=True)
+    }
     inside = {site: place.block is not None for site, place in space.sites.items()}
-
-    def figures(places: Sequence[int]) -> dict[str, float]:
-        plan = Plan.of(menu.choices(places))
-        cost = cost_of(plan, inside, int(dense.attributes["parameter_count"]), DTYPES[origin["dtype"]].itemsize)
-        found = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
-        return dict(zip(COSTS, map(float, found), strict=True))
-
-    budget = _budget(figures(menu.cheapest), figures([0] * len(menu.lines)), limits, menu.least, menu.dense)
-    for _ in range(TRIES):
-        places, value = beliefs.best_within(budget)
-        found = figures(places)
-        over = max(
-            (found[limit.figure] / limit.bound for limit in limits if limit.missed(found[limit.figure])), default=None
-        )
-        if over is None:
-            options = menu.choices(places)
-            known = beliefs.measured.get(tuple(places))
-            return Answer(Plan.of(options, origin), space.draws(options), value, found, known.trial if known else None)
-        budget = max(menu.least, min(budget - 1, int(budget / over)))
-    cheapest = ", ".join(f"{name}={value:.6g}" for name, value in figures(menu.cheapest).items())
-    raise InputError(f"no plan meets {' and '.join(map(str, limits))}; the cheapest has {cheapest}: raise the limit")
+    value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
+    return Figures(beliefs.menu, inside, int(dense.attributes["parameter_count"]), value_bytes, tables)
 
 
 def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:

@@ -230,27 +230,20 @@ class Beliefs:
         priced = menu or self.menu
         none = np.zeros((len(priced.lines), len(priced.lines)))
         trust = self.trusts[self.locals.index(local)]
+        within = [min(max(budget, priced.least), priced.dense) for budget in budgets]
         found = []
         for caution in CAUTIONS:
             solved = Descent(priced, local.losses(trust, caution), none)
-            found += [solved.solve(min(max(budget, priced.least), priced.dense)) for budget in budgets]
+            found += [solved.solve(budget) for budget in within]
         return found
 
-    def best_within(self, budget: float) -> tuple[list[int], float]:
-        """Of the measured plans within ``budget`` stored values and those solved for it, the one of least divergence.
-
-        With it, the modelled objective's value: measured where the plan was, else predicted.
-        """
-        if budget >= self.menu.dense:
-            return [0] * len(self.menu.lines), self.goal.dense
-        plans = [self.solver().solve(budget)]
-        for local in sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budget))[:NEAREST]:
-            plans += self.downhill(local, [budget])
-        plans = [plan for plan in plans if self.menu.size(plan) <= budget]
-        levels = map(float, self.levels(plans)[0])
-        value = {tuple(plan): self.goal.loss(level) for plan, level in zip(plans, levels, strict=True)}
-        for known, found in self.measured.items():
-            if self.menu.size(known) <= budget:
-                value[known] = found.values[self.goal.quality]
-        best = min(value, key=lambda plan: value[plan])
-        return list(best), value[best]
+    def refined(self, budgets: Sequence[float]) -> list[list[int]]:
+        """What a knapsack of the corrected losses does not find near ``budgets`` of stored values: plans whose sites
+        interact, where the menu has cosines, and steps downhill from the centres nearest to the first of them."""
+        found = []
+        if self.surrogate.coupling(self.surrogate.mean) is not None:
+            solved = self.solver()
+            found += [solved.solve(max(budget, self.menu.least)) for budget in budgets]
+        for local in sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))[:NEAREST]:
+            found += self.downhill(local, budgets)
+        return found

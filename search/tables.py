@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rankfront.methods import DENSE, FAMILIES, InputError, Site, get_method, method_names
 from rankfront.objectives import make_objective
-from rankfront.search.front import Constraint, Row, box_of, dense_row, front_of, hypervolume
+from rankfront.search.front import Constraint, Row, box_of, dense_row, hypervolume
 from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.study import Study
 
@@ -19,7 +19,8 @@ from rankfront.search.study import Study
 def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
     """The documented shape of ``rankfront front --json``: every trial, or the complete ones that meet ``where``."""
     everything = study.rows()
-    front = {row.number for row in front_of(everything)}
+    members = study.front()
+    front = {row.number for row in members}
     dense = dense_row(everything)
     settings = study.config.objectives
     box = box_of(settings, dense) if dense else None
@@ -30,7 +31,7 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
         "objectives": list(settings),
         "units": {name: make_objective(name, options).unit for name, options in settings.items()},
         "dense": trial_json(dense, front) if dense else None,
-        "hypervolume": hypervolume(front_of(everything), box) if box else None,
+        "hypervolume": hypervolume(members, box) if box else None,
         "calibration": asdict(calibration) if calibration else None,
         "latency": {name: found.figures() for name, found in study.latency().items()},
         "ideal": box.ideal if box else None,

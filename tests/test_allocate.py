@@ -7,19 +7,12 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
-from rankfront.search.allocate import ALLOCATORS, MAX_UNITS, knapsack, knapsack_several, sweep
+from rankfront.search.allocate import ALLOCATORS, MAX_UNITS, Budget, knapsack, knapsack_several, sweep
 from rankfront.search.menu import TINY, Line, Menu
 
-
-def one_budget(menu, budget):
-    """`knapsack_several` with the one budget that every other allocator knows."""
-    return knapsack_several(menu, [([line.sizes for line in menu.lines], budget)])
-
-
 # One row per allocator: a new one adds a row here.
-ROWS = {name: ALLOCATORS[name] for name in ("uniform", "tolerance", "value", "sensitivity", "knapsack")} | {
-    "knapsack_several": one_budget
-}
+NAMES = ("uniform", "tolerance", "value", "sensitivity", "knapsack", "knapsack_several")
+ROWS = {name: ALLOCATORS[name] for name in NAMES}
 EXACT = ("knapsack", "knapsack_several")
 
 
@@ -90,7 +83,7 @@ def least_loss(menu, plans, budget):
 
 
 def test_every_allocator_has_a_row():
-    assert {*ALLOCATORS, "knapsack_several"} == ROWS.keys()
+    assert ALLOCATORS.keys() == ROWS.keys()
 
 
 def test_a_plan_stays_within_its_budget(menu, allocate):
@@ -106,7 +99,7 @@ def test_dense_is_reachable(menu, allocate, more):
     assert menu.divergence(allocate(menu, menu.dense + more)) == 0
 
 
-@pytest.mark.parametrize("name", [*ALLOCATORS, "knapsack_several"])
+@pytest.mark.parametrize("name", ALLOCATORS)
 def test_dense_is_reachable_beside_an_option_that_costs_nothing(name):
     """A prediction of next to nothing at one site does not make it compressed when there is no need."""
     menu = Menu((make_line("free", [80, 40], [0.0, TINY]), make_line("hard", [80, 40], [0.0, 3.0])))
@@ -129,7 +122,7 @@ def test_the_same_menu_gives_the_same_plan(menu, allocate):
 
 def test_storage_never_falls_with_the_budget(menu, allocate):
     """The knapsack may store less at a larger budget where that hurts less; the rules by one knob may not."""
-    if allocate in (knapsack, one_budget):
+    if allocate in (knapsack, knapsack_several):
         return
     stored = [menu.size(allocate(menu, budget)) for budget in sorted(budgets(menu)) if budget >= menu.least]
     assert stored == sorted(stored)
@@ -228,17 +221,17 @@ def cost(costs, plan):
 @pytest.mark.parametrize("size", ["small", "mixed"])
 def test_two_budgets_are_met_exactly(size, seed):
     menu = MENUS[size]
-    plans, stored, slow = every_plan(menu), [line.sizes for line in menu.lines], latencies(menu, seed)
+    plans, slow = every_plan(menu), latencies(menu, seed)
     times = np.quantile([cost(slow, plan) for plan in plans], [0.02, 0.2, 0.6])
     solved = 0
     for budget, time in itertools.product(budgets(menu, 5), times):
         within = [plan for plan in plans if menu.size(plan) <= budget and cost(slow, plan) <= time]
-        limits = [(stored, budget), (slow, float(time))]
+        others = [Budget(slow, float(time))]
         if not within:
             with pytest.raises(InputError):
-                knapsack_several(menu, limits)
+                knapsack_several(menu, budget, others)
             continue
-        plan = knapsack_several(menu, limits)
+        plan = knapsack_several(menu, budget, others)
         assert menu.size(plan) <= budget
         assert cost(slow, plan) <= time + 1e-9
         assert menu.divergence(plan) == pytest.approx(min(menu.divergence(plan) for plan in within))
@@ -251,7 +244,7 @@ def test_one_budget_is_the_knapsack(menu):
         return  # on a coarse grid the dynamic program is allowed to be a little worse
     for budget in budgets(menu):
         if budget >= menu.least:
-            found = menu.divergence(one_budget(menu, budget))
+            found = menu.divergence(knapsack_several(menu, budget))
             assert found == pytest.approx(menu.divergence(knapsack(menu, budget)))
 
 
@@ -262,15 +255,15 @@ def test_a_budget_one_value_short_is_kept(seed):
     random = np.random.default_rng(seed)
     plan = [int(random.integers(len(line.options))) for line in menu.lines]
     for budget in (menu.size(plan) - 1, menu.size(plan)):
-        assert menu.size(one_budget(menu, budget)) <= budget
+        assert menu.size(knapsack_several(menu, budget)) <= budget
 
 
 def test_budgets_that_contradict_each_other_are_refused_in_one_line():
     """Whatever is small is slow."""
     menu = MENUS["small"]
-    stored, slow = [line.sizes for line in menu.lines], [-line.sizes for line in menu.lines]
+    slow = [-line.sizes for line in menu.lines]
     with pytest.raises(InputError) as caught:
-        knapsack_several(menu, [(stored, menu.dense // 2), (slow, -menu.dense)])
+        knapsack_several(menu, menu.dense // 2, [Budget(slow, -menu.dense)])
     assert "\n" not in str(caught.value)
     assert f"{menu.dense // 2:,.6g}" in str(caught.value)
 
@@ -371,7 +364,7 @@ def test_a_region_with_more_choices_than_points_stays_near_the_optimum():
     joint = replace(make_line("abc", costs, [0.0, *np.sort(random.exponential(size=19))]), weights=tuple("abc"))
     menu = Menu((*lines, joint))
     for budget in budgets(menu):
-        exact = menu.divergence(one_budget(menu, budget))
+        exact = menu.divergence(knapsack_several(menu, budget))
         assert exact - 1e-9 <= menu.divergence(knapsack(menu, budget)) <= 1.1 * exact + 0.01
 
 

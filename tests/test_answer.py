@@ -8,8 +8,8 @@ from launching import again, check_whole, finish, make_run, quiet, small_data, v
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run
-from rankfront.search.answer import COSTS
 from rankfront.search.device import DTYPES
+from rankfront.search.limits import COSTS
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.samplers import OURS
 from rankfront.search.study import Study

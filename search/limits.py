@@ -1,0 +1,110 @@
+"""Limits as budgets: what every option of a menu adds to each figure that may be limited, so that a solver keeps them.
+
+Every such figure is a straight line in the options: with f that of the dense model,
+
+    f(plan) = f + Σ_i (f_i(o_i) − f_i(dense)),
+
+stored values and bytes exactly, latency as its table predicts it, corrected by the trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankfront.methods import DENSE_OPTION, Option, Site
+from rankfront.search.allocate import Budget
+from rankfront.search.front import Constraint
+from rankfront.search.goal import Timings
+from rankfront.search.menu import Menu, stored
+from rankfront.search.plan import Plan, cost_of
+
+COSTS = ("parameters", "block_parameters", "parameter_count", "bytes")  # figures that a plan alone decides
+FINE = 1e9  # units of a dense model's latency that budgets count in; solvers' tolerances are absolute
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What plans on a menu come to in every figure that a limit may be on.
+
+    Attributes:
+        menu: it.
+        sites: every site of the model -> whether it lies inside a block.
+        model_values: parameters of the dense model, each once.
+        value_bytes: bytes of one value in the dtype of the export.
+        tables: the latencies among the objectives that have a table, as the trials corrected it.
+    """
+
+    menu: Menu
+    sites: Mapping[Site, bool]
+    model_values: int
+    value_bytes: int
+    tables: Timings
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be limited."""
+        return (*COSTS, *self.tables)
+
+    def of(self, places: Sequence[int]) -> dict[str, float]:
+        """Every figure of a choice: `COSTS` exactly, latencies predicted; NaN where an option was not timed."""
+        options = self.menu.choices(places)
+        cost = cost_of(Plan.of(options), self.sites, self.model_values, self.value_bytes)
+        exact = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
+        ratios = {name: timing.ratio(objective, options) for name, (objective, timing) in self.tables.items()}
+        timed = {name: np.nan if ratio is None else ratio for name, ratio in ratios.items()}
+        return dict(zip(COSTS, map(float, exact), strict=True)) | timed
+
+    def budgets(self, limits: Sequence[Constraint]) -> list[Budget]:
+        """Those of ``limits`` that are on these figures, for a solver: no plan within these budgets misses them."""
+        return [self._budget(limit) for limit in limits if limit.figure in self.names]
+
+    def _budget(self, limit: Constraint) -> Budget:
+        sign = 1 if limit.operator.startswith("<") else -1
+        if limit.figure in self.tables:
+            changes, dense, most = self._latencies(limit.figure), FINE, FINE * limit.bound - sign
+        else:
+            changes, dense, scale = self._counts(limit.figure)
+            most = round(limit.bound * scale)
+            while limit.missed(most / scale):
+                most -= sign
+        return Budget(tuple(sign * change for change in changes), sign * (most - dense))
+
+    def _counts(self, figure: str) -> tuple[list[np.ndarray], int, float]:
+        """(What each option adds to what the figure counts, line by line; that of dense; its count where it is 1).
+
+        Index bits are rounded up option by option, and so never less than in the plan.
+        """
+        dense = cost_of(Plan(()), self.sites, self.model_values, self.value_bytes)
+        of_dense, scale = {
+            "parameters": (dense.values, dense.dense_values),
+            "block_parameters": (dense.block_values, dense.dense_block_values or 1),
+            "parameter_count": (dense.values, 1),
+            "bytes": (dense.bytes, 1),
+        }[figure]
+        by_name = {site.name: site for site in self.sites}
+
+        def added(site: Site, option: Option) -> int:
+            own, before = stored(site, option), site.storage
+            if figure == "bytes":
+                return own.bytes(self.value_bytes) - before.bytes(self.value_bytes)
+            return 0 if figure == "block_parameters" and not self.sites[site] else own.parameters - before.parameters
+
+        changes = []
+        for line in self.menu.lines:
+            treated = [0 if o == DENSE_OPTION else added(by_name[line.site], o) for o in line.options]
+            changes.append(np.array(treated, dtype=float))
+        return changes, of_dense, scale
+
+    def _latencies(self, figure: str) -> list[np.ndarray]:
+        """What each option adds to the predicted latency, line by line; infinite where it was not timed."""
+        objective, timing = self.tables[figure]
+        ratios = [[timing.ratio(objective, {line.site: o}) for o in line.options] for line in self.menu.lines]
+        return [np.array([np.inf if ratio is None else FINE * (ratio - 1) for ratio in own]) for own in ratios]
+
+
+def met(limits: Sequence[Constraint], known: Mapping[str, float]) -> bool:
+    """Whether ``known`` figures keep ``limits``; what is not known, only measuring tells."""
+    return not any(limit.missed(known[limit.figure]) for limit in limits if limit.figure in known)
