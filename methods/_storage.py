@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from rankfront.methods._support import index_width, packed_bits
 
@@ -41,10 +41,14 @@ class Storage:
         return self.values * value_bytes - (-self.index_bits // 8) - (-self.integer_bits // 8)
 
     def __add__(self, other: Storage) -> Storage:
-        return Storage(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Storage(*(a + b for a, b in zip(self._parts, other._parts, strict=True)))
 
     def __sub__(self, other: Storage) -> Storage:
-        return Storage(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Storage(*(a - b for a, b in zip(self._parts, other._parts, strict=True)))
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        return self.values, self.index_bits, self.integers, self.integer_bits
 
 
 def dense_storage(out_features: int, in_features: int) -> Storage:

@@ -25,7 +25,7 @@ from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 
-GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes longer
+GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
 TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
 NEARBY = (1.0, 0.98, 0.95)  # budgets, by what the knapsack's plan stores, at which slopes and interactions are solved
 

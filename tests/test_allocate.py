@@ -1,13 +1,14 @@
 """Laws of allocators, over every one of them, on random menus: (menu, budget) -> a plan within the budget."""
 
 import itertools
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
-from rankfront.search.allocate import ALLOCATORS, MAX_UNITS, Budget, knapsack, knapsack_several, sweep
+from rankfront.search.allocate import ALLOCATORS, MAX_UNITS, Budget, _silent, knapsack, knapsack_several, sweep
 from rankfront.search.menu import TINY, Line, Menu
 
 # One row per allocator: a new one adds a row here.
@@ -266,6 +267,23 @@ def test_budgets_that_contradict_each_other_are_refused_in_one_line():
         knapsack_several(menu, menu.dense // 2, [Budget(slow, -menu.dense)])
     assert "\n" not in str(caught.value)
     assert f"{menu.dense // 2:,.6g}" in str(caught.value)
+
+
+def test_near_is_near_and_infinite_is_never_taken():
+    menu = MENUS["many"]
+    slow = [np.append(times[:-1], np.inf) for times in latencies(menu, 0)]
+    others = [Budget(slow, 0.7 * sum(times[0] for times in slow))]
+    exact = menu.divergence(knapsack_several(menu, 0.6 * menu.dense, others))
+    plan = knapsack_several(menu, 0.6 * menu.dense, others, gap=0.01)
+    assert np.isfinite(cost(slow, plan))
+    assert exact - 1e-9 <= menu.divergence(plan) <= 1.01 * exact + 1e-9
+
+
+def test_what_the_solver_prints_does_not_reach_the_output(capfd):
+    with _silent():
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution")
+    os.write(1, b"after")
+    assert capfd.readouterr().out == "after"
 
 
 # -- sites that share weights

@@ -7,12 +7,14 @@ import pytest
 from launching import again, check_whole, finish, make_run, quiet, small_data, values_of
 
 from rankfront.methods import InputError
+from rankfront.objectives.latency import Timed
+from rankfront.search import timing, trial
 from rankfront.search.__main__ import run
 from rankfront.search.device import DTYPES
 from rankfront.search.limits import COSTS
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.samplers import OURS
-from rankfront.search.study import Study
+from rankfront.search.study import SOLVES, Study
 from rankfront.search.trial import make_space
 
 
@@ -82,6 +84,124 @@ def test_solving_measures_one_more_trial_and_keeps_the_rest(model_folder, text_f
     longer = again(study, trials=len(values_of(study)) + 2)
     longer.launch(quiet())
     check_whole(longer, values_of(study), len(values_of(study)))
+
+
+def test_fewer_bytes_at_as_many_parameters(model_folder, text_file, tmp_path):
+    """Budgets are stored values here, and integers are as many as what they stand for."""
+    data = small_data(model_folder, text_file, sampler=OURS, trials=8)
+    data["space"] = {"methods": ["svd-llm", "svd-llm-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
+    study = make_run(data, tmp_path / "run")
+    heavy = study.answer("parameters<=1").figures["bytes"]
+    limits = "parameters<=0.95", f"bytes<={0.6 * heavy:.0f}"
+    found = study.answer(*limits)
+    assert found.figures["bytes"] <= 0.6 * heavy
+    assert 0.65 < found.figures["parameters"] <= 0.95
+    assert any("int8" in option.method for option in found.plan.by_site.values())
+    assert found.predicted <= study.answer("parameters<=0.65", limits[1]).predicted
+
+
+@pytest.mark.parametrize("limit", ["bytes<=75000", "block_parameters<=0.7"])
+def test_the_studys_own_limits_hold_for_what_is_best_and_for_answers(model_folder, text_file, tmp_path, limit):
+    data = small_data(model_folder, text_file, sampler=OURS, trials=10, where=[limit])
+    data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}}
+    study = make_run(data, tmp_path / "run")
+    figure, bound = limit.split("<=")
+    assert study.best().figure(figure) <= float(bound)
+    assert study.knee().figure(figure) <= float(bound)
+    found = study.answer("block_parameters<=0.95")
+    assert found.figures[figure] <= float(bound)
+    assert found.predicted <= study.best("block_parameters<=0.95").values["divergence"] * (1 + 1e-9)
+    with pytest.raises(InputError, match=f"no plan meets {limit} and block_parameters<=0.01"):
+        study.answer("block_parameters<=0.01")
+
+
+def test_a_limit_that_only_measuring_decides_holds_for_measured_plans(model_folder, text_file, tmp_path):
+    data = small_data(model_folder, text_file, sampler=OURS, trials=8)
+    data["objectives"] = {"divergence": {}, "block_parameters": {}}
+    study = make_run(data, tmp_path / "run")
+    worst = max(row.values["divergence"] for row in study.rows() if row.state == "complete")
+    own = again(study, where=[f"divergence<={0.5 * worst}"])
+    assert own.best("block_parameters<=0.95").values["divergence"] <= 0.5 * worst
+    with pytest.raises(InputError, match="no trial meets"):
+        own.best("block_parameters<=0.5", "divergence<=0")
+    found = own.answer("block_parameters<=0.95")
+    assert found.trial is None or study.trial(found.trial).values["divergence"] <= 0.5 * worst
+
+
+# -- latency
+
+
+@pytest.fixture
+def clocked(monkeypatch, tmp_path):
+    """Modules take time as they have parameters, whole models a little more than that; returns by how much more."""
+    worse = {"by": 0.0}
+
+    def size(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def value(objective, subject):
+        ours = size(subject.model)
+        if subject.dense is None:
+            return 1.0
+        with subject.dense():
+            return ours / size(subject.model) + worse["by"]
+
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(timing, "timed", lambda module, x, prepack: 1e-6 * size(module))
+    monkeypatch.setattr(timing, "compared", lambda module, dense, x, prepack: size(module) / size(dense))
+    monkeypatch.setattr(Timed, "value", value)
+    whole = {"prefill": 1e-6, "decode": 2e-6}
+    monkeypatch.setattr(trial, "time_whole", lambda _, model, windows: {p: s * size(model) for p, s in whole.items()})
+    return worse
+
+
+@pytest.fixture
+def timed_run(clocked, model_folder, text_file, tmp_path):
+    data = small_data(model_folder, text_file, sampler=OURS, trials=9)
+    lengths = {"prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}
+    data["objectives"] = {"divergence": {}, "block_parameters": {}, "latency": lengths}
+    return make_run(data, tmp_path / "run")
+
+
+def middle(study):
+    """A latency between those of measured plans."""
+    values = sorted(row.values["latency"] for row in study.rows() if row.state == "complete")
+    return (values[1] + values[-1]) / 2
+
+
+def test_a_limit_on_a_latency_that_has_a_table(timed_run):
+    bound = middle(timed_run)
+    found = timed_run.answer(f"latency<={bound}")
+    assert found.figures.keys() - set(COSTS) >= {"latency_predicted"}
+    if found.trial is None:
+        assert "latency" not in found.figures
+        assert found.figures["latency_predicted"] <= bound
+    else:
+        assert found.figures["latency"] <= bound
+    both = timed_run.answer(f"latency<={bound}", "block_parameters<=0.7")
+    assert both.figures["block_parameters"] <= 0.7
+    assert both.predicted >= found.predicted * 0.99
+    with pytest.raises(InputError, match=r"no plan meets latency<=0.01; the cheapest has .*latency=0\."):
+        timed_run.answer("latency<=0.01")
+    with pytest.raises(InputError, match="COSTS, latency".replace("COSTS", ", ".join(COSTS))):
+        timed_run.answer("latency_decode<=1")
+    row = timed_run.solve(f"latency<={bound}", console=quiet())
+    assert row.values["latency"] <= bound
+
+
+def test_a_latency_that_was_predicted_too_low_is_tried_again_further_below(timed_run, clocked):
+    bound, before = middle(timed_run), values_of(timed_run)
+    found = timed_run.answer(f"latency<={bound}", "block_parameters<=0.97")
+    clocked["by"] = bound - found.figures["latency_predicted"] + 0.02  # the next one measured misses by two hundredths
+    row = timed_run.solve(f"latency<={bound}", "block_parameters<=0.97", console=quiet())
+    assert row.values["latency"] <= bound
+    solved = [each for each in timed_run.rows() if each.number not in before]
+    assert all(each.origin.startswith("solve: ") for each in solved)
+    assert len(solved) <= SOLVES
+    if found.trial is None:
+        assert solved[0].values["latency"] > bound
+        assert len(solved) > 1
+        assert solved[1].values["latency"] < solved[0].values["latency"]
 
 
 @pytest.mark.parametrize(
