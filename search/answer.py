@@ -67,32 +67,32 @@ def answer(
     origin = dict(dense.plan.origin)
     beliefs = ours(menu, space, config, dense, origin, timings).beliefs
     beliefs.learn(study)
-    known = _Known(beliefs, _figures(beliefs, space, dense, timings), list(config.objectives))
-    names = known.figures.names
+    learned = _Learned(beliefs, _figures(beliefs, space, dense, timings), list(config.objectives))
+    names = learned.figures.names
     for limit in limits:
         if limit.figure not in names or not limit.operator.startswith("<"):
             raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(names)}")
     together = [*(Constraint.parse(text) for text in config.search.where), *limits]
     plans = [[0] * len(menu.lines)]
-    if not met(together, known.of(plans[0])):  # nothing is better than dense
-        plans = [*known.solved(together), *map(list, beliefs.measured)]
-        plans = [plan for plan in plans if met(together, known.of(plan))]
+    if not met(together, learned.of(plans[0])):  # nothing is better than dense
+        plans = [*learned.solved(together), *map(list, beliefs.measured)]
+        plans = [plan for plan in plans if met(together, learned.of(plan))]
     if not plans:
-        cheapest = ", ".join(f"{name}={value:.6g}" for name, value in known.figures.of(menu.cheapest).items())
+        cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.figures.of(menu.cheapest).items())
         wanted = " and ".join(map(str, together))
         raise InputError(f"no plan meets {wanted}; the cheapest has {cheapest}: raise the limit")
-    best, value = known.best(plans)
+    best, value = learned.best(plans)
     measured = beliefs.measured.get(tuple(best))
-    figures = known.figures.of(best)
+    figures = learned.figures.of(best)
     shown = {name: figures[name] for name in COSTS} | {f"{name}_predicted": figures[name] for name in timings}
     if measured is not None:
-        shown |= {name: known.of(best)[name] for name in timings}
+        shown |= {name: learned.of(best)[name] for name in timings}
     options = menu.choices(best)
     return Answer(Plan.of(options, origin), space.draws(options), value, shown, measured.trial if measured else None)
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Learned:
     """What a run knows of plans: figures that their options decide, and what was measured of them."""
 
     beliefs: Beliefs

@@ -90,6 +90,7 @@ def test_fewer_bytes_at_as_many_parameters(model_folder, text_file, tmp_path):
     """Budgets are stored values here, and integers are as many as what they stand for."""
     data = small_data(model_folder, text_file, sampler=OURS, trials=8)
     data["space"] = {"methods": ["svd-llm", "svd-llm-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
+    data["objectives"] = {"divergence": {}, "parameters": {}}
     study = make_run(data, tmp_path / "run")
     heavy = study.answer("parameters<=1").figures["bytes"]
     limits = "parameters<=0.95", f"bytes<={0.6 * heavy:.0f}"

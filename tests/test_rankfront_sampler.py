@@ -502,6 +502,23 @@ def test_slopes_are_measured_around_front_members_each_once(name):
     assert problem.share(plans) >= least * problem.best()
 
 
+def test_slopes_around_a_plan_that_stores_nothing_are_solved_for_any_budget():
+    """As where whole blocks are dropped, and there is nothing else on the menu."""
+    problem = Problem()
+    lines = [replace(line, sizes=np.append(line.sizes[:-1], 0)) for line in problem.menu.lines]
+    problem.__dict__["menu"] = menu = Menu(tuple(lines))
+    sampler, study = problem.sampler(0), problem.study(optuna.samplers.RandomSampler(0))
+    study.enqueue_trial({line.site: len(line.options) - 1 for line in lines})
+    plans = problem.run(study, 4)
+    assert menu.size(plans[0]) == 0
+    measure_slopes(problem, study, 0)
+    sampler.beliefs.learn(study)
+    found = sampler.beliefs.refined([0.5 * menu.dense])
+    assert found
+    assert all(0 < menu.size(plan) <= 0.5 * menu.dense for plan in found)
+    assert all(menu.size(plan) == 0 for plan in sampler.beliefs.downhill(sampler.beliefs.locals[0], [1.0]))
+
+
 def test_exact_slopes_teach_more_than_a_measurement():
     """In an additive problem they say what every switch changes: plans nearby are predicted better for them."""
     problem = Problem()
