@@ -201,8 +201,10 @@ def test_a_latency_that_was_predicted_too_low_is_tried_again_further_below(timed
     assert len(solved) <= SOLVES
     if found.trial is None:
         assert solved[0].values["latency"] > bound
-        assert len(solved) > 1
-        assert solved[1].values["latency"] < solved[0].values["latency"]
+        if len(solved) > 1:
+            assert solved[1].values["latency"] < solved[0].values["latency"]
+        else:  # what was measured already is better than anything that is left
+            assert timed_run.answer(f"latency<={bound}", "block_parameters<=0.97").trial is not None
 
 
 @pytest.mark.parametrize(
