@@ -154,11 +154,12 @@ class SearchConfig(Strict):
     alone, the spectrum alone, one measured probe per site and method, or a few.
     ``tokens`` limits what trials, slopes and the menu may run through the model in all. ``anchors`` are the kept
     fractions at which every method is measured uniformly before the sampler starts; by our sampler, which has its menu
-    first, those methods that no other is predicted to beat there. ``rungs`` are fidelities in
-    tokens, cheapest first: a plan starts at the first, and one in ``reduction`` goes on from each to the next; empty,
-    every trial reads the whole search split. ``where`` are limits on objectives, such as ``block_parameters<=0.8``,
-    that the search keeps to: plans beyond them are measured only to learn from. ``refit`` is what is done to members
-    of the front before they are measured on the report split once more, and by default to what is exported.
+    first, those methods that no other is predicted to beat there. ``rungs`` are fidelities in tokens, cheapest first: a
+    plan starts at the first, one in ``reduction`` goes on from each to the next, and in the end the front goes as high
+    as half of the limits can pay; empty, every trial reads the whole search split. ``where`` are limits on objectives,
+    such as ``block_parameters<=0.8``, that the search keeps to: plans beyond them are measured only to learn from.
+    ``refit`` is what is done to members of the front before they are measured on the report split once more, and by
+    default to what is exported.
     """
 
     sampler: str = "rankfront"

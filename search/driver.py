@@ -16,7 +16,7 @@ from optuna.trial import FixedTrial, TrialState
 from rankfront.methods import InputError
 from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
-from rankfront.search.fidelity import Ladder
+from rankfront.search.fidelity import Ladder, Lift, carried
 from rankfront.search.front import Calibration, Constraint, Row, calibration, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
 from rankfront.search.menu import Menu
@@ -59,7 +59,9 @@ class Driver:
 
     First the anchors, then what the sampler proposes, until the limits are reached; last, the front members that have
     no perplexity on the report split yet. Our sampler asks for the dense model and the menu first, then for the menu's
-    predicted front, and only then for those anchors that no other is predicted to dominate.
+    predicted front, and only then for those anchors that no other is predicted to dominate. With several rungs, what it
+    takes to lift the front is kept back until nothing else fits into the limits; see `Ladder`. With ``only``, nothing
+    is measured but the plan of that trial, up to the rung at which the front stands.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Driver:
         listener: Listener,
         report: bool = True,
         stop: Stop | None = None,
+        only: int | None = None,
     ) -> None:
         self.study = study
         self.config = config
@@ -83,6 +86,7 @@ class Driver:
         self.listener = listener
         self.report = report
         self.stop = stop or Stop()
+        self.only = only
         self.started = time.monotonic()
         self.running: dict[int, optuna.Trial] = {}
         self.reporting: set[int] = set()
@@ -90,7 +94,7 @@ class Driver:
         self.dead = 0
         self.exhausted = False
         self._close_orphans()
-        self.ladder = Ladder(study, len(config.search.rungs), config.search.reduction)
+        self.ladder = self._ladder()
         self.ladder.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
@@ -108,6 +112,13 @@ class Driver:
         name = "random" if self.ours else search.sampler
         self.study.sampler = make_sampler(name, search.seed, len(self.study.trials))
         return self.study.sampler
+
+    def _ladder(self) -> Ladder:
+        search = self.config.search
+        tokens = [self._trial_tokens(rung) for rung in range(max(len(search.rungs), 1))]
+        lessons = [max(search.workers, 1) * own if "divergence" in self.config.objectives else 0 for own in tokens]
+        limit = np.array([search.trials, math.inf if search.tokens is None else search.tokens], dtype=float)
+        return Ladder(self.study, tokens, search.reduction, limit, lessons)
 
     def rows(self) -> list[Row]:
         """Every trial so far."""
@@ -216,7 +227,29 @@ class Driver:
         limits = self.config.search
         in_time = limits.time is None or self.elapsed < limits.time
         in_tokens = limits.tokens is None or self.tokens + self._promised < limits.tokens
-        return in_time and in_tokens and not self.exhausted and self.spent + len(self.running) < limits.trials
+        in_trials = self.spent + len(self.running) < limits.trials
+        return in_time and in_tokens and in_trials and (self.exploring or self._lift() is not None)
+
+    @property
+    def exploring(self) -> bool:
+        """Whether what starts within the limits is the next of the queue or a proposal, and not to lift the front."""
+        if self.exhausted or self.only is not None:
+            return False
+        return len(self.ladder.tokens) == 1 or self.ladder.explores(self.rows(), self._left)
+
+    def _lift(self) -> Lift | None:
+        if self.only is not None:
+            return carried(self.rows(), self.only)
+        return self.ladder.lift(self.rows(), self._left, self.exhausted)
+
+    @property
+    def _left(self) -> np.ndarray:
+        """Trials and tokens that the limits leave once what runs is measured."""
+        return self.ladder.limit - (self.spent + len(self.running), self.tokens + self._promised)
+
+    @staticmethod
+    def _rung(trial: optuna.Trial) -> int:
+        return int(trial.user_attrs.get("rung", 0))
 
     def next(self) -> Job | None:
         """The next thing to measure, or None: look at `done` to tell "wait" from "finished".
@@ -225,18 +258,20 @@ class Driver:
         """
         self.stop.check()
         begun = time.monotonic()
-        if self.wants_timing and self.searching:  # alone, for what runs beside it would be in its figures
+        searching = self.searching
+        exploring = searching and self.exploring
+        if self.wants_timing and exploring:  # alone, for what runs beside it would be in its figures
             if self.timing_asked or self.running or self.menu_asked:
                 return None
             self.timing_asked = True
             return Job("timing", 0, Plan(()))
-        due = self._menu_due() if self.searching else None
+        due = self._menu_due() if exploring else None
         if due is not None:
             self.menu_asked.add(due.number)
             return due
-        if self.searching and self._ready:
+        if exploring and self._ready:
             self._ask_slopes()
-        job = self._next_trial(begun) if self.searching and self._ready else None
+        job = self._next_trial(begun) if searching else None
         if job is None and self.searching and not self.running and not self._ready and not self.menu_asked:
             raise InputError(
                 f"the dense model could not be measured ({self._dense_failure()}): nothing to compare with"
@@ -248,7 +283,8 @@ class Driver:
     def _check_tokens(self) -> None:
         """Raise `InputError` where the limit was spent before anything was measured."""
         limit = self.config.search.tokens
-        if limit is not None and limit <= self.tokens and not (self.menu_asked or self.running or self.spent):
+        spent = limit is not None and (limit <= self.tokens or not self.exploring)
+        if spent and not (self.menu_asked or self.running or self.spent):
             known = self.study.user_attrs
             missing = sum(f"menu {i}" not in known for i in range(len(self._menu_plans(known.get("menu 0")))))
             enough = self.tokens + (missing + ENOUGH) * self._trial_tokens()
@@ -261,7 +297,7 @@ class Driver:
         """Queue slopes around the plan that our sampler names, where the limit leaves tokens for them and a trial."""
         if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
             return
-        left = math.inf if self.config.search.tokens is None else self.config.search.tokens - self.tokens
+        left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
         if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self._trial_tokens():
             number = self.sampler.slopes_due(self.study)
             if number is not None:
@@ -279,7 +315,7 @@ class Driver:
         return sum(
             SLOPE_PASSES * min(SLOPE_TOKENS, self._search_tokens)
             if "slopes_of" in trial.user_attrs
-            else self._trial_tokens(int(trial.user_attrs.get("rung", 0)))
+            else self._trial_tokens(self._rung(trial))
             for trial in self.running.values()
         )
 
@@ -331,14 +367,14 @@ class Driver:
     def _next_trial(self, begun: float) -> Job | None:
         """The next trial, with the seconds that proposing it took since ``begun``."""
         for _ in range(MAX_REPEATS):
-            if not self._ready:  # the last of the anchors was a repetition, and our sampler is not there yet
+            trial = self._ask()
+            if trial is None:
                 return None
-            trial = self.study.ask()
             plan = self.space.suggest(trial, self.origin)
             if "slopes_of" in trial.user_attrs:
                 self.running[trial.number] = trial
                 return Job("slopes", trial.number, plan)
-            rung = int(trial.user_attrs.get("rung", 0))
+            rung = self._rung(trial)
             if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.
                 self.study.tell(trial, state=TrialState.PRUNED)
@@ -356,6 +392,14 @@ class Driver:
             return Job("trial", trial.number, plan, rung)
         self.exhausted = True
         return None
+
+    def _ask(self) -> optuna.Trial | None:
+        """The next of the queue, a proposal, or what lifts the front; None where none of them can start now."""
+        if self.exploring:
+            # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
+            return self.study.ask() if self._ready else None
+        lift = self._lift()
+        return None if lift is None else self.ladder.claim(lift)
 
     def _unreported(self) -> list[Row]:
         front = front_of(self.rows()) if self.report else []
@@ -406,6 +450,7 @@ class Driver:
                 value = record["values"][limit.figure]
                 trial.set_constraint(str(limit), limit.missed(value))
             self.study.tell(trial, list(record["values"].values()))
+            self.ladder.taught(record["rung"])
             self._start_ours()
             self.ladder.promote(self.rows())
         self.listener(self)

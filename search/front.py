@@ -27,7 +27,8 @@ DENSE_KEY = Plan(()).key
 
 @dataclass(frozen=True)
 class Row:
-    """One trial, flat. ``values`` follow the study's objectives; ``report`` is measured on the report split."""
+    """One trial, flat. ``values`` follow the study's objectives; ``report`` is measured on the report split;
+    ``within`` says whether it meets the study's own limits."""
 
     number: int
     state: str
@@ -38,6 +39,7 @@ class Row:
     attributes: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     failure: str | None = None
+    within: bool = True
 
     @property
     def counts(self) -> bool:
@@ -104,6 +106,7 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
         attributes={key: value for key, value in attributes.items() if key not in OWN_COLUMNS},
         report=report,
         failure=attributes.get("failure"),
+        within=all(excess <= 0 for excess in trial.constraints.values()),
     )
 
 
@@ -118,21 +121,47 @@ def _matrix(rows: Sequence[Row]) -> np.ndarray:
     return np.array([list(row.values.values()) for row in rows], dtype=float)
 
 
-def comparable(rows: Iterable[Row]) -> list[Row]:
-    """The complete rows of the highest rung that a compressed plan has reached: like is compared with like."""
-    complete = [row for row in rows if row.state == "complete"]
-    top = max((row.rung for row in complete if not row.is_dense), default=0)
-    return [row for row in complete if row.rung == top]
+def comparable(rows: Iterable[Row], rung: int | None = None) -> list[Row]:
+    """The complete rows of ``rung``, by default of that at which the front stands: like is compared with like."""
+    rows = list(rows)
+    rung = front_rung(rows) if rung is None else rung
+    return [row for row in rows if row.state == "complete" and row.rung == rung]
 
 
-def front_of(rows: Iterable[Row]) -> list[Row]:
+def front_rung(rows: Sequence[Row]) -> int:
+    """The rung at which the front stands: from the first up, as long as the next covers the front below it.
+
+    It does where the dense model is complete there, and of the members below each was measured or failed by itself,
+    and one at least is complete.
+    """
+    rung = 0
+    while _covers(rows, rung + 1):
+        rung += 1
+    return rung
+
+
+def _covers(rows: Sequence[Row], rung: int) -> bool:
+    known = {row.plan_key: row.state for row in rows if row.rung == rung and row.counts}
+    if known.get(DENSE_KEY) != "complete":
+        return False
+    states = [known.get(row.plan_key) for row in compressed_front(rows, rung - 1)]
+    return None not in states and "complete" in states
+
+
+def compressed_front(rows: Sequence[Row], rung: int) -> list[Row]:
+    """The compressed members of the front at ``rung`` that meet the study's limits, or all where none does."""
+    members = [row for row in front_of(rows, rung) if not row.is_dense]
+    return [row for row in members if row.within] or members
+
+
+def front_of(rows: Iterable[Row], rung: int | None = None) -> list[Row]:
     """The comparable rows that no other dominates, best in the first objective first. Every objective is minimised.
 
     Two latencies closer than the larger of their spreads count as equal, so that noise does not fill the front. As that
     is not transitive, rows are taken in order of their values: one joins unless a member is as good in everything, and
     puts out the members that it is as good as. Where nothing has a spread, this is the Pareto front, equals once.
     """
-    measured = sorted(comparable(rows), key=lambda row: list(row.values.values()))
+    measured = sorted(comparable(rows, rung), key=lambda row: list(row.values.values()))
     if not measured:
         return []
     values, spreads = _matrix(measured), np.array([_spreads(row) for row in measured])
@@ -152,9 +181,8 @@ def _spreads(row: Row) -> list[float]:
 
 
 def dense_row(rows: Iterable[Row], rung: int | None = None) -> Row | None:
-    """The complete row that measured the dense model at ``rung``; by default at the highest rung that has one."""
-    found = [row for row in rows if row.is_dense and row.state == "complete" and rung in (None, row.rung)]
-    return max(found, key=lambda row: row.rung, default=None)
+    """The complete row that measured the dense model at ``rung``, by default where the front stands."""
+    return next((row for row in comparable(rows, rung) if row.is_dense), None)
 
 
 @dataclass(frozen=True)
@@ -265,13 +293,16 @@ LEAST_LEFT = 0.02  # of the variance of ranks; what size leaves of less is of a 
 
 
 def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:
-    """The calibration of predictions of ``objective`` over complete rows; None below three predictions."""
-    known = [row for row in rows if row.state == "complete" and row.attributes.get("predicted") is not None]
+    """The calibration of predictions of ``objective``; None below three predictions.
+
+    They are of values at the first rung, which is where they are compared, those of the front's plans too.
+    """
+    known = [row for row in comparable(rows, rung=0) if row.attributes.get("predicted") is not None]
     pairs = np.array([(row.attributes["predicted"], row.values[objective]) for row in known]).reshape(-1, 2)
     if len(pairs) < 3 or len(np.unique(pairs[:, 0])) < 2 or len(np.unique(pairs[:, 1])) < 2:
         return None
-    front = {row.number for row in front_of(rows)}
-    at_front = [abs(p / m - 1) for row, (p, m) in zip(known, pairs, strict=True) if row.number in front]
+    front = {row.plan_key for row in front_of(rows)}
+    at_front = [abs(p / m - 1) for row, (p, m) in zip(known, pairs, strict=True) if row.plan_key in front]
     sizes = np.array([row.attributes.get("block_parameters", math.nan) for row in known])
     return Calibration(
         trials=len(pairs),
@@ -357,13 +388,32 @@ def meeting(rows: Sequence[Row], constraints: Sequence[Constraint]) -> list[Row]
     """The rows that meet every constraint; `InputError` naming the closest where none does."""
     if not rows:
         raise InputError("no trial is complete yet: launch the study first")
-    met = [row for row in rows if all(constraint.holds(row) for constraint in constraints)]
+    met = _met(rows, constraints)
     if not met:
         closest = min(rows, key=lambda row: sum(constraint.excess(row) for constraint in constraints))
         figures = ", ".join(f"{c.figure}={closest.figure(c.figure):.4g}" for c in constraints)
         wanted = " and ".join(str(constraint) for constraint in constraints)
         raise InputError(f"no trial meets {wanted}; the closest is trial {closest.number} with {figures}")
     return met
+
+
+def _met(rows: Iterable[Row], constraints: Sequence[Constraint]) -> list[Row]:
+    return [row for row in rows if all(constraint.holds(row) for constraint in constraints)]
+
+
+def best_meeting(rows: Sequence[Row], constraints: Sequence[Constraint]) -> Row:
+    """Of the rows that meet ``constraints``, the best in the first objective.
+
+    Those of the front's rung where one meets them, else of the next below: not every plan went up. Raises `InputError`
+    naming the closest where none does.
+    """
+    for rung in range(front_rung(rows), 0, -1):
+        met = _met(comparable(rows, rung), constraints)
+        if met:
+            break
+    else:
+        met = meeting(comparable(rows, 0), constraints)
+    return min(met, key=lambda row: list(row.values.values()))
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from rankfront.search.front import Row
+from rankfront.search.front import Row, comparable
 from rankfront.search.study import Study
 from rankfront.search.tables import plan_json
 
@@ -23,8 +23,7 @@ def front_figure(study: Study) -> go.Figure:
     names = list(study.config.objectives)
     quality = names[0] if names[0] not in SIZE_AXES else next((n for n in names if n not in SIZE_AXES), names[0])
     size = next((name for name in SIZE_AXES if name in names and name != quality), names[-1])
-    rows = [row for row in study.rows() if row.state == "complete"]
-    front = {row.number for row in study.front()}
+    rows, front = comparable(study.rows()), {row.number for row in study.front()}
     ceiling = SPAN * min((row.values[quality] for row in rows), default=1.0)
     shown = [row for row in rows if row.values[quality] <= ceiling]
     figure = go.Figure()

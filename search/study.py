@@ -22,6 +22,7 @@ from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
+from rankfront.search.fidelity import carried
 from rankfront.search.front import Constraint, Row
 from rankfront.search.goal import quality_of, timings_of
 from rankfront.search.model import cache_folder, find_sites, load_tokenizer, resolve, skeleton
@@ -113,10 +114,10 @@ class Study:
     def best(self, *constraints: str) -> Row:
         """Of the complete trials that meet ``constraints`` and the study's own, the best in the first objective.
 
-        Raises `InputError` naming the closest trial where none does.
+        With rungs, of those at which the front stands, or of a lower one where none there meets them. Raises
+        `InputError` naming the closest trial where none does.
         """
-        met = fronts.meeting(fronts.comparable(self.rows()), self._limits(constraints))
-        return min(met, key=lambda row: list(row.values.values()))
+        return fronts.best_meeting(self.rows(), self._limits(constraints))
 
     def trial(self, number: int) -> Row:
         """One trial; `InputError` where it does not exist."""
@@ -196,19 +197,17 @@ class Study:
     def solve(self, *constraints: str, console: Console | None = None) -> Row:
         """The plan expected to be best within ``constraints``, measured: one more trial, unless it was measured before.
 
-        Where a latency turns out above its limit though its table predicted otherwise, the next best is measured too, a
-        few times at most. A plan may turn out worse than a trial that meets the limits too: what is returned is the
-        best of all (see `best`).
+        With rungs, one trial at each, up to the rung at which the front stands. Where a latency turns out above its
+        limit though its table predicted otherwise, the next best is measured too, a few times at most. A plan may turn
+        out worse than a trial that meets the limits too: what is returned is the best of all (see `best`).
         """
         timed = [
             limit for limit in self._limits(constraints) if limit.figure in timed_objectives(self.config.objectives)
         ]
         found = self.answer(*constraints)
         for tries_left in reversed(range(SOLVES)):
-            if found.trial is not None:
-                break
             row = self._measure(found, constraints, console)
-            if row is None or all(limit.holds(row) for limit in timed) or not tries_left:
+            if found.trial is not None or row is None or all(limit.holds(row) for limit in timed) or not tries_left:
                 break
             try:
                 found = self.answer(*constraints)
@@ -217,18 +216,21 @@ class Study:
         return self.best(*constraints)
 
     def _measure(self, found: Answer, constraints: Sequence[str], console: Console | None) -> Row | None:
-        """The trial that measured what was found for ``constraints``; None where it failed."""
-        storage = self._optuna()
-        attributes = {"origin": "solve", "anchor": " ".join(constraints)}
-        with self.run.lock():
-            storage.enqueue_trial(found.draws, user_attrs=attributes)
-        # Whatever an interrupted launch left waiting is asked for first.
-        trials = sum(row.counts or row.state == "waiting" for row in self.rows())
-        only = {"trials": trials, "tokens": None, "time": None, "workers": 0}
-        search = self.config.search.model_copy(update=only)
-        Study(self.config.model_copy(update={"search": search}), self.run.path).launch(console)
+        """The trial that measured what was found for ``constraints``, at the highest rung; None where it failed."""
+        number = found.trial
+        if number is None:
+            storage = self._optuna()
+            with self.run.lock():
+                storage.enqueue_trial(found.draws, user_attrs={"origin": "solve", "anchor": " ".join(constraints)})
+            number = storage.get_trials(deepcopy=False)[-1].number
+        rows = self.rows()
+        if carried(rows, number) is not None:
+            trials = sum(row.counts for row in rows) + max(len(self.config.search.rungs), 1)
+            limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
+            search = self.config.search.model_copy(update=limits)
+            Study(self.config.model_copy(update={"search": search}), self.run.path).launch(console, only=number)
         measured = (row for row in self.rows() if row.plan_key == found.plan.key and row.state == "complete")
-        return next(measured, None)
+        return max(measured, key=lambda row: row.rung, default=None)
 
     def export(
         self, out: str | Path, row: Row | None = None, form: Format = "factored", refit: Refit | None = None
@@ -265,11 +267,17 @@ class Study:
         return fronts.tokens_of(self._optuna())
 
     def launch(
-        self, console: Console | None = None, address: str | None = None, rebuild: bool = False, report: bool = True
+        self,
+        console: Console | None = None,
+        address: str | None = None,
+        rebuild: bool = False,
+        report: bool = True,
+        only: int | None = None,
     ) -> None:
         """Run the study until its limits are reached, or go on with it where an earlier launch stopped.
 
-        ``report`` measures the front on the report split at the end; a later launch does it otherwise.
+        ``report`` measures the front on the report split at the end; a later launch does it otherwise. ``only``
+        measures the plan of that trial and nothing else, up to the rung at which the front stands.
 
         Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C.
         """
@@ -278,11 +286,13 @@ class Study:
         stop = Stop()
         with self.run.lock(), display, _interrupts(stop):
             try:
-                self._launch(display, address, rebuild, report, stop)
+                self._launch(display, address, rebuild, report, stop, only)
             except KeyboardInterrupt as error:
                 raise Interrupted(f"stopped; every finished trial is kept in {self.run.path}") from error
 
-    def _launch(self, display: Display, address: str | None, rebuild: bool, report: bool, stop: Stop) -> None:
+    def _launch(
+        self, display: Display, address: str | None, rebuild: bool, report: bool, stop: Stop, only: int | None
+    ) -> None:
         limits = self.config.search
         set_threads(limits.resources.cpu)
         setup = self.setup()
@@ -294,7 +304,7 @@ class Study:
         self.run.define(self.config, resolved)
         if rebuild:
             setup.store().clear(space.methods)
-        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report, stop)
+        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report, stop, only)
         if driver.done:
             return
 

@@ -150,35 +150,62 @@ def values_of(rows):
     return np.array([list(row.values.values()) for row in rows])
 
 
-def replayed(study):
-    """(rung, number) of every trial that should have gone on, with what was known whenever a trial was finished."""
-    due, here, dense = set(), {rung: [] for rung in range(len(RUNGS))}, False
-    for row in complete(study):
-        dense |= row.plan_key == DENSE and row.rung == 0
-        if row.plan_key != DENSE:
-            here[row.rung].append(row)
-        for rung, own in here.items() if dense else ():
-            count = len(own) // REDUCTION
-            best = [(rung, own[i].number) for i in pareto_order(values_of(own))[:count]] if count else []
-            moved = sum((rung, other.number) in due for other in own)
-            due |= set([pair for pair in best if pair not in due][: max(count - moved, 0)])
-    return {(rung, number) for rung, number in due if rung + 1 < len(RUNGS)}
+def sent(study):
+    """(rung, number) of the trials that went on, interrupted ones left out, as often as they did."""
+    trials = [trial for trial in study._optuna().get_trials() if "promoted" in trial.user_attrs]
+    kept = [trial for trial in trials if trial.user_attrs.get("failure") != INTERRUPTED]
+    return [(trial.user_attrs["rung"] - 1, trial.user_attrs["promoted"]) for trial in kept]
 
 
 def promoted(study):
-    """(rung, number) of the compressed trials that went on, as often as they did."""
+    """Those of compressed plans."""
     dense = {row.number for row in study.rows() if row.plan_key == DENSE}
-    trials = [trial for trial in study._optuna().get_trials() if "promoted" in trial.user_attrs]
-    kept = [trial for trial in trials if trial.user_attrs.get("failure") != INTERRUPTED]
-    found = [(trial.user_attrs["rung"] - 1, trial.user_attrs["promoted"]) for trial in kept]
-    return [(rung, number) for rung, number in found if number not in dense]
+    return [(rung, number) for rung, number in sent(study) if number not in dense]
 
 
-def check_promotions(study):
-    """One law for any history: those went on that were among the best, each once."""
-    found = promoted(study)
+def best_share(rows):
+    """(rung, number) of what the rows known at some time send on: the best of each rung that meet the limits."""
+    found = set()
+    for rung in range(len(RUNGS) - 1):
+        here = [row for row in rows if row.rung == rung and row.plan_key != DENSE and row.within]
+        due = len(here) // REDUCTION
+        found |= {(rung, here[i].number) for i in (pareto_order(values_of(here))[:due] if due else [])}
+    return found
+
+
+def members(rows, rung):
+    """Keys of the compressed plans that no other dominates at a rung, of those that meet the limits."""
+    here = [row for row in rows if row.rung == rung and row.state == "complete"]
+    found = [row for row in here if not any(dominates(*values_of([other, row])) for other in here)]
+    found = [row for row in found if row.plan_key != DENSE]
+    return {row.plan_key for row in found if row.within} or {row.plan_key for row in found}
+
+
+def check_promotions(study, spare=2):
+    """Laws for any history: each went on once, as many as the share asks for, and only those that were among the best
+    of their rung or on its front, but for a few trials at the end."""
+    found = sent(study)
     assert len(set(found)) == len(found)
-    assert set(found) == replayed(study)
+    rows = complete(study)
+    for rung in range(len(RUNGS) - 1):
+        here = [row for row in rows if row.rung == rung and row.plan_key != DENSE and row.within]
+        assert sum((rung, row.number) in found for row in here) >= len(here) // REDUCTION
+    known = [rows[:place] for place in range(1, len(rows) + 1)]
+    shares = set().union(*map(best_share, known))
+    fronts = {(rung, key) for past in known for rung in range(len(RUNGS)) for key in members(past, rung)}
+    others = [pair for pair in set(promoted(study)) - shares if (pair[0], study.trial(pair[1]).plan_key) not in fronts]
+    assert len(others) <= spare
+    assert all(study.trial(number).within for _, number in promoted(study))
+
+
+def check_front(study, rung):
+    """It stands at ``rung``: every member of the fronts below was measured there, or failed by itself."""
+    rows = study.rows()
+    assert {row.rung for row in study.front()} == {rung}
+    for height in range(1, rung + 1):
+        known = {row.plan_key: row.state for row in rows if row.rung == height and row.counts}
+        assert members(rows, height - 1) <= known.keys()
+        assert known[DENSE] == "complete"
 
 
 def test_plans_climb_rung_by_rung(run, rows):
@@ -187,17 +214,12 @@ def test_plans_climb_rung_by_rung(run, rows):
         rungs.setdefault(row.plan_key, []).append(row.rung)
     assert all(found == list(range(len(found))) for found in rungs.values())
     assert max(map(len, rungs.values())) == len(RUNGS)
-    assert len(rows) == TRIALS
+    assert TRIALS - len(RUNGS) < len(rows) <= TRIALS
 
 
-def test_one_in_so_many_goes_on(run, rows):
-    """Each as soon as it is among the best and its rung's share leaves room: never more than the share."""
+def test_one_in_so_many_goes_on(run):
+    """Each as soon as it is among the best and its rung's share leaves room, and in the end the front."""
     check_promotions(run)
-    counts = [sum(row.rung == rung and row.plan_key != DENSE for row in rows) for rung in range(len(RUNGS))]
-    for rung, (below, above) in enumerate(itertools.pairwise(counts)):
-        waiting = sum(row.state == "waiting" and row.rung == rung + 1 for row in run.rows())
-        assert above + waiting <= below // REDUCTION
-        assert above + waiting >= below // REDUCTION - 1
 
 
 def test_nothing_better_was_left_behind(run, rows):
@@ -246,7 +268,7 @@ def test_the_dense_model_is_measured_at_each_rung(run, rows):
 def test_the_front_is_of_the_highest_rung(run, rows):
     """Like is compared with like: no plan of a lower rung, whatever its values."""
     front = run.front()
-    assert {row.rung for row in front} == {len(RUNGS) - 1}
+    check_front(run, len(RUNGS) - 1)
     top = [row for row in rows if row.rung == len(RUNGS) - 1]
     expected = {
         row.number for row in top if not any(dominates(*values_of([other, row])) for other in top if other is not row)
@@ -280,10 +302,10 @@ def test_a_longer_launch_promotes_nothing_twice(model_folder, text_file, tmp_pat
         rows = complete(study)
         after = {row.number: (row.plan_key, row.rung, row.values) for row in rows}
         assert {number: after[number] for number in before} == before
-        assert len(after) == trials
+        assert trials - len(RUNGS) < len(after) <= trials
         pairs = [(row.plan_key, row.rung) for row in rows]
         assert len(set(pairs)) == len(pairs)
-        check_promotions(study)
+        check_promotions(study, spare=6)
 
 
 def test_an_interrupted_promotion_is_measured_again(data, tmp_path, monkeypatch):
@@ -361,7 +383,7 @@ def test_a_failed_trial_does_not_go_on(data, tmp_path, monkeypatch):
     assert failed
     assert {row.rung for row in failed} == {1}
     assert len({row.plan_key for row in failed}) == len(failed)
-    assert len(failed) + len(complete(study)) == TRIALS
+    assert TRIALS - len(RUNGS) < len(failed) + len(complete(study)) <= TRIALS
     check_promotions(study)
     assert {row.rung for row in study.front()} == {0}
 
