@@ -13,8 +13,9 @@ from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.allocate import knapsack_several
 from rankfront.search.beliefs import Beliefs
 from rankfront.search.config import StudyConfig
+from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
-from rankfront.search.front import Constraint, Row, dense_row
+from rankfront.search.front import Row, dense_row
 from rankfront.search.goal import Timings, menu_of, timings_of
 from rankfront.search.limits import COSTS, Figures, met
 from rankfront.search.menu import Menu

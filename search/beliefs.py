@@ -13,9 +13,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import Option
+from rankfront.search.accuracy import MIN_PREDICTIONS, POOR_ERROR, RECENT
 from rankfront.search.allocate import sweep
 from rankfront.search.descent import Descent
-from rankfront.search.front import MIN_PREDICTIONS, POOR_ERROR, RECENT
 from rankfront.search.goal import SPREAD_TOKENS, Goal
 from rankfront.search.local import Local, Trust, learn_trust, surest
 from rankfront.search.menu import Menu

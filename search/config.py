@@ -23,8 +23,8 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest
 from rankfront.objectives import make_objective
+from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import rung_windows
-from rankfront.search.front import Constraint
 from rankfront.search.samplers import SAMPLERS
 from rankfront.search.text import SPLITS, Split
 

@@ -14,10 +14,12 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FixedTrial, TrialState
 
 from rankfront.methods import InputError
+from rankfront.search.accuracy import Calibration, calibration
 from rankfront.search.allocate import sweep
 from rankfront.search.config import StudyConfig
+from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import Ladder, Lift, carried
-from rankfront.search.front import Calibration, Constraint, Row, calibration, dense_row, front_of, rows_of, tokens_of
+from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
 from rankfront.search.menu import Menu
 from rankfront.search.plan import Plan

@@ -14,8 +14,9 @@ from rankfront.methods import DENSE_OPTION, InputError, Option, Site
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Timed
 from rankfront.search.config import StudyConfig
+from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
-from rankfront.search.front import Constraint, Row, box_of
+from rankfront.search.front import Row, box_of
 from rankfront.search.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plan import Plan, cost_of
 from rankfront.search.space import Space

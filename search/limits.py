@@ -16,7 +16,7 @@ import numpy as np
 
 from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.search.allocate import Budget
-from rankfront.search.front import Constraint
+from rankfront.search.constraint import Constraint
 from rankfront.search.goal import Timings
 from rankfront.search.menu import Menu, stored
 from rankfront.search.plan import Plan, cost_of

@@ -7,8 +7,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rankfront.search.accuracy import Calibration
 from rankfront.search.driver import Driver
-from rankfront.search.front import Calibration, Row, comparable, front_of
+from rankfront.search.front import Row, comparable, front_of
 
 BUDGETS = (
     0.9,

@@ -16,14 +16,16 @@ import pandas as pd
 from rich.console import Console
 
 from rankfront.methods import InputError
+from rankfront.search import accuracy
 from rankfront.search import front as fronts
 from rankfront.search.answer import Answer, answer, menu_frame
 from rankfront.search.config import StudyConfig, load_config, make_config
+from rankfront.search.constraint import Constraint, best_meeting, meeting
 from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
 from rankfront.search.fidelity import carried
-from rankfront.search.front import Constraint, Row
+from rankfront.search.front import Row
 from rankfront.search.goal import quality_of, timings_of
 from rankfront.search.model import cache_folder, find_sites, load_tokenizer, resolve, skeleton
 from rankfront.search.progress import Display
@@ -117,7 +119,7 @@ class Study:
         With rungs, of those at which the front stands, or of a lower one where none there meets them. Raises
         `InputError` naming the closest trial where none does.
         """
-        return fronts.best_meeting(self.rows(), self._limits(constraints))
+        return best_meeting(self.rows(), self._limits(constraints))
 
     def trial(self, number: int) -> Row:
         """One trial; `InputError` where it does not exist."""
@@ -129,7 +131,7 @@ class Study:
 
     def knee(self, *constraints: str) -> Row:
         """Of the front members that meet ``constraints`` and the study's own, the nearest to the box's ideal corner."""
-        return fronts.knee(fronts.meeting(fronts.front_of(self.rows()), self._limits(constraints)), self.box())
+        return fronts.knee(meeting(fronts.front_of(self.rows()), self._limits(constraints)), self.box())
 
     def _limits(self, constraints: Sequence[str]) -> list[Constraint]:
         """The study's own limits and ``constraints``."""
@@ -146,11 +148,11 @@ class Study:
         """The share of the box that the front dominates."""
         return fronts.hypervolume(self.front(), self.box())
 
-    def calibration(self) -> fronts.Calibration | None:
+    def calibration(self) -> accuracy.Calibration | None:
         """How well our sampler's predictions held; None where there are too few, or another sampler ran."""
         if self.config.search.sampler != OURS:
             return None
-        return fronts.calibration(self.rows(), quality_of(self.config))
+        return accuracy.calibration(self.rows(), quality_of(self.config))
 
     def latency(self) -> dict[str, Calibrated]:
         """How well the latency table predicted, for every latency among the objectives that has one."""

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from rankfront.methods import DENSE, FAMILIES, InputError, Site, get_method, method_names
 from rankfront.objectives import make_objective
-from rankfront.search.front import Constraint, Row, box_of, dense_row, hypervolume
+from rankfront.search.constraint import Constraint
+from rankfront.search.front import Row, box_of, dense_row, hypervolume
 from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.study import Study
 

@@ -8,8 +8,10 @@ import pytest
 from launching import again, make_driver, make_run, quiet
 from test_fidelity import DENSE, RUNGS, check_front, complete, make_data, members
 
+from rankfront.search.accuracy import calibration
+from rankfront.search.constraint import Constraint, best_meeting
 from rankfront.search.driver import Driver
-from rankfront.search.front import Constraint, Row, best_meeting, calibration, comparable, dense_row, front_of
+from rankfront.search.front import Row, comparable, dense_row, front_of
 from rankfront.search.report import front_figure
 from rankfront.search.samplers import INTERRUPTED, OPTUNA_SAMPLERS, OURS, make_sampler
 

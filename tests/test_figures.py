@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
-from rankfront.search.front import Constraint, Row, box_of, hypervolume
+from rankfront.search.constraint import Constraint
+from rankfront.search.front import Row, box_of, hypervolume
 from rankfront.search.trial import Job, Resident
 
 CONTEXT = 12

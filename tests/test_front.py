@@ -8,20 +8,10 @@ import pytest
 from scipy import stats
 
 from rankfront.methods import InputError
+from rankfront.search.accuracy import calibration
+from rankfront.search.constraint import Constraint, meeting
 from rankfront.search.driver import INTERRUPTED
-from rankfront.search.front import (
-    Box,
-    Constraint,
-    Row,
-    box_of,
-    calibration,
-    dense_row,
-    frame,
-    front_of,
-    hypervolume,
-    knee,
-    meeting,
-)
+from rankfront.search.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee
 from rankfront.search.plan import Plan
 
 AXES = ("perplexity", "parameters", "latency")

@@ -9,7 +9,7 @@ import pytest
 from rankfront.methods import DENSE_OPTION, InputError, Option, Site, Weight
 from rankfront.objectives.latency import Latency
 from rankfront.search.allocate import knapsack, knapsack_several
-from rankfront.search.front import Constraint
+from rankfront.search.constraint import Constraint
 from rankfront.search.limits import COSTS, Figures, met
 from rankfront.search.menu import make_menu
 from rankfront.search.timing import Timing

@@ -1,6 +1,6 @@
 """The live line: what it says of the sampler's predictions."""
 
-from rankfront.search.front import Calibration
+from rankfront.search.accuracy import Calibration
 from rankfront.search.progress import _status
 
 GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_error=0.034, error=0.08)

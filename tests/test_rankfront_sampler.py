@@ -14,10 +14,11 @@ from optuna.trial import TrialState
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
+from rankfront.search.accuracy import calibration
 from rankfront.search.allocate import sweep
 from rankfront.search.beliefs import SURROGATE_ERROR, Beliefs
 from rankfront.search.driver import WARM_START, Driver
-from rankfront.search.front import Row, calibration
+from rankfront.search.front import Row
 from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
 from rankfront.search.predictions import menu_jobs, menu_record
