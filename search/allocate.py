@@ -152,10 +152,8 @@ def knapsack_several(
                 constraints=constraints,
                 integrality=np.ones(len(loss), dtype=int),
                 bounds=Bounds(0, offered.astype(float)),
-                options={
-                    "mip_rel_gap": gap,
-                    "presolve": gap == 0,
-                },  # which takes longer than the rest where near is enough
+                # Presolving takes longer than the rest where near is enough.
+                options={"mip_rel_gap": gap, "presolve": gap == 0},
             )
         if found.x is None:
             break

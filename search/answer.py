@@ -77,7 +77,7 @@ def answer(
     plans = [[0] * len(menu.lines)]
     if not met(together, learned.of(plans[0])):  # nothing is better than dense
         plans = [*learned.solved(together), *map(list, beliefs.measured)]
-        plans = [plan for plan in plans if menu.compatible(plan) and met(together, learned.of(plan))]
+        plans = [plan for plan in plans if met(together, learned.of(plan))]
     if not plans:
         cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.figures.of(menu.cheapest).items())
         wanted = " and ".join(map(str, together))

@@ -58,7 +58,7 @@ def meeting(rows: Sequence[Row], constraints: Sequence[Constraint]) -> list[Row]
     """The rows that meet every constraint; `InputError` naming the closest where none does."""
     if not rows:
         raise InputError("no trial is complete yet: launch the study first")
-    met = _met(rows, constraints)
+    met = holding(rows, constraints)
     if not met:
         closest = min(rows, key=lambda row: sum(constraint.excess(row) for constraint in constraints))
         figures = ", ".join(f"{c.figure}={closest.figure(c.figure):.4g}" for c in constraints)
@@ -67,7 +67,8 @@ def meeting(rows: Sequence[Row], constraints: Sequence[Constraint]) -> list[Row]
     return met
 
 
-def _met(rows: Iterable[Row], constraints: Sequence[Constraint]) -> list[Row]:
+def holding(rows: Iterable[Row], constraints: Sequence[Constraint]) -> list[Row]:
+    """The rows that meet every constraint, if any does."""
     return [row for row in rows if all(constraint.holds(row) for constraint in constraints)]
 
 
@@ -78,7 +79,7 @@ def best_meeting(rows: Sequence[Row], constraints: Sequence[Constraint]) -> Row:
     naming the closest where none does.
     """
     for rung in range(front_rung(rows), 0, -1):
-        met = _met(comparable(rows, rung), constraints)
+        met = holding(comparable(rows, rung), constraints)
         if met:
             break
     else:

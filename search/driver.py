@@ -16,6 +16,7 @@ from optuna.trial import FixedTrial, TrialState
 from rankfront.methods import InputError
 from rankfront.search.accuracy import Calibration, calibration
 from rankfront.search.allocate import sweep
+from rankfront.search.beliefs import rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import Ladder, Lift, carried
@@ -117,7 +118,7 @@ class Driver:
 
     def _ladder(self) -> Ladder:
         search = self.config.search
-        tokens = [self._trial_tokens(rung) for rung in range(max(len(search.rungs), 1))]
+        tokens = [(part.stop - part.start) * self.config.data.length for part in self.config.rung_windows()]
         lessons = [max(search.workers, 1) * own if "divergence" in self.config.objectives else 0 for own in tokens]
         limit = np.array([search.trials, math.inf if search.tokens is None else search.tokens], dtype=float)
         return Ladder(self.study, tokens, search.reduction, limit, lessons)
@@ -228,9 +229,7 @@ class Driver:
         """Whether more trials may start."""
         limits = self.config.search
         in_time = limits.time is None or self.elapsed < limits.time
-        in_tokens = limits.tokens is None or self.tokens + self._promised < limits.tokens
-        in_trials = self.spent + len(self.running) < limits.trials
-        return in_time and in_tokens and in_trials and (self.exploring or self._lift() is not None)
+        return in_time and bool((self._left > 0).all()) and (self.exploring or self._lift() is not None)
 
     @property
     def exploring(self) -> bool:
@@ -248,10 +247,6 @@ class Driver:
     def _left(self) -> np.ndarray:
         """Trials and tokens that the limits leave once what runs is measured."""
         return self.ladder.limit - (self.spent + len(self.running), self.tokens + self._promised)
-
-    @staticmethod
-    def _rung(trial: optuna.Trial) -> int:
-        return int(trial.user_attrs.get("rung", 0))
 
     def next(self) -> Job | None:
         """The next thing to measure, or None: look at `done` to tell "wait" from "finished".
@@ -289,7 +284,7 @@ class Driver:
         if spent and not (self.menu_asked or self.running or self.spent):
             known = self.study.user_attrs
             missing = sum(f"menu {i}" not in known for i in range(len(self._menu_plans(known.get("menu 0")))))
-            enough = self.tokens + (missing + ENOUGH) * self._trial_tokens()
+            enough = self.tokens + (missing + ENOUGH) * self.ladder.tokens[0]
             raise InputError(
                 f"search.tokens = {limit:,} is spent on the menu, which took {self.tokens:,} so far, and no plan was"
                 f" measured: set it to {enough:,} or more"
@@ -300,30 +295,20 @@ class Driver:
         if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
             return
         left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
-        if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self._trial_tokens():
+        if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self.ladder.tokens[0]:
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 source = self.study.get_trials(deepcopy=False)[number]
                 self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
 
-    def _trial_tokens(self, rung: int = 0) -> int:
-        """What a trial runs through the model."""
-        windows = self.config.rung_windows()[rung]
-        return int(windows.stop - windows.start) * self.config.data.length
-
     @property
     def _promised(self) -> int:
         """Tokens of the trials and slopes that run."""
+        slopes = SLOPE_PASSES * min(SLOPE_TOKENS, self.config.data.search.windows * self.config.data.length)
         return sum(
-            SLOPE_PASSES * min(SLOPE_TOKENS, self._search_tokens)
-            if "slopes_of" in trial.user_attrs
-            else self._trial_tokens(self._rung(trial))
+            slopes if "slopes_of" in trial.user_attrs else self.ladder.tokens[rung_of(trial)]
             for trial in self.running.values()
         )
-
-    @property
-    def _search_tokens(self) -> int:
-        return int(self.config.data.search.windows * self.config.data.length)
 
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -376,7 +361,7 @@ class Driver:
             if "slopes_of" in trial.user_attrs:
                 self.running[trial.number] = trial
                 return Job("slopes", trial.number, plan)
-            rung = self._rung(trial)
+            rung = rung_of(trial)
             if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.
                 self.study.tell(trial, state=TrialState.PRUNED)
@@ -404,8 +389,7 @@ class Driver:
         return None if lift is None else self.ladder.claim(lift)
 
     def _unreported(self) -> list[Row]:
-        front = front_of(self.rows()) if self.report else []
-        front = [row for row in front if all(limit.holds(row) for limit in self.limits)]
+        front = [row for row in front_of(self.rows()) if row.within] if self.report else []
         skip = self.reporting | self.unreportable
         return [row for row in front if row.number not in skip and not self._reported(row)]
 

@@ -37,6 +37,11 @@ class Line:
     weights: tuple[str, ...] = ()
     more: tuple[np.ndarray, ...] = ()
 
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """Every cost of each option, the size first, (costs, K)."""
+        return np.array([self.sizes, *self.more])
+
     @property
     def claims(self) -> tuple[str, ...]:
         """The weights of the site, by the names of their own sites."""
@@ -79,12 +84,10 @@ class Menu:
         """
         if self.count == 1:
             return self
-        costs = [np.array([line.sizes, *line.more], dtype=float) for line in self.lines]
-        dense = sum(cost[:, 0] for cost, line in zip(costs, self.lines, strict=True) if not line.weights)
-        share = np.asarray(weights) / np.sum(weights) / np.maximum(dense, 1)
+        share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs([0] * len(self.lines)), 1)
         lines = tuple(
-            replace(line, sizes=np.ceil(GRAINS * np.minimum(share @ cost, 1)).astype(int), more=())
-            for line, cost in zip(self.lines, costs, strict=True)
+            replace(line, sizes=np.ceil(GRAINS * np.minimum(share @ line.costs, 1)).astype(int), more=())
+            for line in self.lines
         )
         menu = replace(self, lines=lines)
         menu.__dict__.update(regions=self.regions, rivals=self.rivals)  # found once
@@ -97,12 +100,10 @@ class Menu:
 
     def costs(self, places: Sequence[int]) -> list[int]:
         """Every cost of the choice ``places``, the size first."""
-        totals = []
-        for j in range(self.count):
-            own = [line.sizes if j == 0 else line.more[j - 1] for line in self.lines]
-            dense = sum(cost[0] for cost, line in zip(own, self.lines, strict=True) if not line.weights)
-            totals.append(int(dense + sum(cost[k] - cost[0] for cost, k in zip(own, places, strict=True))))
-        return totals
+        total = np.zeros(self.count, dtype=int)
+        for line, place in zip(self.lines, places, strict=True):
+            total += line.costs[:, place] - line.costs[:, 0] * bool(line.weights)
+        return [int(cost) for cost in total]
 
     @cached_property
     def _sites(self) -> frozenset[str]:

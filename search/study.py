@@ -20,7 +20,7 @@ from rankfront.search import accuracy
 from rankfront.search import front as fronts
 from rankfront.search.answer import Answer, answer, menu_frame
 from rankfront.search.config import StudyConfig, load_config, make_config
-from rankfront.search.constraint import Constraint, best_meeting, meeting
+from rankfront.search.constraint import Constraint, best_meeting, holding, meeting
 from rankfront.search.device import pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
@@ -110,8 +110,7 @@ class Study:
 
     def front(self, *constraints: str) -> list[Row]:
         """The non-dominated trials that meet ``constraints`` and the study's own, best in the first objective first."""
-        limits = self._limits(constraints)
-        return [row for row in fronts.front_of(self.rows()) if all(limit.holds(row) for limit in limits)]
+        return holding(fronts.front_of(self.rows()), self._limits(constraints))
 
     def best(self, *constraints: str) -> Row:
         """Of the complete trials that meet ``constraints`` and the study's own, the best in the first objective.

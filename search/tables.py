@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rankfront.methods import DENSE, FAMILIES, InputError, Site, get_method, method_names
 from rankfront.objectives import make_objective
-from rankfront.search.constraint import Constraint
+from rankfront.search.constraint import Constraint, holding
 from rankfront.search.front import Row, box_of, dense_row, hypervolume
 from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.study import Study
@@ -37,7 +37,7 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
         "latency": {name: found.figures() for name, found in study.latency().items()},
         "ideal": box.ideal if box else None,
         "reference": box.reference if box else None,
-        "trials": [trial_json(row, front) for row in rows if all(limit.holds(row) for limit in constraints)],
+        "trials": [trial_json(row, front) for row in holding(rows, constraints)],
     }
 
 
