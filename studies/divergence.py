@@ -48,17 +48,14 @@ def main() -> None:
     bench = Bench(arguments.text)
     model, windows = bench.resident.model, bench.setup.tokens["search"][: arguments.windows]
     found = {row: ROWS[row](bench, 100_000, 0).plans for row in PLANS}
+    bench.resident.apply(Plan(()))
+    teachers = [teach(model, windows, top_k) for top_k in (*TOP_K, model.config.vocab_size)]
     lines = []
     for name, plans in found.items():
         for keep in KEPT:
-            divergence = {}
-            for top_k in (*TOP_K, model.config.vocab_size):
-                bench.resident.apply(Plan(()))
-                teacher = teach(model, windows, top_k)
-                bench.resident.apply(plans[keep])
-                divergence[top_k] = score(model, windows, teacher).divergence
-            whole = divergence[model.config.vocab_size]
-            shares = " | ".join(f"{divergence[top_k] / whole:.2%}" for top_k in TOP_K)
+            bench.resident.apply(plans[keep])
+            *cut, whole = (score(model, windows, teacher).divergence for teacher in teachers)
+            shares = " | ".join(f"{divergence / whole:.2%}" for divergence in cut)
             lines.append(f"| {name} | {keep:g} | {whole:.4f} | {shares} |")
             print(lines[-1], flush=True)
     page = PAGE.format(
