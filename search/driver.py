@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import moocore
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.accuracy import Calibration, calibration
-from rankfront.search.allocate import sweep
 from rankfront.search.beliefs import rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
@@ -23,8 +21,9 @@ from rankfront.search.fidelity import Ladder, Lift, carried
 from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
 from rankfront.search.menu import Menu
+from rankfront.search.opening import MenuJobs, anchors_to_beat, warm_start
 from rankfront.search.plan import Plan
-from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs, menu_record
+from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
 from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
@@ -33,7 +32,6 @@ from rankfront.search.timing import timed_objectives
 from rankfront.search.trial import Job, Record
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
-WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions of the treated weights at which the menu is measured
 ENOUGH = 10  # trials beside the menu that a limit on tokens should leave room for
 STEPS_AFTER = 2  # trials that the limit on tokens must leave room for after slopes
 MAX_DEAD = 3  # workers in a row that died without finishing anything
@@ -102,7 +100,7 @@ class Driver:
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.record: Record | None = None  # what the menu is made of
-        self.menu_asked: set[int] = set()
+        self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = self.ours and bool(timed_objectives(config.objectives))
         self.wants_timing = timed and "timing" not in study.user_attrs.get("timing", {})  # or one that failed
         self.timing_asked = False
@@ -180,24 +178,9 @@ class Driver:
             )
         self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings)
         self.study.sampler = sampler
-        even = self.menu.even
-        solved = sweep(even)
-        for keep in WARM_START:
-            if keep * even.dense >= even.least:
-                chosen = even.choices(solved.solve(keep * even.dense))
-                if not sampler.beliefs.may_meet(chosen):
-                    continue
-                self._enqueue("menu", f"keep={keep:g}", self.space.draws(chosen))
-        self._enqueue_anchors(self._anchors_to_beat(self.menu))
-
-    def _anchors_to_beat(self, menu: Menu) -> list[Anchor]:
-        """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as."""
-        anchors = self.space.anchors(self.config.search.anchors)
-        draws = (FixedTrial(self.space.anchor_parameters(anchor)) for anchor in anchors)
-        found = [menu.places(self.space.suggest(trial, {}).by_site) for trial in draws]
-        known = np.array([(*menu.costs(places), menu.divergence(places)) for places in found if places is not None])
-        kept = iter(moocore.is_nondominated(known, keep_weakly=False))
-        return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]
+        for label, draws in warm_start(self.menu, self.space, sampler.beliefs.may_meet):
+            self._enqueue("menu", label, draws)
+        self._enqueue_anchors(anchors_to_beat(self.menu, self.space, self.config.search.anchors))
 
     # -- ask
 
@@ -258,18 +241,17 @@ class Driver:
         searching = self.searching
         exploring = searching and self.exploring
         if self.wants_timing and exploring:  # alone, for what runs beside it would be in its figures
-            if self.timing_asked or self.running or self.menu_asked:
+            if self.timing_asked or self.running or self.menu_jobs.running:
                 return None
             self.timing_asked = True
             return Job("timing", 0, Plan(()))
-        due = self._menu_due() if exploring else None
+        due = self.menu_jobs.next() if exploring and self._wants_menu and self.record is None else None
         if due is not None:
-            self.menu_asked.add(due.number)
             return due
         if exploring and self._ready:
             self._ask_slopes()
         job = self._next_trial(begun) if searching else None
-        if job is None and self.searching and not self.running and not self._ready and not self.menu_asked:
+        if job is None and self.searching and not self.running and not self._ready and not self.menu_jobs.running:
             raise InputError(
                 f"the dense model could not be measured ({self._dense_failure()}): nothing to compare with"
             )
@@ -281,10 +263,8 @@ class Driver:
         """Raise `InputError` where the limit was spent before anything was measured."""
         limit = self.config.search.tokens
         spent = limit is not None and (limit <= self.tokens or not self.exploring)
-        if spent and not (self.menu_asked or self.running or self.spent):
-            known = self.study.user_attrs
-            missing = sum(f"menu {i}" not in known for i in range(len(self._menu_plans(known.get("menu 0")))))
-            enough = self.tokens + (missing + ENOUGH) * self.ladder.tokens[0]
+        if spent and not (self.menu_jobs.running or self.running or self.spent):
+            enough = self.tokens + (len(self.menu_jobs.missing()) + ENOUGH) * self.ladder.tokens[0]
             raise InputError(
                 f"search.tokens = {limit:,} is spent on the menu, which took {self.tokens:,} so far, and no plan was"
                 f" measured: set it to {enough:,} or more"
@@ -295,7 +275,7 @@ class Driver:
         if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
             return
         left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
-        if left > SLOPE_PASSES * SLOPE_TOKENS + STEPS_AFTER * self.ladder.tokens[0]:
+        if left > self._slope_tokens + STEPS_AFTER * self.ladder.tokens[0]:
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 source = self.study.get_trials(deepcopy=False)[number]
@@ -304,35 +284,21 @@ class Driver:
     @property
     def _promised(self) -> int:
         """Tokens of the trials and slopes that run."""
-        slopes = SLOPE_PASSES * min(SLOPE_TOKENS, self.config.data.search.windows * self.config.data.length)
         return sum(
-            slopes if "slopes_of" in trial.user_attrs else self.ladder.tokens[rung_of(trial)]
+            self._slope_tokens if "slopes_of" in trial.user_attrs else self.ladder.tokens[rung_of(trial)]
             for trial in self.running.values()
         )
+
+    @property
+    def _slope_tokens(self) -> int:
+        """What measuring slopes runs through the model, a backward pass counted as two forward ones."""
+        return SLOPE_PASSES * min(SLOPE_TOKENS, self.config.data.search.windows * self.config.data.length)
 
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def _dense_failure(self) -> str:
         return next((row.failure for row in self.rows() if row.failure and row.origin.endswith(": dense")), "no reason")
-
-    def _menu_due(self) -> Job | None:
-        """The next job of the menu, of those neither done nor asked for."""
-        if not self._wants_menu or self.record is not None:
-            return None
-        known = self.study.user_attrs
-        plans = self._menu_plans(known.get("menu 0"))
-        due = (part for part in range(len(plans)) if part not in self.menu_asked and f"menu {part}" not in known)
-        part = next(due, None)
-        return None if part is None else Job("menu", part, plans[part])
-
-    def _menu_plans(self, first: Record | None) -> list[Plan]:
-        """The plan of each of the menu's jobs: dense, but where a group is probed, which the first job decides on."""
-        source = self.config.search.menu
-        plans = [Plan(())] * menu_jobs(source, len(self.space.choices))
-        if source == GROUPED and first is not None:
-            plans += group_plans(self.space.bands(GROUP_BANDS), self.space.wanted(), first["predictions"])
-        return plans
 
     @property
     def _ready(self) -> bool:
@@ -411,8 +377,8 @@ class Driver:
         """Record what measuring ``job`` gave. Raises `InputError` for a cause that would fail every trial."""
         self.dead = 0
         if job.kind == "menu":
-            self.menu_asked.discard(job.number)
-            self._menu_arrived(job.number, record)
+            self.menu_jobs.finish(job.number, record)
+            self._with_menu()
             self._check_tokens()
         elif job.kind == "timing":
             self.timing_asked = self.wants_timing = False
@@ -447,16 +413,6 @@ class Driver:
             trial.set_user_attr(key, value)
         self.study.tell(trial, state=TrialState.PRUNED)
 
-    def _menu_arrived(self, part: int, record: Record) -> None:
-        if "failure" in record:
-            source = self.config.search.menu
-            raise InputError(
-                f"the menu could not be made by {source!r} ({record['failure']}): set search.menu to another"
-            )
-        first = self.study.user_attrs.get("menu 0", record if part == 0 else None)
-        self.study.set_user_attr(f"menu {part}", record | {"jobs": len(self._menu_plans(first))})
-        self._with_menu()
-
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died; the study goes on, unless workers die again and again."""
         self.dead += 1
@@ -465,7 +421,7 @@ class Driver:
         elif job.kind == "slopes":
             self._finish_slopes(self.running.pop(job.number), {"failure": reason})
         elif job.kind == "menu":
-            self.menu_asked.discard(job.number)
+            self.menu_jobs.running.discard(job.number)
         elif job.kind == "timing":
             self.timing_asked = False
         else:

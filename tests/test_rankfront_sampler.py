@@ -17,10 +17,11 @@ from rankfront.objectives import make_objective
 from rankfront.search.accuracy import calibration
 from rankfront.search.allocate import sweep
 from rankfront.search.beliefs import SURROGATE_ERROR, Beliefs
-from rankfront.search.driver import WARM_START, Driver
+from rankfront.search.driver import Driver
 from rankfront.search.front import Row
 from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
+from rankfront.search.opening import WARM_START, anchors_to_beat
 from rankfront.search.predictions import menu_jobs, menu_record
 from rankfront.search.sampler import RankfrontSampler
 from rankfront.search.samplers import INTERRUPTED, OURS
@@ -811,7 +812,7 @@ def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(da
         job = driver.next()
         driver.finish(job, resident.run(job))
     anchors = driver.space.anchors(driver.config.search.anchors)
-    wanted = driver._anchors_to_beat(driver.menu)
+    wanted = anchors_to_beat(driver.menu, driver.space, driver.config.search.anchors)
     assert anchors[0] in wanted
     predicted, expected = {}, []
     for anchor in anchors[1:]:
@@ -831,7 +832,7 @@ def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(da
     waiting = driver.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
     assert [trial.user_attrs["anchor"] for trial in waiting][-len(wanted) + 1 :] == [a.label for a in wanted[1:]]
     lines = tuple(Line(line.site, line.options[:1], line.sizes[:1], line.divergence[:1]) for line in driver.menu.lines)
-    assert driver._anchors_to_beat(Menu(lines)) == anchors
+    assert anchors_to_beat(Menu(lines), driver.space, driver.config.search.anchors) == anchors
 
 
 @pytest.mark.parametrize("sampler", [OURS, "random"])

@@ -8,7 +8,7 @@ from optuna.distributions import IntDistribution
 
 from rankfront.methods import InputError
 from rankfront.search.config import make_config
-from rankfront.search.driver import WARM_START
+from rankfront.search.opening import WARM_START
 from rankfront.search.predictions import menu_record
 from rankfront.search.samplers import OURS, SAMPLERS, make_sampler
 

@@ -1,0 +1,90 @@
+"""What a search measures before its sampler proposes: the menu, plans of its predicted front, anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import moocore
+import numpy as np
+import optuna
+from optuna.trial import FixedTrial
+
+from rankfront.methods import InputError, Option
+from rankfront.search.allocate import sweep
+from rankfront.search.menu import Menu
+from rankfront.search.plan import Plan
+from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs
+from rankfront.search.space import Anchor, Space
+from rankfront.search.trial import Job, Record
+
+WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions of the treated weights at which the menu is measured
+
+
+class MenuJobs:
+    """The jobs that a study's menu is measured in. Their records are attributes of the study.
+
+    Args:
+        study: where the records are.
+        space: what the menu is of.
+        source: ``search.menu``.
+    """
+
+    def __init__(self, study: optuna.Study, space: Space, source: str) -> None:
+        self.study = study
+        self.space = space
+        self.source = source
+        self.running: set[int] = set()
+
+    def missing(self) -> list[Job]:
+        """Those without a record, as far as is known: the first job decides how many there are."""
+        known = self.study.user_attrs
+        plans = self._plans(known.get("menu 0"))
+        return [Job("menu", part, plan) for part, plan in enumerate(plans) if f"menu {part}" not in known]
+
+    def next(self) -> Job | None:
+        """The next of those that neither have a record nor run; it runs from now on."""
+        job = next((job for job in self.missing() if job.number not in self.running), None)
+        if job is not None:
+            self.running.add(job.number)
+        return job
+
+    def finish(self, part: int, record: Record) -> None:
+        """Keep what a job measured; `InputError` where it failed."""
+        self.running.discard(part)
+        if "failure" in record:
+            raise InputError(
+                f"the menu could not be made by {self.source!r} ({record['failure']}): set search.menu to another"
+            )
+        first = self.study.user_attrs.get("menu 0", record if part == 0 else None)
+        self.study.set_user_attr(f"menu {part}", record | {"jobs": len(self._plans(first))})
+
+    def _plans(self, first: Record | None) -> list[Plan]:
+        """The plan of each job: dense, but where a group is probed, which the ``first`` job's record decides on."""
+        plans = [Plan(())] * menu_jobs(self.source, len(self.space.choices))
+        if self.source == GROUPED and first is not None:
+            plans += group_plans(self.space.bands(GROUP_BANDS), self.space.wanted(), first["predictions"])
+        return plans
+
+
+def warm_start(
+    menu: Menu, space: Space, may_meet: Callable[[Mapping[str, Option]], bool]
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """(label, draws) of the menu's predicted front at `WARM_START`, every cost weighed alike: of what ``may_meet`` the
+    study's limits."""
+    even = menu.even
+    solved = sweep(even)
+    for keep in WARM_START:
+        if keep * even.dense >= even.least:
+            chosen = even.choices(solved.solve(keep * even.dense))
+            if may_meet(chosen):
+                yield f"keep={keep:g}", space.draws(chosen)
+
+
+def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:
+    """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as."""
+    anchors = space.anchors(fractions)
+    draws = (FixedTrial(space.anchor_parameters(anchor)) for anchor in anchors)
+    found = [menu.places(space.suggest(trial, {}).by_site) for trial in draws]
+    known = np.array([(*menu.costs(places), menu.divergence(places)) for places in found if places is not None])
+    kept = iter(moocore.is_nondominated(known, keep_weakly=False))
+    return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]
