@@ -3,7 +3,8 @@
     python studies/search_benchmark.py TEXT [--rows a,b] [--budgets 100000,300000] [--seeds 0,1,2] [--threads 1]
 
 TEXT is split by position: calibrate on the first half, search on the third quarter, report on the last. The space is
-svd-llm and dense; one row adds the methods that treat several weights jointly, one oats and dsformer too. Tokens are
+svd-llm and dense; one row adds the methods that treat several weights jointly, one oats and dsformer too; one leaves
+out our search's anchors, one measures every plan on half the tokens and those in front on twice as many. Tokens are
 counted everywhere (a backward pass as two forward ones): probes, menus, slopes and trials alike. Allocators that only
 predict are solved at block_parameters 0.9, 0.8, ... 0.3 and spend no tokens on looking at their plans; searches give,
 at each of those, the measured plan that is best on the search split. All these plans are measured on the report
@@ -20,7 +21,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -31,6 +33,7 @@ import torch
 from common import keep_cells, provenance, read_cells, sources
 from rich.console import Console
 
+from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
 from rankfront.search.allocate import knapsack, sensitivity, tolerance, uniform, value
@@ -55,6 +58,12 @@ JOINT = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
 SPARSE = (*JOINT, "oats", "dsformer")
 TENTHS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # kept fractions of the row with these two, which factor each level anew
 SAMPLERS = ("random", "tpe", "nsga2", "gp", "rankfront")
+VARIANTS: dict[str, dict[str, object]] = {  # of our sampler's row: what they change in the study
+    "rankfront with joint methods": {"space.methods": JOINT},
+    "rankfront with joint and sparse methods": {"space.methods": SPARSE, "space.keep": TENTHS},
+    "rankfront without anchors": {"search.anchors": []},
+    "rankfront in two fidelities": {"search.rungs": [2048, 8192]},
+}
 
 
 def settings(text: str, threads: int) -> dict[str, object]:
@@ -198,25 +207,19 @@ def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> 
     return plan
 
 
-def sampler_row(
-    sampler: str, methods: Sequence[str] = (), keep: Sequence[float] = ()
-) -> Callable[[Bench, int, int], Found]:
-    """A whole study; ``methods`` and ``keep`` replace those of the shared space."""
+def study_row(name: str, sampler: str, changes: Mapping[str, object]) -> Callable[[Bench, int, int], Found]:
+    """A whole study with ``sampler`` and ``changes`` to the shared settings; ``name`` is that of its run folder."""
 
     def run(bench: Bench, budget: int, seed: int) -> Found:
-        overrides = [f"search.sampler={sampler}", f"search.seed={seed}", f"search.tokens={budget}"]
-        overrides += [f"space.methods={json.dumps(methods)}"] if methods else []
-        overrides += [f"space.keep={json.dumps(keep)}"] if keep else []
-        folder = "-".join([sampler, *methods, str(seed)])
-        study = Study(bench.settings, run=RESULTS / "runs" / folder, overrides=overrides)
+        changed = {"search.sampler": sampler, "search.seed": seed, "search.tokens": budget, **changes}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+        study = Study(bench.settings, run=RESULTS / "runs" / f"{name}-{seed}".replace(" ", "-"), overrides=overrides)
         study.launch(Console(quiet=True), report=False)
-        rows = [row for row in study.rows() if row.state == "complete"]
-        overhead = sum(row.attributes["seconds"]["propose"] for row in rows)
+        overhead = sum(row.attributes["seconds"]["propose"] for row in study.rows() if row.state == "complete")
         found = Found(tokens=study.tokens(), overhead=overhead)
-        for budgeted in GRID:
-            within = [row for row in rows if row.attributes["block_parameters"] <= budgeted]
-            if within:
-                found.plans[budgeted] = min(within, key=lambda row: row.attributes["perplexity"]).plan
+        for keep in GRID:
+            with suppress(InputError):  # nothing is as small
+                found.plans[keep] = study.best(f"block_parameters<={keep}").plan
         calibration = study.calibration()
         if calibration is not None:
             found.spearman = calibration.spearman
@@ -235,11 +238,10 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "level evolution": evolution_row,
     "gradient + knapsack": menu_row(grouped=False),
     "menu + knapsack": menu_row(grouped=True),
-    **{name: sampler_row(name) for name in SAMPLERS},
-    "rankfront with joint methods": sampler_row("rankfront", JOINT),
-    "rankfront with joint and sparse methods": sampler_row("rankfront", SPARSE, TENTHS),
+    **{name: study_row(name, name, {}) for name in SAMPLERS},
+    **{name: study_row(name, "rankfront", changes) for name, changes in VARIANTS.items()},
 }
-SEEDED = {"level evolution", "rankfront with joint methods", "rankfront with joint and sparse methods", *SAMPLERS}
+SEEDED = {"level evolution", *SAMPLERS, *VARIANTS}
 ONCE = {  # at any budget
     "uniform",
     "spectrum knapsack",
