@@ -27,7 +27,7 @@ from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors import FactorStore
 from rankfront.search.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss, products
 
-SLOPE_TOKENS = 4096  # of the search split, for one plan
+SLOPE_TOKENS = 2048  # of the search split, for one plan
 SLOPE_PASSES = 5  # one forward pass and two backward ones of twice its cost
 
 

@@ -39,7 +39,7 @@ from rankfront.search.model import (
     weights_at,
 )
 from rankfront.search.plan import Plan, check_disjoint, cost_of
-from rankfront.search.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
+from rankfront.search.predictions import GROUP_TOKENS, MENU_TOKENS, menu_jobs, predict
 from rankfront.search.refit import refitted
 from rankfront.search.samplers import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
@@ -146,6 +146,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, f
     return dict(store.seconds)
 
 
+PIECE_TOKENS = 128  # of a window, at most, that menu and slopes read at once
 FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a trial, which becomes a value of its record
 
 
@@ -310,14 +311,20 @@ class Resident:
         return self.setup.tokens["search"][self.rungs[rung]]
 
     def spare(self, number: int, tokens: int) -> Tensor:
-        """Windows of about ``tokens`` tokens that no trial reads, others for each ``number``; where trials read the
-        whole search split, some of it."""
+        """Pieces of windows that no trial reads, about ``tokens`` tokens and others for each ``number``; where trials
+        read the whole search split, some of it.
+
+        They are drawn from all over the text and short, for what tokens of one window say is much alike.
+        """
         whole = self.setup.tokens["search"]
-        count = max(1, tokens // whole.shape[1])
         pool = whole[self.rungs[-1].stop :]
-        if len(pool) < count:
+        if pool.numel() < tokens:
             pool = whole
-        return pool[(torch.arange(min(count, len(pool))) + number * count) % len(pool)]
+        length = whole.shape[1] // math.ceil(whole.shape[1] / PIECE_TOKENS)
+        pieces = pool[:, : whole.shape[1] // length * length].reshape(-1, length)
+        count = min(max(1, tokens // length), len(pieces))
+        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+        return pieces[order[(torch.arange(count) + number * count) % len(pieces)]]
 
     def teacher(self, rung: int) -> Teacher:
         """The dense model's predictions on the windows of a rung, computed once."""
@@ -422,7 +429,7 @@ class Resident:
         return found | {"seconds": clock.seconds}
 
     def _probe(self, plan: Plan) -> Record:
-        windows = self.spare(0, MENU_TOKENS)[: max(1, PROBE_TOKENS // self.setup.config.data.length)]
+        windows = self.spare(0, GROUP_TOKENS)
         tokens = windows.numel()
         if self._probed is None:
             tokens += windows.numel()

@@ -1,6 +1,7 @@
 """A resident model through many trials: plans go in and out, and a failure is a value."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,3 +185,20 @@ def test_a_second_resident_gives_the_same_values(resident):
     plan = random_plan(resident, 6)
     other = Resident(resident.setup)
     assert other.run(Job("trial", 0, plan))["values"] == resident.run(Job("trial", 0, plan))["values"]
+
+
+def test_menu_and_slopes_read_short_pieces_that_no_trial_reads(resident, monkeypatch):
+    """Pieces are whole, each of a place of its own in the text until there are no more, the same at every call."""
+    monkeypatch.setattr("rankfront.search.trial.PIECE_TOKENS", 12)  # windows of 32 in three pieces of 10
+    windows = torch.arange(6 * 32).reshape(6, 32)
+    monkeypatch.setattr(resident, "setup", replace(resident.setup, tokens={"search": windows}))
+    monkeypatch.setattr(resident, "rungs", [slice(0, 2)])
+    first, second = resident.spare(0, 60), resident.spare(1, 60)
+    assert first.shape == second.shape == (6, 10)
+    assert torch.equal(first, resident.spare(0, 60))
+    both = torch.cat([first, second]).flatten()
+    assert both.min() >= 64
+    assert len(both.unique()) == len(both)
+    assert torch.equal(first[:, 1:], first[:, :1] + torch.arange(1, 10))
+    monkeypatch.setattr(resident, "rungs", [slice(0, 6)])
+    assert resident.spare(0, 60).min() < 64
