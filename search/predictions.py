@@ -28,8 +28,7 @@ from rankfront.search.menu import TINY, Predictions, pack
 from rankfront.search.plan import Plan
 
 MENU_TOKENS = 2048  # of the search split, for the gradient's predictions
-PROBE_TOKENS = 512  # for each probe of one site; LEMS spends about 3,000
-GROUP_TOKENS = 256  # for each probe of a group
+PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
 PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them and an interruption loses little
 PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
 GROUPED = "grouped"

@@ -39,7 +39,7 @@ from rankfront.search.model import (
     weights_at,
 )
 from rankfront.search.plan import Plan, check_disjoint, cost_of
-from rankfront.search.predictions import GROUP_TOKENS, MENU_TOKENS, menu_jobs, predict
+from rankfront.search.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
 from rankfront.search.refit import refitted
 from rankfront.search.samplers import OURS
 from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
@@ -323,7 +323,7 @@ class Resident:
         length = whole.shape[1] // math.ceil(whole.shape[1] / PIECE_TOKENS)
         pieces = pool[:, : whole.shape[1] // length * length].reshape(-1, length)
         count = min(max(1, tokens // length), len(pieces))
-        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(self.setup.config.search.seed))
         return pieces[order[(torch.arange(count) + number * count) % len(pieces)]]
 
     def teacher(self, rung: int) -> Teacher:
@@ -429,7 +429,7 @@ class Resident:
         return found | {"seconds": clock.seconds}
 
     def _probe(self, plan: Plan) -> Record:
-        windows = self.spare(0, GROUP_TOKENS)
+        windows = self.spare(0, PROBE_TOKENS)
         tokens = windows.numel()
         if self._probed is None:
             tokens += windows.numel()

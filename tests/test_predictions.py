@@ -11,7 +11,7 @@ from rankfront.search.plan import Plan
 from rankfront.search.predictions import (
     GROUP_BANDS,
     GROUP_KEEP,
-    GROUP_TOKENS,
+    PROBE_TOKENS,
     WORST_RATIO,
     group_plans,
     menu_record,
@@ -100,7 +100,7 @@ def test_probes_are_divergences_of_the_plans_that_they_name(parts):
     """Measured again by hand: KL of the group's plan, and the scaled predictions that the study solves with."""
     study, records = parts
     resident = Resident(study.setup())
-    windows = resident.spare(0, GROUP_TOKENS)
+    windows = resident.spare(0, PROBE_TOKENS)
     taught = teach(resident.model, windows)
     predictions = records[0]["predictions"]
     assert len(records) == records[0]["jobs"] > 1
