@@ -1,0 +1,103 @@
+"""Which tokens slopes should read: windows as long as a trial's, or short pieces from all over the text.
+
+    python studies/pieces.py TEXT [--draws 3] [--threads 2]
+
+Around two plans of the menu + knapsack row of studies/search_benchmark.py (svd-llm and dense, block_parameters 0.5 and
+0.4) slopes are measured on so many tokens of the search split in pieces of so many, drawn anew each time, none of them
+read by trials. The step that they recommend at the plan's own size, boldly and with caution, is measured on the windows
+that trials read: the better of the two perplexities, for every draw. The page goes to studies/results/pieces.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import torch
+from common import provenance
+from search_benchmark import RESULTS, ROWS, TRIAL_TOKENS, Bench
+
+from rankfront.objectives import score
+from rankfront.search import Plan
+from rankfront.search.beliefs import CAUTIONS
+from rankfront.search.descent import Descent
+from rankfront.search.local import Local, Trust
+from rankfront.search.menu import Menu, make_menu
+from rankfront.search.slopes import SLOPE_PASSES, measure_slopes
+
+KEPT = (0.5, 0.4)
+DESIGNS = ((4096, 512), (4096, 128), (2048, 512), (2048, 128), (2048, 32), (1024, 128))  # tokens, and of a piece
+PAGE = """# Slopes by what they read
+
+SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense: perplexity on the search split of the plans that
+slopes around one plan recommend, for each draw of the text that they read. How is said at the top of
+`studies/pieces.py`.
+
+| tokens | in pieces of | spent | {head} |
+| --- | --- | --- | {rule} |
+{lines}
+
+```
+{source}
+```
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments.text)
+    menu = make_menu(bench.wanted, bench.spectrum)
+    plans = ROWS["menu + knapsack"](bench, 0, 0).plans
+    head = [f"from keep {keep:g} ({measured(bench, plans[keep]):.1f})" for keep in KEPT]
+    lines = []
+    for tokens, length in DESIGNS:
+        cells = [
+            ", ".join(f"{step(bench, menu, plans[keep], tokens, length, draw):.1f}" for draw in range(arguments.draws))
+            for keep in KEPT
+        ]
+        lines.append(f"| {tokens:,} | {length} | {SLOPE_PASSES * tokens:,} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    page = PAGE.format(
+        head=" | ".join(head), rule=" | ".join("---" for _ in KEPT), lines="\n".join(lines), source=provenance().strip()
+    )
+    (RESULTS / "pieces.md").write_text(page, encoding="utf-8")
+
+
+def measured(bench: Bench, plan: Plan) -> float:
+    """Perplexity on the windows that trials read."""
+    bench.resident.apply(plan)
+    return score(bench.resident.model, bench.resident.windows(0)).perplexity
+
+
+def step(bench: Bench, menu: Menu, plan: Plan, tokens: int, length: int, draw: int) -> float:
+    """The perplexity that slopes around ``plan`` lead to."""
+    resident = bench.resident
+    pieces = bench.setup.tokens["search"][TRIAL_TOKENS // bench.setup.config.data.length :].reshape(-1, length)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(draw))
+    windows = pieces[order[: tokens // length]]
+    divergence = math.log(measured(bench, plan) / measured(bench, Plan(())))
+    resident.apply(plan)
+    with resident.anchored():
+        options = resident.store.usable(bench.wanted)
+        found = measure_slopes(
+            resident.model, windows, options, resident.current, resident.dense_modules, resident.store, None, draw
+        )
+    places = menu.places(plan.by_site)
+    assert places is not None
+    pairs = [np.array([found[line.site][option.label] for option in line.options]) for line in menu.lines]
+    for line, place in zip(pairs, places, strict=True):
+        line[place] = 0.0
+    local = Local(0, np.array(places), divergence, [line[:, 0] for line in pairs], [line[:, 1] for line in pairs])
+    none = np.zeros((len(menu.lines), len(menu.lines)))
+    solved = [Descent(menu, local.losses(Trust(), caution), none).solve(menu.size(local.plan)) for caution in CAUTIONS]
+    return min(measured(bench, Plan.of(menu.choices(places))) for places in solved)
+
+
+if __name__ == "__main__":
+    main()
