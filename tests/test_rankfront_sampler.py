@@ -476,7 +476,7 @@ def test_overlapping_sites_are_proposed_apart_and_no_plan_twice(seed, pending):
 
 
 @pytest.mark.parametrize("pending", [1, 4])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, 2])
 def test_with_slopes_too(seed, pending):
     """Around plans that treat joint sites as well, of which slopes say nothing."""
     problem = Overlap(seed=seed, sites=4)
