@@ -33,7 +33,7 @@ from rankfront.search.trial import Job, Record
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 ENOUGH = 10  # trials beside the menu that a limit on tokens should leave room for
-STEPS_AFTER = 2  # trials that the limit on tokens must leave room for after slopes
+STEPS_AFTER = 1  # trials that the limit on tokens must leave room for after slopes
 MAX_DEAD = 3  # workers in a row that died without finishing anything
 
 Listener = Callable[["Driver"], None]
