@@ -110,6 +110,11 @@ class Menu:
         return frozenset(line.site for line in self.lines)
 
     @cached_property
+    def _place_of(self) -> list[dict[Option, int]]:
+        """For each line, where its options stand."""
+        return [{option: place for place, option in enumerate(line.options)} for line in self.lines]
+
+    @cached_property
     def regions(self) -> tuple[Region, ...]:
         """Lines grouped by the weights that they share."""
         return regions_of([line.claims for line in self.lines])
@@ -160,11 +165,11 @@ class Menu:
         if any(option != DENSE_OPTION for site, option in option_of.items() if site not in self._sites):
             return None
         found = []
-        for line in self.lines:
-            option = option_of.get(line.site, DENSE_OPTION)
-            if option not in line.options:
+        for line, place_of in zip(self.lines, self._place_of, strict=True):
+            place = place_of.get(option_of.get(line.site, DENSE_OPTION))
+            if place is None:
                 return None
-            found.append(line.options.index(option))
+            found.append(place)
         return found
 
 
