@@ -26,8 +26,8 @@ FIGURES = ("block_parameters", "bytes", "parameters")
 TIGHTER = (1.0, 0.98, 0.96)
 PAGE = """# Seconds of an answer
 
-`Study.answer`, from opening a run to the plan that is expected to be best under the limits, at kept fractions {kept}
-of the block-linear weights. How is said at the top of `studies/answers.py`.
+`Study.answer`, from opening a run to the plan that is expected to be best under the limits, at kept fractions
+{kept} of the block-linear weights. How is said at the top of `studies/answers.py`.
 
 | methods | trials | options, over all sites | limits | answers | median, s | worst, s | CPU, median, s |
 | --- | --- | --- | --- | --- | --- | --- | --- |
