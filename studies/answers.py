@@ -54,7 +54,8 @@ def measure(run: str, tries: int) -> list[str]:
     study = Study.open(run)
     taken: list[list[tuple[float, float]]] = [[] for _ in FIGURES]
     for keep in KEPT:
-        limits, figures = [f"{FIGURES[0]}<={keep}"], study.answer(f"{FIGURES[0]}<={keep}").figures
+        limits = [f"{FIGURES[0]}<={keep}"]
+        figures = study.answer(*limits).figures
         for name, share, found in zip(FIGURES, TIGHTER, taken, strict=True):
             if share < 1:
                 limits.append(f"{name}<={share * figures[name]:.9g}")
