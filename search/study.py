@@ -32,7 +32,7 @@ from rankfront.search.progress import Display
 from rankfront.search.ranks import measured_multiple, shapes_of
 from rankfront.search.run import Run
 from rankfront.search.samplers import OURS
-from rankfront.search.text import cut, hash_tokens
+from rankfront.search.text import cut, hash_tokens, scattered
 from rankfront.search.timing import Calibrated, timed_objectives
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 
@@ -255,6 +255,7 @@ class Study:
             )
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
+        tokens["search"] = scattered(tokens["search"])  # rungs read its beginning
         cache = cache_folder().resolve()
         config = self._settled
         if config.space.rank_multiple == "device":

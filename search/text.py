@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from rankfront.methods import InputError
 
 SPLITS = ("calibrate", "search", "report")
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,17 @@ def cut(tokenizer: Any, splits: Mapping[str, Split], length: int) -> dict[str, T
             windows = torch.cat([torch.full((len(windows), 1), first), windows], dim=1)
         result[name] = windows
     return result
+
+
+def scattered(windows: Tensor) -> Tensor:
+    """``windows`` (W, L) in an order of which every beginning comes from all over the text: by the fraction of i φ.
+
+    What is measured on the first few says something of all of them: neighbours in a text are of one topic. Between
+    those i whose fraction of i φ is the least there are three distances at most, by the three-distance theorem
+    (Sós 1958).
+    """
+    fractions = torch.arange(len(windows), dtype=torch.float64) * GOLDEN % 1
+    return windows[fractions.argsort()]
 
 
 def hash_tokens(windows: Tensor) -> str:

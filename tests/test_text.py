@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rankfront.methods import InputError
-from rankfront.search.text import Split, cut, hash_tokens, read_text, tokenize
+from rankfront.search.study import Study
+from rankfront.search.text import Split, cut, hash_tokens, read_text, scattered, tokenize
 
 LENGTH = 16
 
@@ -65,6 +66,29 @@ def test_windows_spread_over_the_whole_part(counted, tokenizer):
     assert gaps.max() - gaps.min() <= LENGTH
     assert windows.min() < 2_400
     assert windows.max() > 3_600
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 112, 1000])
+def test_every_beginning_of_scattered_windows_is_spread_over_the_text(count):
+    """No gap between the first k, nor to the text's ends, is much longer than if they were evenly spaced."""
+    places = scattered(torch.arange(count)[:, None])[:, 0].tolist()
+    assert sorted(places) == list(range(count))
+    for k in range(1, count + 1):
+        found = [-1, *sorted(places[:k]), count]
+        assert max(after - before for before, after in itertools.pairwise(found)) <= 3 * count / k + 1
+
+
+def test_trials_read_windows_from_all_over_the_search_split(tmp_path, text_file, model_folder):
+    data = common.study_data(model_folder, text_file)
+    data["data"]["search"]["windows"] = 12
+    data["search"]["rungs"] = [64]
+    study = Study(data, run=tmp_path)
+    setup = study.setup()
+    in_order = cut(common.tiny_tokenizer(), study.config.data.splits(), 32)["search"].tolist()
+    places = [in_order.index(window) for window in setup.tokens["search"].tolist()]
+    assert sorted(places) == list(range(12))
+    first, second = places[setup.config.rung_windows()[0]]
+    assert abs(first - second) > 3
 
 
 def test_cutting_again_gives_the_same(text_file, tokenizer):
