@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import Option
 from rankfront.search.accuracy import MIN_PREDICTIONS, POOR_ERROR, RECENT
 from rankfront.search.allocate import sweep
+from rankfront.search.context import context_of
 from rankfront.search.descent import Descent
 from rankfront.search.goal import SPREAD_TOKENS, Goal
 from rankfront.search.local import Local, Trust, learn_trust, surest
@@ -26,6 +27,7 @@ PRIOR_TRIALS = 8  # that the prior counts for
 DEVIATION = 1.48  # of a Gaussian, in median absolute errors
 CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
 CENTRES = 8  # slopes that steps are taken from at once
+BANDS = 10  # shares of the dense size that plans are solved for each by itself, where slopes say what depends on it
 NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solving around one takes a while
 
 
@@ -52,6 +54,23 @@ class Solver(Protocol):
 def rung_of(trial: FrozenTrial) -> int:
     """The fidelity that a trial was measured at, 0 the cheapest."""
     return int(trial.user_attrs.get("rung", 0))
+
+
+class _Banded:
+    """The corrected menu where what options hurt depends on the size of the plan: solved for bands of it."""
+
+    def __init__(self, surrogate: Surrogate, used: Coefficients, priced: Menu, coupling: np.ndarray | None) -> None:
+        self.surrogate, self.used, self.priced = surrogate, used, priced
+        self.coupling = np.zeros((len(priced.lines), len(priced.lines))) if coupling is None else coupling
+        self._solved: dict[int, Descent] = {}
+
+    def solve(self, budget: float) -> list[int]:
+        """By the losses of the nearest of `BANDS` shares of the dense size."""
+        band = round(budget / self.priced.dense * BANDS)
+        if band not in self._solved:
+            losses = self.surrogate.losses(self.used, band / BANDS)
+            self._solved[band] = Descent(self.priced, losses, self.coupling)
+        return self._solved[band].solve(budget)
 
 
 class Beliefs:
@@ -122,9 +141,11 @@ class Beliefs:
         learned = {plan: (found.level, found.spread) for plan, found in in_turn if any(plan)}
         if learned:
             plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
+            self.locals = [local for trial in finished if (local := self._local(trial)) is not None]
+            found = [context_of(local, self.menu, self.surrogate.features) for local in self.locals]
+            self.surrogate.contexts = [context for context in found if context is not None]
             self.surrogate.fit(plans, levels, spreads)
             self._doubt()
-            self.locals = [local for trial in finished if (local := self._local(trial)) is not None]
             self.trusts = [learn_trust(self.locals, plans, np.exp(levels), own) for own in self.locals]
         self._fitted = len(finished)
 
@@ -222,6 +243,8 @@ class Beliefs:
         """
         used, priced = coefficients or self.surrogate.mean, menu or self.menu
         coupling = self.surrogate.coupling(used)
+        if self.surrogate.contexts:
+            return _Banded(self.surrogate, used, priced, coupling)
         losses = self.surrogate.losses(used)
         return sweep(priced, losses) if coupling is None else Descent(priced, losses, coupling)
 

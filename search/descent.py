@@ -24,6 +24,7 @@ ROUNDS = 50  # passes over the sites for one multiplier; a handful is enough
 EXCHANGES = 200  # pairs of moves made at most after that
 PAIRED = 256  # moves up and moves down of which every pair is looked at
 FEW = 32  # lines
+LAST = 2  # candidates that are filled up where sites do not interact
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
 UNLIKELY = 1e6  # nats; the same where differences of losses are added up, which digits have to be left for
@@ -51,6 +52,10 @@ class Descent:
         self._all = np.arange(len(lines))
         self._alone = not self.coupling.any()
         self._single = np.array([not line.weights for line in lines])
+        self._lone = np.array([r.members[0] for r in self.menu.regions if len(r.members) == 1], dtype=int)
+        self._shared = [region for region in self.menu.regions if len(region.members) > 1]
+        self._pairs = np.array([(i, j) for i, rivals in enumerate(self.menu.rivals) for j in rivals], dtype=int)
+        self._pairs = self._pairs.reshape(-1, 2)
         self._follow()
 
     def value(self, places: Sequence[int] | np.ndarray) -> float:
@@ -86,6 +91,8 @@ class Descent:
                     low = middle
         if len(self._all) <= FEW:  # where a local optimum can be far off, start from the additive one too
             candidates.append(np.array(sweep(self.menu, self.losses).solve(budget)))
+        if self._alone:
+            candidates = candidates[-LAST:]  # those of larger multipliers store less, and are worse for it
         distinct = {tuple(places): places for places in candidates}.values()
         refined = [self._exchange(self._fill(places, budget), budget) for places in distinct]
         values = [self.value(places) for places in refined]
@@ -121,7 +128,8 @@ class Descent:
         best = offered.argmin(1)
         values = offered[self._all, best] - priced[:, 0]  # against leaving a line at dense
         places = np.zeros(len(self._all), dtype=int)
-        for region in self.menu.regions:
+        places[self._lone] = np.where(values[self._lone] < 0, best[self._lone], 0)
+        for region in self._shared:
             taken = [region.members[member] for member in region.cover(values[list(region.members)].tolist())]
             places[taken] = best[taken]
         return places
@@ -178,9 +186,8 @@ class Descent:
         pull = self.coupling @ self._r[self._all, places]
         change = self._e + self._r * pull[:, None]
         change -= change[self._all, places][:, None]
-        for i, rivals in enumerate(self.menu.rivals):
-            if any(places[j] for j in rivals):
-                change[i, 1:] = NEVER
+        one, other = self._pairs.T
+        change[one[places[other] > 0], 1:] = NEVER
         return change, self._saved[self._all, places][:, None] - self._saved
 
     def _fill(self, places: np.ndarray, budget: float) -> np.ndarray:

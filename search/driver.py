@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.accuracy import Calibration, calibration
-from rankfront.search.beliefs import rung_of
+from rankfront.search.beliefs import Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import Ladder, Lift, carried
 from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
 from rankfront.search.menu import Menu
-from rankfront.search.opening import MenuJobs, anchors_to_beat, warm_start
+from rankfront.search.opening import CENTRE, WARM_START, MenuJobs, anchors_to_beat, warm_start
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
@@ -99,6 +99,7 @@ class Driver:
         self.ladder.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
+        self.opened = False  # whether all of the menu's predicted front was queued
         self.record: Record | None = None  # what the menu is made of
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = self.ours and bool(timed_objectives(config.objectives))
@@ -178,9 +179,28 @@ class Driver:
             )
         self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings)
         self.study.sampler = sampler
-        for label, draws in warm_start(self.menu, self.space, sampler.beliefs.may_meet):
-            self._enqueue("menu", label, draws)
+        self._open(sampler.beliefs)
         self._enqueue_anchors(anchors_to_beat(self.menu, self.space, self.config.search.anchors))
+
+    def _open(self, beliefs: Beliefs) -> None:
+        """Queue the predicted front: the plan at its centre, and the others once slopes around it are measured or
+        cannot be, for they decide what the others are."""
+        for _, draws in warm_start(beliefs, self.space, (CENTRE,)):
+            self._enqueue("menu", "centre", draws)
+        trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("failure") != INTERRUPTED]
+        centre = next((t for t in trials if t.user_attrs.get("anchor") == "centre"), None)
+        if centre is not None:
+            if not centre.state.is_finished():
+                return
+            asked = [t for t in trials if t.user_attrs.get("slopes_of") == centre.number]
+            if centre.state == TrialState.COMPLETE and not asked and self._affords_slopes:
+                asked = [self._enqueue_slopes(centre.number)]
+            if any(not trial.state.is_finished() for trial in asked):
+                return
+        beliefs.learn(self.study)
+        self.opened = True
+        for label, draws in warm_start(beliefs, self.space, WARM_START):
+            self._enqueue("menu", label, draws)
 
     # -- ask
 
@@ -272,14 +292,21 @@ class Driver:
 
     def _ask_slopes(self) -> None:
         """Queue slopes around the plan that our sampler names, where the limit leaves tokens for them and a trial."""
-        if not isinstance(self.sampler, RankfrontSampler) or self._waiting():
-            return
-        left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
-        if left > self._slope_tokens + STEPS_AFTER * self.ladder.tokens[0]:
+        if isinstance(self.sampler, RankfrontSampler) and not self._waiting() and self._affords_slopes:
             number = self.sampler.slopes_due(self.study)
             if number is not None:
-                source = self.study.get_trials(deepcopy=False)[number]
-                self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
+                self._enqueue_slopes(number)
+
+    @property
+    def _affords_slopes(self) -> bool:
+        left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
+        return bool(left > self._slope_tokens + STEPS_AFTER * self.ladder.tokens[0])
+
+    def _enqueue_slopes(self, number: int) -> FrozenTrial:
+        """Queue slopes around the plan of trial ``number``."""
+        source = self.study.get_trials(deepcopy=False)[number]
+        self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
+        return self.study.get_trials(deepcopy=False)[-1]
 
     @property
     def _promised(self) -> int:
@@ -305,7 +332,7 @@ class Driver:
         """Whether the sampler can be asked: ours only after its menu, while anchors are queued in any case."""
         if self._waiting():
             return True
-        return self.menu is not None if self.ours else not self._wants_menu or self.record is not None
+        return self.opened if self.ours else not self._wants_menu or self.record is not None
 
     @property
     def _wants_menu(self) -> bool:
@@ -349,6 +376,8 @@ class Driver:
     def _ask(self) -> optuna.Trial | None:
         """The next of the queue, a proposal, or what lifts the front; None where none of them can start now."""
         if self.exploring:
+            if isinstance(self.sampler, RankfrontSampler) and not self.opened:
+                self._open(self.sampler.beliefs)
             # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
             return self.study.ask() if self._ready else None
         lift = self._lift()

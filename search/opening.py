@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import moocore
 import numpy as np
 import optuna
 from optuna.trial import FixedTrial
 
-from rankfront.methods import InputError, Option
-from rankfront.search.allocate import sweep
+from rankfront.methods import InputError
+from rankfront.search.beliefs import Beliefs
 from rankfront.search.menu import Menu
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs
 from rankfront.search.space import Anchor, Space
 from rankfront.search.trial import Job, Record
 
-WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # kept fractions of the treated weights at which the menu is measured
+# Kept fractions of the treated weights at which the predicted front is measured. The plan at the centre comes first:
+# slopes around it say of every site what it does in a compressed model, and the others are solved for by that.
+WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+CENTRE = 0.6
 
 
 class MenuJobs:
@@ -66,17 +69,15 @@ class MenuJobs:
         return plans
 
 
-def warm_start(
-    menu: Menu, space: Space, may_meet: Callable[[Mapping[str, Option]], bool]
-) -> Iterator[tuple[str, dict[str, int]]]:
-    """(label, draws) of the menu's predicted front at `WARM_START`, every cost weighed alike: of what ``may_meet`` the
-    study's limits."""
-    even = menu.even
-    solved = sweep(even)
-    for keep in WARM_START:
+def warm_start(beliefs: Beliefs, space: Space, fractions: Sequence[float]) -> Iterator[tuple[str, dict[str, int]]]:
+    """(label, draws) of the front that the menu and slopes so far predict, at ``fractions``, every cost weighed alike:
+    of what may meet the study's limits."""
+    even = beliefs.menu.even
+    solved = beliefs.solver(menu=even)
+    for keep in fractions:
         if keep * even.dense >= even.least:
             chosen = even.choices(solved.solve(keep * even.dense))
-            if may_meet(chosen):
+            if beliefs.may_meet(chosen):
                 yield f"keep={keep:g}", space.draws(chosen)
 
 

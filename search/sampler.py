@@ -23,13 +23,13 @@ from rankfront.search.samplers import INTERRUPTED
 from rankfront.search.space import Single, Space
 from rankfront.search.surrogate import Coefficients
 
-BUDGETS = 48  # budgets at which the corrected menu is solved for each proposal
+BUDGETS = 24  # budgets at which the corrected menu is solved for each proposal
 STEPS = 100  # random steps before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
 MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
-STEPS_PER_SLOPES = 3  # proposals measured between two passes, all but the last of them from the newest
+STEPS_PER_SLOPES = 3  # proposals measured between two passes, the first of them from the newest
 GLOBAL_EVERY = 12  # one proposal in so many is global, though there are slopes
 STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
@@ -76,8 +76,8 @@ class RankfrontSampler(BaseSampler):
         }
 
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
-        """Without slopes the global modes in turn; with them, steps downhill from the newest, then from any of them,
-        and now and then a global one."""
+        """Without slopes the global modes in turn; with them, a step downhill from the newest, then from any of them or
+        a solution of the corrected menu, and now and then a global one."""
         proposed = sum(t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs) for t in trials)
         last = max((t.number for t in trials if "slopes" in t.user_attrs), default=None)
         if last is None or not self.beliefs.locals:
@@ -85,7 +85,7 @@ class RankfrontSampler(BaseSampler):
         if proposed % GLOBAL_EVERY == GLOBAL_EVERY - 1:
             return MODES[proposed // GLOBAL_EVERY % len(MODES)]
         steps = sum(last < t.number < number and "slopes_of" not in t.user_attrs for t in trials)
-        return "newest" if steps < STEPS_PER_SLOPES - 1 else "any"
+        return "any" if steps else "newest"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -139,6 +139,7 @@ class RankfrontSampler(BaseSampler):
             candidates = self._downhill(self.beliefs.locals[-1:], STRETCH, priced)
         elif mode == "any":
             candidates = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH, priced)
+            candidates += self._solutions(coefficients, priced)
         else:
             candidates = self._solutions(coefficients, priced)
             if front and (mode == "switch" or self.beliefs.poor):

@@ -1,9 +1,10 @@
 """What the search believes of a plan's divergence: the menu as prior, corrected by every measured trial.
 
     log D(plan) = a + c · log S(plan) + residual(plan),    measured with noise
-    S(plan) = Σ_i e_i + ρ/2 Σ_{i≠j} C_ij √(2 e_i) √(2 e_j),    e_i = d_i(o_i) exp(θ_i(o_i))
+    S(plan) = Σ_i e_i + ρ/2 Σ_{i≠j} C_ij √(2 e_i) √(2 e_j),    e_i = d_i(o_i) f_i(o_i) exp(θ_i(o_i))
 
-d is the menu's prediction for each site alone; θ corrects one (site, method), and is shared in part by the sites of a
+d is the menu's prediction for each site alone; f what slopes around plans of about this size make of it (see
+`context`); θ corrects one (site, method), and is shared in part by the sites of a
 kind and of a block; C are the menu's cosines between sites and ρ how far they are believed; a and c let divergences
 add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured plans that
 share many options, the more the worse the rest explains what was measured. Noise is of the logarithm and of nats: near
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from rankfront.search.context import Context, factors_at
 from rankfront.search.menu import TINY, Menu
 
 # Standard deviations of the prior, in log-divergence. The single-site ones follow the spread of the gradient
@@ -72,6 +74,10 @@ class Surrogate:
         for i, line in enumerate(menu.lines):
             self._feature[i, 1 : len(line.options)] = [self.features[i, option.method] for option in line.options[1:]]
             self._divergence[i, : len(line.options)] = line.divergence
+        self._sizes = np.zeros((len(menu.lines), widest))  # of what each option adds to a plan, over the dense one
+        for i, line in enumerate(menu.lines):
+            self._sizes[i, : len(line.options)] = (line.sizes - line.sizes[0] * bool(line.weights)) / menu.dense
+        self.contexts: list[Context] = []  # what slopes said so far
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
@@ -103,21 +109,31 @@ class Surrogate:
 
     # -- prediction
 
-    def losses(self, coefficients: Coefficients) -> list[np.ndarray]:
-        """Each line's corrected divergences d exp(θ), for an allocator."""
-        corrected = self._corrected(coefficients)
+    def losses(self, coefficients: Coefficients, share: float = 1.0) -> list[np.ndarray]:
+        """Each line's corrected divergences d f exp(θ) in plans whose size is ``share`` of dense, for an allocator."""
+        corrected = self._corrected(coefficients.theta + factors_at(self.contexts, np.array([share]), self._count)[0])
         return [row[: len(line.options)] for row, line in zip(corrected, self.menu.lines, strict=True)]
 
-    def _corrected(self, coefficients: Coefficients) -> np.ndarray:
-        """d exp(θ) of every option, (lines, the most options)."""
-        factors = np.append(np.exp(coefficients.theta), 1.0)  # the last one serves dense, whose feature is -1
+    def _corrected(self, logs: np.ndarray) -> np.ndarray:
+        """d exp(logs) of every option, (lines, the most options), for ``logs`` by feature, (F,)."""
+        factors = np.append(np.exp(logs), 1.0)  # the last one serves dense, whose feature is -1
         corrected: np.ndarray = self._divergence * factors[self._feature]
         return corrected
 
     def _terms(self, plans: np.ndarray, coefficients: Coefficients) -> np.ndarray:
         """Corrected divergence of every line in every plan, (T, lines)."""
-        terms: np.ndarray = self._corrected(coefficients)[self._lines, plans]
-        return terms
+        terms: np.ndarray = self._corrected(coefficients.theta)[self._lines, plans]
+        if not self.contexts:
+            return terms
+        shares = self._sizes[self._lines, plans].sum(1)
+        logs = factors_at(self.contexts, shares, self._count)  # (T, F)
+        chosen = self._feature[self._lines, plans]  # (T, lines)
+        shifted: np.ndarray = terms * np.exp(np.take_along_axis(logs, np.maximum(chosen, 0), axis=1))
+        return shifted  # dense, whose feature is -1, has a term of 0 whatever it is multiplied by
+
+    @property
+    def _count(self) -> int:
+        return len(self.features)
 
     def coupling(self, coefficients: Coefficients) -> np.ndarray | None:
         """ρ C without its diagonal, (lines, lines), for an allocator; None where the menu has no cosines."""

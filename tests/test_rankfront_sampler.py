@@ -21,7 +21,7 @@ from rankfront.search.driver import Driver
 from rankfront.search.front import Row
 from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
-from rankfront.search.opening import WARM_START, anchors_to_beat
+from rankfront.search.opening import CENTRE, WARM_START, anchors_to_beat
 from rankfront.search.predictions import menu_jobs, menu_record
 from rankfront.search.sampler import RankfrontSampler
 from rankfront.search.samplers import INTERRUPTED, OURS
@@ -592,10 +592,15 @@ def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path)
     spent += [trial.user_attrs["tokens"] for trial in slope_trials(study)]
     assert study.tokens() == record["tokens"] + sum(spent)
     menu = [row for row in rows if row.origin.startswith("menu")]
-    assert {row.origin for row in menu} <= {f"menu: keep={keep:g}" for keep in WARM_START}
-    assert len(menu) >= 2
-    for row in menu:  # the budget is kept
+    first, *others = menu
+    assert first.origin == "menu: centre"
+    assert first.attributes["block_parameters"] <= CENTRE
+    assert {row.origin for row in others} <= {f"menu: keep={keep:g}" for keep in WARM_START}
+    assert len(others) >= 2
+    for row in others:  # the budget is kept
         assert row.attributes["block_parameters"] <= float(row.origin.rpartition("=")[2])
+    assert first.number < slope_trials(study)[0].number < others[0].number  # slopes decide what the others are
+    assert slope_trials(study)[0].user_attrs["slopes_of"] == first.number
     proposed = [row for row in rows if row.origin == OURS]
     assert len(proposed) >= 2
     assert all(row.attributes["predicted"] >= 0 for row in menu + proposed)

@@ -12,8 +12,8 @@ from rankfront.search.opening import WARM_START
 from rankfront.search.predictions import menu_record
 from rankfront.search.samplers import OURS, SAMPLERS, make_sampler
 
-TRIALS = 7  # three anchors, then four of the sampler's own; ours measures the menu's front before two of them
-MENU = [f"menu: keep={keep:g}" for keep in WARM_START]  # what our own measures first
+TRIALS = 7  # three anchors, then four of the sampler's own; ours measures the plan at the centre of the menu's front
+MENU = [f"menu: keep={keep:g}" for keep in WARM_START]  # before two of them, and the rest of it after
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -22,9 +22,13 @@ def test_a_sampler_finishes_a_study_and_goes_on(model_folder, text_file, tmp_pat
     check_whole(study, {}, TRIALS)
     dense, *anchors = ["anchor: dense", "anchor: svd keep=0.6", "anchor: svd-llm keep=0.6"]
     origins = [row.origin for row in study.rows() if row.state == "complete"]
-    own = [origin for origin in MENU if origin in origins] if sampler == OURS else []
-    assert origins == ([dense] + own + anchors + [sampler] * TRIALS)[:TRIALS]
-    assert bool(own) == (sampler == OURS)
+    own, centre = [], []
+    if sampler == OURS:
+        own, centre = [origin for origin in MENU if origin in origins], ["menu: centre"]
+        anchors = [anchor for anchor in anchors if anchor in origins]  # those that may be better than another
+        assert own
+        assert anchors
+    assert origins == ([dense, *centre, *anchors, *own] + [sampler] * TRIALS)[:TRIALS]
     before = values_of(study)
     longer = again(study, trials=TRIALS + 2)
     longer.launch()

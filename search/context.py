@@ -1,0 +1,90 @@
+"""What slopes around one plan say of the whole menu: how much more or less options hurt in a compressed model.
+
+    harm_i(o) = a_i(o) − a_i(dense) + κ b_i(o),    f = argmin_f Σ_o w_o (harm_i(o) − λ f d_i(o))² + (f − 1)² / τ²
+
+a and b are the slopes around a plan (see `slopes`), d the menu's divergence of each option alone, λ what makes both
+add up to the same over the plan, f one factor for each (site, method). A menu is measured around the dense model, and
+what a site does there alone is not what it does among others that are compressed too; slopes say the latter of every
+site at once, treated or not. Factors of several plans are averaged by how near their size is to that of the plan that
+is asked about:
+
+    log f(s) = Σ_c k((s − s_c) / width) log f_c / (Σ_c k((s − s_c) / width) + k₀),    k Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankfront.search.local import SECOND, Local
+from rankfront.search.menu import Menu
+from rankfront.search.slopes import SLOPE_TOKENS
+
+SPREAD = 0.5  # τ, of a factor around 1
+MODEL = 0.5  # of a predicted harm, and of a curvature: what even exact slopes would miss of them, standard deviation
+OVER_FISHER = 1.6  # variance of a slope a token, of that by the Fisher, 2 b: medians were 1.6 on smollm2-135m
+BOUNDS = (0.25, 4.0)  # of a factor
+WIDTH = 0.12  # kept fraction within which factors of one plan serve another
+PRIOR = 0.1  # k₀: far from every plan factors fade to 1
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """The factors that slopes around one plan gave.
+
+    Attributes:
+        share: the plan's size over the dense one.
+        logs: log f of every (line, method), (F,).
+    """
+
+    share: float
+    logs: np.ndarray
+
+
+def context_of(local: Local, menu: Menu, features: Mapping[tuple[int, str], int]) -> Context | None:
+    """The factors by the slopes of ``local``; ``features`` are the places of (line, method).
+
+    None where the plan treats nothing, or taking it back would not lower the loss: then λ says nothing.
+    """
+    treated = [int(i) for i in np.flatnonzero(local.places)]
+    removed = -sum(float(local.first[i][0]) for i in treated)
+    alone = sum(float(menu.lines[i].divergence[local.places[i]]) for i in treated)
+    if removed <= 0 or alone <= 0:
+        return None
+    scale = removed / alone
+    logs = np.zeros(len(features))
+    for i, line in enumerate(menu.lines):
+        a, b = local.first[i], local.second[i]
+        bend = SECOND[0] * b
+        harm = a - a[0] + bend
+        predicted = scale * line.divergence
+        noise = 2 * OVER_FISHER / SLOPE_TOKENS * (b + b[0])
+        variance = noise + MODEL**2 * (predicted**2 + bend**2)
+        known = np.isfinite(variance) & (predicted > 0)
+        methods = [option.method for option in line.options]
+        for method in dict.fromkeys(methods[1:]):
+            own = np.flatnonzero(known & (np.array(methods) == method))
+            if len(own):
+                logs[features[i, method]] = np.log(_factor(harm[own], predicted[own], variance[own]))
+    return Context(menu.size(local.plan) / menu.dense, logs)
+
+
+def _factor(harm: np.ndarray, predicted: np.ndarray, variance: np.ndarray) -> float:
+    """f for the options of one line and method: alike as they are, they say together what the surest says alone."""
+    weights = predicted**2 / variance
+    found = float((weights * harm / predicted).sum() / weights.sum())
+    sure, prior = float(weights.max()), 1 / SPREAD**2
+    return float(np.clip((sure * found + prior) / (sure + prior), *BOUNDS))
+
+
+def factors_at(contexts: Sequence[Context], shares: np.ndarray, count: int) -> np.ndarray:
+    """log f of every (line, method) for plans whose size is ``shares`` (T,) of dense, (T, ``count``)."""
+    if not contexts:
+        return np.zeros((len(shares), count))
+    centres = np.array([context.share for context in contexts])
+    near = np.exp(-0.5 * ((shares[:, None] - centres) / WIDTH) ** 2)  # (T, contexts)
+    weights = near / (near.sum(1, keepdims=True) + PRIOR)
+    mixed: np.ndarray = weights @ np.stack([context.logs for context in contexts])
+    return mixed
