@@ -11,7 +11,6 @@ that trials read: the better of the two perplexities, for every draw. The page g
 from __future__ import annotations
 
 import argparse
-import math
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from rankfront.objectives import score
 from rankfront.search import Plan
 from rankfront.search.beliefs import CAUTIONS
 from rankfront.search.descent import Descent
-from rankfront.search.local import Local, Trust
+from rankfront.search.local import Trust
 from rankfront.search.menu import Menu, make_menu
-from rankfront.search.slopes import SLOPE_PASSES, measure_slopes
+from rankfront.search.slopes import SLOPE_PASSES
 
 KEPT = (0.5, 0.4)
 DESIGNS = ((4096, 512), (4096, 128), (2048, 512), (2048, 128), (2048, 32), (1024, 128))  # tokens, and of a piece
@@ -77,23 +76,10 @@ def measured(bench: Bench, plan: Plan) -> float:
 
 def step(bench: Bench, menu: Menu, plan: Plan, tokens: int, length: int, draw: int) -> float:
     """The perplexity that slopes around ``plan`` lead to."""
-    resident = bench.resident
     pieces = bench.setup.tokens["search"][TRIAL_TOKENS // bench.setup.config.data.length :].reshape(-1, length)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(draw))
     windows = pieces[order[: tokens // length]]
-    divergence = math.log(measured(bench, plan) / measured(bench, Plan(())))
-    resident.apply(plan)
-    with resident.anchored():
-        options = resident.store.usable(bench.wanted)
-        found = measure_slopes(
-            resident.model, windows, options, resident.current, resident.dense_modules, resident.store, None, draw
-        )
-    places = menu.places(plan.by_site)
-    assert places is not None
-    pairs = [np.array([found[line.site][option.label] for option in line.options]) for line in menu.lines]
-    for line, place in zip(pairs, places, strict=True):
-        line[place] = 0.0
-    local = Local(0, np.array(places), divergence, [line[:, 0] for line in pairs], [line[:, 1] for line in pairs])
+    local = bench.slopes(menu, plan, windows, draw)
     none = np.zeros((len(menu.lines), len(menu.lines)))
     solved = [Descent(menu, local.losses(Trust(), caution), none).solve(menu.size(local.plan)) for caution in CAUTIONS]
     return min(measured(bench, Plan.of(menu.choices(places))) for places in solved)

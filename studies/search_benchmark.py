@@ -36,8 +36,11 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.allocate import knapsack, sensitivity, tolerance, uniform, value
+from rankfront.search.allocate import knapsack, sensitivity, sweep, tolerance, uniform, value
+from rankfront.search.context import context_of
+from rankfront.search.local import Local
 from rankfront.search.menu import Menu, Predictions, make_menu
+from rankfront.search.opening import CENTRE
 from rankfront.search.predictions import (
     GROUP_BANDS,
     PROBE_FRACTIONS,
@@ -48,6 +51,8 @@ from rankfront.search.predictions import (
     scaled_predictions,
     spectrum_predictions,
 )
+from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
+from rankfront.search.surrogate import Surrogate
 from rankfront.search.trial import Job, Resident
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,6 +94,7 @@ class Found:
     tokens: int = 0
     overhead: float = 0.0  # seconds that were not spent in the model
     spearman: float | None = None  # of predicted and measured values, where a search predicts
+    menu: Menu = field(default_factory=lambda: Menu(()))  # of rows that solve one
 
 
 class Bench:
@@ -115,10 +121,26 @@ class Bench:
         found.tokens += tokens
         return probes
 
+    def slopes(self, menu: Menu, plan: Plan, windows: torch.Tensor, seed: int) -> Local:
+        """Slopes of the negative log-likelihood around ``plan``, measured on ``windows``."""
+        resident = self.resident
+        resident.apply(plan)
+        with resident.anchored():
+            options = resident.store.usable(self.wanted)
+            found = measure_slopes(
+                resident.model, windows, options, resident.current, resident.dense_modules, resident.store, None, seed
+            )
+        places = menu.places(plan.by_site)
+        assert places is not None
+        pairs = [np.array([found[line.site][option.label] for option in line.options]) for line in menu.lines]
+        for line, place in zip(pairs, places, strict=True):
+            line[place] = 0.0
+        return Local(0, np.array(places), 1.0, [line[:, 0] for line in pairs], [line[:, 1] for line in pairs])
+
     def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
         """Allocate at every fraction of the grid."""
         begun = time.perf_counter()
-        menu = make_menu(self.wanted, predictions)
+        found.menu = menu = make_menu(self.wanted, predictions)
         found.plans = {keep: Plan.of(menu.choices(allocator(menu, keep * menu.dense))) for keep in GRID}
         found.overhead += time.perf_counter() - begun
 
@@ -160,6 +182,25 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
         return found
 
     return run
+
+
+def context_row(bench: Bench, budget: int, seed: int) -> Found:
+    """Our menu corrected by slopes around its own plan at `CENTRE`, and a knapsack, nothing more."""
+    found = menu_row(grouped=True)(bench, budget, seed)
+    menu, centre = found.menu, Plan.of(found.menu.choices(knapsack(found.menu, CENTRE * found.menu.dense)))
+    bench.resident.apply(centre)
+    windows = bench.resident.spare(1, SLOPE_TOKENS)
+    found.tokens += SLOPE_PASSES * windows.numel()
+    local = bench.slopes(menu, centre, windows, seed)
+    begun = time.perf_counter()
+    surrogate = Surrogate(menu, [""] * len(menu.lines), [0] * len(menu.lines), seed)  # no trial teaches it
+    context = context_of(local, menu, surrogate.features)
+    surrogate.contexts = [context] if context is not None else []
+    for keep in GRID:
+        solved = sweep(menu, surrogate.losses(surrogate.mean, keep))
+        found.plans[keep] = Plan.of(menu.choices(solved.solve(keep * menu.dense)))
+    found.overhead += time.perf_counter() - begun
+    return found
 
 
 def evolution_row(bench: Bench, budget: int, seed: int) -> Found:
@@ -238,6 +279,7 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "level evolution": evolution_row,
     "gradient + knapsack": menu_row(grouped=False),
     "menu + knapsack": menu_row(grouped=True),
+    "menu and slopes once + knapsack": context_row,
     **{name: study_row(name, name, {}) for name in SAMPLERS},
     **{name: study_row(name, "rankfront", changes) for name, changes in VARIANTS.items()},
 }
@@ -249,6 +291,7 @@ ONCE = {  # at any budget
     "TRP value threshold",
     "gradient + knapsack",
     "menu + knapsack",
+    "menu and slopes once + knapsack",
 }
 
 
