@@ -120,38 +120,53 @@ class _Learned:
 
     def solved(self, limits: Sequence[Constraint]) -> list[list[int]]:
         """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``."""
-        found = self._knapsack(limits)
-        if found is None:
-            return []
         menu = self.beliefs.menu
         cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
         upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
         budget = _budget(cheapest, dense, upper, menu.least, menu.dense)
-        return [found, *self.beliefs.refined([budget, *(share * menu.size(found) for share in NEARBY)])]
+        found, bounds = self._knapsack(limits, budget / menu.dense)
+        if found is None:
+            return []
+        refined = self.beliefs.refined([budget, *(share * menu.size(found) for share in NEARBY)])
+        return [found, *(plan for plan in refined if met(bounds, self.of(plan)))]
 
-    def _knapsack(self, limits: Sequence[Constraint]) -> list[int] | None:
-        """The corrected menu solved under all ``limits`` that options decide; None where no plan meets them.
+    def _knapsack(self, limits: Sequence[Constraint], share: float) -> tuple[list[int] | None, list[Constraint]]:
+        """The menu as corrected for plans of ``share`` of the dense size, solved under all ``limits`` that options
+        decide, None where no plan meets them; and the limits that it was solved under in the end.
 
         Where a latency of the solution was measured and missed its limit, the bound moves by what the table was wrong.
         """
-        beliefs, bounds = self.beliefs, list(limits)
-        losses = beliefs.surrogate.losses(beliefs.surrogate.mean)
+        beliefs, bounds = self.beliefs, [self._tightened(limit) for limit in limits]
+        losses = beliefs.surrogate.losses(beliefs.surrogate.mean, share)
         places = None
         for _ in range(TRIES):
             try:
                 places = knapsack_several(beliefs.menu, np.inf, self.figures.budgets(bounds), losses, GAP)
             except InputError:  # where this is the first, what was measured may still meet them
-                return places
+                return places, bounds
             predicted, known = self.figures.of(places), self.of(places)
             if all(not limit.missed(known[limit.figure]) for limit in limits if limit.figure in predicted):
-                return places
+                return places, bounds
             bounds = [
-                replace(bound, bound=limit.bound * predicted[limit.figure] / known[limit.figure])
+                replace(bound, bound=bound.bound * predicted[limit.figure] / known[limit.figure])
                 if limit.figure in self.figures.tables and limit.missed(known[limit.figure])
                 else bound
                 for limit, bound in zip(limits, bounds, strict=True)
             ]
-        return places
+        return places, bounds
+
+    def _tightened(self, limit: Constraint) -> Constraint:
+        """``limit``, below it by as much as the table was wrong about the measured plan nearest to it that missed it
+        though it was predicted to meet it."""
+        if limit.figure not in self.figures.tables:
+            return limit
+        known = [(plan, self.of(plan)[limit.figure]) for plan in self.beliefs.measured]
+        pairs = [(self.figures.of(plan)[limit.figure], value) for plan, value in known if limit.missed(value)]
+        wrong = [(predicted, value) for predicted, value in pairs if not limit.missed(predicted)]
+        if not wrong:
+            return limit
+        predicted, value = max(wrong)
+        return replace(limit, bound=limit.bound * predicted / value)
 
 
 def _figures(beliefs: Beliefs, space: Space, dense: Row, timings: Timings) -> Figures:

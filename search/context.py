@@ -23,7 +23,7 @@ from rankfront.search.menu import Menu
 from rankfront.search.slopes import SLOPE_TOKENS
 
 SPREAD = 0.5  # τ, of a factor around 1
-MODEL = 0.5  # of a predicted harm, and of a curvature: what even exact slopes would miss of them, standard deviation
+MODEL, BEND = 0.5, 0.25  # of a predicted harm, and of κ b: what even exact slopes would miss of them, deviations
 OVER_FISHER = 1.6  # variance of a slope a token, of that by the Fisher, 2 b: medians were 1.6 on smollm2-135m
 BOUNDS = (0.25, 4.0)  # of a factor
 WIDTH = 0.12  # kept fraction within which factors of one plan serve another
@@ -61,7 +61,7 @@ def context_of(local: Local, menu: Menu, features: Mapping[tuple[int, str], int]
         harm = a - a[0] + bend
         predicted = scale * line.divergence
         noise = 2 * OVER_FISHER / SLOPE_TOKENS * (b + b[0])
-        variance = noise + MODEL**2 * (predicted**2 + bend**2)
+        variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
         known = np.isfinite(variance) & (predicted > 0)
         methods = [option.method for option in line.options]
         for method in dict.fromkeys(methods[1:]):

@@ -29,13 +29,13 @@ PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
 MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
-STEPS_PER_SLOPES = 2  # proposals measured between two passes, the first of them from the newest
+STEPS_PER_SLOPES = 3  # proposals measured between two passes, the first of them from the newest
 GLOBAL_EVERY = 12  # one proposal in so many is global, though there are slopes
 STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
 WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
 SLACK = 0.01  # kept fraction that a much better plan may store more for a front member not to be worth refining
-PESSIMISM = 1.0  # standard deviations that a candidate is taken to be worse than predicted: the best of many flatter
+PESSIMISM = 0.5  # standard deviations that a candidate is taken to be worse than predicted: the best of many flatter
 
 
 class RankfrontSampler(BaseSampler):
@@ -172,11 +172,11 @@ class RankfrontSampler(BaseSampler):
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
-        losses = self.beliefs.surrogate.losses(coefficients)
         found = []
         for _ in range(SWITCHES):
             plan = list(front[int(self.random.integers(len(front)))])
             budget = priced.size(plan)
+            losses = self.beliefs.surrogate.losses(coefficients, self.menu.size(plan) / self.menu.dense)
             plan = self._step(plan)
             over = priced.size(plan) - budget
             best: tuple[float, int, int] | None = None
