@@ -1,0 +1,81 @@
+"""What our sampler's studies measure before it proposes: a plan at the menu's centre, slopes, the front by them."""
+
+import pytest
+from launching import check_whole, make_run, small_data
+
+from rankfront.search.opening import CENTRE, WARM_START
+from rankfront.search.predictions import menu_record
+from rankfront.search.samplers import OURS
+from rankfront.search.trial import Resident
+
+FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
+
+
+@pytest.fixture
+def data(model_folder, text_file):
+    return small_data(model_folder, text_file, sampler=OURS, trials=12, anchors=[])
+
+
+def opening(study):
+    """Origins of what was measured or asked before the first proposal, slopes among them, in order."""
+    origins = []
+    for trial in study._optuna().trials:
+        if trial.user_attrs.get("origin") == OURS:
+            break
+        if trial.state.name in ("COMPLETE", "FAIL") or "slopes_of" in trial.user_attrs:
+            origins.append(": ".join(trial.user_attrs[key] for key in ("origin", "anchor") if key in trial.user_attrs))
+    return origins
+
+
+def test_slopes_around_the_centre_come_before_the_front(data, tmp_path):
+    study = make_run(data, tmp_path / "run")
+    dense, centre, slopes, *front = opening(study)
+    front = [origin for origin in front if origin != "slopes"]  # those before the first proposal
+    assert [dense, centre, slopes] == ["anchor: dense", "menu: centre", "slopes"]
+    assert front
+    assert front == [origin for origin in FRONT if origin in front]
+    row = next(row for row in study.rows() if row.origin == "menu: centre")
+    assert row.attributes["block_parameters"] <= CENTRE
+
+
+def test_slopes_change_what_the_front_is(data, tmp_path, monkeypatch):
+    """The same study without contexts measures another front. Of divergence: a random model's perplexity may fall."""
+    data["objectives"] = {"divergence": {}, "block_parameters": {}}
+    fronts = []
+    for name in ("with", "without"):
+        study = make_run(data, tmp_path / name)
+        fronts.append({row.origin: row.plan_key for row in study.rows() if row.origin in FRONT})
+        monkeypatch.setattr("rankfront.search.beliefs.context_of", lambda *_: None)
+    assert fronts[0] != fronts[1]
+
+
+def test_without_tokens_for_slopes_the_menu_s_own_front_is_measured(data, tmp_path):
+    """The plan at the centre is not measured twice where slopes change nothing."""
+    study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
+    menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
+    data["search"]["tokens"] = menu + 5 * trial  # slopes and a trial after them take six
+    study = make_run(data, tmp_path / "run")
+    assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
+    dense, centre, *front = opening(study)
+    assert (dense, centre) == ("anchor: dense", "menu: centre")
+    assert front == [origin for origin in FRONT if origin in front]
+    assert len(front) >= 2
+    keys = [row.plan_key for row in study.rows() if row.state == "complete"]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_front_is_measured_though_its_centre_fails(data, tmp_path, monkeypatch):
+    measure = Resident._trial
+
+    def failing(self, job):
+        if job.number == 1:
+            raise RuntimeError("out of memory")
+        return measure(self, job)
+
+    monkeypatch.setattr(Resident, "_trial", failing)
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 12)
+    origins = opening(study)
+    assert origins[:2] == ["anchor: dense", "menu: centre"]
+    assert study.rows()[1].state == "failed"
+    assert set(origins[2:]) & set(FRONT)
