@@ -59,10 +59,11 @@ class Driver:
     """Decides what is measured next and records what came back. Optuna's storage is its only state.
 
     First the anchors, then what the sampler proposes, until the limits are reached; last, the front members that have
-    no perplexity on the report split yet. Our sampler asks for the dense model and the menu first, then for the menu's
-    predicted front, and only then for those anchors that no other is predicted to dominate. With several rungs, what it
-    takes to lift the front is kept back until nothing else fits into the limits; see `Ladder`. With ``only``, nothing
-    is measured but the plan of that trial, up to the rung at which the front stands.
+    no perplexity on the report split yet. Our sampler asks for the dense model and the menu first, then for the plan at
+    the menu's centre, for those anchors that no other is predicted to dominate, for slopes around that plan, and for
+    the front that menu and slopes predict. With several rungs, what it takes to lift the front is kept back until
+    nothing else fits into the limits; see `Ladder`. With ``only``, nothing is measured but the plan of that trial, up
+    to the rung at which the front stands.
     """
 
     def __init__(
