@@ -42,11 +42,11 @@ class RankfrontSampler(BaseSampler):
     """Proposes plans by solving again what every measured trial corrects.
 
     Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
-    candidates are steps downhill from their centres, at budgets around them, then the solutions of the corrected menu at
+    candidates are steps downhill from their centres, at budgets around them, then solutions of the corrected menu at
     many budgets beside them, and now and then those of a posterior sample of its coefficients, or switches of levels
-    within front members that keep their budget. Where plans cost several things at once, such as values and
-    bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured or are
-    running are never proposed again.
+    within front members that keep their budget. Where plans cost several things at once, such as values and bytes,
+    each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured or are running are
+    never proposed again.
 
     Args:
         beliefs: what is known of the plans, shared with whoever asks for predictions.
