@@ -156,17 +156,14 @@ class _Learned:
         return places, bounds
 
     def _tightened(self, limit: Constraint) -> Constraint:
-        """``limit``, below it by as much as the table was wrong about the measured plan nearest to it that missed it
-        though it was predicted to meet it."""
+        """``limit``; where the measured plan nearest below it by the table missed it, by as much lower as the table was
+        wrong about that plan."""
         if limit.figure not in self.figures.tables:
             return limit
-        known = [(plan, self.of(plan)[limit.figure]) for plan in self.beliefs.measured]
-        pairs = [(self.figures.of(plan)[limit.figure], value) for plan, value in known if limit.missed(value)]
-        wrong = [(predicted, value) for predicted, value in pairs if not limit.missed(predicted)]
-        if not wrong:
-            return limit
-        predicted, value = max(wrong)
-        return replace(limit, bound=limit.bound * predicted / value)
+        figure, measured = limit.figure, self.beliefs.measured
+        pairs = [(self.figures.of(plan)[figure], self.of(plan)[figure]) for plan in measured]
+        predicted, value = max((pair for pair in pairs if not limit.missed(pair[0])), default=(1.0, limit.bound))
+        return replace(limit, bound=limit.bound * predicted / value) if limit.missed(value) else limit
 
 
 def _figures(beliefs: Beliefs, space: Space, dense: Row, timings: Timings) -> Figures:

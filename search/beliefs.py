@@ -28,6 +28,7 @@ DEVIATION = 1.48  # of a Gaussian, in median absolute errors
 CAUTIONS = (1.0, 2.0)  # multiples of κ that steps downhill are solved with
 CENTRES = 8  # slopes that steps are taken from at once
 BANDS = 10  # shares of the dense size that plans are solved for each by itself, where slopes say what depends on it
+ROUNDS = 3  # of solving for a budget whose plan turns out of another band
 NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solving around one takes a while
 
 
@@ -65,12 +66,21 @@ class _Banded:
         self._solved: dict[int, Descent] = {}
 
     def solve(self, budget: float) -> list[int]:
-        """By the losses of the nearest of `BANDS` shares of the dense size."""
-        band = round(budget / self.priced.dense * BANDS)
+        """By the losses of the nearest of `BANDS` shares of the dense size; where costs are weighed otherwise, the size
+        of a plan is known once it is solved for, so that it is solved for again."""
+        share, places = budget / self.priced.dense, list(self.priced.cheapest)
+        for _ in range(ROUNDS):
+            places = self._band(round(share * BANDS)).solve(budget)
+            size, share = share, self.surrogate.menu.size(places) / self.surrogate.menu.dense
+            if round(size * BANDS) == round(share * BANDS):
+                break
+        return places
+
+    def _band(self, band: int) -> Descent:
         if band not in self._solved:
             losses = self.surrogate.losses(self.used, band / BANDS)
             self._solved[band] = Descent(self.priced, losses, self.coupling)
-        return self._solved[band].solve(budget)
+        return self._solved[band]
 
 
 class Beliefs:

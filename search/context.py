@@ -62,7 +62,7 @@ def context_of(local: Local, menu: Menu, features: Mapping[tuple[int, str], int]
         predicted = scale * line.divergence
         noise = 2 * OVER_FISHER / SLOPE_TOKENS * (b + b[0])
         variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
-        known = np.isfinite(variance) & (predicted > 0)
+        known = np.isfinite(harm) & np.isfinite(variance) & (predicted > 0)
         methods = [option.method for option in line.options]
         for method in dict.fromkeys(methods[1:]):
             own = np.flatnonzero(known & (np.array(methods) == method))

@@ -56,6 +56,8 @@ class Descent:
         self._shared = [region for region in self.menu.regions if len(region.members) > 1]
         self._pairs = np.array([(i, j) for i, rivals in enumerate(self.menu.rivals) for j in rivals], dtype=int)
         self._pairs = self._pairs.reshape(-1, 2)
+        self._rivals = np.zeros((len(lines), len(lines)), dtype=bool)
+        self._rivals[tuple(self._pairs.T)] = True
         self._follow()
 
     def value(self, places: Sequence[int] | np.ndarray) -> float:
@@ -218,6 +220,8 @@ class Descent:
             cross = self.coupling[np.ix_(rows[up], rows[down])] * np.outer(step[up], step[down])
             both = worth[up][:, None] + worth[down][None, :] + cross
             both[rows[up][:, None] == rows[down][None, :]] = np.inf
+            treated = (columns[up] > 0)[:, None] & (columns[down] > 0)
+            both[self._rivals[np.ix_(rows[up], rows[down])] & treated] = np.inf
             both[stored[up][:, None] + stored[down][None, :] > room] = np.inf
             if not both.size or both.min() >= -TINY:
                 return places

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.accuracy import Calibration, calibration
@@ -186,22 +186,33 @@ class Driver:
     def _open(self, beliefs: Beliefs) -> None:
         """Queue the predicted front: the plan at its centre, and the others once slopes around it are measured or
         cannot be, for they decide what the others are."""
-        for _, draws in warm_start(beliefs, self.space, (CENTRE,)):
-            self._enqueue("menu", "centre", draws)
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("failure") != INTERRUPTED]
-        centre = next((t for t in trials if t.user_attrs.get("anchor") == "centre"), None)
-        if centre is not None:
-            if not centre.state.is_finished():
-                return
-            asked = [t for t in trials if t.user_attrs.get("slopes_of") == centre.number]
-            if centre.state == TrialState.COMPLETE and not asked and self._affords_slopes:
-                asked = [self._enqueue_slopes(centre.number)]
-            if any(not trial.state.is_finished() for trial in asked):
-                return
+        if self.only is not None or not self._settled(beliefs):
+            return
         beliefs.learn(self.study)
         self.opened = True
         for label, draws in warm_start(beliefs, self.space, WARM_START):
             self._enqueue("menu", label, draws)
+
+    def _settled(self, beliefs: Beliefs) -> bool:
+        """Whether slopes around the plan at the centre are measured or cannot be; what is missing is queued."""
+        trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("failure") != INTERRUPTED]
+        centre = next((t for t in trials if t.user_attrs.get("anchor") == "centre"), None)
+        if centre is None:
+            found = list(warm_start(beliefs, self.space, (CENTRE,)))
+            for _, draws in found:
+                self._enqueue("menu", "centre", draws)
+            return not found
+        if not centre.state.is_finished():
+            return False
+        asked = [trial for trial in trials if trial.user_attrs.get("slopes_of") == centre.number]
+        if asked or centre.state != TrialState.COMPLETE:
+            return all(trial.state.is_finished() for trial in asked)
+        if self._waiting():  # what waits comes first, and what the limits leave for slopes is known after it
+            return False
+        if self._affords_slopes:
+            self._enqueue_slopes(centre.number)
+            return False
+        return True
 
     # -- ask
 
@@ -303,11 +314,10 @@ class Driver:
         left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
         return bool(left > self._slope_tokens + STEPS_AFTER * self.ladder.tokens[0])
 
-    def _enqueue_slopes(self, number: int) -> FrozenTrial:
+    def _enqueue_slopes(self, number: int) -> None:
         """Queue slopes around the plan of trial ``number``."""
         source = self.study.get_trials(deepcopy=False)[number]
         self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
-        return self.study.get_trials(deepcopy=False)[-1]
 
     @property
     def _promised(self) -> int:

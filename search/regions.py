@@ -134,6 +134,8 @@ class Region:
                 taken[after] = np.zeros(columns, dtype=np.int16), np.zeros(columns, dtype=np.int16)
             for place in self._options(member, costs):
                 shift = units[member][place]
+                if shift >= columns:  # dearer than all of the region dense
+                    continue
                 candidate = best[state][: columns - shift] + losses[member][place]
                 better = candidate < best[after][shift:]
                 best[after][shift:][better] = candidate[better]

@@ -37,6 +37,7 @@ from rankfront.search.timing import Calibrated, timed_objectives
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
 
 RUNS = Path("runs")
+SCATTERED = "scattered"  # the order of windows of the search split in a run with rungs
 SOLVES = 3  # plans measured for an answer at most, where tables predict a latency too low
 
 
@@ -255,7 +256,8 @@ class Study:
             )
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
-        tokens["search"] = scattered(tokens["search"])  # rungs read its beginning
+        if self._scatters:
+            tokens["search"] = scattered(tokens["search"])
         cache = cache_folder().resolve()
         config = self._settled
         if config.space.rank_multiple == "device":
@@ -263,6 +265,13 @@ class Study:
             shapes = shapes_of(find_sites(skeleton(source)))
             config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
         return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache))
+
+    @property
+    def _scatters(self) -> bool:
+        """Whether rungs read windows from all over the search split; runs that an earlier version began go on as they
+        were, with the text's beginning."""
+        known = self.run.definition().resolved if self.run.file.exists() else {"windows": SCATTERED}
+        return bool(self.config.search.rungs) and known.get("windows") == SCATTERED
 
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model so far."""
@@ -303,6 +312,8 @@ class Study:
         resolved = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
         if self.config.space.rank_multiple == "device":
             resolved["rank_multiple"] = str(setup.config.space.rank_multiple)
+        if self._scatters:
+            resolved["windows"] = SCATTERED
         self.run.define(self.config, resolved)
         if rebuild:
             setup.store().clear(space.methods)

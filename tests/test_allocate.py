@@ -390,3 +390,15 @@ def test_a_joint_line_needs_a_line_for_each_of_its_weights():
     joint = replace(make_line("a+b", [160, 40], [0.0, 0.1]), weights=("a", "b"))
     with pytest.raises(ValueError, match="has no line of its own"):
         Menu((make_line("a", [80, 40], [0.0, 0.2]), joint))
+
+
+def test_a_joint_option_that_takes_more_than_all_of_its_weights_dense_is_left_out():
+    """As by one of several latencies."""
+    options = (Option.of("dense"), Option.of("svd", rank=1))
+    alone = [Line(name, options, np.array([10, 5]), np.array([0.0, 1.0])) for name in ("v", "o")]
+    joint = Line("v+o", options, np.array([20, 45]), np.array([0.0, 0.1]), ("v", "o"))
+    menu = Menu((*alone, joint))
+    for budget in (10, 15, 20):
+        plan = sweep(menu).solve(budget)
+        assert menu.size(plan) <= budget
+        assert plan[2] == 0

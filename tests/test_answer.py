@@ -1,6 +1,7 @@
 """Budgets that were never searched, answered from a run."""
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -10,6 +11,8 @@ from rankfront.methods import InputError
 from rankfront.objectives.latency import Timed
 from rankfront.search import timing, trial
 from rankfront.search.__main__ import run
+from rankfront.search.answer import _Learned
+from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
 from rankfront.search.limits import COSTS
 from rankfront.search.plan import Plan, cost_of
@@ -274,3 +277,29 @@ def test_the_menu_on_the_command_line(finished, tmp_path, capsys):
     assert pd.read_csv(tmp_path / "menu.csv").option.tolist() == [row["option"] for row in listed]
     assert run(["menu", path]) == 0
     assert "dense" in capsys.readouterr().out
+
+
+class Tabled:
+    """Plans by name, with a latency that a table predicts and one that was measured."""
+
+    def __init__(self, plans):
+        self.tables, self.plans = {"latency": None}, plans
+
+    def of(self, plan):
+        return {"latency": self.plans[plan[0]][0]}
+
+
+@pytest.mark.parametrize(
+    ("plans", "bound"),
+    [
+        ({"missed": (0.88, 0.92)}, 0.9 * 0.88 / 0.92),
+        ({"missed": (0.5, 0.95), "met, nearer": (0.89, 0.885), "met": (0.85, 0.84)}, 0.9),
+        ({"met": (0.5, 0.5), "missed, nearer": (0.89, 0.91)}, 0.9 * 0.89 / 0.91),
+        ({"missed, as predicted": (0.95, 0.96)}, 0.9),
+        ({}, 0.9),
+    ],
+)
+def test_a_limit_moves_by_what_the_table_was_wrong_about_the_plan_nearest_to_it(plans, bound):
+    measured = {(name,): SimpleNamespace(values=[value]) for name, (_, value) in plans.items()}
+    learned = _Learned(SimpleNamespace(measured=measured), Tabled(plans), ["latency"])
+    assert learned._tightened(Constraint.parse("latency<=0.9")).bound == pytest.approx(bound)

@@ -120,3 +120,9 @@ def test_the_surrogate_reads_each_plan_by_its_own_size():
         losses = surrogate.losses(surrogate.mean, share)
         assert sum(losses[i][place] for i, place in enumerate(plan)) == pytest.approx(expected)
         assert surrogate.predict(plan[None])[0] == pytest.approx(np.log(expected), abs=1e-6)
+
+
+def test_a_slope_that_is_no_number_has_no_factor():
+    local = around([4] * SITES, np.ones(SITES))
+    local.first[2][3] = np.nan
+    assert np.isfinite(context_of(local, MENU, FEATURES).logs).all()

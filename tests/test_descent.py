@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_allocate import budgets, every_choice, every_plan, joint_menu, make_line, random_menu
 
-from rankfront.methods import InputError
+from rankfront.methods import InputError, Option
 from rankfront.search.allocate import sweep
 from rankfront.search.descent import Descent
-from rankfront.search.menu import Menu
+from rankfront.search.menu import Line, Menu
 
 LARGE = [(seed, lines, options) for seed in range(4) for lines, options in ((40, 6), (60, 12), (45, 3))]
 SMALL = [(seed, lines, options) for seed in range(12) for lines, options in ((4, 5), (5, 4), (6, 4))]
@@ -364,3 +364,35 @@ def test_it_is_never_worse_than_the_additive_plan():
                 for budget in np.linspace(menu.least, menu.dense, 10):
                     ours = descent.value(descent.solve(budget))
                     assert ours <= descent.value(additive.solve(budget)) + 1e-9, (seed, lines, scale, budget)
+
+
+def weighed_joint_menu(random, blocks=8):
+    """Values and outputs, alone or joint, whose options may take more of the second cost than dense."""
+    lines = []
+    for block in range(blocks):
+        names = [f"{block}.v", f"{block}.o", f"{block}.vo"]
+        for name, width, weights in zip(names, (1, 1, 2), ((), (), tuple(names[:2])), strict=True):
+            options = (Option.of("dense"), *(Option.of("svd", rank=rank) for rank in (3, 2, 1)))
+            sizes = width * np.array([100, 75, 55, 35])
+            more = width * np.array([100, *random.integers(60, 140, 3)])
+            divergence = np.array([0.0, *(width * 0.01 * np.array([1, 4, 9]) * random.uniform(0.5, 2, 3))])
+            lines.append(Line(name, options, sizes, divergence, weights, (more,)))
+    return Menu(tuple(lines)).weighed([1 - (weight := random.uniform()), weight])
+
+
+def test_exchanges_never_treat_a_weight_twice_where_options_may_be_dearer_than_dense():
+    for seed in range(120):
+        random = np.random.default_rng(seed)
+        menu = weighed_joint_menu(random)
+        losses = []
+        for line in menu.lines:
+            place = 0 if random.uniform() < 0.7 else int(random.integers(4))
+            change = line.divergence - line.divergence[place] + random.normal(0, 0.03, 4)
+            change[place] = 0
+            losses.append(change)
+        descent = Descent(menu, losses, nothing(menu))
+        for share in random.uniform(0.2, 1.0, 6):
+            budget = menu.least + share * (menu.dense - menu.least)
+            plan = descent.solve(budget)
+            assert menu.compatible(plan)
+            assert menu.size(plan) <= budget

@@ -1,11 +1,16 @@
 """What our sampler's studies measure before it proposes: a plan at the menu's centre, slopes, the front by them."""
 
 import pytest
-from launching import check_whole, make_run, small_data
+from launching import check_whole, make_run, quiet, small_data
 
+from rankfront.search.answer import _known
+from rankfront.search.beliefs import BANDS
+from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.opening import CENTRE, WARM_START
 from rankfront.search.predictions import menu_record
+from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
+from rankfront.search.space import Space
 from rankfront.search.trial import Resident
 
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
@@ -25,6 +30,16 @@ def opening(study):
         if trial.state.name in ("COMPLETE", "FAIL") or "slopes_of" in trial.user_attrs:
             origins.append(": ".join(trial.user_attrs[key] for key in ("origin", "anchor") if key in trial.user_attrs))
     return origins
+
+
+def beliefs_of(study):
+    """What a run taught."""
+    storage, source = study._optuna(), resolve(study.config.model.name)
+    space = Space(find_sites(skeleton(source)), study.config.space, 0)
+    menu, dense, timings = _known(storage, study.config, study.rows(), space)
+    beliefs = ours(menu, space, study.config, dense, dict(dense.plan.origin), timings).beliefs
+    beliefs.learn(storage)
+    return beliefs
 
 
 def test_slopes_around_the_centre_come_before_the_front(data, tmp_path):
@@ -79,3 +94,45 @@ def test_the_front_is_measured_though_its_centre_fails(data, tmp_path, monkeypat
     assert origins[:2] == ["anchor: dense", "menu: centre"]
     assert study.rows()[1].state == "failed"
     assert set(origins[2:]) & set(FRONT)
+
+
+@pytest.mark.parametrize("more", range(10, 30, 3))
+def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, more):
+    """Whatever the limit leaves, slopes are not the last thing that is measured, and no limit is missed by more."""
+    study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
+    menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
+    data["search"] |= {"trials": 100, "tokens": menu + more * trial // 2, "anchors": [0.4, 0.6, 0.8]}
+    data["space"]["methods"] = ["svd", "asvd", "svd-llm"]
+    study = make_run(data, tmp_path / "run")
+    assert study.tokens() < data["search"]["tokens"] + trial
+    done = [trial for trial in study._optuna().trials if trial.state.is_finished()]
+    assert "slopes_of" not in done[-1].user_attrs
+
+
+def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
+    """Where an earlier launch had no tokens for slopes, none are left waiting for the next."""
+    study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
+    menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
+    data["search"]["tokens"] = menu + 2 * trial
+    study = make_run(data, tmp_path / "run")
+    study.solve("block_parameters<=0.55", console=quiet())
+    assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
+
+
+def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tmp_path):
+    """Bands are shares of the first cost, as factors are, whatever the budget of all costs weighed alike is."""
+    data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}}
+    data["space"] = {"methods": ["svd-llm", "gptq-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
+    study = make_run(data, tmp_path / "run")
+    beliefs = beliefs_of(study)
+    assert beliefs.surrogate.contexts
+    even, solver = beliefs.menu.even, beliefs.solver(menu=beliefs.menu.even)
+    apart = []
+    for keep in WARM_START:
+        if keep * even.dense >= even.least:
+            plan = solver.solve(keep * even.dense)
+            share = beliefs.menu.size(plan) / beliefs.menu.dense
+            apart.append(abs(share - keep) > 1 / BANDS)
+            settled = solver._band(round(share * BANDS)).solve(keep * even.dense)
+            assert abs(beliefs.menu.size(settled) / beliefs.menu.dense - share) <= 1 / BANDS
+    assert any(apart)

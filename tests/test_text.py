@@ -7,6 +7,7 @@ from pathlib import Path
 import common
 import pytest
 import torch
+from launching import quiet
 
 from rankfront.methods import InputError
 from rankfront.search.study import Study
@@ -89,6 +90,22 @@ def test_trials_read_windows_from_all_over_the_search_split(tmp_path, text_file,
     assert sorted(places) == list(range(12))
     first, second = places[setup.config.rung_windows()[0]]
     assert abs(first - second) > 3
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_with_its_windows(tmp_path, text_file, model_folder, monkeypatch):
+    data = common.study_data(model_folder, text_file)
+    data["data"]["search"]["windows"] = 12
+    data["search"] |= {"rungs": [64], "trials": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "_scatters", False)
+        study = Study(data, run=tmp_path)
+        study.launch(quiet())
+        windows = hash_tokens(study.setup().tokens["search"])
+    data["search"]["trials"] = 3
+    study = Study(data, run=tmp_path)
+    assert hash_tokens(study.setup().tokens["search"]) == windows
+    study.launch(quiet())
+    assert len(study.rows()) >= 3
 
 
 def test_cutting_again_gives_the_same(text_file, tokenizer):
