@@ -395,10 +395,10 @@ def test_a_joint_line_needs_a_line_for_each_of_its_weights():
 def test_a_joint_option_that_takes_more_than_all_of_its_weights_dense_is_left_out():
     """As by one of several latencies."""
     options = (Option.of("dense"), Option.of("svd", rank=1))
-    alone = [Line(name, options, np.array([10, 5]), np.array([0.0, 1.0])) for name in ("v", "o")]
-    joint = Line("v+o", options, np.array([20, 45]), np.array([0.0, 0.1]), ("v", "o"))
+    alone = [Line(name, options, np.array([100, 51]), np.array([0.0, 1.0])) for name in ("v", "o")]
+    joint = Line("v+o", options, np.array([200, 250]), np.array([0.0, 0.1]), ("v", "o"))
     menu = Menu((*alone, joint))
-    for budget in (10, 15, 20):
+    for budget in (102, 151, 200):
         plan = sweep(menu).solve(budget)
         assert menu.size(plan) <= budget
         assert plan[2] == 0
