@@ -66,6 +66,23 @@ def shrunk(gram: Tensor, share: float) -> Tensor:
     return torch.where(mean > 0, (1 - share) * work + share * mean * identity, identity)
 
 
+def lower_root(gram: Tensor, ridge: Tensor) -> Tensor:
+    """Lower triangular L (n, n) with L Lᵀ = C + εI in fp64, for a Gram C (n, n) and a ridge ε above zero.
+
+    A Gram summed in fp32 may have eigenvalues further below zero than a small ridge lifts them: where Cholesky finds
+    that, negative ones are clamped first. Raises ValueError where the Gram is not finite.
+    """
+    work = gram.double()
+    identity = torch.eye(len(work), dtype=work.dtype, device=work.device)
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(work + ridge * identity)
+    if not failed:
+        return lower
+    values, vectors = eigh_descending(work)
+    clamped: Tensor = torch.linalg.cholesky((vectors * values) @ vectors.T + ridge * identity)
+    return clamped
+
+
 def root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R = Rᵀ with Rᵀ R = G, and R⁻¹, for a positive definite G (m, m), in fp64."""
     vectors, roots = _rooted(gram)

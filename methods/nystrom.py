@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import regularise
+from rankfront.methods._algebra import lower_root, regularise
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -79,10 +79,10 @@ class Nystrom(Nested):
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         ridge = torch.where(scale > 0, RIDGE * scale, torch.ones_like(scale))
         # diag C(C + λI)⁻¹ = 1 − λ diag (C + λI)⁻¹
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge * identity))
+        inverse = torch.cholesky_inverse(lower_root(gram, ridge))
         order = (1 - ridge * inverse.diagonal()).argsort(descending=True, stable=True)
         ordered = regularise(gram)[order][:, order]
-        lower = torch.linalg.cholesky(ordered + DAMPING * ordered.diagonal().mean() * identity)
+        lower = lower_root(ordered, DAMPING * ordered.diagonal().mean())
         ahead = weights["down"].double()[:, order] @ lower  # A (N, n)
         prepared = {
             "ahead": ahead,
