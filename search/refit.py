@@ -202,8 +202,10 @@ class _Sums:
         self.cross: Tensor | None = None
 
     def add(self, x: Tensor, compressed: Tensor) -> None:
-        """x and x' (..., n) of the same tokens."""
-        x, compressed = x.flatten(0, -2).float(), compressed.flatten(0, -2).float()
+        """x and x' (..., n) of the same tokens; sums are of fp64 where that is affordable, for (C' + ε I)⁻¹ magnifies
+        what rounding leaves of directions that were not seen."""
+        dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+        x, compressed = x.flatten(0, -2).to(dtype), compressed.flatten(0, -2).to(dtype)
         own, cross = compressed.T @ compressed, x.T @ compressed
         self.tokens += len(x)
         self.own = own if self.own is None else self.own.add_(own)
