@@ -71,8 +71,8 @@ class _Banded:
         share, places = budget / self.priced.dense, list(self.priced.cheapest)
         for _ in range(ROUNDS):
             places = self._band(round(share * BANDS)).solve(budget)
-            size, share = share, self.surrogate.menu.size(places) / self.surrogate.menu.dense
-            if round(size * BANDS) == round(share * BANDS):
+            before, share = share, self.surrogate.menu.size(places) / self.surrogate.menu.dense
+            if round(before * BANDS) == round(share * BANDS):
                 break
         return places
 

@@ -1,6 +1,7 @@
 """What slopes around one plan say of the whole menu: how much more or less options hurt in a compressed model.
 
-    harm_i(o) = a_i(o) − a_i(dense) + κ b_i(o),    f = argmin_f Σ_o w_o (harm_i(o) − λ f d_i(o))² + (f − 1)² / τ²
+    harm_i(o) = a_i(o) − a_i(dense) + κ b_i(o),    w_o = (λ d_i(o))² / variance_o
+    f = (w Σ_o w_o harm_i(o) / (λ d_i(o)) / Σ_o w_o + 1 / τ²) / (w + 1 / τ²),    w = max_o w_o
 
 a and b are the slopes around a plan (see `slopes`), d the menu's divergence of each option alone, λ what makes both
 add up to the same over the plan, f one factor for each (site, method). A menu is measured around the dense model, and
