@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
-from common import provenance
+from common import write_page
 
 from rankfront.search import Study
 
@@ -45,8 +44,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=3)
     arguments = parser.parse_args()
     lines = [line for run in arguments.runs for line in measure(run, arguments.tries)]
-    page = PAGE.format(kept=", ".join(map(str, KEPT)), lines="\n".join(lines), source=provenance().strip())
-    (Path(__file__).parent / "results" / "answers.md").write_text(page, encoding="utf-8")
+    write_page("answers", PAGE, lines, kept=", ".join(map(str, KEPT)))
 
 
 def measure(run: str, tries: int) -> list[str]:

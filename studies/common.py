@@ -1,7 +1,8 @@
-"""What benchmarks share: the cells that they keep, and what stands beside a table: command, commit, machine."""
+"""What benchmarks share: arguments, cells that they keep, and what stands beside a table: command, commit, machine."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -13,6 +14,24 @@ from typing import Any
 import torch
 
 Cell = dict[str, Any]  # a measurement, with its `provenance` under "from"
+RESULTS = Path(__file__).parent / "results"
+
+
+def on_text(doc: str | None, **counts: int) -> argparse.Namespace:
+    """The command line of a benchmark on a ``text``: ``--threads``, which torch uses from now on, and ``counts``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    for name, default in {**counts, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def write_page(name: str, page: str, lines: Iterable[str], **fields: str) -> None:
+    """Fill in the template ``page``, its ``{lines}`` and ``{source}`` too, as ``name`` among the results."""
+    text = page.format(lines="\n".join(lines), source=provenance().strip(), **fields)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def _processor() -> str:

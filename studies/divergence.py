@@ -10,11 +10,8 @@ first windows of the search split. The page goes to studies/results/divergence.m
 
 from __future__ import annotations
 
-import argparse
-
-import torch
-from common import provenance
-from search_benchmark import RESULTS, ROWS, Bench
+from common import on_text, write_page
+from search_benchmark import ROWS, Bench
 
 from rankfront.objectives import TEACHER_TOP_K, score, teach
 from rankfront.search import Plan
@@ -25,7 +22,7 @@ PLANS = ("uniform", "menu + knapsack")
 PAGE = """# Divergence, cut and whole
 
 SmolLM2-135M-Instruct, WikiText-2 validation text; divergence in nats a token on all 49,152 tokens of the vocabulary,
-and the share of it that is left on the dense model's k likeliest tokens and the rest. Trials use k = {used:,}. How is
+and the share of it that is left on the dense model's k likeliest tokens and the rest. Trials use k = {used}. How is
 said at the top of `studies/divergence.py`.
 
 | plan | keep | divergence | {head} |
@@ -39,12 +36,7 @@ said at the top of `studies/divergence.py`.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = on_text(__doc__, windows=4)
     bench = Bench(arguments.text)
     model, windows = bench.resident.model, bench.setup.tokens["search"][: arguments.windows]
     found = {row: ROWS[row](bench, 100_000, 0).plans for row in PLANS}
@@ -58,14 +50,8 @@ def main() -> None:
             shares = " | ".join(f"{divergence / whole:.2%}" for divergence in cut)
             lines.append(f"| {name} | {keep:g} | {whole:.4f} | {shares} |")
             print(lines[-1], flush=True)
-    page = PAGE.format(
-        used=TEACHER_TOP_K,
-        head=" | ".join(f"k = {top_k:,}" for top_k in TOP_K),
-        rule=" | ".join("---" for _ in TOP_K),
-        lines="\n".join(lines),
-        source=provenance().strip(),
-    )
-    (RESULTS / "divergence.md").write_text(page, encoding="utf-8")
+    head, rule = " | ".join(f"k = {top_k:,}" for top_k in TOP_K), " | ".join("---" for _ in TOP_K)
+    write_page("divergence", PAGE, lines, used=f"{TEACHER_TOP_K:,}", head=head, rule=rule)
 
 
 if __name__ == "__main__":
