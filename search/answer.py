@@ -11,7 +11,7 @@ import pandas as pd
 
 from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.allocate import knapsack_several
-from rankfront.search.beliefs import Beliefs
+from rankfront.search.beliefs import STEPS_FLATTER, Beliefs
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
@@ -110,7 +110,8 @@ class _Learned:
         """Of ``plans`` the one of least divergence, and the modelled objective's value there: measured where the plan
         was, else predicted."""
         goal, measured = self.beliefs.goal, self.beliefs.measured
-        levels = self.beliefs.levels(plans)[0]
+        levels, errors = self.beliefs.levels(plans)
+        levels = levels + STEPS_FLATTER * errors
         values = [
             known.values[goal.quality] if (known := measured.get(tuple(plan))) else goal.loss(float(level))
             for plan, level in zip(plans, levels, strict=True)

@@ -21,11 +21,11 @@ import numpy as np
 
 from rankfront.search.local import SECOND, Local
 from rankfront.search.menu import Menu
-from rankfront.search.slopes import SLOPE_TOKENS
+from rankfront.search.slopes import OWN_LABELS
 
 SPREAD = 0.5  # τ, of a factor around 1
 MODEL, BEND = 0.5, 0.25  # of a predicted harm, and of κ b: what even exact slopes would miss of them, deviations
-OVER_FISHER = 1.6  # variance of a slope a token, of that by the Fisher, 2 b: medians were 1.6 on smollm2-135m
+OVER_FISHER = 1 / OWN_LABELS  # variance of a slope a token, of that by the Fisher, 2 b
 BOUNDS = (0.25, 4.0)  # of a factor
 WIDTH = 0.12  # kept fraction within which factors of one plan serve another
 PRIOR = 0.1  # k₀: far from every plan factors fade to 1
@@ -61,7 +61,7 @@ def context_of(local: Local, menu: Menu, features: Mapping[tuple[int, str], int]
         bend = SECOND[0] * b
         harm = a - a[0] + bend
         predicted = scale * line.divergence
-        noise = 2 * OVER_FISHER / SLOPE_TOKENS * (b + b[0])
+        noise = 2 * OVER_FISHER / local.tokens * (b + b[0])
         variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
         known = np.isfinite(harm) & np.isfinite(variance) & (predicted > 0)
         methods = [option.method for option in line.options]

@@ -26,7 +26,7 @@ from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
 from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
-from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS
+from rankfront.search.slopes import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.space import Anchor, Space
 from rankfront.search.timing import timed_objectives
 from rankfront.search.trial import Job, Record
@@ -311,26 +311,36 @@ class Driver:
 
     @property
     def _affords_slopes(self) -> bool:
-        left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
-        return bool(left > self._slope_tokens + STEPS_AFTER * self.ladder.tokens[0])
+        return self._slope_tokens > 0
 
     def _enqueue_slopes(self, number: int) -> None:
         """Queue slopes around the plan of trial ``number``."""
         source = self.study.get_trials(deepcopy=False)[number]
-        self.study.enqueue_trial(source.params, user_attrs={"slopes_of": number, "origin": "slopes"})
+        attributes = {"slopes_of": number, "origin": "slopes", "slope_tokens": self._slope_tokens}
+        self.study.enqueue_trial(source.params, user_attrs=attributes)
 
     @property
     def _promised(self) -> int:
         """Tokens of the trials and slopes that run."""
         return sum(
-            self._slope_tokens if "slopes_of" in trial.user_attrs else self.ladder.tokens[rung_of(trial)]
+            self._passes * trial.user_attrs.get("slope_tokens", SLOPE_TOKENS)
+            if "slopes_of" in trial.user_attrs
+            else self.ladder.tokens[rung_of(trial)]
             for trial in self.running.values()
         )
 
     @property
     def _slope_tokens(self) -> int:
-        """What measuring slopes runs through the model, a backward pass counted as two forward ones."""
-        return SLOPE_PASSES * min(SLOPE_TOKENS, self.config.data.search.windows * self.config.data.length)
+        """Of how many tokens slopes would be measured now; 0 where the limit leaves too few for them and trials."""
+        split = self.config.data.search.windows * self.config.data.length
+        left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
+        room = (left - STEPS_AFTER * self.ladder.tokens[0]) / self._passes
+        fitting = min(slope_tokens(self.tokens, quality_of(self.config)), split, room)
+        return int(fitting) if fitting >= min(SLOPE_TOKENS, split) else 0
+
+    @property
+    def _passes(self) -> int:
+        return PASSES[quality_of(self.config)]
 
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -364,7 +374,7 @@ class Driver:
             plan = self.space.suggest(trial, self.origin)
             if "slopes_of" in trial.user_attrs:
                 self.running[trial.number] = trial
-                return Job("slopes", trial.number, plan)
+                return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get("slope_tokens", SLOPE_TOKENS))
             rung = rung_of(trial)
             if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.

@@ -33,6 +33,7 @@ class Local:
         places: the plan, (lines,).
         divergence: measured there, in nats; for perplexity its logarithm's excess over dense.
         first, second: a and b of every option, line by line; infinite where nothing is known.
+        tokens: that they are a mean over.
     """
 
     trial: int
@@ -40,6 +41,7 @@ class Local:
     divergence: float
     first: Sequence[np.ndarray]
     second: Sequence[np.ndarray]
+    tokens: int = 2048
 
     @property
     def plan(self) -> list[int]:
@@ -63,7 +65,7 @@ class Local:
         divergence = np.maximum(self.divergence + change, LEAST_SHARE * self.divergence)
         errors = np.full(len(plans), np.inf)
         known = np.isfinite(divergence)
-        errors[known] = error_of(a, b)[known] / divergence[known]
+        errors[known] = error_of(a, b)[known] / self.divergence
         return np.log(divergence), errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import moocore
@@ -12,7 +13,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from rankfront.search.beliefs import CENTRES, SURROGATE_ERROR, Beliefs, rung_of
+from rankfront.search.beliefs import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
 from rankfront.search.goal import Timings, make_goal
@@ -24,29 +25,33 @@ from rankfront.search.space import Single, Space
 from rankfront.search.surrogate import Coefficients
 
 BUDGETS = 24  # budgets at which the corrected menu is solved for each proposal
-STEPS = 100  # random steps before the space is taken to be exhausted
+STEPS = 100  # random steps, at most, before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
 NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
 MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
-STEPS_PER_SLOPES = 3  # proposals measured between two passes, the first of them from the newest
-GLOBAL_EVERY = 12  # one proposal in so many is global, though there are slopes
+STEPS_AFTER_SLOPES = (1, 2)  # proposals measured after a pass, in turn: the first of them from the newest slopes
+GLOBAL_EVERY = 4  # one of the others in so many is global
 STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
 WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
-SLACK = 0.01  # kept fraction that a much better plan may store more for a front member not to be worth refining
-PESSIMISM = 0.5  # standard deviations that a candidate is taken to be worse than predicted: the best of many flatter
+MARKS = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # kept fractions that limits are set at
+SLACK = 0.01  # kept fraction that a better plan may store more for a front member not to be worth refining
+SAME = 0.03  # log-divergence by which plans may differ through noise
+
+
+Places = tuple[int, ...]
 
 
 class RankfrontSampler(BaseSampler):
     """Proposes plans by solving again what every measured trial corrects.
 
     Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
-    candidates are steps downhill from their centres, at budgets around them, then solutions of the corrected menu at
-    many budgets beside them, and now and then those of a posterior sample of its coefficients, or switches of levels
-    within front members that keep their budget. Where plans cost several things at once, such as values and bytes,
-    each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured or are running are
-    never proposed again.
+    candidates are steps downhill from their centres, at round kept fractions around them, then solutions of the
+    corrected menu at many of those beside them, and now and then those of a posterior sample of its coefficients, or
+    switches of levels within front members that keep their budget. Where plans cost several things at once, such as
+    values and bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured
+    or are running are never proposed again.
 
     Args:
         beliefs: what is known of the plans, shared with whoever asks for predictions.
@@ -78,14 +83,14 @@ class RankfrontSampler(BaseSampler):
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
         """Without slopes the global modes in turn; with them, a step downhill from the newest, then from any of them or
         a solution of the corrected menu, and now and then a global one."""
-        proposed = sum(t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs) for t in trials)
-        last = max((t.number for t in trials if "slopes" in t.user_attrs), default=None)
-        if last is None or not self.beliefs.locals:
-            return MODES[proposed % len(MODES)]
-        if proposed % GLOBAL_EVERY == GLOBAL_EVERY - 1:
-            return MODES[proposed // GLOBAL_EVERY % len(MODES)]
-        steps = sum(last < t.number < number and "slopes_of" not in t.user_attrs for t in trials)
-        return "any" if steps else "newest"
+        proposed = [t.number for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
+        passes = [t.number for t in trials if "slopes" in t.user_attrs]
+        if not passes or not self.beliefs.locals:
+            return MODES[len(proposed) % len(MODES)]
+        if not proposed or proposed[-1] < passes[-1]:
+            return "newest"
+        others = len(proposed) - sum(any(a < n < b for n in proposed) for a, b in pairwise([*passes, number]))
+        return MODES[others // GLOBAL_EVERY % len(MODES)] if others % GLOBAL_EVERY == GLOBAL_EVERY - 1 else "any"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -98,7 +103,7 @@ class RankfrontSampler(BaseSampler):
     def slopes_due(self, study: optuna.Study) -> int | None:
         """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
 
-        After every `STEPS_PER_SLOPES` proposals: of the front members without slopes, the one where most is to gain,
+        After `STEPS_AFTER_SLOPES` proposals: of the front members without slopes, the one where most is to gain,
         by its divergence and the gap between its neighbours, and where slopes were measured least nearby.
         """
         self.beliefs.learn(study)
@@ -108,7 +113,7 @@ class RankfrontSampler(BaseSampler):
         if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
             return None
         since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
-        if since < STEPS_PER_SLOPES:
+        if since < STEPS_AFTER_SLOPES[len(asked) % len(STEPS_AFTER_SLOPES)]:
             return None
         front = sorted(self.beliefs.front(), key=self.menu.size)
         done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
@@ -118,8 +123,8 @@ class RankfrontSampler(BaseSampler):
         levels = np.array([self.beliefs.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
             found = self.beliefs.measured[tuple(plan)]
-            if (levels[stored[1:-1] <= stored[i] + SLACK] < found.level - SURROGATE_ERROR).any():
-                continue  # for hardly more storage there is something much better
+            if (levels[stored[1:-1] <= stored[i] + SLACK] < found.level - SAME).any():
+                continue  # for hardly more storage there is something better
             inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
             gap = min(stored[i + 1] - stored[i - 1], WIDEST)
@@ -130,53 +135,81 @@ class RankfrontSampler(BaseSampler):
 
     # -- proposing
 
-    def _propose(self, tried: set[tuple[int, ...]], mode: str) -> list[int]:
+    def _propose(self, tried: set[Places], mode: str) -> list[int]:
         coefficients = self.beliefs.surrogate.sample() if mode == "sample" else self.beliefs.surrogate.mean
-        front = self.beliefs.front()
+        doubts = self._candidates(mode, coefficients)
+        candidates = list(doubts)
+        for _ in range(STEPS):
+            fresh = [candidate for candidate in dict.fromkeys(candidates) if candidate not in tried]
+            if fresh:
+                gains = self._gains(fresh, coefficients, [doubts.get(c, STEPS_FLATTER) for c in fresh])
+                return list(fresh[int(np.argmax(gains))])
+            # Everything solved for was measured: step away from it at random.
+            candidates = [tuple(self._step(list(candidate))) for candidate in candidates]
+        return list(candidates[0])  # the space is exhausted, which the driver notices
+
+    def _candidates(self, mode: str, coefficients: Coefficients) -> dict[Places, float]:
+        """Plans to choose a proposal from: the standard deviations by which each may be worse than predicted."""
         costs = self.menu.count
         priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
         if mode == "newest":
-            candidates = self._downhill(self.beliefs.locals[-1:], STRETCH, priced)
+            steps, solutions = self._downhill(self.beliefs.locals[-1:], STRETCH, priced), []
         elif mode == "any":
-            candidates = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH, priced)
-            candidates += self._solutions(coefficients, priced)
+            steps = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH, priced)
+            solutions = self._solutions(coefficients, priced, marked=True)
         else:
-            candidates = self._solutions(coefficients, priced)
+            steps, solutions = [], self._solutions(coefficients, priced)
+            front = self.beliefs.front()
             if front and (mode == "switch" or self.beliefs.poor):
-                candidates += self._switches(front, coefficients, priced)
-        fresh = list({tuple(c): c for c in candidates if tuple(c) not in tried}.values())
-        for _ in range(STEPS):  # everything solved for was measured: step away from it at random
-            if fresh:
-                break
-            candidates = [self._step(list(c)) for c in candidates]
-            fresh = [c for c in candidates if tuple(c) not in tried]
-        if not fresh:
-            return candidates[0]  # the space is exhausted, which the driver notices
-        gains = self._gains(fresh, coefficients)
-        return fresh[int(np.argmax(gains))]
+                solutions += self._switches(front, coefficients, priced)
+        doubts = {tuple(c): SOLUTIONS_FLATTER for c in solutions} | {tuple(c): STEPS_FLATTER for c in steps}
+        return (steps and self._at_marks(doubts)) or doubts
 
-    def _solutions(self, coefficients: Coefficients, priced: Menu) -> list[list[int]]:
-        """The corrected menu solved at budgets spread over the whole range, moved a little each time."""
+    def _solutions(self, coefficients: Coefficients, priced: Menu, marked: bool = False) -> list[list[int]]:
+        """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to `MARKS`."""
         solved = self.beliefs.solver(coefficients, priced)
         shift = self.random.uniform()
-        shares = (np.arange(BUDGETS) + shift) / BUDGETS
-        return [solved.solve(priced.least + share * (priced.dense - priced.least)) for share in shares]
+        budgets = priced.least + (np.arange(BUDGETS) + shift) / BUDGETS * (priced.dense - priced.least)
+        return [solved.solve(budget) for budget in (self._marked(budgets, priced) if marked else budgets)]
 
     def _downhill(self, centres: Sequence[Local], stretch: float, priced: Menu) -> list[list[int]]:
         """The slopes of ``centres``, solved at budgets around each."""
         found = []
         for local in centres:
             shares = np.array([1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))])
-            found += self.beliefs.downhill(local, list(priced.size(local.plan) * shares), priced)
+            found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares, priced), priced)
         return found
+
+    def _marked(self, budgets: np.ndarray, priced: Menu) -> list[float]:
+        """``budgets`` moved to the nearest of `MARKS`, each once: a plan that stores a little less than what a limit
+        will ask for wastes what is between. Several costs, weighed anew each time, have no such marks."""
+        if self.menu.count > 1:
+            return list(map(float, budgets))
+        marks = np.array([share * priced.dense for share in MARKS if share * priced.dense >= priced.least])
+        if not len(marks):
+            return list(map(float, budgets))
+        return sorted({float(marks[np.abs(marks - budget).argmin()]) for budget in budgets})
+
+    def _at_marks(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
+        """Those of ``candidates`` that use up what one of `MARKS` allows: cautious steps far up stop short of it."""
+        if self.menu.count > 1:
+            return {}
+        marks = np.array(MARKS) * self.menu.dense
+        sizes = {c: self.menu.size(c) for c in candidates}
+        unused = {c: marks[marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
+        return {c: doubt for c, doubt in candidates.items() if unused[c] < SLACK * self.menu.dense}
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
         found = []
+        losses_of: dict[int, list[np.ndarray]] = {}  # by the front member that they hold around
         for _ in range(SWITCHES):
-            plan = list(front[int(self.random.integers(len(front)))])
-            budget = priced.size(plan)
-            losses = self.beliefs.surrogate.losses(coefficients, self.menu.size(plan) / self.menu.dense)
+            member = int(self.random.integers(len(front)))
+            plan, budget = list(front[member]), priced.size(front[member])
+            if member not in losses_of:
+                share = self.menu.size(plan) / self.menu.dense
+                losses_of[member] = self.beliefs.surrogate.losses(coefficients, share)
+            losses = losses_of[member]
             plan = self._step(plan)
             over = priced.size(plan) - budget
             best: tuple[float, int, int] | None = None
@@ -206,9 +239,10 @@ class RankfrontSampler(BaseSampler):
                 plan[rival] = 0
         return plan
 
-    def _gains(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
-        """Predicted gain in hypervolume of every candidate over the measured front, in units of the box."""
-        values = self._values(candidates, coefficients)
+    def _gains(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: Sequence[float]) -> np.ndarray:
+        """Predicted gain in hypervolume of every candidate over the measured front, in units of the box; ``doubts``
+        (N,) are the standard deviations by which each is taken to be worse than predicted."""
+        values = self._values(candidates, coefficients, doubts)
         points, excess = self.goal.unit(values), self.goal.excess(values)
         measured = self.goal.unit(self.beliefs.met())
         ones = np.ones(self.goal.count)
@@ -225,12 +259,12 @@ class RankfrontSampler(BaseSampler):
         behind: np.ndarray = depth + np.where(excess > 0, 1e6, 0.0)
         return -behind
 
-    def _values(self, candidates: Sequence[list[int]], coefficients: Coefficients) -> np.ndarray:
+    def _values(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: Sequence[float]) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
         worse by the median error; the logarithm of a perplexity beside divergence rises in proportion to it; what
         nothing predicts is a line in what each method saves, fitted to the trials."""
         logs, errors = self.beliefs.levels(candidates, coefficients)
-        logs = logs + PESSIMISM * errors
+        logs = logs + np.array(doubts) * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
         for row, candidate in enumerate(candidates):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))

@@ -4,13 +4,12 @@
     S(plan) = Σ_i e_i + ρ/2 Σ_{i≠j} C_ij √(2 e_i) √(2 e_j),    e_i = d_i(o_i) f_i(o_i) exp(θ_i(o_i))
 
 d is the menu's prediction for each site alone; f what slopes around plans of about this size make of it (see
-`context`); θ corrects one (site, method), and is shared in part by the sites of a
-kind and of a block; C are the menu's cosines between sites and ρ how far they are believed; a and c let divergences
-add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured plans that
-share many options, the more the worse the rest explains what was measured. Noise is of the logarithm and of nats: near
-dense a few thousandths of a nat are most of what is measured, and say little. All coefficients are Gaussian a priori,
-so fitting is a Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample costs one
-more solve.
+`context`); θ corrects one (site, method), and is shared in part by the sites of a kind and of a block; C are the menu's
+cosines between sites and ρ how far they are believed; a and c let divergences add up faster or slower than linearly,
+which they do as plans get cheaper; the residual leans on measured plans that share many options, the more the worse the
+rest explains what was measured. Noise is of the logarithm and of nats: near dense a few thousandths of a nat are most
+of what is measured, and say little. All coefficients are Gaussian a priori, so fitting is a Gauss-Newton iteration of
+ridge regressions in the space of trials, and a posterior sample costs one more solve.
 
 Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
 linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).

@@ -42,7 +42,7 @@ from rankfront.search.plan import Plan, check_disjoint, cost_of
 from rankfront.search.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
 from rankfront.search.refit import refitted
 from rankfront.search.samplers import OURS
-from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
+from rankfront.search.slopes import PASSES, measure_slopes
 from rankfront.search.space import Single, Space
 from rankfront.search.text import hash_tokens
 from rankfront.search.timing import Stopwatches, pack, time_sites, time_whole, timed_objectives
@@ -90,12 +90,13 @@ class Setup:
 @dataclass(frozen=True)
 class Job:
     """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, the
-    menu, the slopes around a plan, or the latency table."""
+    menu, the slopes around a plan, of so many ``tokens``, or the latency table."""
 
     kind: Literal["trial", "report", "menu", "slopes", "timing"]
     number: int
     plan: Plan
     rung: int = 0
+    tokens: int = 0
 
 
 def make_space(setup: Setup) -> Space:
@@ -446,11 +447,9 @@ class Resident:
     def _slopes(self, job: Job) -> Record:
         """What switching any option of the plan changes: site -> [a, b], in the order of its variable's options."""
         clock = Clock()
-        windows = self.spare(job.number, SLOPE_TOKENS)
-        tokens = SLOPE_PASSES * windows.numel()
+        windows, quality = self.spare(job.number, job.tokens), quality_of(self.setup.config)
         teacher = None
-        if quality_of(self.setup.config) == "divergence":
-            tokens += windows.numel()
+        if quality == "divergence":
             with clock.phase("teacher"):
                 self.apply(Plan(()))
                 teacher = teach(self.model, windows)
@@ -472,7 +471,8 @@ class Resident:
             if isinstance(variable, Single) and variable.name in found:
                 pairs = [found[variable.name].get(option.label) for option in variable.options]
                 packed[variable.name] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
-        return {"slopes": packed, "tokens": tokens, "seconds": clock.seconds}
+        read = windows.numel()
+        return {"slopes": packed, "slope_tokens": read, "tokens": PASSES[quality] * read, "seconds": clock.seconds}
 
     def _timing(self, job: Job) -> Record:
         """The latency table of every latency among the objectives: name -> sites and the whole dense model."""

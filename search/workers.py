@@ -52,9 +52,9 @@ class Worker(tune.Trainable):
 
     def _measure(self) -> Record:
         if self.refused is None:
-            kind, number, plan, rung = self.job
+            kind, number, plan, rung, tokens = self.job
             try:
-                return self.resident.run(Job(kind, number, Plan.from_json(plan), rung))
+                return self.resident.run(Job(kind, number, Plan.from_json(plan), rung, tokens))
             except InputError as error:
                 self.refused = str(error)
         return {"refused": self.refused}
@@ -97,7 +97,7 @@ class _Bridge(Searcher):
         if job is None:
             return FINISHED if self.driver.done else None
         self.jobs[trial_id] = job
-        return {"job": (job.kind, job.number, job.plan.to_json(), job.rung)}
+        return {"job": (job.kind, job.number, job.plan.to_json(), job.rung, job.tokens)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self.jobs.pop(trial_id)

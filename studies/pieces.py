@@ -10,12 +10,10 @@ that trials read: the better of the two perplexities, for every draw. The page g
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
-from common import provenance
-from search_benchmark import RESULTS, ROWS, TRIAL_TOKENS, Bench
+from common import on_text, write_page
+from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
@@ -23,7 +21,7 @@ from rankfront.search.beliefs import CAUTIONS
 from rankfront.search.descent import Descent
 from rankfront.search.local import Trust
 from rankfront.search.menu import Menu, make_menu
-from rankfront.search.slopes import SLOPE_PASSES
+from rankfront.search.slopes import PASSES
 
 KEPT = (0.5, 0.4)
 DESIGNS = ((4096, 512), (4096, 128), (2048, 512), (2048, 128), (2048, 32), (1024, 128))  # tokens, and of a piece
@@ -44,12 +42,7 @@ slopes around one plan recommend, for each draw of the text that they read. How 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text")
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = on_text(__doc__, draws=3)
     bench = Bench(arguments.text)
     menu = make_menu(bench.wanted, bench.spectrum)
     plans = ROWS["menu + knapsack"](bench, 0, 0).plans
@@ -60,12 +53,9 @@ def main() -> None:
             ", ".join(f"{step(bench, menu, plans[keep], tokens, length, draw):.1f}" for draw in range(arguments.draws))
             for keep in KEPT
         ]
-        lines.append(f"| {tokens:,} | {length} | {SLOPE_PASSES * tokens:,} | {' | '.join(cells)} |")
+        lines.append(f"| {tokens:,} | {length} | {PASSES['perplexity'] * tokens:,} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    page = PAGE.format(
-        head=" | ".join(head), rule=" | ".join("---" for _ in KEPT), lines="\n".join(lines), source=provenance().strip()
-    )
-    (RESULTS / "pieces.md").write_text(page, encoding="utf-8")
+    write_page("pieces", PAGE, lines, head=" | ".join(head), rule=" | ".join("---" for _ in KEPT))
 
 
 def measured(bench: Bench, plan: Plan) -> float:

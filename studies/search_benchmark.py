@@ -24,13 +24,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import moocore
 import numpy as np
 import torch
-from common import keep_cells, provenance, read_cells, sources
+from common import RESULTS, keep_cells, provenance, read_cells, sources
 from rich.console import Console
 
 from rankfront.methods import InputError
@@ -51,11 +50,10 @@ from rankfront.search.predictions import (
     scaled_predictions,
     spectrum_predictions,
 )
-from rankfront.search.slopes import SLOPE_PASSES, SLOPE_TOKENS, measure_slopes
+from rankfront.search.slopes import PASSES, SLOPE_TOKENS, measure_slopes
 from rankfront.search.surrogate import Surrogate
 from rankfront.search.trial import Job, Resident
 
-RESULTS = Path(__file__).parent / "results"
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TRIAL_TOKENS = 4096  # of every trial; the rest of the search split is for menus, slopes, probes and evolution
@@ -135,7 +133,8 @@ class Bench:
         pairs = [np.array([found[line.site][option.label] for option in line.options]) for line in menu.lines]
         for line, place in zip(pairs, places, strict=True):
             line[place] = 0.0
-        return Local(0, np.array(places), 1.0, [line[:, 0] for line in pairs], [line[:, 1] for line in pairs])
+        first, second = ([line[:, column] for line in pairs] for column in (0, 1))
+        return Local(0, np.array(places), 1.0, first, second, windows.numel())
 
     def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
         """Allocate at every fraction of the grid."""
@@ -190,7 +189,7 @@ def context_row(bench: Bench, budget: int, seed: int) -> Found:
     menu, centre = found.menu, Plan.of(found.menu.choices(knapsack(found.menu, CENTRE * found.menu.dense)))
     bench.resident.apply(centre)
     windows = bench.resident.spare(1, SLOPE_TOKENS)
-    found.tokens += SLOPE_PASSES * windows.numel()
+    found.tokens += PASSES["perplexity"] * windows.numel()
     local = bench.slopes(menu, centre, windows, seed)
     begun = time.perf_counter()
     surrogate = Surrogate(menu, [""] * len(menu.lines), [0] * len(menu.lines), seed)  # no trial teaches it

@@ -1,7 +1,12 @@
 """What our sampler's studies measure before it proposes: a plan at the menu's centre, slopes, the front by them."""
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from launching import check_whole, make_run, quiet, small_data
+from test_rankfront_sampler import make_driver
 
 from rankfront.search.answer import _known
 from rankfront.search.beliefs import BANDS
@@ -11,6 +16,7 @@ from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
+from rankfront.search.study import Study
 from rankfront.search.trial import Resident
 
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
@@ -68,7 +74,9 @@ def test_without_tokens_for_slopes_the_menu_s_own_front_is_measured(data, tmp_pa
     """The plan at the centre is not measured twice where slopes change nothing."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
     menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
-    data["search"]["tokens"] = menu + 5 * trial  # slopes and a trial after them take six
+    data["search"]["tokens"] = (
+        menu + 5 * trial
+    )  # where slopes and a trial after them would fit, the opening has spent it
     study = make_run(data, tmp_path / "run")
     assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
     dense, centre, *front = opening(study)
@@ -107,6 +115,18 @@ def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, mo
     assert study.tokens() < data["search"]["tokens"] + trial
     done = [trial for trial in study._optuna().trials if trial.state.is_finished()]
     assert "slopes_of" not in done[-1].user_attrs
+
+
+def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
+    """Room for a trial after them is left; as few as say little are none."""
+    monkeypatch.setattr("rankfront.search.driver.SLOPE_TOKENS", 16)
+    monkeypatch.setattr("rankfront.search.driver.slope_tokens", lambda spent, quality: 10**6)
+    driver = make_driver(Study(data))
+    (trial,) = driver.ladder.tokens
+    for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
+        driver.ladder = replace(driver.ladder, limit=np.array([100.0, left]))
+        assert driver._slope_tokens == expected
+        assert driver._affords_slopes == (expected > 0)
 
 
 def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):

@@ -16,15 +16,16 @@ from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.accuracy import calibration
 from rankfront.search.allocate import sweep
-from rankfront.search.beliefs import SURROGATE_ERROR, Beliefs
+from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, SURROGATE_ERROR, Beliefs
 from rankfront.search.driver import Driver
 from rankfront.search.front import Row
 from rankfront.search.goal import Goal, make_goal
 from rankfront.search.menu import Line, Menu
 from rankfront.search.opening import CENTRE, WARM_START, anchors_to_beat
 from rankfront.search.predictions import menu_jobs, menu_record
-from rankfront.search.sampler import RankfrontSampler
+from rankfront.search.sampler import MARKS, SLACK, RankfrontSampler
 from rankfront.search.samplers import INTERRUPTED, OURS
+from rankfront.search.slopes import PASSES
 from rankfront.search.study import Interrupted, Study
 from rankfront.search.trial import Resident, make_space
 
@@ -369,6 +370,44 @@ def test_where_predictions_are_poor_slopes_weigh_more():
     assert (gaps[0.05] <= np.abs(surrogate - slopes)).all()
 
 
+def test_solutions_are_doubted_more_than_steps():
+    """Of two candidates that are predicted alike, and where nothing is known of either, the step is proposed."""
+    problem = Problem(sites=30, levels=8)
+    sampler = problem.sampler(0)
+    problem.run(problem.study(optuna.samplers.RandomSampler(0)), 6)
+    plans = [tuple(np.random.default_rng(1).integers(0, 3, 30))] * 2
+    mean = sampler.beliefs.surrogate.mean
+    values = sampler._values(plans, mean, [STEPS_FLATTER, SOLUTIONS_FLATTER])
+    assert np.log(values[1, 0] / values[0, 0]) == pytest.approx((SOLUTIONS_FLATTER - STEPS_FLATTER) * SURROGATE_ERROR)
+
+
+def test_steps_end_at_round_kept_fractions():
+    """Budgets are those at which limits are set; candidates that do not use them up are left out."""
+    problem = Problem(sites=30, levels=8)
+    sampler, menu = problem.sampler(0), problem.menu
+    budgets = np.array([0.83, 0.78, 0.42, 0.999, 0.93]) * menu.dense
+    assert sampler._marked(budgets, menu) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)])
+    solved = sweep(menu, [line.divergence for line in menu.lines])
+    full, idle = (solved.solve(share * menu.dense) for share in (0.7, 0.67))
+    full, idle, dense = tuple(full), tuple(idle), (0,) * 30
+    assert sampler._at_marks({full: 1.5, idle: 0.5, dense: 0.5}) == {full: 1.5}
+    study = problem.study(sampler)
+    problem.run(study, 8)
+    for _ in range(4):
+        run_with_slopes(problem, study, sampler, 2)
+    steps = [t for t in study.trials if t.state == TrialState.COMPLETE][-6:]
+    sizes = [menu.size(sampler.beliefs.plan_of(t.params)) / menu.dense for t in steps]
+    unused = [min((mark - size for mark in MARKS if mark >= size), default=1.0) for size in sizes]
+    assert sum(left < SLACK for left in unused) >= 4  # of six, of which one may be a global one
+
+
+def test_where_several_costs_count_budgets_are_free():
+    problem = Problem(bytes=True)
+    sampler = problem.sampler(0)
+    assert sampler._marked(np.array([123.0, 77.0]), problem.menu) == [123.0, 77.0]
+    assert sampler._at_marks({(0,) * 6: 0.5}) == {}
+
+
 def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates(monkeypatch):
     """In every global mode, beside the menu's solutions; else in one of four."""
     problem, asked = Problem(), []
@@ -638,7 +677,7 @@ def test_a_study_measures_slopes_around_its_front(data, tmp_path, objectives):
     done = check_slopes(study)
     assert len(done) >= 2
     windows = study.setup().tokens["search"].numel()
-    assert {trial.user_attrs["tokens"] for trial in done} == {(5 + ("divergence" in objectives)) * windows}
+    assert {trial.user_attrs["tokens"] for trial in done} == {PASSES[next(iter(objectives))] * windows}
     before = values_of(study)
     longer = again(study, trials=22)
     longer.launch(quiet())
