@@ -36,6 +36,7 @@ STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: h
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
 WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
 MARKS = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # kept fractions that limits are set at
+EASINGS = (0.0, 1.0, 2.0)  # standard deviations better, until something is predicted to gain
 SLACK = 0.01  # kept fraction that a better plan may store more for a front member not to be worth refining
 SAME = 0.03  # log-divergence by which plans may differ through noise
 
@@ -142,7 +143,10 @@ class RankfrontSampler(BaseSampler):
         for _ in range(STEPS):
             fresh = [candidate for candidate in dict.fromkeys(candidates) if candidate not in tried]
             if fresh:
-                gains = self._gains(fresh, coefficients, [doubts.get(c, STEPS_FLATTER) for c in fresh])
+                for easing in EASINGS:
+                    gains = self._gains(fresh, coefficients, [doubts.get(c, STEPS_FLATTER) - easing for c in fresh])
+                    if gains.max() > 0:
+                        break
                 return list(fresh[int(np.argmax(gains))])
             # Everything solved for was measured: step away from it at random.
             candidates = [tuple(self._step(list(candidate))) for candidate in candidates]
