@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from rankfront.search.allocate import sweep
 from rankfront.search.beliefs import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
@@ -25,6 +27,7 @@ from rankfront.search.space import Single, Space
 from rankfront.search.surrogate import Coefficients
 
 BUDGETS = 24  # budgets at which the corrected menu is solved for each proposal
+BISECTIONS = 12  # for the size that limits leave
 STEPS = 100  # random steps, at most, before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
@@ -174,33 +177,45 @@ class RankfrontSampler(BaseSampler):
         solved = self.beliefs.solver(coefficients, priced)
         shift = self.random.uniform()
         budgets = priced.least + (np.arange(BUDGETS) + shift) / BUDGETS * (priced.dense - priced.least)
-        return [solved.solve(budget) for budget in (self._marked(budgets, priced) if marked else budgets)]
+        return [solved.solve(budget) for budget in (self._marked(budgets) if marked else budgets)]
 
     def _downhill(self, centres: Sequence[Local], stretch: float, priced: Menu) -> list[list[int]]:
         """The slopes of ``centres``, solved at budgets around each."""
         found = []
         for local in centres:
             shares = np.array([1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))])
-            found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares, priced), priced)
+            found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares), priced)
         return found
 
-    def _marked(self, budgets: np.ndarray, priced: Menu) -> list[float]:
+    def _marked(self, budgets: np.ndarray) -> list[float]:
         """``budgets`` moved to the nearest of `MARKS`, each once: a plan that stores a little less than what a limit
-        will ask for wastes what is between. Several costs, weighed anew each time, have no such marks."""
-        if self.menu.count > 1:
-            return list(map(float, budgets))
-        marks = np.array([share * priced.dense for share in MARKS if share * priced.dense >= priced.least])
+        will ask for wastes what is between."""
+        marks = self.marks
         if not len(marks):
             return list(map(float, budgets))
         return sorted({float(marks[np.abs(marks - budget).argmin()]) for budget in budgets})
 
+    @cached_property
+    def marks(self) -> np.ndarray:
+        """Budgets that limits are set at: `MARKS`, and the size that the study's own limits leave; none where
+        several costs are weighed anew each time."""
+        if self.menu.count > 1:
+            return np.zeros(0)
+        dense, least = self.menu.dense, self.menu.least
+        low, high = float(least), float(dense)
+        if not self.beliefs.may_meet(self.menu.choices([0] * len(self.menu.lines))):
+            solved = sweep(self.menu)
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                met = self.beliefs.may_meet(self.menu.choices(solved.solve(middle)))
+                low, high = (middle, high) if met else (low, middle)
+        shares = [share * dense for share in MARKS if least <= share * dense <= high]
+        return np.array(sorted({*shares, low} if high < dense else shares))
+
     def _at_marks(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
         """Those of ``candidates`` that use up what one of `MARKS` allows: cautious steps far up stop short of it."""
-        if self.menu.count > 1:
-            return {}
-        marks = np.array(MARKS) * self.menu.dense
         sizes = {c: self.menu.size(c) for c in candidates}
-        unused = {c: marks[marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
+        unused = {c: self.marks[self.marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
         return {c: doubt for c, doubt in candidates.items() if unused[c] < SLACK * self.menu.dense}
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:

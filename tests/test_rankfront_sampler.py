@@ -386,7 +386,7 @@ def test_steps_end_at_round_kept_fractions():
     problem = Problem(sites=30, levels=8)
     sampler, menu = problem.sampler(0), problem.menu
     budgets = np.array([0.83, 0.78, 0.42, 0.999, 0.93]) * menu.dense
-    assert sampler._marked(budgets, menu) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)])
+    assert sampler._marked(budgets) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)])
     solved = sweep(menu, [line.divergence for line in menu.lines])
     full, idle = (solved.solve(share * menu.dense) for share in (0.7, 0.67))
     full, idle, dense = tuple(full), tuple(idle), (0,) * 30
@@ -403,10 +403,23 @@ def test_steps_end_at_round_kept_fractions():
         assert all(min(mark - size for mark in MARKS if mark >= size) < SLACK for size in sizes)
 
 
+def test_a_limit_of_the_study_is_a_mark():
+    """Nothing above it is solved for; what is just within is what will be asked for."""
+    problem = Problem(sites=30, levels=8)
+    menu = problem.menu
+    goal = replace(problem.goal, excess=lambda values: np.maximum(values[:, 1] - 0.637, 0.0))
+    sampler = problem.sampler(0)
+    sampler.beliefs.goal = sampler.goal = goal
+    *below, limit = sampler.marks / menu.dense
+    assert below == pytest.approx([mark for mark in sorted(MARKS) if menu.least / menu.dense <= mark <= 0.6])
+    assert 0.637 - SLACK / 2 <= limit <= 0.637 + 1e-3
+    assert menu.size(sweep(menu).solve(limit * menu.dense)) <= 0.637 * menu.dense
+
+
 def test_where_several_costs_count_budgets_are_free():
     problem = Problem(bytes=True)
     sampler = problem.sampler(0)
-    assert sampler._marked(np.array([123.0, 77.0]), problem.menu) == [123.0, 77.0]
+    assert sampler._marked(np.array([123.0, 77.0])) == [123.0, 77.0]
     assert sampler._at_marks({(0,) * 6: 0.5}) == {}
 
 
