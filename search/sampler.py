@@ -35,7 +35,9 @@ NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that 
 MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
 STEPS_AFTER_SLOPES = (1, 2)  # proposals measured after a pass, in turn: the first of them from the newest slopes
 GLOBAL_EVERY = 4  # one of the others in so many is global
-STRETCH, FAR_STRETCH, NEIGHBOURS = 0.04, 0.12, 4  # budgets around a centre's: how far, relative to it, and how many
+# Budgets around a centre's: how far, relative to it, and how many. Steps that store much less than their centre hurt
+# more than slopes say: what their switches do adds up, where those of a step at the same size in part cancel.
+STRETCH, NEIGHBOURS = 0.04, 4
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
 WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
 MARKS = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # kept fractions that limits are set at
@@ -160,9 +162,9 @@ class RankfrontSampler(BaseSampler):
         costs = self.menu.count
         priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
         if mode == "newest":
-            steps, solutions = self._downhill(self.beliefs.locals[-1:], STRETCH, priced), []
+            steps, solutions = self._downhill(self.beliefs.locals[-1:], priced), []
         elif mode == "any":
-            steps = self._downhill(self.beliefs.locals[-CENTRES:], FAR_STRETCH, priced)
+            steps = self._downhill(self.beliefs.locals[-CENTRES:], priced)
             solutions = self._solutions(coefficients, priced, marked=True)
         else:
             steps, solutions = [], self._solutions(coefficients, priced)
@@ -179,11 +181,11 @@ class RankfrontSampler(BaseSampler):
         budgets = priced.least + (np.arange(BUDGETS) + shift) / BUDGETS * (priced.dense - priced.least)
         return [solved.solve(budget) for budget in (self._marked(budgets) if marked else budgets)]
 
-    def _downhill(self, centres: Sequence[Local], stretch: float, priced: Menu) -> list[list[int]]:
+    def _downhill(self, centres: Sequence[Local], priced: Menu) -> list[list[int]]:
         """The slopes of ``centres``, solved at budgets around each."""
         found = []
         for local in centres:
-            shares = np.array([1.0, *(1 + stretch * self.random.uniform(-1, 1, NEIGHBOURS))])
+            shares = np.array([1.0, *(1 + STRETCH * self.random.uniform(-1, 1, NEIGHBOURS))])
             found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares), priced)
         return found
 
