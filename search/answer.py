@@ -11,7 +11,7 @@ import pandas as pd
 
 from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.allocate import knapsack_several
-from rankfront.search.beliefs import STEPS_FLATTER, Beliefs
+from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
@@ -29,6 +29,9 @@ from rankfront.search.space import Space
 GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
 TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
 NEARBY = (1.0, 0.98, 0.95)  # budgets, by what the knapsack's plan stores, at which slopes and interactions are solved
+
+
+Places = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,17 @@ def answer(
         if limit.figure not in names or not limit.operator.startswith("<"):
             raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(names)}")
     together = [*(Constraint.parse(text) for text in config.search.where), *limits]
-    plans = [[0] * len(menu.lines)]
-    if not met(together, learned.of(plans[0])):  # nothing is better than dense
-        plans = [*learned.solved(together), *map(list, beliefs.measured)]
-        plans = [plan for plan in plans if met(together, learned.of(plan))]
+    dense_plan = (0,) * len(menu.lines)
+    plans = {dense_plan: 0.0}
+    if not met(together, learned.of(dense_plan)):  # nothing is better than dense
+        doubts = dict.fromkeys(beliefs.measured, 0.0) | learned.solved(together)
+        plans = {plan: doubt for plan, doubt in doubts.items() if met(together, learned.of(plan))}
     if not plans:
         cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.figures.of(menu.cheapest).items())
         wanted = " and ".join(map(str, together))
         raise InputError(f"no plan meets {wanted}; the cheapest has {cheapest}: raise the limit")
     best, value = learned.best(plans)
-    measured = beliefs.measured.get(tuple(best))
+    measured = beliefs.measured.get(best)
     figures = learned.figures.of(best)
     shown = {name: figures[name] for name in COSTS} | {f"{name}_predicted": figures[name] for name in timings}
     if measured is not None:
@@ -106,30 +110,30 @@ class _Learned:
         values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
         return self.figures.of(places) | values
 
-    def best(self, plans: Sequence[list[int]]) -> tuple[list[int], float]:
-        """Of ``plans`` the one of least divergence, and the modelled objective's value there: measured where the plan
-        was, else predicted."""
-        goal, measured = self.beliefs.goal, self.beliefs.measured
+    def best(self, doubts: Mapping[Places, float]) -> tuple[Places, float]:
+        """Of plans the one of least divergence, and the modelled objective's value there: measured where the plan was,
+        else predicted. To be chosen, a prediction must be better by so many of its standard deviations."""
+        goal, measured, plans = self.beliefs.goal, self.beliefs.measured, list(doubts)
         levels, errors = self.beliefs.levels(plans)
-        levels = levels + STEPS_FLATTER * errors
-        values = [
-            known.values[goal.quality] if (known := measured.get(tuple(plan))) else goal.loss(float(level))
-            for plan, level in zip(plans, levels, strict=True)
-        ]
-        least = int(np.argmin(values))
-        return plans[least], values[least]
+        known = np.array([measured[plan].level if plan in measured else np.nan for plan in plans])
+        doubted = np.where(np.isnan(known), levels + np.array(list(doubts.values())) * errors, known)
+        least = int(np.argmin(doubted))
+        plan = plans[least]
+        return plan, measured[plan].values[goal.quality] if plan in measured else goal.loss(float(levels[least]))
 
-    def solved(self, limits: Sequence[Constraint]) -> list[list[int]]:
-        """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``."""
+    def solved(self, limits: Sequence[Constraint]) -> dict[Places, float]:
+        """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``; how far each kind
+        flatters."""
         menu = self.beliefs.menu
         cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
         upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
         budget = _budget(cheapest, dense, upper, menu.least, menu.dense)
         found, bounds = self._knapsack(limits, budget / menu.dense)
         if found is None:
-            return []
+            return {}
         refined = self.beliefs.refined([budget, *(share * menu.size(found) for share in NEARBY)])
-        return [found, *(plan for plan in refined if met(bounds, self.of(plan)))]
+        steps = {tuple(plan): STEPS_FLATTER for plan in refined if met(bounds, self.of(plan))}
+        return {tuple(found): SOLUTIONS_FLATTER} | steps
 
     def _knapsack(self, limits: Sequence[Constraint], share: float) -> tuple[list[int] | None, list[Constraint]]:
         """The menu as corrected for plans of ``share`` of the dense size, solved under all ``limits`` that options

@@ -18,7 +18,7 @@ from rankfront.search.allocate import sweep
 from rankfront.search.context import Context, context_of
 from rankfront.search.descent import Descent
 from rankfront.search.goal import SPREAD_TOKENS, Goal
-from rankfront.search.local import Local, Trust, learn_trust, surest
+from rankfront.search.local import EARLIER_TOKENS, Local, Trust, learn_trust, surest
 from rankfront.search.menu import Menu
 from rankfront.search.surrogate import Coefficients, Surrogate
 
@@ -36,7 +36,6 @@ SOLUTIONS_FLATTER, STEPS_FLATTER = 1.5, 0.5
 CENTRES = 4  # slopes that steps are taken from at once
 BANDS = 10  # shares of the dense size that plans are solved for each by itself, where slopes say what depends on it
 ROUNDS = 3  # of solving for a budget whose plan turns out of another band
-EARLIER_TOKENS = 2048  # of slopes that do not say so
 NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solving around one takes a while
 
 

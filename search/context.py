@@ -25,7 +25,7 @@ from rankfront.search.slopes import OWN_LABELS
 
 SPREAD = 0.5  # τ, of a factor around 1
 MODEL, BEND = 0.5, 0.25  # of a predicted harm, and of κ b: what even exact slopes would miss of them, deviations
-OVER_FISHER = 1 / OWN_LABELS  # variance of a slope a token, of that by the Fisher, 2 b
+OVER_FISHER = 1 / OWN_LABELS  # variance of a slope a token, of that by the Fisher, 2 b; taken for KL too
 BOUNDS = (0.25, 4.0)  # of a factor
 WIDTH = 0.12  # kept fraction within which factors of one plan serve another
 PRIOR = 0.1  # k₀: far from every plan factors fade to 1

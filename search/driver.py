@@ -332,7 +332,9 @@ class Driver:
     @property
     def _slope_tokens(self) -> int:
         """Of how many tokens slopes would be measured now; 0 where the limit leaves too few for them and trials."""
-        split = self.config.data.search.windows * self.config.data.length
+        data = self.config.data
+        unread = (data.search.windows - self.config.rung_windows()[-1].stop) * data.length
+        split = unread if unread >= SLOPE_TOKENS else data.search.windows * data.length
         left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
         room = (left - STEPS_AFTER * self.ladder.tokens[0]) / self._passes
         fitting = min(slope_tokens(self.tokens, quality_of(self.config)), split, room)

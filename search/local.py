@@ -21,6 +21,7 @@ BOUNDS = ((0.2, 1.5), (1.0, 12.0))
 ERROR, FLOOR = 0.25, 0.004  # of a predicted change: relative to its terms, and in nats
 LEARN_BELOW = 0.5  # of a centre's divergence: changes surer than that teach α and κ
 ELSEWHERE = 3.0  # times as large as around its own centre is the error of what another one teaches
+EARLIER_TOKENS = 2048  # of slopes that do not say of how many they are
 LEAST_SHARE = 0.3  # of a centre's divergence that a prediction leaves at least
 
 
@@ -41,7 +42,7 @@ class Local:
     divergence: float
     first: Sequence[np.ndarray]
     second: Sequence[np.ndarray]
-    tokens: int = 2048
+    tokens: int = EARLIER_TOKENS
 
     @property
     def plan(self) -> list[int]:
@@ -59,7 +60,8 @@ class Local:
         return [trust.first * a + caution * trust.second * b for a, b in zip(self.first, self.second, strict=True)]
 
     def predict(self, plans: np.ndarray, trust: Trust) -> tuple[np.ndarray, np.ndarray]:
-        """log D of plans (T, lines) and its standard deviation, (T,) each."""
+        """log D of plans (T, lines) and its standard deviation, (T,) each: that of D over the centre's, for boldness
+        that promises much is not less sure of the direction."""
         a, b = self.sums(plans)
         change = trust.first * a + trust.second * b
         divergence = np.maximum(self.divergence + change, LEAST_SHARE * self.divergence)

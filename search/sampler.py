@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,20 +14,19 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from rankfront.search.allocate import sweep
 from rankfront.search.beliefs import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
 from rankfront.search.goal import Timings, make_goal
 from rankfront.search.lines import fitted, savings
 from rankfront.search.local import Local
+from rankfront.search.marks import marks_of
 from rankfront.search.menu import Menu
 from rankfront.search.samplers import INTERRUPTED
 from rankfront.search.space import Single, Space
 from rankfront.search.surrogate import Coefficients
 
 BUDGETS = 24  # budgets at which the corrected menu is solved for each proposal
-BISECTIONS = 12  # for the size that limits leave
 STEPS = 100  # random steps, at most, before the space is taken to be exhausted
 PARTNERS = 24  # sites looked at to make up for a switched one
 SWITCHES = 64  # budget-preserving level switches tried for each proposal
@@ -40,7 +39,6 @@ GLOBAL_EVERY = 4  # one of the others in so many is global
 STRETCH, NEIGHBOURS = 0.04, 4
 NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
 WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
-MARKS = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # kept fractions that limits are set at
 EASINGS = (0.0, 1.0, 2.0)  # standard deviations better, until something is predicted to gain
 SLACK = 0.01  # kept fraction that a better plan may store more for a front member not to be worth refining
 SAME = 0.03  # log-divergence by which plans may differ through noise
@@ -89,13 +87,14 @@ class RankfrontSampler(BaseSampler):
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
         """Without slopes the global modes in turn; with them, a step downhill from the newest, then from any of them or
         a solution of the corrected menu, and now and then a global one."""
-        proposed = [t.number for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
-        passes = [t.number for t in trials if "slopes" in t.user_attrs]
+        proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
+        passes = [t for t in trials if "slopes" in t.user_attrs]
         if not passes or not self.beliefs.locals:
             return MODES[len(proposed) % len(MODES)]
-        if not proposed or proposed[-1] < passes[-1]:
+        since = [sum(_follows(t, one) for t in proposed) for one in passes]  # those asked while it ran do not know it
+        if not since[-1]:
             return "newest"
-        others = len(proposed) - sum(any(a < n < b for n in proposed) for a, b in pairwise([*passes, number]))
+        others = len(proposed) - sum(later < earlier for earlier, later in pairwise([*since, 0]))
         return MODES[others // GLOBAL_EVERY % len(MODES)] if others % GLOBAL_EVERY == GLOBAL_EVERY - 1 else "any"
 
     def sample_independent(
@@ -142,40 +141,52 @@ class RankfrontSampler(BaseSampler):
     # -- proposing
 
     def _propose(self, tried: set[Places], mode: str) -> list[int]:
+        """The best of what is solved for at marks and was not tried, else at any budget, else of random steps away."""
         coefficients = self.beliefs.surrogate.sample() if mode == "sample" else self.beliefs.surrogate.mean
-        doubts = self._candidates(mode, coefficients)
+        for doubts in self._candidates(mode, coefficients):
+            fresh = {candidate: doubt for candidate, doubt in doubts.items() if candidate not in tried}
+            if fresh:
+                return self._best(fresh, coefficients)
         candidates = list(doubts)
         for _ in range(STEPS):
-            fresh = [candidate for candidate in dict.fromkeys(candidates) if candidate not in tried]
-            if fresh:
-                for easing in EASINGS:
-                    gains = self._gains(fresh, coefficients, [doubts.get(c, STEPS_FLATTER) - easing for c in fresh])
-                    if gains.max() > 0:
-                        break
-                return list(fresh[int(np.argmax(gains))])
-            # Everything solved for was measured: step away from it at random.
             candidates = [tuple(self._step(list(candidate))) for candidate in candidates]
+            fresh = {candidate: STEPS_FLATTER for candidate in candidates if candidate not in tried}
+            if fresh:
+                return self._best(fresh, coefficients)
         return list(candidates[0])  # the space is exhausted, which the driver notices
 
-    def _candidates(self, mode: str, coefficients: Coefficients) -> dict[Places, float]:
-        """Plans to choose a proposal from: the standard deviations by which each may be worse than predicted."""
+    def _candidates(self, mode: str, coefficients: Coefficients) -> Iterator[dict[Places, float]]:
+        """Plans to choose a proposal from, and should all of them be tried, others: the standard deviations by which
+        each may be worse than predicted."""
         costs = self.menu.count
         priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
+        steps: list[list[int]] = []
         if mode == "newest":
-            steps, solutions = self._downhill(self.beliefs.locals[-1:], priced), []
-        elif mode == "any":
+            steps = self._downhill(self.beliefs.locals[-1:], priced)
+            yield self._at_marks(_doubted(steps, []))
+            yield _doubted(steps, [])
+        if mode in ("newest", "any"):
             steps = self._downhill(self.beliefs.locals[-CENTRES:], priced)
             solutions = self._solutions(coefficients, priced, marked=True)
-        else:
-            steps, solutions = [], self._solutions(coefficients, priced)
-            front = self.beliefs.front()
-            if front and (mode == "switch" or self.beliefs.poor):
-                solutions += self._switches(front, coefficients, priced)
-        doubts = {tuple(c): SOLUTIONS_FLATTER for c in solutions} | {tuple(c): STEPS_FLATTER for c in steps}
-        return (steps and self._at_marks(doubts)) or doubts
+            yield self._at_marks(_doubted(steps, solutions))
+            yield _doubted(steps, solutions)
+        solutions, front = self._solutions(coefficients, priced), self.beliefs.front()
+        if front and (mode == "switch" or self.beliefs.poor):
+            solutions += self._switches(front, coefficients, priced)
+        yield _doubted(steps, solutions)
+
+    def _best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> list[int]:
+        """The one that gains most by prediction; where none does, that would if predictions were too dark."""
+        plans, doubts = list(candidates), np.array(list(candidates.values()))
+        for easing in EASINGS:
+            values = self._values(plans, coefficients, doubts - easing)
+            gains = self._gains(values)
+            if gains.max() > 0:
+                return list(plans[int(gains.argmax())])
+        return list(plans[int(self._behind(values).argmin())])
 
     def _solutions(self, coefficients: Coefficients, priced: Menu, marked: bool = False) -> list[list[int]]:
-        """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to `MARKS`."""
+        """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to marks."""
         solved = self.beliefs.solver(coefficients, priced)
         shift = self.random.uniform()
         budgets = priced.least + (np.arange(BUDGETS) + shift) / BUDGETS * (priced.dense - priced.least)
@@ -189,33 +200,19 @@ class RankfrontSampler(BaseSampler):
             found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares), priced)
         return found
 
-    def _marked(self, budgets: np.ndarray) -> list[float]:
-        """``budgets`` moved to the nearest of `MARKS`, each once: a plan that stores a little less than what a limit
-        will ask for wastes what is between."""
-        marks = self.marks
-        if not len(marks):
-            return list(map(float, budgets))
-        return sorted({float(marks[np.abs(marks - budget).argmin()]) for budget in budgets})
-
     @cached_property
     def marks(self) -> np.ndarray:
-        """Budgets that limits are set at: `MARKS`, and the size that the study's own limits leave; none where
-        several costs are weighed anew each time."""
-        if self.menu.count > 1:
-            return np.zeros(0)
-        dense, least = self.menu.dense, self.menu.least
-        low, high = float(least), float(dense)
-        if not self.beliefs.may_meet(self.menu.choices([0] * len(self.menu.lines))):
-            solved = sweep(self.menu)
-            for _ in range(BISECTIONS):
-                middle = (low + high) / 2
-                met = self.beliefs.may_meet(self.menu.choices(solved.solve(middle)))
-                low, high = (middle, high) if met else (low, middle)
-        shares = [share * dense for share in MARKS if least <= share * dense <= high]
-        return np.array(sorted({*shares, low} if high < dense else shares))
+        """See `marks`."""
+        return marks_of(self.beliefs)
+
+    def _marked(self, budgets: np.ndarray) -> list[float]:
+        """``budgets`` moved to the nearest mark, each once."""
+        if not len(self.marks):
+            return list(map(float, budgets))
+        return sorted({float(self.marks[np.abs(self.marks - budget).argmin()]) for budget in budgets})
 
     def _at_marks(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
-        """Those of ``candidates`` that use up what one of `MARKS` allows: cautious steps far up stop short of it."""
+        """Those of ``candidates`` that use up what a mark allows: cautious steps up stop short of it."""
         sizes = {c: self.menu.size(c) for c in candidates}
         unused = {c: self.marks[self.marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
         return {c: doubt for c, doubt in candidates.items() if unused[c] < SLACK * self.menu.dense}
@@ -260,32 +257,36 @@ class RankfrontSampler(BaseSampler):
                 plan[rival] = 0
         return plan
 
-    def _gains(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: Sequence[float]) -> np.ndarray:
-        """Predicted gain in hypervolume of every candidate over the measured front, in units of the box; ``doubts``
-        (N,) are the standard deviations by which each is taken to be worse than predicted."""
-        values = self._values(candidates, coefficients, doubts)
-        points, excess = self.goal.unit(values), self.goal.excess(values)
-        measured = self.goal.unit(self.beliefs.met())
-        ones = np.ones(self.goal.count)
-        front = measured[moocore.is_nondominated(measured)] if len(measured) else measured
+    def _gains(self, values: np.ndarray) -> np.ndarray:
+        """Gain in hypervolume over the measured front, in units of the box, of plans with objectives ``values``
+        (N, d), (N,); -1 where limits are missed."""
+        points, front, ones = self.goal.unit(values), self._front(), np.ones(self.goal.count)
         before = moocore.hypervolume(front, ref=ones) if len(front) else 0.0
         gains = np.array([moocore.hypervolume(np.vstack([front, point]), ref=ones) - before for point in points])
+        gains[self.goal.excess(values) > 0] = -1.0
+        return gains
+
+    def _behind(self, values: np.ndarray) -> np.ndarray:
+        """How far plans with objectives ``values`` (N, d) are from a gain, (N,): from meeting the limits where none
+        does, else from what the front dominates least, in every objective at once."""
+        points, front, excess = self.goal.unit(values), self._front(), self.goal.excess(values)
         if excess.min() > 0:
-            return -excess  # nothing is predicted to meet the limits: come as near to them as possible
-        gains[excess > 0] = -1.0
-        if gains.max() > 0:
-            return gains
-        # Nothing is predicted to gain: what the front dominates least, in every objective at once, may do so after all.
+            return excess
         depth = (points[:, None, :] - front[None, :, :]).min(2).max(1) if len(front) else points.max(1)
         behind: np.ndarray = depth + np.where(excess > 0, 1e6, 0.0)
-        return -behind
+        return behind
 
-    def _values(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: Sequence[float]) -> np.ndarray:
+    def _front(self) -> np.ndarray:
+        """The non-dominated of the measured plans that meet the limits, in units of the box."""
+        measured = self.goal.unit(self.beliefs.met())
+        return measured[moocore.is_nondominated(measured)] if len(measured) else measured
+
+    def _values(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: np.ndarray) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
         worse by the median error; the logarithm of a perplexity beside divergence rises in proportion to it; what
         nothing predicts is a line in what each method saves, fitted to the trials."""
         logs, errors = self.beliefs.levels(candidates, coefficients)
-        logs = logs + np.array(doubts) * errors
+        logs = logs + doubts * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
         for row, candidate in enumerate(candidates):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
@@ -308,6 +309,17 @@ class RankfrontSampler(BaseSampler):
                 savings(self.menu.even, plans), known[:, unknown], savings(self.menu.even, candidates)
             )
         return values
+
+
+def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:
+    """Whether ``trial`` began after another was finished."""
+    begun, ended = trial.datetime_start, measured.datetime_complete
+    return begun is not None and ended is not None and begun >= ended
+
+
+def _doubted(steps: Sequence[list[int]], solutions: Sequence[list[int]]) -> dict[Places, float]:
+    """Each plan once, and how far its kind flatters."""
+    return {tuple(c): SOLUTIONS_FLATTER for c in solutions} | {tuple(c): STEPS_FLATTER for c in steps}
 
 
 def ours(

@@ -44,7 +44,7 @@ from rankfront.search.refit import refitted
 from rankfront.search.samplers import OURS
 from rankfront.search.slopes import PASSES, measure_slopes
 from rankfront.search.space import Single, Space
-from rankfront.search.text import hash_tokens
+from rankfront.search.text import GOLDEN, hash_tokens
 from rankfront.search.timing import Stopwatches, pack, time_sites, time_whole, timed_objectives
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -312,8 +312,8 @@ class Resident:
         return self.setup.tokens["search"][self.rungs[rung]]
 
     def spare(self, number: int, tokens: int) -> Tensor:
-        """Pieces of windows that no trial reads, about ``tokens`` tokens and others for each ``number``; where trials
-        read the whole search split, some of it.
+        """Pieces of windows that no trial reads, about ``tokens`` tokens; where trials read the whole search split, or
+        leave less, some of it. Those of neighbouring ``number`` are others, as far as there are.
 
         They are drawn from all over the text and short, for what tokens of one window say is much alike.
         """
@@ -325,7 +325,8 @@ class Resident:
         pieces = pool[:, : whole.shape[1] // length * length].reshape(-1, length)
         count = min(max(1, tokens // length), len(pieces))
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(self.setup.config.search.seed))
-        return pieces[order[(torch.arange(count) + number * count) % len(pieces)]]
+        first = int(number * GOLDEN % 1 * len(pieces))
+        return pieces[order[(torch.arange(count) + first) % len(pieces)]]
 
     def teacher(self, rung: int) -> Teacher:
         """The dense model's predictions on the windows of a rung, computed once."""

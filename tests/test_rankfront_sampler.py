@@ -20,10 +20,12 @@ from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, SURROGATE
 from rankfront.search.driver import Driver
 from rankfront.search.front import Row
 from rankfront.search.goal import Goal, make_goal
+from rankfront.search.local import Trust
+from rankfront.search.marks import ROUND
 from rankfront.search.menu import Line, Menu
 from rankfront.search.opening import CENTRE, WARM_START, anchors_to_beat
 from rankfront.search.predictions import menu_jobs, menu_record
-from rankfront.search.sampler import MARKS, SLACK, RankfrontSampler
+from rankfront.search.sampler import SLACK, RankfrontSampler
 from rankfront.search.samplers import INTERRUPTED, OURS
 from rankfront.search.slopes import PASSES
 from rankfront.search.study import Interrupted, Study
@@ -290,7 +292,7 @@ def test_perplexity_follows_from_the_divergence_beside_it():
     sampler = problem.sampler(0)
     problem.run(problem.study(sampler), 12)
     plans = [[place] * problem.sites for place in range(1, problem.levels)]
-    divergence, _, perplexity = sampler._values(plans, sampler.beliefs.surrogate.mean, [0.0] * len(plans)).T
+    divergence, _, perplexity = sampler._values(plans, sampler.beliefs.surrogate.mean, np.zeros(len(plans))).T
     np.testing.assert_allclose(perplexity, 30 * np.exp(1.3 * divergence), rtol=1e-6)
     assert (np.diff(perplexity) > 0).all()
 
@@ -370,15 +372,66 @@ def test_where_predictions_are_poor_slopes_weigh_more():
     assert (gaps[0.05] <= np.abs(surrogate - slopes)).all()
 
 
+def around(problem, sampler, keep):
+    """A study of one plan of the menu, at ``keep``, with slopes around it; the menu's solutions."""
+    solved, study = sweep(problem.menu), problem.study(sampler)
+    study.enqueue_trial(dict(zip(problem.options, solved.solve(keep * problem.menu.dense), strict=True)))
+    problem.run(study, 1)
+    measure_slopes(problem, study, 0)
+    sampler.beliefs.learn(study)
+    return solved
+
+
 def test_solutions_are_doubted_more_than_steps():
-    """Of two candidates that are predicted alike, and where nothing is known of either, the step is proposed."""
+    """By what the best of many flatters itself; the step is proposed where both are predicted alike."""
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
-    problem.run(problem.study(optuna.samplers.RandomSampler(0)), 6)
-    plans = [tuple(np.random.default_rng(1).integers(0, 3, 30))] * 2
+    around(problem, sampler, 0.8)
+    steps = set(next(sampler._candidates("newest", sampler.beliefs.surrogate.mean)))
+    both = next(sampler._candidates("any", sampler.beliefs.surrogate.mean))
+    assert steps
+    assert {both[plan] for plan in steps & both.keys()} == {STEPS_FLATTER}
+    assert {doubt for plan, doubt in both.items() if plan not in steps} == {SOLUTIONS_FLATTER}
+    step = next(iter(steps))
+    other = (*step[1:], step[0])
+    sampler._values = lambda plans, coefficients, doubts: np.array([[0.1 * np.exp(0.15 * d), 0.5] for d in doubts])
     mean = sampler.beliefs.surrogate.mean
-    values = sampler._values(plans, mean, [STEPS_FLATTER, SOLUTIONS_FLATTER])
-    assert np.log(values[1, 0] / values[0, 0]) == pytest.approx((SOLUTIONS_FLATTER - STEPS_FLATTER) * SURROGATE_ERROR)
+    assert sampler._best({other: SOLUTIONS_FLATTER, step: STEPS_FLATTER}, mean) == list(step)
+
+
+def test_where_nothing_gains_what_may_gain_is_proposed():
+    """Predictions are taken to be darker than they should be before what is outside of the box is looked at."""
+    problem = Problem(sites=30, levels=8)
+    sampler = problem.sampler(0)
+    around(problem, sampler, 0.95)
+    (known,) = sampler.beliefs.met()
+    near, far = (1,) * 30, (2,) * 30
+    logs = {near: np.log(known[0]) + 0.05, far: np.log(4 * 0.5)}  # a little above the front; four times the box
+    sampler._values = lambda plans, coefficients, doubts: np.array(
+        [
+            [np.exp(logs[plan] + 0.1 * d), known[1] if plan == near else 0.1]
+            for plan, d in zip(plans, doubts, strict=True)
+        ]
+    )
+    assert sampler._best({far: 0.0, near: 0.0}, sampler.beliefs.surrogate.mean) == list(near)
+
+
+def test_steps_have_several_lengths():
+    """Where curvature makes long ones doubtful; the longer, the more it promises and the more sites it moves."""
+    problem = Problem(sites=30, levels=8)
+    sampler = problem.sampler(0)
+    around(problem, sampler, 0.6)
+    (local,), random = sampler.beliefs.locals, np.random.default_rng(0)
+    first = [random.normal(0, 0.03 * local.divergence, problem.levels) for _ in local.first]
+    second = [random.exponential(0.004 * local.divergence, problem.levels) for _ in local.first]
+    for a, b, place in zip(first, second, local.places, strict=True):
+        a[place] = b[place] = 0.0
+    curved = replace(local, first=first, second=second)
+    sampler.beliefs.locals, sampler.beliefs.trusts = [curved], [Trust()]
+    found = sampler.beliefs.downhill(curved, [problem.menu.size(local.plan)])
+    moved = [int((np.array(plan) != local.places).sum()) for plan in found]
+    assert moved == sorted(moved)
+    assert len(set(moved)) >= 3
 
 
 def test_steps_end_at_round_kept_fractions():
@@ -386,34 +439,68 @@ def test_steps_end_at_round_kept_fractions():
     problem = Problem(sites=30, levels=8)
     sampler, menu = problem.sampler(0), problem.menu
     budgets = np.array([0.83, 0.78, 0.42, 0.999, 0.93]) * menu.dense
-    assert sampler._marked(budgets) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)])
-    solved = sweep(menu, [line.divergence for line in menu.lines])
-    full, idle = (solved.solve(share * menu.dense) for share in (0.7, 0.67))
-    full, idle, dense = tuple(full), tuple(idle), (0,) * 30
-    assert sampler._at_marks({full: 1.5, idle: 0.5, dense: 0.5}) == {full: 1.5}
-    study = problem.study(sampler)
-    study.enqueue_trial(dict(zip(problem.options, solved.solve(0.79 * menu.dense), strict=True)))
-    problem.run(study, 1)
-    measure_slopes(problem, study, 0)
-    sampler.beliefs.learn(study)
-    for mode, marks in (("newest", {0.8}), ("any", set(MARKS))):
-        sizes = [menu.size(c) / menu.dense for c in sampler._candidates(mode, sampler.beliefs.surrogate.mean)]
+    assert sampler._marked(budgets) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)], abs=1)
+    full, idle = (tuple(sweep(menu).solve(share * menu.dense)) for share in (0.7, 0.67))
+    assert sampler._at_marks({full: 1.5, idle: 0.5, (0,) * 30: 0.5}) == {full: 1.5}
+    around(problem, sampler, 0.79)
+    for mode, marks in (("newest", {0.8}), ("any", set(ROUND))):
+        sizes = [menu.size(c) / menu.dense for c in next(sampler._candidates(mode, sampler.beliefs.surrogate.mean))]
         assert sizes
-        assert {min(mark for mark in MARKS if mark >= size) for size in sizes} <= marks
-        assert all(min(mark - size for mark in MARKS if mark >= size) < SLACK for size in sizes)
+        assert {min(mark for mark in ROUND if mark >= size) for size in sizes} <= marks
+        assert all(min(mark - size for mark in ROUND if mark >= size) < SLACK for size in sizes)
 
 
-def test_a_limit_of_the_study_is_a_mark():
+def test_once_plans_at_marks_are_tried_others_are_proposed():
+    """What is solved for elsewhere, before anything at random."""
+    problem = Problem(sites=30, levels=8)
+    sampler = problem.sampler(0)
+    around(problem, sampler, 0.8)
+    at_marks = set()
+    for doubts in list(sampler._candidates("newest", sampler.beliefs.surrogate.mean))[:-1]:
+        at_marks |= doubts.keys()
+    sampler._step = None  # which would fail
+    assert tuple(sampler._propose(at_marks, "newest")) not in at_marks
+
+
+@pytest.mark.parametrize("limit", [0.637, 0.5, 0.75])
+def test_a_limit_of_the_study_is_a_mark(limit):
     """Nothing above it is solved for; what is just within is what will be asked for."""
     problem = Problem(sites=30, levels=8)
-    menu = problem.menu
-    goal = replace(problem.goal, excess=lambda values: np.maximum(values[:, 1] - 0.637, 0.0))
-    sampler = problem.sampler(0)
+    menu, sampler = problem.menu, problem.sampler(0)
+    goal = replace(problem.goal, excess=lambda values: np.maximum(values[:, 1] - limit, 0.0))
     sampler.beliefs.goal = sampler.goal = goal
-    *below, limit = sampler.marks / menu.dense
-    assert below == pytest.approx([mark for mark in sorted(MARKS) if menu.least / menu.dense <= mark <= 0.6])
-    assert 0.637 - SLACK / 2 <= limit <= 0.637 + 1e-3
-    assert menu.size(sweep(menu).solve(limit * menu.dense)) <= 0.637 * menu.dense
+    *below, most = sampler.marks / menu.dense
+    expected = [mark for mark in sorted(ROUND) if menu.least / menu.dense <= mark < limit - SLACK]
+    assert below[: len(expected)] == pytest.approx(expected, abs=1 / menu.dense)
+    assert limit - SLACK < most <= limit
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.55, 0.637, 0.637), (2.0, 3.0, 0.95)])
+def test_limits_that_no_cheap_plan_meets_leave_the_marks(low, high, expected):
+    """Of two sides, the upper one counts; where no plan of the menu meets them, none does."""
+    problem = Problem(sites=30, levels=8)
+    sampler = problem.sampler(0)
+
+    def missed(values):
+        return np.maximum(values[:, 1] - high, 0) + np.maximum(low - values[:, 1], 0)
+
+    sampler.beliefs.goal = replace(problem.goal, excess=missed)
+    assert expected - SLACK < sampler.marks[-1] / problem.menu.dense <= expected
+
+
+def test_marks_are_fractions_of_what_is_searched():
+    """Where the objective counts what no site of the space holds, 0.8 of it is less of the menu."""
+    problem = Problem(sites=30, levels=8)
+    menu, sampler = problem.menu, problem.sampler(0)
+
+    def costs(options):
+        return {1: 0.2 + 0.8 * menu.size(menu.places(options)) / menu.dense}
+
+    sampler.beliefs.goal = replace(problem.goal, costs=costs)
+    kept = 0.2 + 0.8 * sampler.marks / menu.dense
+    assert kept == pytest.approx(
+        [mark for mark in sorted(ROUND) if mark >= 0.2 + 0.8 * menu.least / menu.dense], abs=1e-3
+    )
 
 
 def test_where_several_costs_count_budgets_are_free():
