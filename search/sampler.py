@@ -109,7 +109,8 @@ class RankfrontSampler(BaseSampler):
         """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
 
         After `STEPS_AFTER_SLOPES` proposals: of the front members without slopes, the one where most is to gain,
-        by its divergence and the gap between its neighbours, and where slopes were measured least nearby.
+        by its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at
+        marks first, for steps end there.
         """
         self.beliefs.learn(study)
         trials = study.get_trials(deepcopy=False)
@@ -124,7 +125,8 @@ class RankfrontSampler(BaseSampler):
         done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
         stored = np.array([self.menu.least, *map(self.menu.size, front), self.menu.dense]) / self.menu.dense
         centres = np.array([self.menu.size(local.plan) for local in self.beliefs.locals])
-        best: tuple[float, int] | None = None
+        at_marks = self._at_marks({tuple(plan): 0.0 for plan in front})
+        best: tuple[bool, float, int] | None = None
         levels = np.array([self.beliefs.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
             found = self.beliefs.measured[tuple(plan)]
@@ -134,9 +136,10 @@ class RankfrontSampler(BaseSampler):
             nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
             gap = min(stored[i + 1] - stored[i - 1], WIDEST)
             gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
-            if tuple(plan) not in done and inside < 1 and (best is None or gain > best[0]):
-                best = gain, found.trial
-        return None if best is None else best[1]
+            rank = tuple(plan) in at_marks, gain, found.trial
+            if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
+                best = rank
+        return None if best is None else best[2]
 
     # -- proposing
 
