@@ -115,11 +115,11 @@ class _Learned:
         else predicted. To be chosen, a prediction must be better by so many of its standard deviations."""
         goal, measured, plans = self.beliefs.goal, self.beliefs.measured, list(doubts)
         levels, errors = self.beliefs.levels(plans)
-        known = np.array([measured[plan].level if plan in measured else np.nan for plan in plans])
-        doubted = np.where(np.isnan(known), levels + np.array(list(doubts.values())) * errors, known)
-        least = int(np.argmin(doubted))
-        plan = plans[least]
-        return plan, measured[plan].values[goal.quality] if plan in measured else goal.loss(float(levels[least]))
+        doubted = levels + np.array(list(doubts.values())) * errors
+        known = {plan: measured[plan].values[goal.quality] for plan in plans if plan in measured}
+        values = [known.get(plan, goal.loss(float(level))) for plan, level in zip(plans, doubted, strict=True)]
+        least = int(np.argmin(values))
+        return plans[least], known.get(plans[least], goal.loss(float(levels[least])))
 
     def solved(self, limits: Sequence[Constraint]) -> dict[Places, float]:
         """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``; how far each kind
