@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import optuna
@@ -103,12 +103,16 @@ class _Learned:
     beliefs: Beliefs
     figures: Figures
     objectives: list[str]
+    _seen: dict[Places, dict[str, float]] = field(default_factory=dict)
 
     def of(self, places: Sequence[int]) -> dict[str, float]:
         """Every figure that is known of a choice: those of its options; as measured, where it was."""
-        measured = self.beliefs.measured.get(tuple(places))
-        values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
-        return self.figures.of(places) | values
+        plan = tuple(places)
+        if plan not in self._seen:
+            measured = self.beliefs.measured.get(plan)
+            values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
+            self._seen[plan] = self.figures.of(places) | values
+        return self._seen[plan]
 
     def best(self, doubts: Mapping[Places, float]) -> tuple[Places, float]:
         """Of plans the one of least divergence, and the modelled objective's value there: measured where the plan was,
@@ -132,8 +136,8 @@ class _Learned:
         if found is None:
             return {}
         refined = self.beliefs.refined([budget, *(share * menu.size(found) for share in NEARBY)])
-        steps = {tuple(plan): STEPS_FLATTER for plan in refined if met(bounds, self.of(plan))}
-        return {tuple(found): SOLUTIONS_FLATTER} | steps
+        steps = dict.fromkeys(map(tuple, refined), STEPS_FLATTER)
+        return {tuple(found): SOLUTIONS_FLATTER} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
 
     def _knapsack(self, limits: Sequence[Constraint], share: float) -> tuple[list[int] | None, list[Constraint]]:
         """The menu as corrected for plans of ``share`` of the dense size, solved under all ``limits`` that options
