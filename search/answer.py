@@ -11,7 +11,7 @@ import pandas as pd
 
 from rankfront.methods import DENSE_OPTION, InputError, get_method
 from rankfront.search.allocate import knapsack_several
-from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs
+from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
@@ -29,9 +29,6 @@ from rankfront.search.space import Space
 GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
 TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
 NEARBY = (1.0, 0.98, 0.95)  # budgets, by what the knapsack's plan stores, at which slopes and interactions are solved
-
-
-Places = tuple[int, ...]
 
 
 @dataclass(frozen=True)

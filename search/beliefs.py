@@ -36,7 +36,8 @@ SOLUTIONS_FLATTER, STEPS_FLATTER = 1.5, 0.5
 CENTRES = 4  # slopes that steps are taken from at once
 BANDS = 10  # shares of the dense size that plans are solved for each by itself, where slopes say what depends on it
 ROUNDS = 3  # of solving for a budget whose plan turns out of another band
-NEAREST = 2  # of them that an answer steps from: slopes hold nearby, and solving around one takes a while
+NEAREST = 2  # slopes that an answer steps from: slopes hold nearby, and solving around one takes a while
+Places = tuple[int, ...]  # a plan as places in the menu, to look up by
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Beliefs:
         self.options = options
         self.goal = goal
         self.surrogate = Surrogate(menu, kinds, blocks, seed)
-        self.measured: dict[tuple[int, ...], Measured] = {}
+        self.measured: dict[Places, Measured] = {}
         self.locals: list[Local] = []
         self.trusts: list[Trust] = []  # of each of them
         self.error = SURROGATE_ERROR  # of the surrogate's predictions, as recent trials showed it
@@ -285,12 +286,7 @@ class Beliefs:
     def downhill(self, local: Local, budgets: Sequence[float], menu: Menu | None = None) -> list[list[int]]:
         """The slopes of ``local``, solved at ``budgets`` in the size of ``menu`` (ours), by steps of `LENGTHS`."""
         priced = menu or self.menu
-        none = np.zeros((len(priced.lines), len(priced.lines)))
-        trust = self.trusts[self.locals.index(local)]
-        solved = [Descent(priced, local.losses(trust, caution), none) for caution in CAUTIONS]
-        own = max(priced.size(local.plan), priced.least)
-        a, b = local.sums(np.array([one.solve(own) for one in solved]))
-        promised = -(trust.first * a + CAUTIONS * trust.second * b) / local.divergence
+        solved, _, promised = cautious(local, self.trusts[self.locals.index(local)], priced)
         reached = [np.flatnonzero(promised >= length) for length in LENGTHS]  # the last is the most cautious
         chosen = dict.fromkeys(int(places[-1]) for places in reached if len(places)) or {0: None}
         within = [min(max(budget, priced.least), priced.dense) for budget in budgets]
@@ -306,3 +302,14 @@ class Beliefs:
         for local in sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))[:NEAREST]:
             found += self.downhill(local, budgets)
         return found
+
+
+def cautious(local: Local, trust: Trust, menu: Menu) -> tuple[list[Descent], list[list[int]], np.ndarray]:
+    """The slopes of ``local`` under each of `CAUTIONS`: what solves them, the step at the centre's own size, and the
+    share of the centre's divergence that it promises by that caution."""
+    none = np.zeros((len(menu.lines), len(menu.lines)))
+    solved = [Descent(menu, local.losses(trust, caution), none) for caution in CAUTIONS]
+    own = max(menu.size(local.plan), menu.least)
+    steps = [one.solve(own) for one in solved]
+    a, b = local.sums(np.array(steps))
+    return solved, steps, -(trust.first * a + CAUTIONS * trust.second * b) / local.divergence

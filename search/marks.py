@@ -7,7 +7,6 @@ import numpy as np
 
 from rankfront.search.allocate import sweep
 from rankfront.search.beliefs import Beliefs
-from rankfront.search.menu import Menu
 
 ROUND = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # of the dense model's
 TRIES, BISECTIONS = 32, 8  # budgets at which limits are looked for, and halvings after that
@@ -41,7 +40,7 @@ def _budgets(beliefs: Beliefs) -> np.ndarray:
 
 def _most(beliefs: Beliefs) -> float:
     """The largest size of a plan of the menu that may meet the study's limits; infinite where there is none."""
-    menu: Menu = beliefs.menu
+    menu = beliefs.menu
     if beliefs.may_meet(menu.choices([0] * len(menu.lines))):
         return float(menu.dense)
     solved = sweep(menu)

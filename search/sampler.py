@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from rankfront.search.beliefs import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, rung_of
+from rankfront.search.beliefs import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.front import Row
 from rankfront.search.goal import Timings, make_goal
@@ -42,9 +42,6 @@ WIDEST = 0.1  # kept fraction; a wider gap between front members says no more ab
 EASINGS = (0.0, 1.0, 2.0)  # standard deviations better, until something is predicted to gain
 SLACK = 0.01  # kept fraction that a better plan may store more for a front member not to be worth refining
 SAME = 0.03  # log-divergence by which plans may differ through noise
-
-
-Places = tuple[int, ...]
 
 
 class RankfrontSampler(BaseSampler):
@@ -205,7 +202,7 @@ class RankfrontSampler(BaseSampler):
 
     @cached_property
     def marks(self) -> np.ndarray:
-        """See `marks`."""
+        """Of this study, found once: neither costs nor limits change."""
         return marks_of(self.beliefs)
 
     def _marked(self, budgets: np.ndarray) -> list[float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
-from rankfront.search.beliefs import CAUTIONS
-from rankfront.search.descent import Descent
+from rankfront.search.beliefs import cautious
 from rankfront.search.local import Local, Trust
 from rankfront.search.menu import Menu
 from rankfront.search.trial import PIECE_TOKENS
@@ -77,10 +77,7 @@ def loss(bench: Bench, plan: Plan) -> float:
 
 def steps(menu: Menu, local: Local, excess: float) -> Iterator[tuple[float, list[int]]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
-    trust, none = Trust(), np.zeros((len(menu.lines), len(menu.lines)))
-    plans = [Descent(menu, local.losses(trust, caution), none).solve(menu.size(local.plan)) for caution in CAUTIONS]
-    a, b = local.sums(np.array(plans))
-    promised = -(trust.first * a + CAUTIONS * trust.second * b) / excess
+    _, plans, promised = cautious(replace(local, divergence=excess), Trust(), menu)
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):
         yield float(promised[place]), plans[place]
 

@@ -74,9 +74,8 @@ def test_without_tokens_for_slopes_the_menu_s_own_front_is_measured(data, tmp_pa
     """The plan at the centre is not measured twice where slopes change nothing."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
     menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
-    data["search"]["tokens"] = (
-        menu + 5 * trial
-    )  # where slopes and a trial after them would fit, the opening has spent it
+    # Dense and the centre take two of five; slopes and a trial after them would take four.
+    data["search"]["tokens"] = menu + 5 * trial
     study = make_run(data, tmp_path / "run")
     assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
     dense, centre, *front = opening(study)
