@@ -20,6 +20,7 @@ from rankfront.search.descent import Descent
 from rankfront.search.goal import SPREAD_TOKENS, Goal
 from rankfront.search.local import EARLIER_TOKENS, Local, Trust, learn_trust, surest
 from rankfront.search.menu import Menu
+from rankfront.search.neighbours import Neighbours
 from rankfront.search.surrogate import Coefficients, Surrogate
 
 SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation: what is believed before any trial
@@ -121,6 +122,7 @@ class Beliefs:
         self.measured: dict[Places, Measured] = {}
         self.locals: list[Local] = []
         self.trusts: list[Trust] = []  # of each of them
+        self.neighbours: Neighbours | None = None  # None before anything is measured
         self.error = SURROGATE_ERROR  # of the surrogate's predictions, as recent trials showed it
         self.poor = False  # whether that is too much to lean on them
         self._fitted = 0
@@ -168,6 +170,8 @@ class Beliefs:
             self.surrogate.fit(plans, levels, spreads)
             self._doubt()
             self.trusts = [learn_trust(self.locals, plans, np.exp(levels), own) for own in self.locals]
+            predicted, errors = self._uncorrected(plans)
+            self.neighbours = Neighbours(plans, levels - predicted, errors, spreads / np.exp(levels))
         self._fitted = len(finished)
 
     def _doubt(self) -> None:
@@ -227,12 +231,22 @@ class Beliefs:
         self, plans: Sequence[Sequence[int]], coefficients: Coefficients | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
-        nearby, weighted by their precision.
+        nearby, weighted by their precision, corrected by what both missed of measured neighbours.
 
         A poor surrogate has less weight, but no plan's deviation exceeds that believed a priori: held against all plans
         alike it would only hide which of them is the best.
         """
         places = np.array(plans)
+        logs, errors = self._uncorrected(places, coefficients)
+        if self.neighbours is None:
+            return logs, errors
+        correction, errors = self.neighbours.correct(places, errors)
+        return logs + correction, errors
+
+    def _uncorrected(
+        self, places: np.ndarray, coefficients: Coefficients | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """By surrogate and slopes alone."""
         logs = self.surrogate.predict(places, coefficients)
         near, errors = surest(self.locals, places, self.trusts)
         weight = self.error**2 / (self.error**2 + errors**2)

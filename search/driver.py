@@ -21,7 +21,7 @@ from rankfront.search.fidelity import Ladder, Lift, carried
 from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
 from rankfront.search.menu import Menu
-from rankfront.search.opening import CENTRE, WARM_START, MenuJobs, anchors_to_beat, warm_start
+from rankfront.search.opening import MenuJobs, anchors_to_beat, centre_first, opening_budgets, warm_start
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
@@ -180,28 +180,33 @@ class Driver:
             )
         self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings)
         self.study.sampler = sampler
-        self._open(sampler.beliefs)
+        self._open(sampler)
         self._enqueue_anchors(anchors_to_beat(self.menu, self.space, self.config.search.anchors))
 
-    def _open(self, beliefs: Beliefs) -> None:
+    def _open(self, sampler: RankfrontSampler) -> None:
         """Queue the predicted front: the plan at its centre, and the others once slopes around it are measured or
         cannot be, for they decide what the others are."""
-        if self.only is not None or not self._settled(beliefs):
+        if self.only is not None:
             return
-        beliefs.learn(self.study)
+        dense = sampler.menu.even.dense
+        budgets = opening_budgets(sampler.marks, dense)
+        if not self._settled(sampler.beliefs, centre_first(budgets, dense)):
+            return
+        sampler.beliefs.learn(self.study)
         self.opened = True
-        for label, draws in warm_start(beliefs, self.space, WARM_START):
+        for label, draws in warm_start(sampler.beliefs, self.space, budgets):
             self._enqueue("menu", label, draws)
 
-    def _settled(self, beliefs: Beliefs) -> bool:
-        """Whether slopes around the plan at the centre are measured or cannot be; what is missing is queued."""
+    def _settled(self, beliefs: Beliefs, budgets: Sequence[float]) -> bool:
+        """Whether slopes around the plan at the centre, the first of ``budgets`` that the limits allow, are measured
+        or cannot be; what is missing is queued."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("failure") != INTERRUPTED]
         centre = next((t for t in trials if t.user_attrs.get("anchor") == "centre"), None)
         if centre is None:
-            found = list(warm_start(beliefs, self.space, (CENTRE,)))
-            for _, draws in found:
-                self._enqueue("menu", "centre", draws)
-            return not found
+            found = next(warm_start(beliefs, self.space, budgets), None)
+            if found is not None:
+                self._enqueue("menu", "centre", found[1])
+            return found is None
         if not centre.state.is_finished():
             return False
         asked = [trial for trial in trials if trial.user_attrs.get("slopes_of") == centre.number]
@@ -400,7 +405,7 @@ class Driver:
         """The next of the queue, a proposal, or what lifts the front; None where none of them can start now."""
         if self.exploring:
             if isinstance(self.sampler, RankfrontSampler) and not self.opened:
-                self._open(self.sampler.beliefs)
+                self._open(self.sampler)
             # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
             return self.study.ask() if self._ready else None
         lift = self._lift()

@@ -18,7 +18,7 @@ from rankfront.search.constraint import Constraint
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Row, box_of
 from rankfront.search.menu import Menu, Size, make_menu, stored, values_stored
-from rankfront.search.plan import Plan, cost_of
+from rankfront.search.plan import Plan, Prices
 from rankfront.search.space import Space
 from rankfront.search.surrogate import SPREAD
 from rankfront.search.timing import Timing, timed_objectives, unpack
@@ -124,7 +124,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
     box = box_of(config.objectives, dense)
     objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
     inside = {site: place.block is not None for site, place in space.sites.items()}
-    values, size = int(dense.attributes["parameter_count"]), DTYPES[dtype].itemsize
+    prices = Prices(inside, int(dense.attributes["parameter_count"]), DTYPES[dtype].itemsize)
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough
@@ -134,7 +134,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
         return math.log(max(value if base is None else math.log(value / dense), SMALLEST))
 
     def costs(options: Mapping[str, Option]) -> dict[int, float]:
-        cost = cost_of(Plan.of(options), inside, values, size)
+        cost = prices.of(Plan.of(options))
         found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
         return {i: value for i, value in found.items() if value is not None}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from rankfront.search.allocate import Budget
 from rankfront.search.constraint import Constraint
 from rankfront.search.goal import Timings
 from rankfront.search.menu import Menu, stored
-from rankfront.search.plan import Plan, cost_of
+from rankfront.search.plan import Plan, Prices
 
 COSTS = ("parameters", "block_parameters", "parameter_count", "bytes")  # figures that a plan alone decides
 FINE = 1e9  # units of a dense model's latency that budgets count in; solvers' tolerances are absolute
@@ -48,10 +49,14 @@ class Figures:
         """What can be limited."""
         return (*COSTS, *self.tables)
 
+    @cached_property
+    def _prices(self) -> Prices:
+        return Prices(self.sites, self.model_values, self.value_bytes)
+
     def of(self, places: Sequence[int]) -> dict[str, float]:
         """Every figure of a choice: `COSTS` exactly, latencies predicted; NaN where an option was not timed."""
         options = self.menu.choices(places)
-        cost = cost_of(Plan.of(options), self.sites, self.model_values, self.value_bytes)
+        cost = self._prices.of(Plan.of(options))
         exact = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
         ratios = {name: timing.ratio(objective, options) for name, (objective, timing) in self.tables.items()}
         timed = {name: np.nan if ratio is None else ratio for name, ratio in ratios.items()}
@@ -77,7 +82,7 @@ class Figures:
 
         Index bits are rounded up option by option, and so never less than in the plan.
         """
-        dense = cost_of(Plan(()), self.sites, self.model_values, self.value_bytes)
+        dense = self._prices.of(Plan(()))
         of_dense, scale = {
             "parameters": (dense.values, dense.dense_values),
             "block_parameters": (dense.block_values, dense.dense_block_values or 1),

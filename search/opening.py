@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import moocore
 import numpy as np
@@ -17,8 +18,9 @@ from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu
 from rankfront.search.space import Anchor, Space
 from rankfront.search.trial import Job, Record
 
-# Kept fractions of the treated weights at which the predicted front is measured. The plan at the centre comes first:
-# slopes around it say of every site what it does in a compressed model, and the others are solved for by that.
+# Kept fractions of the treated weights at which the predicted front is measured, where there are no marks, and the
+# least of those that are. The plan at the centre, or as near to it as limits allow, comes first: slopes around it say
+# of every site what it does in a compressed model, and the others are solved for by that.
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CENTRE = 0.6
 
@@ -69,16 +71,28 @@ class MenuJobs:
         return plans
 
 
-def warm_start(beliefs: Beliefs, space: Space, fractions: Sequence[float]) -> Iterator[tuple[str, dict[str, int]]]:
-    """(label, draws) of the front that the menu and slopes so far predict, at ``fractions``, every cost weighed alike:
-    of what may meet the study's limits."""
+def opening_budgets(marks: Iterable[float], dense: float) -> list[float]:
+    """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: ``marks``, or where
+    there are none, `WARM_START`."""
+    least = math.floor(WARM_START[-1] * dense)
+    return sorted((mark for mark in marks if mark >= least), reverse=True) or [keep * dense for keep in WARM_START]
+
+
+def warm_start(beliefs: Beliefs, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, dict[str, int]]]:
+    """(label, draws) of the front that the menu and slopes so far predict, at ``budgets`` in stored values, every cost
+    weighed alike: of what may meet the study's limits."""
     even = beliefs.menu.even
     solved = beliefs.solver(menu=even)
-    for keep in fractions:
-        if keep * even.dense >= even.least:
-            chosen = even.choices(solved.solve(keep * even.dense))
+    for budget in budgets:
+        if budget >= even.least:
+            chosen = even.choices(solved.solve(budget))
             if beliefs.may_meet(chosen):
-                yield f"keep={keep:g}", space.draws(chosen)
+                yield f"keep={budget / even.dense:.3g}", space.draws(chosen)
+
+
+def centre_first(budgets: Iterable[float], dense: float) -> list[float]:
+    """``budgets`` by how far they are from `CENTRE`."""
+    return sorted(budgets, key=lambda budget: abs(budget / dense - CENTRE))
 
 
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:

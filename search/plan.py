@@ -87,36 +87,51 @@ def check_disjoint(sites: Iterable[Site]) -> None:
                 )
 
 
-def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> Cost:
-    """The exact cost of ``plan``.
+class Prices:
+    """What plans of one model cost, exactly; what an option adds to a site is worked out once.
 
     Args:
-        plan: what each site takes.
         sites: every site of the model -> whether it lies inside a block.
         model_values: parameters of the dense model, each once.
         value_bytes: bytes of one value in the dtype of the export.
-
-    Raises `InputError` where the plan names a site that the model does not have, or treats a weight twice.
     """
-    by_name = {site.name: site for site in sites}
-    unknown = [name for name in plan.by_site if name not in by_name]
-    if unknown:
-        raise InputError(f"the plan names {unknown[0]!r}, which this model does not have: it belongs to another model")
-    treated = [by_name[name] for name in plan.by_site]
-    check_disjoint(treated)
-    weights = {weight.path: (weight, inside) for site, inside in sites.items() for weight in site.weights}
-    dense_block = sum((weight.storage for weight, inside in weights.values() if inside), Storage(0))
-    whole, block = Storage(model_values), dense_block
-    for site in treated:
-        option = plan.option(site.name)
-        change = get_method(option.method).storage(site, option) - site.storage
-        whole = whole + change
-        if sites[site]:
-            block = block + change
-    return Cost(
-        values=whole.parameters,
-        dense_values=model_values,
-        block_values=block.parameters,
-        dense_block_values=dense_block.parameters,
-        bytes=whole.bytes(value_bytes),
-    )
+
+    def __init__(self, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> None:
+        self.sites = sites
+        self.model_values = model_values
+        self.value_bytes = value_bytes
+        self._by_name = {site.name: site for site in sites}
+        weights = {weight.path: (weight, inside) for site, inside in sites.items() for weight in site.weights}
+        self._block = sum((weight.storage for weight, inside in weights.values() if inside), Storage(0))
+        self._changes: dict[tuple[str, Option], Storage] = {}
+
+    def of(self, plan: Plan) -> Cost:
+        """`InputError` where the plan names a site that the model does not have, or treats a weight twice."""
+        unknown = [name for name in plan.by_site if name not in self._by_name]
+        if unknown:
+            raise InputError(
+                f"the plan names {unknown[0]!r}, which this model does not have: it belongs to another model"
+            )
+        check_disjoint(self._by_name[name] for name in plan.by_site)
+        changes = [(self._change(name, option), self.sites[self._by_name[name]]) for name, option in plan.choices]
+        whole = sum((change for change, _ in changes), Storage(self.model_values))
+        block = sum((change for change, inside in changes if inside), self._block)
+        return Cost(
+            values=whole.parameters,
+            dense_values=self.model_values,
+            block_values=block.parameters,
+            dense_block_values=self._block.parameters,
+            bytes=whole.bytes(self.value_bytes),
+        )
+
+    def _change(self, name: str, option: Option) -> Storage:
+        key = name, option
+        if key not in self._changes:
+            site = self._by_name[name]
+            self._changes[key] = get_method(option.method).storage(site, option) - site.storage
+        return self._changes[key]
+
+
+def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> Cost:
+    """The exact cost of one plan; see `Prices`."""
+    return Prices(sites, model_values, value_bytes).of(plan)

@@ -167,13 +167,13 @@ class RankfrontSampler(BaseSampler):
             yield _doubted(steps, [])
         if mode in ("newest", "any"):
             steps = self._downhill(self.beliefs.locals[-CENTRES:], priced)
-            solutions = self._solutions(coefficients, priced, marked=True)
-            yield self._at_marks(_doubted(steps, solutions))
-            yield _doubted(steps, solutions)
-        solutions, front = self._solutions(coefficients, priced), self.beliefs.front()
+        front, switches = self.beliefs.front(), []
         if front and (mode == "switch" or self.beliefs.poor):
-            solutions += self._switches(front, coefficients, priced)
+            switches = self._switches(front, coefficients, priced)
+        solutions = self._solutions(coefficients, priced, marked=True) + switches
+        yield self._at_marks(_doubted(steps, solutions))
         yield _doubted(steps, solutions)
+        yield _doubted(steps, self._solutions(coefficients, priced) + switches)
 
     def _best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> list[int]:
         """The one that gains most by prediction; where none does, that would if predictions were too dark."""

@@ -25,6 +25,7 @@ from scipy.sparse import csr_array
 
 from rankfront.search.context import Context, factors_at
 from rankfront.search.menu import TINY, Menu
+from rankfront.search.neighbours import alike
 
 # Standard deviations of the prior, in log-divergence. The single-site ones follow the spread of the gradient
 # prediction around measured single-site divergences on smollm2-135m (0.56).
@@ -161,7 +162,7 @@ class Surrogate:
         if not len(self._observed):
             return base
         left = self._observed - self.explained(self._plans, coefficients)
-        return base + self.residual**2 * _alike(plans, self._plans) @ np.linalg.solve(self._unexplained, left)
+        return base + self.residual**2 * alike(plans, self._plans) @ np.linalg.solve(self._unexplained, left)
 
     @property
     def _unexplained(self) -> np.ndarray:
@@ -179,7 +180,7 @@ class Surrogate:
         """
         self._plans = plans
         self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
-        self._near = _alike(plans, plans)
+        self._near = alike(plans, plans)
         self.residual, self.noise = RESIDUALS[0], np.hypot(NOISE, spread * np.exp(-self._observed))
         expected = self.explained(plans, self._map(np.zeros(self._root.shape[1]), self._observed))
         self.noise = np.hypot(NOISE, spread * np.exp(-np.minimum(self._observed, expected)))
@@ -251,10 +252,3 @@ class Surrogate:
         jacobian[:, -2] = 1.0
         jacobian[:, -1] = np.log(sums)
         return jacobian
-
-
-def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """exp(−share of sites that differ / 0.2) of plans (A, lines) and (B, lines), (A, B)."""
-    differ = (a[:, None, :] != b[None, :, :]).mean(-1)
-    kernel: np.ndarray = np.exp(-differ / 0.2)
-    return kernel

@@ -10,8 +10,9 @@ from test_rankfront_sampler import make_driver
 
 from rankfront.search.answer import _known
 from rankfront.search.beliefs import BANDS
+from rankfront.search.marks import ROUND
 from rankfront.search.model import find_sites, resolve, skeleton
-from rankfront.search.opening import CENTRE, WARM_START
+from rankfront.search.opening import CENTRE, WARM_START, centre_first, opening_budgets
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
@@ -24,7 +25,8 @@ FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
 
 @pytest.fixture
 def data(model_folder, text_file):
-    return small_data(model_folder, text_file, sampler=OURS, trials=12, anchors=[])
+    data = small_data(model_folder, text_file, sampler=OURS, trials=12, anchors=[])
+    return data | {"objectives": {"perplexity": {}, "block_parameters": {}}}
 
 
 def opening(study):
@@ -155,3 +157,37 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
             settled = solver._band(round(share * BANDS)).solve(keep * even.dense)
             assert abs(beliefs.menu.size(settled) / beliefs.menu.dense - share) <= 1 / BANDS
     assert any(apart)
+
+
+def test_the_front_is_measured_at_round_fractions_of_what_is_searched(data, tmp_path):
+    """And ends at as much of the treated weights as anywhere, whatever else the objective counts."""
+    data["objectives"] = {"perplexity": {}, "parameters": {}}
+    study = make_run(data, tmp_path / "run")
+    rows = {row.origin: row.attributes for row in study.rows() if row.origin.startswith("menu: keep=")}
+    dense = next(row for row in study.rows() if row.origin == "anchor: dense").attributes["parameters"]
+    shares = [figures["parameters"] / dense for figures in rows.values()]
+    assert len(shares) >= 3
+    for share, (origin, figures) in zip(shares, rows.items(), strict=True):
+        assert min(mark - share for mark in ROUND if mark >= share - 1e-9) < 0.03  # the options are few
+        assert figures["block_parameters"] <= float(origin.rpartition("=")[2]) + 0.001
+    assert sorted(shares, reverse=True) == shares
+
+
+@pytest.mark.parametrize("most", [0.55, 0.73])
+def test_what_a_limit_allows_is_opened_and_slopes_measured_below_it(data, tmp_path, most):
+    """Above the centre, and below it, where the centre is what the limit leaves."""
+    data["search"]["where"] = [f"block_parameters<={most}"]
+    study = make_run(data, tmp_path / "run")
+    opened = [row for row in study.rows() if row.origin.startswith("menu")]
+    shares = [row.attributes["block_parameters"] for row in opened]
+    assert max(shares) <= most
+    assert opened[0].origin == "menu: centre"
+    assert abs(shares[0] - min(most, CENTRE)) < 0.03
+    assert most - max(shares) < 0.03
+    assert opening(study)[2] == "slopes"
+
+
+def test_budgets_of_the_opening():
+    assert opening_budgets([], 1000) == [1000 * keep for keep in WARM_START]
+    assert opening_budgets([100, 399, 400, 500, 637], 1000) == [637, 500, 400]
+    assert centre_first([900, 637, 400, 300], 1000) == [637, 400, 300, 900]

@@ -1,0 +1,47 @@
+"""What measured plans say of others that share many options with them: what missed the ones will miss the others.
+
+    log D(p) − predicted(p) ~ GP(0, σ(p) σ(q) exp(−share of lines that differ / `ALIKE`)),    measured with noise
+
+with σ the standard deviation that a prediction claims for itself. Steps of one length from one plan, say, are all as
+much worse than their slopes promise, which the slopes of a single step cannot teach.
+
+Source: Gaussian-process regression, Rasmussen & Williams (2006), equations 2.23 and 2.24.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+ALIKE = 0.2  # share of the lines that differ, at which what one plan says of another falls to 1/e
+# Of the logarithm, beside the measurement's own spread: what plans as good as alike differ by. With this, proposals of
+# five runs on smollm2-135m were missed by 0.023 in the median, by slopes and surrogate alone by 0.047.
+NOISE = 0.02
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """exp(−share of lines that differ / `ALIKE`) of plans (A, lines) and (B, lines), (A, B)."""
+    kernel: np.ndarray = np.exp(-cdist(a, b, "hamming") / ALIKE)
+    return kernel
+
+
+class Neighbours:
+    """Errors of the predictions of measured plans, to correct others by.
+
+    Args:
+        plans: the measured ones, (T, lines).
+        missed: measured less predicted log-divergence, (T,).
+        errors: standard deviations that were claimed for those predictions, (T,).
+        spreads: standard deviations of the measured ones, (T,).
+    """
+
+    def __init__(self, plans: np.ndarray, missed: np.ndarray, errors: np.ndarray, spreads: np.ndarray) -> None:
+        self._plans, self._errors = plans, errors
+        self._covariance = np.outer(errors, errors) * alike(plans, plans) + np.diag(NOISE**2 + spreads**2)
+        self._weights = np.linalg.solve(self._covariance, missed)
+
+    def correct(self, plans: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it."""
+        shared = np.outer(errors, self._errors) * alike(plans, self._plans)  # (N, T)
+        explained = (shared * np.linalg.solve(self._covariance, shared.T).T).sum(1)
+        return shared @ self._weights, np.sqrt(np.maximum(errors**2 - explained, 0.0))
