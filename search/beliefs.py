@@ -171,7 +171,8 @@ class Beliefs:
             self._doubt()
             self.trusts = [learn_trust(self.locals, plans, np.exp(levels), own) for own in self.locals]
             predicted, errors = self._uncorrected(plans)
-            self.neighbours = Neighbours(plans, levels - predicted, errors, spreads / np.exp(levels))
+            # What noise made large is no surer for it.
+            self.neighbours = Neighbours(plans, levels, errors, spreads / np.exp(np.minimum(levels, predicted)))
         self._fitted = len(finished)
 
     def _doubt(self) -> None:
@@ -240,7 +241,8 @@ class Beliefs:
         logs, errors = self._uncorrected(places, coefficients)
         if self.neighbours is None:
             return logs, errors
-        correction, errors = self.neighbours.correct(places, errors)
+        of_measured, _ = self._uncorrected(self.neighbours.plans, coefficients)
+        correction, errors = self.neighbours.correct(places, errors, of_measured)
         return logs + correction, errors
 
     def _uncorrected(

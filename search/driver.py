@@ -194,8 +194,12 @@ class Driver:
             return
         sampler.beliefs.learn(self.study)
         self.opened = True
+        known = self.study.get_trials(deepcopy=False)
+        labels = {trial.user_attrs.get("anchor") for trial in known}
+        proposed = any(trial.user_attrs.get("origin") == OURS for trial in known)
         for label, draws in warm_start(sampler.beliefs, self.space, budgets):
-            self._enqueue("menu", label, draws)
+            if label in labels or not proposed:  # after proposals only what was interrupted is due, by its label
+                self._enqueue("menu", label, draws)
 
     def _settled(self, beliefs: Beliefs, budgets: Sequence[float]) -> bool:
         """Whether slopes around the plan at the centre, the first of ``budgets`` that the limits allow, are measured
@@ -214,10 +218,7 @@ class Driver:
             return all(trial.state.is_finished() for trial in asked)
         if self._waiting():  # what waits comes first, and what the limits leave for slopes is known after it
             return False
-        if self._affords_slopes:
-            self._enqueue_slopes(centre.number)
-            return False
-        return True
+        return not self._enqueue_slopes(centre.number)
 
     # -- ask
 
@@ -309,20 +310,19 @@ class Driver:
 
     def _ask_slopes(self) -> None:
         """Queue slopes around the plan that our sampler names, where the limit leaves tokens for them and a trial."""
-        if isinstance(self.sampler, RankfrontSampler) and not self._waiting() and self._affords_slopes:
+        if isinstance(self.sampler, RankfrontSampler) and not self._waiting():
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 self._enqueue_slopes(number)
 
-    @property
-    def _affords_slopes(self) -> bool:
-        return self._slope_tokens > 0
-
-    def _enqueue_slopes(self, number: int) -> None:
-        """Queue slopes around the plan of trial ``number``."""
-        source = self.study.get_trials(deepcopy=False)[number]
-        attributes = {"slopes_of": number, "origin": "slopes", "slope_tokens": self._slope_tokens}
-        self.study.enqueue_trial(source.params, user_attrs=attributes)
+    def _enqueue_slopes(self, number: int) -> bool:
+        """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""
+        tokens = self._slope_tokens
+        if tokens:
+            source = self.study.get_trials(deepcopy=False)[number]
+            attributes = {"slopes_of": number, "origin": "slopes", "slope_tokens": tokens}
+            self.study.enqueue_trial(source.params, user_attrs=attributes)
+        return tokens > 0
 
     @property
     def _promised(self) -> int:

@@ -20,9 +20,13 @@ def marks_of(beliefs: Beliefs) -> np.ndarray:
     if menu.count > 1:
         return np.zeros(0)
     budgets = np.floor(_budgets(beliefs) + ROUNDING)
-    most = _most(beliefs)
-    found = {float(budget) for budget in budgets if menu.least <= budget <= min(most, menu.dense)}
-    return np.array(sorted(found | ({most} if most < menu.dense else set())))
+    found = {float(budget) for budget in budgets if menu.least <= budget <= menu.dense}
+    ends = [0] * len(menu.lines), menu.cheapest
+    if not all(beliefs.may_meet(menu.choices(end)) for end in ends):
+        solved, most = sweep(menu), _most(beliefs)
+        within = {budget for budget in found if beliefs.may_meet(menu.choices(solved.solve(budget)))}
+        found = {budget for budget in within if budget <= most} | ({most} if most < menu.dense else set()) or found
+    return np.array(sorted(found))
 
 
 def _budgets(beliefs: Beliefs) -> np.ndarray:

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 ALIKE = 0.2  # share of the lines that differ, at which what one plan says of another falls to 1/e
-# Of the logarithm, beside the measurement's own spread: what plans as good as alike differ by. With this, proposals of
-# five runs on smollm2-135m were missed by 0.023 in the median, by slopes and surrogate alone by 0.047.
+# Of the logarithm, beside the measurement's own spread: what plans as good as alike differ by. What all this gains is
+# in studies/results/predictions.md.
 NOISE = 0.02
 
 
@@ -26,22 +26,24 @@ def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Neighbours:
-    """Errors of the predictions of measured plans, to correct others by.
+    """Measured plans, to correct the predictions of others by what predictions missed of them.
 
     Args:
         plans: the measured ones, (T, lines).
-        missed: measured less predicted log-divergence, (T,).
-        errors: standard deviations that were claimed for those predictions, (T,).
-        spreads: standard deviations of the measured ones, (T,).
+        levels: their log-divergence, (T,).
+        errors: standard deviations that are claimed for predictions of it, (T,).
+        spreads: standard deviations of what was measured, (T,).
     """
 
-    def __init__(self, plans: np.ndarray, missed: np.ndarray, errors: np.ndarray, spreads: np.ndarray) -> None:
-        self._plans, self._errors = plans, errors
+    def __init__(self, plans: np.ndarray, levels: np.ndarray, errors: np.ndarray, spreads: np.ndarray) -> None:
+        self.plans = plans
+        self._levels, self._errors = levels, errors
         self._covariance = np.outer(errors, errors) * alike(plans, plans) + np.diag(NOISE**2 + spreads**2)
-        self._weights = np.linalg.solve(self._covariance, missed)
 
-    def correct(self, plans: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it."""
-        shared = np.outer(errors, self._errors) * alike(plans, self._plans)  # (N, T)
+    def correct(self, plans: np.ndarray, errors: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it, where
+        the same model has ``predicted`` (T,) of the measured ones."""
+        shared = np.outer(errors, self._errors) * alike(plans, self.plans)  # (N, T)
+        missed = self._levels - predicted
         explained = (shared * np.linalg.solve(self._covariance, shared.T).T).sum(1)
-        return shared @ self._weights, np.sqrt(np.maximum(errors**2 - explained, 0.0))
+        return shared @ np.linalg.solve(self._covariance, missed), np.sqrt(np.maximum(errors**2 - explained, 0.0))

@@ -18,11 +18,13 @@ from rankfront.search.predictions import GROUP_BANDS, GROUPED, group_plans, menu
 from rankfront.search.space import Anchor, Space
 from rankfront.search.trial import Job, Record
 
-# Kept fractions of the treated weights at which the predicted front is measured, where there are no marks, and the
-# least of those that are. The plan at the centre, or as near to it as limits allow, comes first: slopes around it say
-# of every site what it does in a compressed model, and the others are solved for by that.
+# Kept fractions of the treated weights at which the predicted front is measured, where no mark is nearby: where they
+# are few of those that an objective counts, marks are far apart. The plan at the centre, or as near to it as limits
+# allow, comes first: slopes around it say of every site what it does in a compressed model, and the others are solved
+# for by that.
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 CENTRE = 0.6
+NEARBY = 0.05  # kept fraction
 
 
 class MenuJobs:
@@ -72,10 +74,12 @@ class MenuJobs:
 
 
 def opening_budgets(marks: Iterable[float], dense: float) -> list[float]:
-    """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: ``marks``, or where
-    there are none, `WARM_START`."""
-    least = math.floor(WARM_START[-1] * dense)
-    return sorted((mark for mark in marks if mark >= least), reverse=True) or [keep * dense for keep in WARM_START]
+    """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: the ``marks`` down to
+    the least of `WARM_START`, or where all are smaller every one of them, and what of it has no mark `NEARBY`."""
+    every = sorted(marks, reverse=True)
+    opened = [mark for mark in every if mark >= math.floor(WARM_START[-1] * dense)] or every
+    lonely = [keep for keep in WARM_START if all(abs(mark / dense - keep) > NEARBY for mark in opened)]
+    return sorted([*opened, *(keep * dense for keep in lonely)], reverse=True)
 
 
 def warm_start(beliefs: Beliefs, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, dict[str, int]]]:

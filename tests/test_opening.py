@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from launching import check_whole, make_run, quiet, small_data
+from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
 from rankfront.search.answer import _known
@@ -127,7 +127,6 @@ def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
         driver.ladder = replace(driver.ladder, limit=np.array([100.0, left]))
         assert driver._slope_tokens == expected
-        assert driver._affords_slopes == (expected > 0)
 
 
 def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
@@ -173,10 +172,11 @@ def test_the_front_is_measured_at_round_fractions_of_what_is_searched(data, tmp_
     assert sorted(shares, reverse=True) == shares
 
 
-@pytest.mark.parametrize("most", [0.55, 0.73])
+@pytest.mark.parametrize("most", [0.38, 0.55, 0.73])
 def test_what_a_limit_allows_is_opened_and_slopes_measured_below_it(data, tmp_path, most):
-    """Above the centre, and below it, where the centre is what the limit leaves."""
+    """Above the centre, and below it, where the centre is what the limit leaves; below all that is opened otherwise."""
     data["search"]["where"] = [f"block_parameters<={most}"]
+    data["space"]["keep"] = [0.2, 0.3, 0.4, 0.6, 0.8]
     study = make_run(data, tmp_path / "run")
     opened = [row for row in study.rows() if row.origin.startswith("menu")]
     shares = [row.attributes["block_parameters"] for row in opened]
@@ -187,7 +187,23 @@ def test_what_a_limit_allows_is_opened_and_slopes_measured_below_it(data, tmp_pa
     assert opening(study)[2] == "slopes"
 
 
+def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatch):
+    """As one that was opened at other budgets, by an earlier version."""
+    study = make_run(data, tmp_path / "run")
+    before = len(study.rows())
+    assert any(row.origin == OURS for row in study.rows())
+    monkeypatch.setattr("rankfront.search.opening.WARM_START", (0.87, 0.66, 0.43))
+    monkeypatch.setattr("rankfront.search.driver.opening_budgets", lambda marks, dense: [0.87 * dense, 0.66 * dense])
+    longer = again(study, trials=14)
+    longer.launch(quiet())
+    assert {row.origin for row in longer.rows()[before:]} <= {OURS, "slopes"}
+
+
 def test_budgets_of_the_opening():
+    """Marks, all of them where none is as large as usual, and what lies far from them."""
     assert opening_budgets([], 1000) == [1000 * keep for keep in WARM_START]
-    assert opening_budgets([100, 399, 400, 500, 637], 1000) == [637, 500, 400]
+    marks = [int(1000 * keep) for keep in WARM_START]
+    assert opening_budgets([100, 300, *marks], 1000) == marks
+    assert opening_budgets([100, 399, 420, 637, 777, 930], 1000) == [930, 777, 700, 637, 500, 420]
+    assert opening_budgets([200, 377], 1000)[-2:] == [377, 200]
     assert centre_first([900, 637, 400, 300], 1000) == [637, 400, 300, 900]

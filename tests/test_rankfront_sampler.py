@@ -23,6 +23,7 @@ from rankfront.search.goal import Goal, make_goal
 from rankfront.search.local import Trust
 from rankfront.search.marks import ROUND
 from rankfront.search.menu import Line, Menu
+from rankfront.search.neighbours import NOISE
 from rankfront.search.opening import CENTRE, WARM_START, anchors_to_beat
 from rankfront.search.predictions import menu_jobs, menu_record
 from rankfront.search.sampler import SLACK, RankfrontSampler
@@ -330,16 +331,17 @@ def predictions_of(problem, trials):
     return rows, sampler
 
 
-@pytest.mark.parametrize("seed", [0, 3, 4, 5])
-def test_a_menu_that_knows_nothing_is_called_poor(seed):
-    """Size alone orders its first plans well, so rank correlation does not show it. With seeds 1 and 2 neighbours tell
-    most of it within these trials, and errors end just below the bound."""
-    rows, sampler = predictions_of(Misled(sites=30, levels=8, seed=seed), 14)
-    found = calibration(rows, "divergence")
-    assert found.poor
-    assert found.spearman > 0.75
-    assert sampler.beliefs.poor
-    assert sampler.beliefs.error > 1.5 * SURROGATE_ERROR
+def test_a_menu_that_knows_nothing_is_called_poor():
+    """Size alone orders its first plans well, so rank correlation does not show it; of six such menus, one or two end
+    just below the bound."""
+    called = []
+    for seed in range(6):
+        rows, sampler = predictions_of(Misled(sites=30, levels=8, seed=seed), 14)
+        found = calibration(rows, "divergence")
+        assert found.spearman > 0.75
+        assert found.error > 0.25
+        called.append(found.poor and sampler.beliefs.poor and sampler.beliefs.error > 1.5 * SURROGATE_ERROR)
+    assert sum(called) >= 4
 
 
 @pytest.mark.parametrize("settings", [{}, {"interaction": 1.5}, {"noise": 0.1}])
@@ -396,6 +398,20 @@ def test_what_was_missed_of_one_plan_is_expected_of_its_neighbours():
     plain, unsure = beliefs._uncorrected(np.array(likes))
     assert (np.abs(corrected - truth) < 0.6 * np.abs(plain - truth)).all()
     assert (surer < unsure).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 5.0])
+def test_what_noise_may_have_made_is_not_expected_of_neighbours(spread):
+    """The spread of a measurement counts, over the lesser of what was measured and predicted."""
+    problem = Problem(sites=30, levels=8, interaction=3.0)
+    study = problem.study(optuna.samplers.RandomSampler(0))
+    plans, beliefs = np.array(problem.run(study, 10)), problem.sampler(0).beliefs
+    beliefs.goal = replace(problem.goal, spread=spread)
+    beliefs.learn(study)
+    predicted, errors = beliefs._uncorrected(plans)
+    levels = [beliefs.measured[tuple(map(int, plan))].level for plan in plans]
+    noise = np.diag(beliefs.neighbours._covariance) - errors**2
+    assert noise == pytest.approx(NOISE**2 + (spread / np.exp(np.minimum(levels, predicted))) ** 2)
 
 
 def around(problem, sampler, keep, study=None):
@@ -512,6 +528,8 @@ def test_limits_that_no_cheap_plan_meets_leave_the_marks(low, high, expected):
 
     sampler.beliefs.goal = replace(problem.goal, excess=missed)
     assert expected - SLACK < sampler.marks[-1] / problem.menu.dense <= expected
+    if low < 1:  # nor is there a mark below the lower one
+        assert low <= sampler.marks[0] / problem.menu.dense
 
 
 def test_marks_are_fractions_of_what_is_searched():
@@ -529,6 +547,16 @@ def test_marks_are_fractions_of_what_is_searched():
     )
 
 
+@pytest.mark.parametrize("mode", ["solve", "sample", "switch"])
+def test_global_proposals_end_at_marks_too(mode):
+    problem = Problem(sites=30, levels=8)
+    sampler, menu = problem.sampler(0), problem.menu
+    problem.run(problem.study(sampler), 10)
+    sizes = [menu.size(plan) / menu.dense for plan in next(sampler._candidates(mode, sampler.beliefs.surrogate.mean))]
+    assert len({min(mark for mark in ROUND if mark >= size - 1e-9) for size in sizes}) >= 4
+    assert all(min(mark - size for mark in ROUND if mark >= size - 1e-9) < SLACK for size in sizes)
+
+
 def test_where_several_costs_count_budgets_are_free():
     problem = Problem(bytes=True)
     sampler = problem.sampler(0)
@@ -537,7 +565,7 @@ def test_where_several_costs_count_budgets_are_free():
 
 
 def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates(monkeypatch):
-    """In every global mode, beside the menu's solutions; else in one of four."""
+    """In every global mode, beside the menu's solutions; else in one of four. They are among what is chosen from."""
     problem, asked = Problem(), []
     sampler = problem.sampler(0)
     problem.run(problem.study(sampler), 10)
@@ -549,6 +577,9 @@ def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates(monke
         for mode in ("solve", "sample", "switch"):
             sampler._propose(set(), mode)
         assert len(asked) == (3 if poor else 1)
+    monkeypatch.setattr(RankfrontSampler, "_switches", lambda self, *known: [[3, 2, 1, 0, 1, 2]])
+    *_, last = sampler._candidates("solve", sampler.beliefs.surrogate.mean)
+    assert (3, 2, 1, 0, 1, 2) in last
 
 
 def test_near_dense_measurements_are_as_uncertain_as_their_tokens_leave_them():

@@ -314,7 +314,7 @@ def test_after_an_error_no_hook_is_left(world, monkeypatch, broken):
 
 
 def test_late_slopes_read_more():
-    """A tenth of what a study has spent, of as many passes as the loss takes; few tokens would say little."""
+    """A twentieth of what a study has spent, of as many passes as the loss takes; few tokens would say little."""
     assert slope_tokens(0, "perplexity") == SLOPE_TOKENS
     for quality, passes in PASSES.items():
-        assert slope_tokens(1_000_000, quality) == 100_000 // passes
+        assert slope_tokens(4_000_000, quality) == 200_000 // passes
