@@ -1,0 +1,92 @@
+"""How far predictions of plans are off before they are measured, and what measured neighbours make of them.
+
+    python studies/predictions.py RUN [RUN ...]
+
+RUN is a run folder of our sampler, such as studies/results/runs/rankfront-0 that studies/search_benchmark.py leaves.
+Every plan that its sampler proposed is predicted once more from the trials before it: by surrogate and slopes alone,
+and corrected by what they missed of measured neighbours. "Missed" is the median of |measured − predicted| in
+log-divergence, "z" the root mean square of that over the standard deviation that was claimed. Nothing is measured. The
+page goes to studies/results/predictions.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from common import write_page
+from optuna.trial import FrozenTrial
+
+from rankfront.search import Study
+from rankfront.search.answer import _known
+from rankfront.search.beliefs import Beliefs
+from rankfront.search.model import find_sites, resolve, skeleton
+from rankfront.search.sampler import ours
+from rankfront.search.samplers import OURS
+from rankfront.search.space import Space
+
+PAGE = """# Predictions before measurements
+
+Proposals of our sampler, predicted from the trials before them. How is said at the top of `studies/predictions.py`.
+
+| run | proposals | missed: surrogate and slopes, then neighbours too | z, likewise |
+| --- | --- | --- | --- |
+{lines}
+
+```
+{source}
+```
+"""
+
+
+@dataclass
+class Past:
+    """The study as it was before a trial."""
+
+    trials: list[FrozenTrial]
+
+    def get_trials(self, deepcopy: bool = False, states: tuple[object, ...] | None = None) -> list[FrozenTrial]:
+        return [trial for trial in self.trials if states is None or trial.state in states]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    lines = [line(run) for run in parser.parse_args().runs]
+    write_page("predictions", PAGE, lines)
+
+
+def line(run: str) -> str:
+    """The run's line of the table."""
+    study = Study.open(run)
+    trials, beliefs = study._optuna().get_trials(deepcopy=False), ignorant(study)
+    missed: list[list[float]] = [[], []]
+    scores: list[list[float]] = [[], []]
+    for trial in trials:
+        plan = beliefs.plan_of(trial.params)
+        if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
+            continue
+        beliefs.learn(Past(trials[: trial.number]))
+        level = beliefs.goal.log_divergence(trial.values[beliefs.goal.quality], beliefs.goal.dense)
+        for kind, found in enumerate((beliefs._uncorrected(np.array([plan])), beliefs.levels([plan]))):
+            (predicted,), (claimed,) = found
+            missed[kind].append(abs(level - predicted))
+            scores[kind].append((level - predicted) / claimed)
+    medians = ", ".join(f"{np.median(values):.3f}" for values in missed)
+    z = ", ".join(f"{np.sqrt(np.mean(np.square(values))):.2f}" for values in scores)
+    text = f"| {Path(run).name} | {len(missed[0])} | {medians} | {z} |"
+    print(text, flush=True)
+    return text
+
+
+def ignorant(study: Study) -> Beliefs:
+    """The beliefs of the run's sampler before any trial."""
+    config, space = study._settled, Space(find_sites(skeleton(resolve(study.config.model.name))), study.config.space, 0)
+    menu, dense, timings = _known(study._optuna(), config, study.rows(), space)
+    return ours(menu, space, config, dense, dict(dense.plan.origin), timings).beliefs
+
+
+if __name__ == "__main__":
+    main()
