@@ -165,10 +165,14 @@ def test_the_front_is_measured_at_round_fractions_of_what_is_searched(data, tmp_
     rows = {row.origin: row.attributes for row in study.rows() if row.origin.startswith("menu: keep=")}
     dense = next(row for row in study.rows() if row.origin == "anchor: dense").attributes["parameters"]
     shares = [figures["parameters"] / dense for figures in rows.values()]
-    assert len(shares) >= 3
+    round_ones = []
     for share, (origin, figures) in zip(shares, rows.items(), strict=True):
-        assert min(mark - share for mark in ROUND if mark >= share - 1e-9) < 0.03  # the options are few
-        assert figures["block_parameters"] <= float(origin.rpartition("=")[2]) + 0.001
+        keep = float(origin.rpartition("=")[2])
+        assert figures["block_parameters"] <= keep + 0.001
+        if keep not in WARM_START:  # what stands between round fractions that are far apart
+            round_ones.append(min(mark - share for mark in ROUND if mark >= share - 1e-9))
+    assert len(round_ones) >= 3
+    assert max(round_ones) < 0.03  # the options are few
     assert sorted(shares, reverse=True) == shares
 
 
