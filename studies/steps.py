@@ -4,7 +4,7 @@
 
 Around three plans of the menu + knapsack row of studies/search_benchmark.py (svd-llm and dense, keep 0.8, 0.6 and 0.5)
 slopes of the negative log-likelihood are measured on tokens of the search split that no trial reads. Steps of several
-lengths, at the plan's own size, are measured on the windows that trials read, and on the very tokens of the slopes:
+lengths, at the plan's own size, are measured on the windows that trials read, and on the very pieces of the slopes:
 what each promised, by the trust that is believed before anything is measured and the caution that it was solved with,
 and what it kept of that on either, all as shares of the plan's excess over dense in nats on the same tokens. The page
 goes to studies/results/steps.md.
@@ -35,7 +35,7 @@ PAGE = """# Steps along slopes
 
 SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense: steps from plans of the menu along slopes around
 them. "Promised" and "kept" are shares of the plan's excess loss over dense on windows of the search split that trials
-read, "kept there" the share on the tokens of the slopes themselves. How is said at the top of `studies/steps.py`.
+read, "kept there" the share on the shorter pieces that slopes were measured on. How is said at the top of `studies/steps.py`.
 
 | keep | excess, nats | tokens of slopes | sites switched: promised, kept, kept there |
 | --- | --- | --- | --- |
