@@ -35,7 +35,8 @@ PAGE = """# Steps along slopes
 
 SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense: steps from plans of the menu along slopes around
 them. "Promised" and "kept" are shares of the plan's excess loss over dense on windows of the search split that trials
-read, "kept there" the share on the shorter pieces that slopes were measured on. How is said at the top of `studies/steps.py`.
+read, "kept there" the share on the shorter pieces that slopes were measured on. How is said at the top
+of `studies/steps.py`.
 
 | keep | excess, nats | tokens of slopes | sites switched: promised, kept, kept there |
 | --- | --- | --- | --- |
