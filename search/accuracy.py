@@ -16,7 +16,7 @@ MIN_PREDICTIONS = 8  # fewer say nothing about a rank correlation or a median
 POOR_SPEARMAN = 0.8
 # Of log-divergence. On synthetic problems of 6 and 30 sites whose menu is off by a factor of 1.6 a site, with and
 # without interactions and 10% noise, the median over 8 to 16 trials was 0.02 to 0.25; with the menu's divergences
-# shuffled between sites and off by a factor of 7, 0.28 to 0.87 over the first 10 to 14.
+# shuffled between sites and off by a factor of 7, 0.28 to 0.86 over the first 10 to 14.
 POOR_ERROR = 0.3
 FAINT = 0.02  # nats a token; of less, noise of a few thousandths decides the logarithm
 LEAST_LEFT = 0.02  # of the variance of ranks; what size leaves of less is of a few neighbours that swap places

@@ -64,9 +64,8 @@ def answer(
     predicts, or no plan meets them all.
     """
     space = Space(find_sites(skeleton(source)), config.space, 0)
-    menu, dense, timings = _known(study, config, rows, space)
-    origin = dict(dense.plan.origin)
-    beliefs = ours(menu, space, config, dense, origin, timings).beliefs
+    beliefs, dense, timings = ignorant(study, config, rows, space)
+    menu, origin = beliefs.menu, dict(dense.plan.origin)
     beliefs.learn(study)
     learned = _Learned(beliefs, _figures(beliefs, space, dense, timings), list(config.objectives))
     names = learned.figures.names
@@ -205,6 +204,16 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
             }
             found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
     return pd.DataFrame(found)
+
+
+def ignorant(
+    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space
+) -> tuple[Beliefs, Row, Timings]:
+    """What the run's sampler believed before any trial but the dense one; that, and the latency tables.
+
+    Raises `InputError` where the run has no menu yet."""
+    menu, dense, timings = _known(study, config, rows, space)
+    return ours(menu, space, config, dense, dict(dense.plan.origin), timings).beliefs, dense, timings
 
 
 def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row, Timings]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from rankfront.search.allocate import sweep
-from rankfront.search.beliefs import Beliefs
+from rankfront.search.beliefs import Beliefs, Solver
 
 ROUND = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # of the dense model's
 TRIES, BISECTIONS = 32, 8  # budgets at which limits are looked for, and halvings after that
@@ -23,7 +23,8 @@ def marks_of(beliefs: Beliefs) -> np.ndarray:
     found = {float(budget) for budget in budgets if menu.least <= budget <= menu.dense}
     ends = [0] * len(menu.lines), menu.cheapest
     if not all(beliefs.may_meet(menu.choices(end)) for end in ends):
-        solved, most = sweep(menu), _most(beliefs)
+        solved = sweep(menu)
+        most = _most(beliefs, solved)
         within = {budget for budget in found if beliefs.may_meet(menu.choices(solved.solve(budget)))}
         found = {budget for budget in within if budget <= most} | ({most} if most < menu.dense else set()) or found
     return np.array(sorted(found))
@@ -42,12 +43,12 @@ def _budgets(beliefs: Beliefs) -> np.ndarray:
     return budgets
 
 
-def _most(beliefs: Beliefs) -> float:
-    """The largest size of a plan of the menu that may meet the study's limits; infinite where there is none."""
+def _most(beliefs: Beliefs, solved: Solver) -> float:
+    """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
+    is none."""
     menu = beliefs.menu
     if beliefs.may_meet(menu.choices([0] * len(menu.lines))):
         return float(menu.dense)
-    solved = sweep(menu)
     most, above = np.inf, float(menu.dense)
     for budget in np.linspace(menu.dense, menu.least, TRIES):
         plan = solved.solve(float(budget))

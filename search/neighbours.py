@@ -11,6 +11,7 @@ Source: Gaussian-process regression, Rasmussen & Williams (2006), equations 2.23
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial.distance import cdist
 
 ALIKE = 0.2  # share of the lines that differ, at which what one plan says of another falls to 1/e
@@ -39,11 +40,12 @@ class Neighbours:
         self.plans = plans
         self._levels, self._errors = levels, errors
         self._covariance = np.outer(errors, errors) * alike(plans, plans) + np.diag(NOISE**2 + spreads**2)
+        self._factor = cho_factor(self._covariance)
 
     def correct(self, plans: np.ndarray, errors: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it, where
         the same model has ``predicted`` (T,) of the measured ones."""
         shared = np.outer(errors, self._errors) * alike(plans, self.plans)  # (N, T)
-        missed = self._levels - predicted
-        explained = (shared * np.linalg.solve(self._covariance, shared.T).T).sum(1)
-        return shared @ np.linalg.solve(self._covariance, missed), np.sqrt(np.maximum(errors**2 - explained, 0.0))
+        correction: np.ndarray = shared @ cho_solve(self._factor, self._levels - predicted)
+        explained = (shared * cho_solve(self._factor, shared.T).T).sum(1)
+        return correction, np.sqrt(np.maximum(errors**2 - explained, 0.0))

@@ -20,10 +20,8 @@ from common import write_page
 from optuna.trial import FrozenTrial
 
 from rankfront.search import Study
-from rankfront.search.answer import _known
-from rankfront.search.beliefs import Beliefs
+from rankfront.search.answer import ignorant
 from rankfront.search.model import find_sites, resolve, skeleton
-from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 
@@ -61,7 +59,12 @@ def main() -> None:
 def line(run: str) -> str:
     """The run's line of the table."""
     study = Study.open(run)
-    trials, beliefs = study._optuna().get_trials(deepcopy=False), ignorant(study)
+    storage, space = (
+        study._optuna(),
+        Space(find_sites(skeleton(resolve(study.config.model.name))), study.config.space, 0),
+    )
+    trials = storage.get_trials(deepcopy=False)
+    beliefs, _, _ = ignorant(storage, study._settled, study.rows(), space)
     missed: list[list[float]] = [[], []]
     scores: list[list[float]] = [[], []]
     for trial in trials:
@@ -79,13 +82,6 @@ def line(run: str) -> str:
     text = f"| {Path(run).name} | {len(missed[0])} | {medians} | {z} |"
     print(text, flush=True)
     return text
-
-
-def ignorant(study: Study) -> Beliefs:
-    """The beliefs of the run's sampler before any trial."""
-    config, space = study._settled, Space(find_sites(skeleton(resolve(study.config.model.name))), study.config.space, 0)
-    menu, dense, timings = _known(study._optuna(), config, study.rows(), space)
-    return ours(menu, space, config, dense, dict(dense.plan.origin), timings).beliefs
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ import pytest
 from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
-from rankfront.search.answer import _known
+from rankfront.search.answer import ignorant
 from rankfront.search.beliefs import BANDS
 from rankfront.search.marks import ROUND
 from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.opening import CENTRE, WARM_START, centre_first, opening_budgets
 from rankfront.search.predictions import menu_record
-from rankfront.search.sampler import ours
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 from rankfront.search.study import Study
@@ -44,8 +43,7 @@ def beliefs_of(study):
     """What a run taught."""
     storage, source = study._optuna(), resolve(study.config.model.name)
     space = Space(find_sites(skeleton(source)), study.config.space, 0)
-    menu, dense, timings = _known(storage, study.config, study.rows(), space)
-    beliefs = ours(menu, space, study.config, dense, dict(dense.plan.origin), timings).beliefs
+    beliefs, _, _ = ignorant(storage, study.config, study.rows(), space)
     beliefs.learn(storage)
     return beliefs
 
