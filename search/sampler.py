@@ -176,8 +176,13 @@ class RankfrontSampler(BaseSampler):
         yield _doubted(steps, self._solutions(coefficients, priced) + switches)
 
     def _best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> list[int]:
-        """The one that gains most by prediction; where none does, that would if predictions were too dark."""
+        """The one that gains most by prediction; where none does, that would if predictions were too dark.
+
+        Those smaller than anything measured are not doubted: there is nothing that they would have to be better than.
+        """
         plans, doubts = list(candidates), np.array(list(candidates.values()))
+        least = min(map(self.menu.size, self.beliefs.measured), default=0) - SLACK * self.menu.dense
+        doubts[[self.menu.size(plan) < least for plan in plans]] = 0.0
         for easing in EASINGS:
             values = self._values(plans, coefficients, doubts - easing)
             gains = self._gains(values)

@@ -441,6 +441,24 @@ def test_solutions_are_doubted_more_than_steps():
     assert sampler._best({other: SOLUTIONS_FLATTER, step: STEPS_FLATTER}, mean) == list(step)
 
 
+def test_what_is_smaller_than_anything_measured_is_not_doubted():
+    """It would be new on the front for any value within the box, which doubts would take it out of."""
+    problem = Problem(sites=30, levels=8)
+    sampler = problem.sampler(0)
+    around(problem, sampler, 0.95)
+    ((known, size),) = sampler.beliefs.met()
+    plan = next(iter(sampler.beliefs.measured))
+    small, alike = tuple(problem.menu.cheapest), (*plan[1:], plan[0])
+    values = {small: (0.9 * 0.5, 0.1), alike: (0.99 * known, size)}  # the first a tenth within the box
+    sampler._values = lambda plans, coefficients, doubts: np.array(
+        [[values[plan][0] * np.exp(0.15 * d), values[plan][1]] for plan, d in zip(plans, doubts, strict=True)]
+    )
+    candidates, mean = {small: SOLUTIONS_FLATTER, alike: 0.0}, sampler.beliefs.surrogate.mean
+    assert sampler._best(candidates, mean) == list(small)
+    sampler.beliefs.measured[small] = replace(sampler.beliefs.measured[plan], values=[1.0, 0.1])
+    assert sampler._best(candidates, mean) == list(alike)
+
+
 def test_where_nothing_gains_what_may_gain_is_proposed():
     """Predictions are taken to be darker than they should be before what is outside of the box is looked at."""
     problem = Problem(sites=30, levels=8)
