@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import moocore
@@ -18,7 +19,7 @@ from rankfront.search.allocate import sweep
 from rankfront.search.context import Context, context_of
 from rankfront.search.descent import Descent
 from rankfront.search.goal import SPREAD_TOKENS, Goal
-from rankfront.search.local import EARLIER_TOKENS, Local, Trust, learn_trust, surest
+from rankfront.search.local import EARLIER_TOKENS, Local, Trust, learn_trusts, surest
 from rankfront.search.menu import Menu
 from rankfront.search.neighbours import Neighbours
 from rankfront.search.surrogate import Coefficients, Surrogate
@@ -169,7 +170,7 @@ class Beliefs:
             self.surrogate.contexts = [context for context in contexts if context is not None]
             self.surrogate.fit(plans, levels, spreads)
             self._doubt()
-            self.trusts = [learn_trust(self.locals, plans, np.exp(levels), own) for own in self.locals]
+            self.trusts = learn_trusts(self.locals, plans, np.exp(levels))
             predicted, errors = self._uncorrected(plans)
             # What noise made large is no surer for it.
             self.neighbours = Neighbours(plans, levels, errors, spreads / np.exp(np.minimum(levels, predicted)))
@@ -202,14 +203,23 @@ class Beliefs:
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """a and b of every option, line by line, around ``plan``."""
         first, second = [], []
-        for i, line in enumerate(self.menu.lines):
-            own = self.options.get(line.site, ())  # none for a weight that only joint sites treat
-            known = dict(zip(own, zip(*packed.get(line.site, [[], []]), strict=True), strict=False))
-            pairs = [known.get(option) or (None, None) for option in line.options]
-            pairs[plan[i]] = (0.0, 0.0)
-            first.append(np.array([0.0 if a is None else a for a, _ in pairs]))
-            second.append(np.array([np.inf if b is None else b for _, b in pairs]))
+        for line, drawn, place in zip(self.menu.lines, self._drawn, plan, strict=True):
+            known = np.array(packed.get(line.site, [[], []]), dtype=float)  # (2, options), nan where there is none
+            a, b = np.append(known, [[np.nan], [np.nan]], axis=1)[:, drawn if known.size else -np.ones_like(drawn)]
+            a[place] = b[place] = 0.0
+            first.append(np.where(np.isnan(a), 0.0, a))
+            second.append(np.where(np.isnan(b), np.inf, b))
         return first, second
+
+    @cached_property
+    def _drawn(self) -> list[np.ndarray]:
+        """Of every line, where the study's variable has each option; -1 where it has not, as it is for all options of a
+        weight that only joint sites treat."""
+        places = [{o: i for i, o in enumerate(self.options.get(line.site, ()))} for line in self.menu.lines]
+        return [
+            np.array([own.get(option, -1) for option in line.options])
+            for own, line in zip(places, self.menu.lines, strict=True)
+        ]
 
     def _context(self, number: int, local: Local) -> Context | None:
         """What the slopes of trial ``number`` say of the menu: worked out once, for it does not depend on the level."""

@@ -100,13 +100,31 @@ def learn_trust(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarra
     Each plan is read through every centre but itself; the error of a change is Gaussian, in proportion to its terms.
     For the slopes of ``own``, what was learned around other centres says less.
     """
-    rows, targets = [[1 / FIRST[1], 0.0], [0.0, 1 / SECOND[1]]], [FIRST[0] / FIRST[1], SECOND[0] / SECOND[1]]
-    for local in found:
-        a, b = local.sums(plans)
-        error = error_of(a, b) * (1.0 if own in (None, local) else ELSEWHERE)
-        for i in np.flatnonzero((plans != local.places).any(1) & (error < LEARN_BELOW * local.divergence)):
-            rows.append([a[i] / error[i], b[i] / error[i]])
-            targets.append((divergence[i] - local.divergence) / error[i])
-    fitted = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
+    return _fitted(found, [_taught(local, plans, divergence) for local in found], own)
+
+
+def learn_trusts(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> list[Trust]:
+    """`learn_trust` for the slopes of each."""
+    taught = [_taught(local, plans, divergence) for local in found]
+    return [_fitted(found, taught, own) for own in found]
+
+
+def _taught(local: Local, plans: np.ndarray, divergence: np.ndarray) -> np.ndarray:
+    """Σ a, Σ b, what came of it, and the error of that, (4, plans other than the centre)."""
+    others = (plans != local.places).any(1)
+    a, b = local.sums(plans[others])
+    return np.stack([a, b, divergence[others] - local.divergence, error_of(a, b)])
+
+
+def _fitted(found: Sequence[Local], taught: Sequence[np.ndarray], own: Local | None) -> Trust:
+    """Ridge regression on what every one ``found`` has ``taught``."""
+    rows = [np.diag([1 / FIRST[1], 1 / SECOND[1]])]
+    targets = [np.array([FIRST[0] / FIRST[1], SECOND[0] / SECOND[1]])]
+    for local, (a, b, change, error) in zip(found, taught, strict=True):
+        error = error * (1.0 if own in (None, local) else ELSEWHERE)
+        sure = error < LEARN_BELOW * local.divergence
+        rows.append(np.stack([a[sure], b[sure]], axis=1) / error[sure, None])
+        targets.append(change[sure] / error[sure])
+    fitted = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=None)[0]
     first, second = (float(np.clip(value, *bounds)) for value, bounds in zip(fitted, BOUNDS, strict=True))
     return Trust(first, second)

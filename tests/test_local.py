@@ -5,7 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from rankfront.search.local import BOUNDS, FIRST, FLOOR, LEAST_SHARE, SECOND, Local, Trust, learn_trust, surest
+from rankfront.search.local import (
+    BOUNDS,
+    FIRST,
+    FLOOR,
+    LEAST_SHARE,
+    SECOND,
+    Local,
+    Trust,
+    learn_trust,
+    learn_trusts,
+    surest,
+)
 
 LINES, OPTIONS, DIVERGENCE = 30, 5, 0.4
 PRIOR = Trust(FIRST[0], SECOND[0])
@@ -258,6 +269,7 @@ def test_what_was_learned_elsewhere_says_less():
             b[1 - int(local.places[0])] = 1.0
     plans = near(found[1], 1, 30, 8)
     values = measured(found[1], plans, 0.75, 6.0)
-    other, own = (learn_trust(found, plans, values, local) for local in found)
+    other, own = learn_trusts(found, plans, values)
+    assert [other, own] == [learn_trust(found, plans, values, local) for local in found]
     assert own == learn_trust(found, plans, values)
     assert SECOND[0] < other.second < own.second
