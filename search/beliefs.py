@@ -28,7 +28,7 @@ SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation: wha
 PRIOR_TRIALS = 8  # that the prior counts for
 DEVIATION = 1.48  # of a Gaussian, in median absolute errors
 # Shares of a centre's divergence that steps downhill are solved to save. Longer ones promise more and keep less: the
-# best of all lengths promised 0.09 to 0.21 around plans of the menu and kept 0.11 to 0.18 (studies/results/steps.md);
+# best of all lengths promised 0.08 to 0.34 around plans of the menu and kept 0.11 to 0.25 (studies/results/steps.md);
 # around plans that are such steps already, less.
 LENGTHS = (0.02, 0.05, 0.1, 0.18, 0.3)
 CAUTIONS = np.geomspace(0.5, 16, 16)  # multiples of κ, among which those are found

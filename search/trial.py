@@ -147,8 +147,8 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, f
     return dict(store.seconds)
 
 
-# Of a window, at most, that menu and slopes read at once: in pieces of 128 slopes at keep 0.8 say half as much of what
-# windows of 512 lose (studies/results/steps.md).
+# Of a window, at most, that menu and slopes read at once: at keep 0.8 the best step by 12,288 tokens takes 15% of the
+# excess on windows of 512 where they come in pieces of 128, and 25% in whole windows (studies/results/steps.md).
 PIECE_TOKENS = 512
 FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a trial, which becomes a value of its record
 
