@@ -59,10 +59,8 @@ def main() -> None:
 def line(run: str) -> str:
     """The run's line of the table."""
     study = Study.open(run)
-    storage, space = (
-        study._optuna(),
-        Space(find_sites(skeleton(resolve(study.config.model.name))), study.config.space, 0),
-    )
+    storage = study._optuna()
+    space = Space(find_sites(skeleton(resolve(study.config.model.name))), study.config.space, 0)
     trials = storage.get_trials(deepcopy=False)
     beliefs, _, _ = ignorant(storage, study._settled, study.rows(), space)
     missed: list[list[float]] = [[], []]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -57,19 +58,22 @@ def main() -> None:
     for keep in KEPT:
         plan = found.plans[keep]
         excess = loss(bench, plan) - dense
-        for length in PIECES:
-            pieces = unread.reshape(-1, length)
-            pieces = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
-            for tokens in TOKENS:
-                local = bench.slopes(found.menu, plan, pieces[: tokens // length], 0)
-                cells = []
-                for promised, step in steps(found.menu, local, excess):
-                    kept = 1 - (loss(bench, Plan.of(found.menu.choices(step))) - dense) / excess
-                    moved = int((np.array(step) != local.places).sum())
-                    cells.append(f"{moved}: {promised:.2f}, {kept:.2f}")
-                lines.append(f"| {keep:g} | {excess:.3f} | {length} | {tokens:,} | {'; '.join(cells)} |")
-                print(lines[-1], flush=True)
+        for length, tokens in product(PIECES, TOKENS):
+            local = bench.slopes(found.menu, plan, drawn(unread, length)[: tokens // length], 0)
+            cells = []
+            for promised, step in steps(found.menu, local, excess):
+                kept = 1 - (loss(bench, Plan.of(found.menu.choices(step))) - dense) / excess
+                moved = int((np.array(step) != local.places).sum())
+                cells.append(f"{moved}: {promised:.2f}, {kept:.2f}")
+            lines.append(f"| {keep:g} | {excess:.3f} | {length} | {tokens:,} | {'; '.join(cells)} |")
+            print(lines[-1], flush=True)
     write_page("steps", PAGE, lines)
+
+
+def drawn(windows: torch.Tensor, length: int) -> torch.Tensor:
+    """All pieces of ``length`` tokens, (pieces, length), in an order that is always the same."""
+    pieces = windows.reshape(-1, length)
+    return pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
 
 
 def loss(bench: Bench, plan: Plan) -> float:
