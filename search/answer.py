@@ -14,6 +14,7 @@ from rankfront.search.allocate import knapsack_several
 from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
+from rankfront.search.descent import Descent
 from rankfront.search.device import DTYPES
 from rankfront.search.front import Row, dense_row
 from rankfront.search.goal import Timings, menu_of, timings_of
@@ -146,7 +147,7 @@ class _Learned:
         places = None
         for _ in range(TRIES):
             try:
-                places = knapsack_several(beliefs.menu, np.inf, self.figures.budgets(bounds), losses, GAP)
+                places = self._least(losses, bounds)
             except InputError:  # where this is the first, what was measured may still meet them
                 return places, bounds
             predicted, known = self.figures.of(places), self.of(places)
@@ -159,6 +160,14 @@ class _Learned:
                 for limit, bound in zip(limits, bounds, strict=True)
             ]
         return places, bounds
+
+    def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint]) -> list[int]:
+        """The plan of nearly least ``losses`` within ``bounds``: along multipliers where they all limit the size, in
+        milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
+        menu, size = self.beliefs.menu, self.figures.size(bounds)
+        if size is None:
+            return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
+        return Descent(menu, losses, np.zeros((len(menu.lines), len(menu.lines)))).solve(size)
 
     def _tightened(self, limit: Constraint) -> Constraint:
         """``limit``; where the measured plan nearest below it by the table missed it, by as much lower as the table was

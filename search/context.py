@@ -64,9 +64,8 @@ def context_of(local: Local, menu: Menu, features: Mapping[tuple[int, str], int]
         noise = 2 * OVER_FISHER / local.tokens * (b + b[0])
         variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
         known = np.isfinite(harm) & np.isfinite(variance) & (predicted > 0)
-        methods = [option.method for option in line.options]
-        for method in dict.fromkeys(methods[1:]):
-            own = np.flatnonzero(known & (np.array(methods) == method))
+        for method, levels in line.by_method.items():
+            own = levels[known[levels]]
             if len(own):
                 logs[features[i, method]] = np.log(_factor(harm[own], predicted[own], variance[own]))
     return Context(menu.size(local.plan) / menu.dense, logs)

@@ -66,6 +66,18 @@ class Figures:
         """Those of ``limits`` that are on these figures, for a solver: no plan within these budgets misses them."""
         return [self._budget(limit) for limit in limits if limit.figure in self.names]
 
+    def size(self, limits: Sequence[Constraint]) -> float | None:
+        """What ``limits`` together allow a plan to store, in the menu's size; None where one of those that are on these
+        figures is not a straight line in it."""
+        saved = np.concatenate([line.sizes[0] - line.sizes for line in self.menu.lines])
+        most = float(self.menu.dense)
+        for budget in self.budgets(limits):
+            rate = -float(budget.changes.sum()) / max(float(saved.sum()), 1.0)  # of the figure, for each value stored
+            if rate <= 0 or not np.array_equal(budget.changes, -rate * saved):
+                return None
+            most = min(most, self.menu.dense + budget.room(self.menu) / rate)
+        return most
+
     def _budget(self, limit: Constraint) -> Budget:
         sign = 1 if limit.operator.startswith("<") else -1
         if limit.figure in self.tables:

@@ -20,11 +20,11 @@ INTEGERS = [Option.of("svd-llm-int8", rank=rank) for rank in (16, 24)]  # as man
 UNTIMED = Option.of("svd", rank=2)
 
 
-def make_figures(seed=0):
+def make_figures(seed=0, levels=(*LEVELS, *INTEGERS), biased="b.o"):
     """Three weights, the last outside the blocks, and a joint site over the first two that drops them."""
     random = np.random.default_rng(seed)
-    weights = {name: Weight("weight", name, *shape, bias=name == "b.o") for name, shape in SHAPES.items()}
-    single = {Site(name, (weight,)): [*LEVELS, *INTEGERS] for name, weight in weights.items()}
+    weights = {name: Weight("weight", name, *shape, bias=name == biased) for name, shape in SHAPES.items()}
+    single = {Site(name, (weight,)): list(levels) for name, weight in weights.items()}
     single[Site("head", (weights["head"],))].append(UNTIMED)
     joint = Site("b", (weights["b.v"], weights["b.o"]))
     wanted = single | {joint: [Option.of("drop-block")]}
@@ -103,6 +103,34 @@ def test_limits_from_below_are_kept_too():
     found = figures.of(knapsack_several(figures.menu, math.inf, figures.budgets(limits)))
     assert met(limits, found)
     assert found["parameters"] < 1
+
+
+@pytest.mark.parametrize(
+    ("names", "levels"),
+    [
+        (("parameters",), (*LEVELS, *INTEGERS)),
+        (("parameter_count",), LEVELS),
+        (("bytes",), LEVELS),
+        (("bytes", "parameters"), LEVELS),
+    ],
+)
+@pytest.mark.parametrize("operator", ["<=", "<"])
+def test_limits_on_one_size_allow_the_plans_that_it_allows(names, levels, operator):
+    figures = make_figures(levels=levels, biased=None)  # a bias is saved beside what the size counts
+    plans = every_choice(figures.menu)
+    for each in itertools.product(*(bounds(figures, name, 6) for name in names)):
+        limits = [Constraint(name, operator, bound) for name, bound in zip(names, each, strict=True)]
+        most = figures.size(limits)
+        for plan in plans:
+            assert met(limits, figures.of(plan)) == (figures.menu.size(plan) <= most)
+
+
+@pytest.mark.parametrize("text", ["block_parameters<=0.7", "bytes<=34000", "latency<=0.9", "parameters>=0.7"])
+def test_what_is_no_straight_line_in_the_size_is_not_taken_for_one(text):
+    """The head is outside of the blocks, integers take fewer bytes, and what is wanted larger is no limit of a size."""
+    figures = make_figures(biased=None)
+    assert figures.size([Constraint.parse("parameters<=0.9"), Constraint.parse(text)]) is None
+    assert figures.size([Constraint.parse("parameters<=0.9"), Constraint.parse("perplexity<=30")]) is not None
 
 
 def test_what_was_not_timed_is_not_taken_under_a_limit_on_latency():
