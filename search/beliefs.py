@@ -164,7 +164,8 @@ class Beliefs:
         learned = {plan: (found.level, found.spread) for plan, found in in_turn if any(plan)}
         if learned:
             plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
-            found = {trial.number: local for trial in finished if (local := self._local(trial)) is not None}
+            around = {trial.number: local for trial in finished if (local := self._local(trial)) is not None}
+            found = {number: local for number, local in around.items() if not math.isnan(local.divergence)}
             self.locals = list(found.values())
             contexts = [self._context(number, local) for number, local in found.items()]
             self.surrogate.contexts = [context for context in contexts if context is not None]
@@ -188,15 +189,20 @@ class Beliefs:
         self.error = math.sqrt(sum(variances) / len(variances))
 
     def _local(self, trial: FrozenTrial) -> Local | None:
-        """The slopes that a trial measured; None where it measured none, or their centre's level is unknown."""
+        """The slopes that a trial measured, or None; the divergence is NaN where their centre's is not known."""
         packed = trial.user_attrs.get("slopes")
         plan = self.plan_of(trial.params)
-        if packed is None or plan is None or tuple(plan) not in self.measured:
+        if packed is None or plan is None:
             return None
         if trial.number not in self._slopes:
             self._slopes[trial.number] = self._unpacked(packed, plan)
-        centre, tokens = self.measured[tuple(plan)], trial.user_attrs.get("slope_tokens", EARLIER_TOKENS)
-        return Local(centre.trial, np.array(plan), math.exp(centre.level), *self._slopes[trial.number], tokens)
+        centre, tokens = self.measured.get(tuple(plan)), trial.user_attrs.get("slope_tokens", EARLIER_TOKENS)
+        number, divergence = (trial.number, math.nan) if centre is None else (centre.trial, math.exp(centre.level))
+        return Local(number, np.array(plan), divergence, *self._slopes[trial.number], tokens)
+
+    def along(self, trials: Sequence[FrozenTrial]) -> list[Local]:
+        """The slopes that ``trials`` measured, of those that did, in order; what was measured around need not be."""
+        return [local for trial in trials if (local := self._local(trial)) is not None]
 
     def _unpacked(
         self, packed: Mapping[str, Sequence[Any]], plan: Sequence[int]

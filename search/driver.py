@@ -17,6 +17,7 @@ from rankfront.search.accuracy import Calibration, calibration
 from rankfront.search.beliefs import Beliefs, rung_of
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
+from rankfront.search.continuation import Paths
 from rankfront.search.fidelity import Ladder, Lift, carried
 from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
@@ -100,6 +101,7 @@ class Driver:
         self.ladder.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
+        self.paths: Paths | None = None  # once our sampler proposes
         self.opened = False  # whether all of the menu's predicted front was queued
         self.record: Record | None = None  # what the menu is made of
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
@@ -154,14 +156,16 @@ class Driver:
         for anchor in anchors:
             self._enqueue("anchor", anchor.label, self.space.anchor_parameters(anchor))
 
-    def _enqueue(self, origin: str, label: str, parameters: Mapping[str, int | str]) -> None:
-        """Queue a trial unless one of the same origin and label was measured, failed by itself or is waiting."""
+    def _enqueue(self, origin: str, label: str, parameters: Mapping[str, int | str]) -> int:
+        """Queue a trial unless one of the same origin and label was measured, failed by itself or is waiting; which
+        number it has, or that one."""
         attributes = {"origin": origin, "anchor": label}
         for trial in self.study.get_trials(deepcopy=False):
             same = attributes.items() <= trial.user_attrs.items()
             if same and trial.user_attrs.get("failure") != INTERRUPTED:
-                return
+                return int(trial.number)
         self.study.enqueue_trial(dict(parameters), user_attrs=attributes)
+        return int(self.study.get_trials(deepcopy=False)[-1].number)
 
     # -- our sampler: the menu first, then its predicted front, then proposals
 
@@ -309,11 +313,19 @@ class Driver:
             )
 
     def _ask_slopes(self) -> None:
-        """Queue slopes around the plan that our sampler names, where the limit leaves tokens for them and a trial."""
-        if isinstance(self.sampler, RankfrontSampler) and not self._waiting():
+        """Queue slopes at the next stop of a path, else around the plan that our sampler names, where the limit leaves
+        tokens for them and a trial."""
+        if isinstance(self.sampler, RankfrontSampler) and not self._waiting() and not self._goes_on(self.sampler):
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 self._enqueue_slopes(number)
+
+    def _goes_on(self, sampler: RankfrontSampler) -> bool:
+        """Queue the next stop of a path, if one is due; whether it is."""
+        if self.paths is None:
+            marks = opening_budgets(map(float, sampler.marks), sampler.menu.even.dense)
+            self.paths = Paths(self.study, self.space, sampler.beliefs, marks, self._enqueue)
+        return self.paths.advance(self.tokens, self._passes, self._readable, self._unreserved, self.ladder.tokens[0])
 
     def _enqueue_slopes(self, number: int) -> bool:
         """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""
@@ -337,13 +349,22 @@ class Driver:
     @property
     def _slope_tokens(self) -> int:
         """Of how many tokens slopes would be measured now; 0 where the limit leaves too few for them and trials."""
+        room = (self._unreserved[1] - STEPS_AFTER * self.ladder.tokens[0]) / self._passes
+        fitting = min(slope_tokens(self.tokens, quality_of(self.config)), self._readable, room)
+        return int(fitting) if fitting >= min(SLOPE_TOKENS, self._readable) else 0
+
+    @property
+    def _readable(self) -> int:
+        """Tokens of the search split that slopes read: those that no trial does, where they are enough."""
         data = self.config.data
         unread = (data.search.windows - self.config.rung_windows()[-1].stop) * data.length
-        split = unread if unread >= SLOPE_TOKENS else data.search.windows * data.length
-        left = (self._left - self.ladder.reserve(self.rows(), self._left))[1]
-        room = (left - STEPS_AFTER * self.ladder.tokens[0]) / self._passes
-        fitting = min(slope_tokens(self.tokens, quality_of(self.config)), split, room)
-        return int(fitting) if fitting >= min(SLOPE_TOKENS, split) else 0
+        return unread if unread >= SLOPE_TOKENS else data.search.windows * data.length
+
+    @property
+    def _unreserved(self) -> np.ndarray:
+        """Trials and tokens that the limits leave once what runs is measured, beside what lifting the front takes."""
+        left: np.ndarray = self._left - self.ladder.reserve(self.rows(), self._left)
+        return left
 
     @property
     def _passes(self) -> int:
