@@ -2,10 +2,10 @@
 
     python studies/paths.py TEXT [--threads 2]
 
-From the menu's plan at `START` of the weights a path goes down by `STEP` (see search/continuation.py), svd-llm and dense
-the options. Each stop's slopes are measured on windows of the search split that no trial reads, drawn anew. The excess
-loss over dense, in nats a token, is measured on the windows that trials read, at round kept fractions: those at which
-paths of studies end, and further down. Nothing is chosen by it. The page goes to studies/results/paths.md.
+From the menu's plan at `START` of the weights a path goes down by `STEP` (see search/continuation.py), svd-llm and
+dense the options. Each stop's slopes are measured on windows of the search split that no trial reads, drawn anew. The
+excess loss over dense, in nats a token, is measured on the windows that trials read, at round kept fractions: those at
+which paths of studies end, and further down. Nothing is chosen by it. The page goes to studies/results/paths.md.
 """
 
 from __future__ import annotations
