@@ -8,8 +8,8 @@ with ā and b̄ the slopes around p_k, those of earlier stops mixed in:
 
 n the tokens of a stop's slopes, and b̄ likewise over the stops with the same option at site i. What a menu says of
 options alone is not what they do together; of a short step slopes say it well, whatever the steps before it have come
-to, and what one step gets wrong the next one sees. What that gains, and that it gains nothing further down than `END`,
-is in studies/results/paths.md.
+to, and what one step gets wrong the next one sees. What that gains over the menu is in studies/results/paths.md. Below
+`END` steps around measured plans have come as far for their tokens, in runs on smollm2-135m.
 
 Source: numerical continuation, Allgower & Georg (2003), chapter 2, its predictor alone; pruning in steps rather than at
 once, Zhu & Gupta (1710.01878). Ours is the application to plans.

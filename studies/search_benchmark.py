@@ -343,7 +343,8 @@ PAGE = """# Search against search
 SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense. What is measured and how is said at the top of
 `studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first. Where a
 commit has local changes, they are these results. Trials and probes of commits before e23b02e read the beginning of the
-search split, later ones read windows from all over it; our own search is another since db813ee.
+search split, later ones read windows from all over it; our own search is another since db813ee,
+and goes paths (`search/continuation.py`) since 72d751f.
 
 {table}
 
