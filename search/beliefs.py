@@ -164,8 +164,8 @@ class Beliefs:
         learned = {plan: (found.level, found.spread) for plan, found in in_turn if any(plan)}
         if learned:
             plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
-            around = {trial.number: local for trial in finished if (local := self._local(trial)) is not None}
-            found = {number: local for number, local in around.items() if not math.isnan(local.divergence)}
+            known = [trial for trial in finished if tuple(self.plan_of(trial.params) or ()) in self.measured]
+            found = {trial.number: local for trial in known if (local := self._local(trial)) is not None}
             self.locals = list(found.values())
             contexts = [self._context(number, local) for number, local in found.items()]
             self.surrogate.contexts = [context for context in contexts if context is not None]
