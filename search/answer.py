@@ -167,7 +167,7 @@ class _Learned:
         menu, size = self.beliefs.menu, self.figures.size(bounds)
         if size is None:
             return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
-        return Descent(menu, losses, np.zeros((len(menu.lines), len(menu.lines)))).solve(size)
+        return Descent(menu, losses).solve(size)
 
     def _tightened(self, limit: Constraint) -> Constraint:
         """``limit``; where the measured plan nearest below it by the table missed it, by as much lower as the table was

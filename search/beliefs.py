@@ -71,8 +71,7 @@ class _Banded:
     """The corrected menu where what options hurt depends on the size of the plan: solved for bands of it."""
 
     def __init__(self, surrogate: Surrogate, used: Coefficients, priced: Menu, coupling: np.ndarray | None) -> None:
-        self.surrogate, self.used, self.priced = surrogate, used, priced
-        self.coupling = np.zeros((len(priced.lines), len(priced.lines))) if coupling is None else coupling
+        self.surrogate, self.used, self.priced, self.coupling = surrogate, used, priced, coupling
         self._solved: dict[int, Descent] = {}
 
     def solve(self, budget: float) -> list[int]:
@@ -339,8 +338,7 @@ class Beliefs:
 def cautious(local: Local, trust: Trust, menu: Menu) -> tuple[list[Descent], list[list[int]], np.ndarray]:
     """The slopes of ``local`` under each of `CAUTIONS`: what solves them, the step at the centre's own size, and the
     share of the centre's divergence that it promises by that caution."""
-    none = np.zeros((len(menu.lines), len(menu.lines)))
-    solved = [Descent(menu, local.losses(trust, caution), none) for caution in CAUTIONS]
+    solved = [Descent(menu, local.losses(trust, caution)) for caution in CAUTIONS]
     own = max(menu.size(local.plan), menu.least)
     steps = [one.solve(own) for one in solved]
     a, b = local.sums(np.array(steps))

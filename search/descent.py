@@ -33,15 +33,17 @@ Places = list[int]
 
 @dataclass
 class Descent:
-    """Plans of least S for a menu, its corrected ``losses`` (line by line) and ``coupling`` K (lines, lines)."""
+    """Plans of least S for a menu, its corrected ``losses`` (line by line) and ``coupling`` K (lines, lines), None for
+    zero."""
 
     menu: Menu
     losses: Sequence[np.ndarray]
-    coupling: np.ndarray
+    coupling: np.ndarray | None = None
     _path: list[tuple[float, np.ndarray]] = field(default_factory=list)  # (multiplier, places), multipliers rising
 
     def __post_init__(self) -> None:
         lines = self.menu.lines
+        self._coupling = np.zeros((len(lines), len(lines))) if self.coupling is None else self.coupling
         widest = max(len(line.options) for line in lines)
         self._e = np.full((len(lines), widest), NEVER)
         self._saved = np.zeros((len(lines), widest))
@@ -50,7 +52,7 @@ class Descent:
             self._saved[i, : len(loss)] = line.sizes[0] - line.sizes
         self._r = np.sqrt(2 * np.where(self._e < NEVER / 2, np.maximum(self._e, 0), 0))
         self._all = np.arange(len(lines))
-        self._alone = not self.coupling.any()
+        self._alone = not self._coupling.any()
         self._single = np.array([not line.weights for line in lines])
         self._lone = np.array([r.members[0] for r in self.menu.regions if len(r.members) == 1], dtype=int)
         self._shared = [region for region in self.menu.regions if len(region.members) > 1]
@@ -64,7 +66,7 @@ class Descent:
         """S of a choice."""
         chosen = self._all, np.asarray(places)
         r = self._r[chosen]
-        return float(self._e[chosen].sum() + 0.5 * r @ self.coupling @ r)
+        return float(self._e[chosen].sum() + 0.5 * r @ self._coupling @ r)
 
     def _priced(self, places: np.ndarray, multiplier: float) -> float:
         """S − λ · saved."""
@@ -143,7 +145,7 @@ class Descent:
         places = start.copy()
         priced = self._e - multiplier * self._saved
         r = self._r[self._all, places]
-        pull = self.coupling @ r
+        pull = self._coupling @ r
         for _ in range(ROUNDS):
             gains = priced + self._r * pull[:, None]
             gains -= gains[self._all, places][:, None]
@@ -171,10 +173,10 @@ class Descent:
             change += priced[j, 0] - priced[j, places[j]]
         if rivals:
             alone = self._r[i, place] * pull[i] - r[i] * pull[i]
-            change += 0.5 * float(trial @ self.coupling @ trial - r @ self.coupling @ r) - float(alone)
+            change += 0.5 * float(trial @ self._coupling @ trial - r @ self._coupling @ r) - float(alone)
             if change >= -TINY:
                 return False
-        pull += self.coupling @ (trial - r)
+        pull += self._coupling @ (trial - r)
         r[:] = trial
         places[i] = place
         places[rivals] = 0
@@ -185,7 +187,7 @@ class Descent:
 
         Moves of lines whose rivals are treated count as bad as can be.
         """
-        pull = self.coupling @ self._r[self._all, places]
+        pull = self._coupling @ self._r[self._all, places]
         change = self._e + self._r * pull[:, None]
         change -= change[self._all, places][:, None]
         one, other = self._pairs.T
@@ -217,7 +219,7 @@ class Descent:
             down = np.argsort(np.where(stored < 0, worth, np.inf))[:PAIRED]
             up, down = up[stored[up] > 0], down[stored[down] < 0]
             step = self._r[rows, columns] - self._r[rows, places[rows]]
-            cross = self.coupling[np.ix_(rows[up], rows[down])] * np.outer(step[up], step[down])
+            cross = self._coupling[np.ix_(rows[up], rows[down])] * np.outer(step[up], step[down])
             both = worth[up][:, None] + worth[down][None, :] + cross
             both[rows[up][:, None] == rows[down][None, :]] = np.inf
             treated = (columns[up] > 0)[:, None] & (columns[down] > 0)

@@ -323,7 +323,7 @@ class Driver:
     def _goes_on(self, sampler: RankfrontSampler) -> bool:
         """Queue the next stop of a path, if one is due; whether it is."""
         if self.paths is None:
-            marks = opening_budgets(map(float, sampler.marks), sampler.menu.even.dense)
+            marks = opening_budgets(sampler.marks, sampler.menu.even.dense)
             self.paths = Paths(self.study, self.space, sampler.beliefs, marks, self._enqueue)
         return self.paths.advance(self.tokens, self._passes, self._readable, self._unreserved, self.ladder.tokens[0])
 

@@ -105,7 +105,7 @@ def stops_of(study):
 
 def sizes_of(study, beliefs):
     """Where its paths stop."""
-    marks = opening_budgets(map(float, marks_of(beliefs)), beliefs.menu.even.dense)
+    marks = opening_budgets(marks_of(beliefs), beliefs.menu.even.dense)
     return Paths(study._optuna(), make_space(study.setup()), beliefs, marks, None).sizes
 
 
