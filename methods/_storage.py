@@ -41,14 +41,15 @@ class Storage:
         return self.values * value_bytes - (-self.index_bits // 8) - (-self.integer_bits // 8)
 
     def __add__(self, other: Storage) -> Storage:
-        return Storage(*(a + b for a, b in zip(self._parts, other._parts, strict=True)))
+        return Storage(
+            self.values + other.values,
+            self.index_bits + other.index_bits,
+            self.integers + other.integers,
+            self.integer_bits + other.integer_bits,
+        )
 
     def __sub__(self, other: Storage) -> Storage:
-        return Storage(*(a - b for a, b in zip(self._parts, other._parts, strict=True)))
-
-    @property
-    def _parts(self) -> tuple[int, ...]:
-        return self.values, self.index_bits, self.integers, self.integer_bits
+        return self + Storage(-other.values, -other.index_bits, -other.integers, -other.integer_bits)
 
 
 def dense_storage(out_features: int, in_features: int) -> Storage:

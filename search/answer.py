@@ -29,7 +29,7 @@ from rankfront.search.space import Space
 
 GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
 TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
-NEARBY = (1.0, 0.98, 0.95)  # budgets, by what the knapsack's plan stores, at which slopes and interactions are solved
+NEARBY = (1.0, 0.98, 0.95)  # by what an integer program's plan stores: budgets for slopes, which see no other limit
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,22 @@ class _Learned:
         menu = self.beliefs.menu
         cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
         upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
-        budget = _budget(cheapest, dense, upper, menu.least, menu.dense)
-        found, bounds = self._knapsack(limits, budget / menu.dense)
+        size = self.figures.size(limits)
+        budget = _budget(cheapest, dense, upper, menu.least, menu.dense) if size is None else size
+        found, bounds = self._knapsack(limits, budget / menu.dense, size)
         if found is None:
             return {}
-        refined = self.beliefs.refined([budget, *(share * menu.size(found) for share in NEARBY)])
+        nearby = [share * menu.size(found) for share in NEARBY] if size is None else []
+        refined = self.beliefs.refined([budget, *nearby])
         steps = dict.fromkeys(map(tuple, refined), STEPS_FLATTER)
         return {tuple(found): SOLUTIONS_FLATTER} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
 
-    def _knapsack(self, limits: Sequence[Constraint], share: float) -> tuple[list[int] | None, list[Constraint]]:
+    def _knapsack(
+        self, limits: Sequence[Constraint], share: float, size: float | None
+    ) -> tuple[list[int] | None, list[Constraint]]:
         """The menu as corrected for plans of ``share`` of the dense size, solved under all ``limits`` that options
-        decide, None where no plan meets them; and the limits that it was solved under in the end.
+        decide, None where no plan meets them; and the limits that it was solved under in the end. ``size`` is what
+        they come to, where they all limit the size.
 
         Where a latency of the solution was measured and missed its limit, the bound moves by what the table was wrong.
         """
@@ -147,7 +152,7 @@ class _Learned:
         places = None
         for _ in range(TRIES):
             try:
-                places = self._least(losses, bounds)
+                places = self._least(losses, bounds, size)
             except InputError:  # where this is the first, what was measured may still meet them
                 return places, bounds
             predicted, known = self.figures.of(places), self.of(places)
@@ -161,10 +166,10 @@ class _Learned:
             ]
         return places, bounds
 
-    def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint]) -> list[int]:
-        """The plan of nearly least ``losses`` within ``bounds``: along multipliers where they all limit the size, in
+    def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint], size: float | None) -> list[int]:
+        """The plan of nearly least ``losses`` within ``bounds``: along multipliers where they come to ``size``, in
         milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
-        menu, size = self.beliefs.menu, self.figures.size(bounds)
+        menu = self.beliefs.menu
         if size is None:
             return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
         return Descent(menu, losses).solve(size)

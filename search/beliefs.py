@@ -126,6 +126,7 @@ class Beliefs:
         self.error = SURROGATE_ERROR  # of the surrogate's predictions, as recent trials showed it
         self.poor = False  # whether that is too much to lean on them
         self._fitted = 0
+        self._plans: dict[int, list[int] | None] = {}  # by trial; a finished one never changes
         self._slopes: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}  # a and b by trial
         self._contexts: dict[int, Context | None] = {}  # what they say of the menu
 
@@ -135,6 +136,12 @@ class Beliefs:
         """A trial's parameters as places in the menu; None where it took an option that is not on it."""
         drawn = {site: self.options[site][int(place)] for site, place in params.items() if site in self.options}
         return self.menu.places(self.disjoint(drawn))
+
+    def _plan(self, trial: FrozenTrial) -> list[int] | None:
+        """`plan_of` of a finished trial, worked out once."""
+        if trial.number not in self._plans:
+            self._plans[trial.number] = self.plan_of(trial.params)
+        return self._plans[trial.number]
 
     def learn(self, study: optuna.Study) -> None:
         """Fit the surrogate to what is measured, each plan at the highest rung that it has reached.
@@ -146,11 +153,11 @@ class Beliefs:
         if len(finished) == self._fitted:
             return
         complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self.plan_of(t.params) or [1])}
+        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self._plan(t) or [1])}
         dense = {0: self.goal.dense} | at_dense
         self.measured = {}
         for trial in sorted(complete, key=rung_of):
-            plan, rung = self.plan_of(trial.params), rung_of(trial)
+            plan, rung = self._plan(trial), rung_of(trial)
             if plan is not None and rung in dense:
                 level = self.goal.log_divergence(trial.values[self.goal.quality], dense[rung])
                 values = list(trial.values)
@@ -163,7 +170,7 @@ class Beliefs:
         learned = {plan: (found.level, found.spread) for plan, found in in_turn if any(plan)}
         if learned:
             plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
-            known = [trial for trial in finished if tuple(self.plan_of(trial.params) or ()) in self.measured]
+            known = [trial for trial in finished if tuple(self._plan(trial) or ()) in self.measured]
             found = {trial.number: local for trial in known if (local := self._local(trial)) is not None}
             self.locals = list(found.values())
             contexts = [self._context(number, local) for number, local in found.items()]
@@ -190,7 +197,7 @@ class Beliefs:
     def _local(self, trial: FrozenTrial) -> Local | None:
         """The slopes that a trial measured, or None; the divergence is NaN where their centre's is not known."""
         packed = trial.user_attrs.get("slopes")
-        plan = self.plan_of(trial.params)
+        plan = self._plan(trial)
         if packed is None or plan is None:
             return None
         if trial.number not in self._slopes:

@@ -54,29 +54,34 @@ def context_of(local: Local, menu: Menu, features: Mapping[tuple[int, str], int]
     alone = sum(float(menu.lines[i].divergence[local.places[i]]) for i in treated)
     if removed <= 0 or alone <= 0:
         return None
-    scale = removed / alone
-    logs = np.zeros(len(features))
-    for i, line in enumerate(menu.lines):
-        a, b = local.first[i], local.second[i]
-        bend = SECOND[0] * b
-        harm = a - a[0] + bend
-        predicted = scale * line.divergence
-        noise = 2 * OVER_FISHER / local.tokens * (b + b[0])
-        variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
-        known = np.isfinite(harm) & np.isfinite(variance) & (predicted > 0)
-        for method, levels in line.by_method.items():
-            own = levels[known[levels]]
-            if len(own):
-                logs[features[i, method]] = np.log(_factor(harm[own], predicted[own], variance[own]))
+    lengths = [len(line.options) for line in menu.lines]
+    own_dense = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)  # of every option, its line's first one
+    options = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options]
+    feature = np.array([features.get(key, -1) for key in options])  # dense has none
+    a, b = np.concatenate(local.first), np.concatenate(local.second)
+    bend = SECOND[0] * b
+    harm = a - a[own_dense] + bend
+    predicted = removed / alone * np.concatenate([line.divergence for line in menu.lines])
+    noise = 2 * OVER_FISHER / local.tokens * (b + b[own_dense])
+    variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
+    known = np.isfinite(harm) & np.isfinite(variance) & (predicted > 0) & (feature >= 0)
+    logs = np.log(_factors(harm[known], predicted[known], variance[known], feature[known], len(features)))
     return Context(menu.size(local.plan) / menu.dense, logs)
 
 
-def _factor(harm: np.ndarray, predicted: np.ndarray, variance: np.ndarray) -> float:
-    """f for the options of one line and method: alike as they are, they say together what the surest says alone."""
+def _factors(
+    harm: np.ndarray, predicted: np.ndarray, variance: np.ndarray, feature: np.ndarray, count: int
+) -> np.ndarray:
+    """f of all ``count`` pairs of line and method, (F,), from options whose pair is ``feature``, (K,) each: alike as
+    they are, options of one pair say together what the surest says alone. 1 where nothing is known."""
     weights = predicted**2 / variance
-    found = float((weights * harm / predicted).sum() / weights.sum())
-    sure, prior = float(weights.max()), 1 / SPREAD**2
-    return float(np.clip((sure * found + prior) / (sure + prior), *BOUNDS))
+    sure = np.zeros(count)
+    np.maximum.at(sure, feature, weights)
+    whole = np.maximum(np.bincount(feature, weights, count), np.finfo(float).tiny)
+    mean = np.bincount(feature, weights * harm / predicted, count) / whole
+    prior = 1 / SPREAD**2
+    found: np.ndarray = np.clip((sure * mean + prior) / (sure + prior), *BOUNDS)
+    return found
 
 
 def factors_at(contexts: Sequence[Context], shares: np.ndarray, count: int) -> np.ndarray:

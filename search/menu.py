@@ -42,12 +42,6 @@ class Line:
         """Every cost of each option, the size first, (costs, K)."""
         return np.array([self.sizes, *self.more])
 
-    @cached_property
-    def by_method(self) -> dict[str, np.ndarray]:
-        """Method -> which of the options are its levels, dense left out."""
-        methods = np.array([option.method for option in self.options])
-        return {method: np.flatnonzero(methods == method) for method in dict.fromkeys(methods[1:].tolist())}
-
     @property
     def claims(self) -> tuple[str, ...]:
         """The weights of the site, by the names of their own sites."""

@@ -176,6 +176,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         return self.run.study(self.config)
 
+    @fronts.uncollected()
     def answer(self, *constraints: str) -> Answer:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``, and the study's own;
         not measured."""
