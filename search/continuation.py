@@ -18,7 +18,7 @@ once, Zhu & Gupta (1710.01878). Ours is the application to plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -120,11 +120,13 @@ class Paths:
             return False
         trials = self.study.get_trials(deepcopy=False)
         asked = [t for t in trials if PATH in t.user_attrs and t.user_attrs.get("failure") != INTERRUPTED]
+        if not all(t.state.is_finished() for t in asked):
+            return False
+        self._again(trials, asked)
         number = max((t.user_attrs[PATH] for t in asked), default=0)
         on_it = [t for t in asked if t.user_attrs[PATH] == number]
         tokens = int(on_it[0].user_attrs["slope_tokens"]) if on_it else 0
-        over = not on_it or len(on_it) == len(self.sizes) or any("failure" in t.user_attrs for t in on_it)
-        if over:
+        if not on_it or len(on_it) == len(self.sizes) or any("failure" in t.user_attrs for t in on_it):
             least = max(FEWEST, MORE * tokens)
             tokens = min(int(SHARE * spent / (passes * len(self.sizes))), readable)
             trials_on_it = 1 + sum(size in self.marks for size in self.sizes[1:])
@@ -132,14 +134,17 @@ class Paths:
             if tokens < least or (left < whole).any():
                 return False
             number, on_it = number + 1, []
-        if (left < (1, passes * tokens + trial)).any() or not all(t.state.is_finished() for t in on_it):
+        if (left < (1, passes * tokens + trial)).any():
             return False
-        for stop in on_it:
+        self._stop(number, tokens, on_it)
+        return True
+
+    def _again(self, trials: Sequence[FrozenTrial], asked: Iterable[FrozenTrial]) -> None:
+        """Queue the plans at marks of the stops ``asked`` that were interrupted, unless they wait already."""
+        for stop in asked:
             centre = stop.user_attrs["slopes_of"]
             if centre is not None and trials[centre].user_attrs.get("failure") == INTERRUPTED:
                 self.enqueue(PATH, trials[centre].user_attrs["anchor"], stop.params)
-        self._stop(number, tokens, on_it)
-        return True
 
     def _stop(self, number: int, tokens: int, before: Sequence[FrozenTrial]) -> None:
         """Queue slopes at the stop after those ``before`` it, and at a mark its plan first."""

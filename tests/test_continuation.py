@@ -196,6 +196,27 @@ def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, s
             assert any(t.state.name in ("COMPLETE", "PRUNED") and t.params == stop.params for t in again)
 
 
+def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data, tmp_path, monkeypatch):
+    measure, stopped = Resident._trial, []
+
+    def interrupted(self, job):
+        label = study._optuna().trials[job.number].user_attrs.get("anchor")
+        if label == "1, keep=0.7" and not stopped:
+            stopped.append(job.number)
+            raise KeyboardInterrupt
+        return measure(self, job)
+
+    monkeypatch.setattr(Resident, "_trial", interrupted)
+    study = Study(data, tmp_path / "run")
+    with pytest.raises(Interrupted):
+        study.launch(quiet())
+    study.launch(quiet())
+    check_paths(study)
+    (failed,), trials = stopped, study._optuna().trials
+    same = [t for t in trials if t.user_attrs.get("anchor") == "1, keep=0.7" and t.number != failed]
+    assert [(t.state.name in ("COMPLETE", "PRUNED"), t.params) for t in same] == [(True, trials[failed].params)]
+
+
 def test_a_path_ends_where_slopes_fail(data, tmp_path, monkeypatch):
     measure, asked = Resident._slopes, []
 
