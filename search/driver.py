@@ -192,9 +192,8 @@ class Driver:
         cannot be, for they decide what the others are."""
         if self.only is not None:
             return
-        dense = sampler.menu.even.dense
-        budgets = opening_budgets(sampler.marks, dense)
-        if not self._settled(sampler.beliefs, centre_first(budgets, dense)):
+        budgets = _budgets(sampler)
+        if not self._settled(sampler.beliefs, centre_first(budgets, sampler.menu.even.dense)):
             return
         sampler.beliefs.learn(self.study)
         self.opened = True
@@ -323,8 +322,7 @@ class Driver:
     def _goes_on(self, sampler: RankfrontSampler) -> bool:
         """Queue the next stop of a path, if one is due; whether it is."""
         if self.paths is None:
-            marks = opening_budgets(sampler.marks, sampler.menu.even.dense)
-            self.paths = Paths(self.study, self.space, sampler.beliefs, marks, self._enqueue)
+            self.paths = Paths(self.study, self.space, sampler.beliefs, _budgets(sampler), self._enqueue)
         return self.paths.advance(self.tokens, self._passes, self._readable, self._unreserved, self.ladder.tokens[0])
 
     def _enqueue_slopes(self, number: int) -> bool:
@@ -516,6 +514,11 @@ class Driver:
         while self.running:
             self._fail(self.running.popitem()[1], INTERRUPTED)
         self.reporting.clear()
+
+
+def _budgets(sampler: RankfrontSampler) -> list[float]:
+    """Sizes at which a study opens, and at which its paths are measured."""
+    return opening_budgets(sampler.marks, sampler.menu.even.dense)
 
 
 class WorkersDied(Exception):

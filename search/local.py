@@ -94,17 +94,13 @@ def surest(found: Sequence[Local], plans: np.ndarray, trusts: Sequence[Trust]) -
     return logs, errors
 
 
-def learn_trust(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray, own: Local | None = None) -> Trust:
-    """The posterior mode of α and κ for measured ``plans`` (T, lines) and their ``divergence`` (T,).
+def learn_trusts(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> list[Trust]:
+    """The posterior mode of α and κ for the slopes of each, by measured ``plans`` (T, lines) and their ``divergence``
+    (T,).
 
     Each plan is read through every centre but itself; the error of a change is Gaussian, in proportion to its terms.
-    For the slopes of ``own``, what was learned around other centres says less.
+    For the slopes of one centre, what was learned around others says less.
     """
-    return _fitted(found, [_taught(local, plans, divergence) for local in found], own)
-
-
-def learn_trusts(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> list[Trust]:
-    """`learn_trust` for the slopes of each."""
     taught = [_taught(local, plans, divergence) for local in found]
     return [_fitted(found, taught, own) for own in found]
 
@@ -116,12 +112,12 @@ def _taught(local: Local, plans: np.ndarray, divergence: np.ndarray) -> np.ndarr
     return np.stack([a, b, divergence[others] - local.divergence, error_of(a, b)])
 
 
-def _fitted(found: Sequence[Local], taught: Sequence[np.ndarray], own: Local | None) -> Trust:
+def _fitted(found: Sequence[Local], taught: Sequence[np.ndarray], own: Local) -> Trust:
     """Ridge regression on what every one ``found`` has ``taught``."""
     rows = [np.diag([1 / FIRST[1], 1 / SECOND[1]])]
     targets = [np.array([FIRST[0] / FIRST[1], SECOND[0] / SECOND[1]])]
     for local, (a, b, change, error) in zip(found, taught, strict=True):
-        error = error * (1.0 if own in (None, local) else ELSEWHERE)
+        error = error * (1.0 if local is own else ELSEWHERE)
         sure = error < LEARN_BELOW * local.divergence
         rows.append(np.stack([a[sure], b[sure]], axis=1) / error[sure, None])
         targets.append(change[sure] / error[sure])

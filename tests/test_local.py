@@ -13,7 +13,6 @@ from rankfront.search.local import (
     SECOND,
     Local,
     Trust,
-    learn_trust,
     learn_trusts,
     surest,
 )
@@ -159,12 +158,18 @@ def test_without_slopes_nobody_is_sure():
 # -- how far they are believed
 
 
+def learn_trust(local, plans, values):
+    """That of slopes around one centre alone."""
+    (found,) = learn_trusts([local], plans, values)
+    return found
+
+
 @pytest.mark.parametrize(("alpha", "kappa"), [(0.5, 2.0), (0.75, 5.0), (1.0, 1.5), (1.2, 8.0)])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_trust_is_recovered(alpha, kappa, noise):
     local = make_local()
     plans = np.concatenate([near(local, seed, 40, switched) for seed, switched in enumerate((4, 8, 12))])
-    found = learn_trust([local], plans, measured(local, plans, alpha, kappa, noise))
+    found = learn_trust(local, plans, measured(local, plans, alpha, kappa, noise))
     assert found.first == pytest.approx(alpha, abs=0.1)
     assert found.second == pytest.approx(kappa, rel=0.15)
 
@@ -175,7 +180,7 @@ def test_more_plans_bring_it_nearer():
     values = measured(local, plans, 1.2, 6.0)
     errors = []
     for count in (2, 20, 200):
-        found = learn_trust([local], plans[:count], values[:count])
+        found = learn_trust(local, plans[:count], values[:count])
         errors.append(abs(found.first - 1.2) / FIRST[1] + abs(found.second - 6.0) / SECOND[1])
     assert errors[2] < errors[1] < errors[0]
 
@@ -188,9 +193,9 @@ def test_several_centres_teach_together():
             b[1 - int(local.places[0])] = 1.0
     plans = [near(local, seed, 60, 8) for seed, local in enumerate(locals_)]
     values = [measured(local, own, 0.6, 4.0) for local, own in zip(locals_, plans, strict=True)]
-    found = learn_trust(locals_, np.concatenate(plans), np.concatenate(values))
-    assert found.first == pytest.approx(0.6, abs=0.1)
-    assert found.second == pytest.approx(4.0, rel=0.15)
+    for found in learn_trusts(locals_, np.concatenate(plans), np.concatenate(values)):
+        assert found.first == pytest.approx(0.6, abs=0.1)
+        assert found.second == pytest.approx(4.0, rel=0.15)
 
 
 def test_without_data_it_stays_at_the_prior():
@@ -199,8 +204,9 @@ def test_without_data_it_stays_at_the_prior():
     for b in local.second:
         b[3] = 1.0
     none = np.zeros((0, LINES), dtype=int)
-    for found, plans in [([], none), ([local], none), ([], far), ([local], far), ([local], local.places[None])]:
-        trust = learn_trust(found, plans, np.full(len(plans), 5.0))
+    assert learn_trusts([], far, np.full(5, 5.0)) == []
+    for plans in (none, far, local.places[None]):
+        trust = learn_trust(local, plans, np.full(len(plans), 5.0))
         assert (trust.first, trust.second) == pytest.approx((FIRST[0], SECOND[0]))
     assert Trust() == PRIOR
 
@@ -213,14 +219,14 @@ def test_an_option_of_which_nothing_is_known_teaches_nothing():
     values = measured(local, plans, 1.0, 5.0)
     unknown = plans[:5].copy()
     unknown[:, 4] = 2
-    both = learn_trust([local], np.concatenate([plans, unknown]), np.append(values, np.full(5, 3.0)))
-    assert both == learn_trust([local], plans, values)
+    both = learn_trust(local, np.concatenate([plans, unknown]), np.append(values, np.full(5, 3.0)))
+    assert both == learn_trust(local, plans, values)
 
 
 def test_plans_that_agree_with_the_prior_leave_it_where_it_is():
     local = make_local()
     plans = near(local, 0, 30, 8)
-    found = learn_trust([local], plans, measured(local, plans, *(FIRST[0], SECOND[0])))
+    found = learn_trust(local, plans, measured(local, plans, *(FIRST[0], SECOND[0])))
     assert (found.first, found.second) == pytest.approx((FIRST[0], SECOND[0]))
 
 
@@ -229,7 +235,7 @@ def test_plans_that_agree_with_the_prior_leave_it_where_it_is():
 def test_absurd_measurements_stay_within_the_bounds(alpha, kappa):
     local = make_local()
     plans = near(local, 0, 100, 8)
-    found = learn_trust([local], plans, measured(local, plans, alpha, kappa))
+    found = learn_trust(local, plans, measured(local, plans, alpha, kappa))
     for value, (low, high), wild in zip((found.first, found.second), BOUNDS, (alpha, kappa), strict=True):
         assert value == (low if wild < 0 else high)
 
@@ -238,7 +244,7 @@ def test_absurd_measurements_stay_within_the_bounds(alpha, kappa):
 def test_any_measurement_gives_a_trust_within_the_bounds(values):
     local = make_local()
     plans = near(local, 0, 10, 8)
-    found = learn_trust([local], plans, np.full(10, values))
+    found = learn_trust(local, plans, np.full(10, values))
     for value, (low, high) in zip((found.first, found.second), BOUNDS, strict=True):
         assert low <= value <= high
 
@@ -250,7 +256,7 @@ def test_one_wild_plan_among_many_is_outvoted_in_part():
     plans = np.concatenate([short, long])
     values = measured(local, plans, 0.75, 3.0)
     values[-1] += 5 * abs(values[-1] - DIVERGENCE)
-    found = learn_trust([local], plans, values)
+    found = learn_trust(local, plans, values)
     assert found.first == pytest.approx(0.75, abs=0.25)
 
 
@@ -258,7 +264,7 @@ def test_the_same_measurements_give_the_same_trust():
     local = make_local()
     plans = near(local, 0, 20, 8)
     values = measured(local, plans, 0.9, 4.0, 0.2)
-    assert learn_trust([local], plans, values) == learn_trust([local], plans, values)
+    assert learn_trust(local, plans, values) == learn_trust(local, plans, values)
 
 
 def test_what_was_learned_elsewhere_says_less():
@@ -270,6 +276,6 @@ def test_what_was_learned_elsewhere_says_less():
     plans = near(found[1], 1, 30, 8)
     values = measured(found[1], plans, 0.75, 6.0)
     other, own = learn_trusts(found, plans, values)
-    assert [other, own] == [learn_trust(found, plans, values, local) for local in found]
-    assert own == learn_trust(found, plans, values)
+    alone = learn_trust(found[1], plans, values)
+    assert (own.first, own.second) == pytest.approx((alone.first, alone.second))
     assert SECOND[0] < other.second < own.second
