@@ -1,5 +1,6 @@
 """The front against brute force, hypervolume against closed forms, constraints and the knee."""
 
+import gc
 import itertools
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from rankfront.methods import InputError
 from rankfront.search.accuracy import calibration
 from rankfront.search.constraint import Constraint, meeting
 from rankfront.search.driver import INTERRUPTED
-from rankfront.search.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee
+from rankfront.search.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee, uncollected
 from rankfront.search.plan import Plan
 
 AXES = ("perplexity", "parameters", "latency")
@@ -394,3 +395,16 @@ def test_failed_trials_count_unless_interrupted():
 def test_a_trial_without_a_plan_says_so():
     with pytest.raises(InputError, match="trial 3 has no plan"):
         _ = Row(3, "failed", "", None, None).plan
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_reading_leaves_garbage_collection_as_it_was(collecting):
+    """Whether the caller had it on or off, and where reading fails."""
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(InputError), uncollected():
+            assert not gc.isenabled()
+            raise InputError("the storage cannot be read")
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
