@@ -401,10 +401,17 @@ def test_a_trial_without_a_plan_says_so():
 def test_reading_leaves_garbage_collection_as_it_was(collecting):
     """Whether the caller had it on or off, and where reading fails."""
     (gc.enable if collecting else gc.disable)()
+    seen = []
+
+    @uncollected()
+    def read():
+        seen.append(gc.isenabled())
+        raise InputError("the storage cannot be read")
+
     try:
-        with pytest.raises(InputError), uncollected():
-            assert not gc.isenabled()
-            raise InputError("the storage cannot be read")
+        with pytest.raises(InputError):
+            read()
+        assert seen == [False]
         assert gc.isenabled() == collecting
     finally:
         gc.enable()
