@@ -344,15 +344,8 @@ SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense. What is me
 `studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first. Where a
 commit has local changes, they are these results. Trials and probes of commits before e23b02e read the beginning of the
 search split, later ones read windows from all over it; our own search is another since db813ee,
-and goes paths (`search/continuation.py`) since 72d751f. What paths change, by rows of the same seeds before and after
-them:
-
-| budget | rankfront | seeds | hypervolume | ppl at 0.9 | 0.8 | 0.7 | 0.6 | 0.5 | 0.4 |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| 300,000 | without paths, db813ee | 3 | 0.4494 (0.4403 to 0.4500) | 30.1 | 35.6 | 46.0 | 61.1 | 78.5 | 112.9 |
-| 300,000 | with paths, 9f1baf9 | 3 | 0.4431 (0.4349 to 0.4445) | 30.3 | 34.9 | 44.7 | 60.2 | 78.2 | 116.2 |
-| 1,000,000 | without paths, db813ee | 1 | 0.4676 | 29.5 | 34.7 | 45.0 | 57.8 | 75.0 | 102.6 |
-| 1,000,000 | with paths, 9f1baf9 | 1 | 0.4644 | 29.5 | 34.6 | 44.2 | 58.8 | 74.3 | 107.6 |
+and goes paths (`search/continuation.py`) since 72d751f. What paths change is the difference to "rankfront before
+paths": the same row and seeds, as db813ee searched.
 
 {table}
 
