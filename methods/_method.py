@@ -43,7 +43,13 @@ class Weight:
 
     @property
     def storage(self) -> Storage:
+        """mn values, the bias left out."""
         return dense_storage(self.out_features, self.in_features)
+
+    @property
+    def biases(self) -> Storage:
+        """The m values that its module adds; nothing where it adds none."""
+        return Storage(self.out_features if self.bias else 0)
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,13 @@ class Site:
 
     @property
     def storage(self) -> Storage:
-        """What the site stores while dense."""
+        """What the site stores while dense, biases left out: methods count those that they drop as saved."""
         return sum((weight.storage for weight in self.weights), Storage(0))
+
+    @property
+    def biases(self) -> Storage:
+        """What its modules add while dense."""
+        return sum((weight.biases for weight in self.weights), Storage(0))
 
 
 @dataclass(frozen=True)

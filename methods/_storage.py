@@ -147,7 +147,7 @@ class Cost:
     Attributes:
         values: stored parameters of the whole model, index bits counted at 16 bits a value.
         dense_values: the same of the dense model.
-        block_values: those of the block-linear weights alone (embeddings and head left out).
+        block_values: those of the linear layers in the blocks alone, biases included (embeddings and head left out).
         dense_block_values: the same of the dense model.
         bytes: tensor bytes on disk in the dtype the plan is exported in.
     """
@@ -165,5 +165,5 @@ class Cost:
 
     @property
     def block_parameters(self) -> float:
-        """Kept fraction of the block-linear parameters, the figure papers quote."""
+        """Kept fraction of the parameters of the blocks' linear layers, the figure papers quote."""
         return self.block_values / self.dense_block_values if self.dense_block_values else 1.0

@@ -31,7 +31,7 @@ class Parameters:
 @register
 @dataclass(frozen=True)
 class BlockParameters:
-    """The same over the linear weights inside the blocks only, the fraction that papers quote."""
+    """The same over the linear layers inside the blocks only, their biases included: the fraction that papers quote."""
 
     name = "block_parameters"
     unit = "kept fraction"

@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from rankfront.methods import DENSE_OPTION, InputError, get_method
+from rankfront.methods import InputError
 from rankfront.search.allocate import knapsack_several
 from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places
 from rankfront.search.config import StudyConfig
@@ -19,7 +19,7 @@ from rankfront.search.device import DTYPES
 from rankfront.search.front import Row, dense_row
 from rankfront.search.goal import Timings, menu_of, timings_of
 from rankfront.search.limits import COSTS, Figures, met
-from rankfront.search.menu import Menu
+from rankfront.search.menu import Menu, stored
 from rankfront.search.model import Source, find_sites, skeleton
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
@@ -210,9 +210,8 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):
             site = sites[line.site]
-            treated = option != DENSE_OPTION
-            stored = get_method(option.method).storage(site, option) if treated else site.storage
-            figures = {"parameters": stored.parameters, "bytes": stored.bytes(value_bytes), "divergence": divergence}
+            own = stored(site, option)
+            figures = {"parameters": own.parameters, "bytes": own.bytes(value_bytes), "divergence": divergence}
             figures |= {
                 name: timing.ratio(objective, {line.site: option}) for name, (objective, timing) in timings.items()
             }

@@ -104,7 +104,7 @@ class Figures:
         by_name = {site.name: site for site in self.sites}
 
         def added(site: Site, option: Option) -> int:
-            own, before = stored(site, option), site.storage
+            own, before = stored(site, option), stored(site, DENSE_OPTION)
             if figure == "bytes":
                 return own.bytes(self.value_bytes) - before.bytes(self.value_bytes)
             return 0 if figure == "block_parameters" and not self.sites[site] else own.parameters - before.parameters

@@ -177,8 +177,9 @@ Size = Callable[[Site, Option], int]  # what budgets count, of an option or dens
 
 
 def stored(site: Site, option: Option) -> Storage:
-    """What an option stores at a site, or dense."""
-    return site.storage if option == DENSE_OPTION else get_method(option.method).storage(site, option)
+    """What an option stores at a site, or dense, with the site's biases: an option that drops them saves them."""
+    own = site.storage if option == DENSE_OPTION else get_method(option.method).storage(site, option)
+    return own + site.biases
 
 
 def values_stored(site: Site, option: Option) -> int:

@@ -102,7 +102,8 @@ class Prices:
         self.value_bytes = value_bytes
         self._by_name = {site.name: site for site in sites}
         weights = {weight.path: (weight, inside) for site, inside in sites.items() for weight in site.weights}
-        self._block = sum((weight.storage for weight, inside in weights.values() if inside), Storage(0))
+        within = [weight for weight, inside in weights.values() if inside]
+        self._block = sum((weight.storage + weight.biases for weight in within), Storage(0))
         self._changes: dict[tuple[str, Option], Storage] = {}
 
     def of(self, plan: Plan) -> Cost:

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from rankfront.methods import DENSE, FAMILIES, InputError, Site, get_method, method_names
+from rankfront.methods import DENSE, DENSE_OPTION, FAMILIES, InputError, Site, get_method, method_names
 from rankfront.objectives import make_objective
 from rankfront.search.constraint import Constraint, holding
 from rankfront.search.front import Row, box_of, dense_row, hypervolume
+from rankfront.search.menu import values_stored
 from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.study import Study
 
@@ -98,15 +99,14 @@ def plan_json(study: Study, row: Row) -> dict[str, Any]:
         )
     for site in found:
         option = row.plan.option(site.name)
-        dense = site.storage.parameters
-        stored = dense if option.method == DENSE else get_method(option.method).storage(site, option).parameters
+        own, dense = (values_stored(site, each) for each in (option, DENSE_OPTION))
         sites.append(
             {
                 "site": site.name,
                 "method": option.method,
                 "level": dict(option.level),
-                "parameters": stored,
-                "keep": round(stored / dense, 4),
+                "parameters": own,
+                "keep": round(own / dense, 4),
             }
         )
     return {"number": row.number, "origin": row.origin, "values": row.values, "sites": sites}

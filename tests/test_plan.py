@@ -7,7 +7,7 @@ import common
 import pytest
 from common import random_plan, rank_option
 
-from rankfront.methods import DENSE_OPTION, InputError, Option
+from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.search.model import count_parameters, find_sites
 from rankfront.search.plan import VERSION, Plan, cost_of
 from rankfront.search.study import Study
@@ -122,7 +122,7 @@ def test_cost_in_closed_form():
     """r(m + n) in the place of mn, at one site in the blocks and at the head."""
     sites, values = llama_sites()
     plan = Plan.of({"model.layers.0.mlp.up_proj": rank_option("svd", 6), "lm_head": rank_option("svd", 4)})
-    blocks = common.BLOCKS * sum(m * n for m, n in common.GATED.values())
+    blocks = common.BLOCKS * sum(m * n + m for m, n in common.GATED.values())  # with biases
     saved_inside = common.INNER * common.HIDDEN - 6 * (common.INNER + common.HIDDEN)
     saved_outside = common.VOCABULARY * common.HIDDEN - 4 * (common.VOCABULARY + common.HIDDEN)
     cost = cost_of(plan, sites, values, 2)
@@ -165,8 +165,7 @@ def test_cost_is_the_count_of_the_models_parameters(resident, seed):
     assert cost.values == count_parameters(resident.model) < cost.dense_values
     assert cost.bytes == sum(p.numel() * p.element_size() for p in resident.model.parameters())
     linears = [module for path, module in resident.model.model.layers.named_modules() if path.endswith("_proj")]
-    held = sum(p.numel() for module in linears for name, p in module.named_parameters() if name != "bias")
-    assert cost.block_values == held
+    assert cost.block_values == sum(p.numel() for module in linears for p in module.parameters())
 
 
 def test_cost_of_a_tied_matrix_is_counted_once(tied_folder, text_file):
@@ -182,3 +181,41 @@ def test_cost_of_a_tied_matrix_is_counted_once(tied_folder, text_file):
         saved = site.storage.values - option["rank"] * (common.VOCABULARY + common.HIDDEN)
         assert cost.values == count_parameters(resident.model) == resident.dense_values - saved
         assert cost.block_parameters == 1.0
+
+
+EXTREMES = {"least": min, "most": max}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("name", method_names())
+def test_kept_fractions_lie_between_nothing_and_dense(architecture, model, name, extreme):
+    """Every site that a method treats, as small and as large as it makes it; integers are counted in bytes, for a
+    scale beside a rounded weight is one value more."""
+    method, sites = get_method(name), find_sites(model)
+    grid = Grid(keep=(0.01, 0.5, 0.99), rank_multiple=2)
+    claimed, chosen = set(), {}
+    for site in sites:
+        offered = list(method.options(site, grid).values())
+        paths = {weight.path for weight in site.weights}
+        if offered and claimed.isdisjoint(paths):
+            claimed |= paths
+            chosen[site.name] = EXTREMES[extreme](offered, key=lambda o: method.storage(site, o).parameters)
+    inside = {site: place.block is not None for site, place in sites.items()}
+    cost = cost_of(Plan.of(chosen), inside, count_parameters(model), 2)
+    assert 0 < cost.bytes <= 2 * cost.dense_values
+    if not any(method.storage(site, chosen[site.name]).integers for site in sites if site.name in chosen):
+        assert 0 < cost.parameters <= 1
+        assert 0 <= cost.block_parameters <= 1
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_model_of_dropped_blocks_keeps_nothing_of_them(name):
+    model = common.architecture(name).build()
+    sites = {site: place.block is not None for site, place in find_sites(model).items()}
+    dropped = [site for site in sites if set(site.roles) in ({"query", "key", "value", "output"}, MLP_ROLES[name])]
+    cost = cost_of(Plan.of({site.name: Option.of("drop-block") for site in dropped}), sites, count_parameters(model), 2)
+    assert len(dropped) == 2 * common.BLOCKS
+    assert cost.block_parameters == 0.0
+
+
+MLP_ROLES = {"llama": {"gate", "up", "down"}, "opt": {"up", "down"}}
