@@ -7,16 +7,16 @@ a dense matrix rebuilt ahead. Floating tensors are parameters, which gradients r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._errors import check_choice
+from rankfront.methods._errors import InputError, check_choice
 from rankfront.methods._method import Factors
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # tensor -> shape, and dtype unless the model's
-Settings = Mapping[str, int]
+Settings = Mapping[str, Any]  # whole numbers that shapes follow from, and the scale of a table's rows
 
 
 class Factored(Protocol):
@@ -82,6 +82,43 @@ def weight_of(module: nn.Module) -> Tensor:
     """
     weight = cast(Tensor, module.weight)
     return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+PROBED_ROWS = 8  # of an embedding table, by which its scale is measured: a guess
+
+
+def plain_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a ``module`` does what its ``base`` class does and nothing else."""
+    return type(module).forward is base.forward and "forward" not in vars(module)
+
+
+@torch.no_grad()
+def row_scale(table: nn.Module) -> float | None:
+    """s where an embedding table E gives s · E[id] for every id, as Gemma's and XGLM's do; None where it gives E[id].
+
+    Measured by least squares on a few rows, so that no attribute's name has to be known; of numbers that the table
+    has, one within the precision of its dtype is taken, for in 16 bits products are rounded. On the meta device, where
+    nothing can be measured, it is what Gemma's tables call it.
+
+    Raises `InputError` naming the class of a table that does anything else.
+    """
+    if not isinstance(table, nn.Embedding) or plain_forward(table, nn.Embedding):
+        return None
+    if table.weight.is_meta:
+        return cast("float | None", getattr(table, "scalar_embed_scale", None))
+    count = table.num_embeddings
+    ids = torch.arange(0, count, max(1, count // PROBED_ROWS), device=table.weight.device)
+    rows, given = table.weight[ids].double(), table.forward(ids).double()
+    scale = float((rows * given).sum() / rows.square().sum())
+    precision = torch.finfo(table.weight.dtype).eps
+    if not torch.allclose(given, scale * rows, rtol=2 * precision, atol=precision * float(rows.abs().max())):
+        raise InputError(
+            f"the embedding table is a {type(table).__name__}, which does more than scale its rows, and cannot be"
+            " treated: leave it out of space.include"
+        )
+    own = [float(value) for value in vars(table).values() if isinstance(value, int | float) and value]
+    exact = min(own, key=lambda value: abs(value / scale - 1), default=scale)
+    return exact if abs(exact / scale - 1) <= precision else scale
 
 
 def replacement(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankfront.methods._integers import Integers, aligned, halves, restored
 from rankfront.methods._storage import group_size, padded_width
-from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
+from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, row_scale, weight_of
 
 ROWS = 16  # that torch's kernel for four bits takes at a time
 CORRECTION_BITS = 8  # of a low rank beside a matrix in fewer
@@ -120,7 +120,7 @@ class IntegerLinear(nn.Module):
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         stored = IntegerMatrix.of("stored", tensors, settings["bits"], weight_of(dense).shape[1])
         if isinstance(dense, nn.Embedding):
-            return IntegerEmbedding(stored, getattr(dense, "scalar_embed_scale", None))
+            return IntegerEmbedding(stored, settings.get("scale", row_scale(dense)))
         return IntegerLinear(stored, bias)
 
     def matrix(self) -> Tensor:

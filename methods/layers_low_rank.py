@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods.joined import Joined
-from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
+from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, row_scale
 
 
 @layer("low-rank")
@@ -38,8 +38,7 @@ class LowRankLinear(nn.Module):
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         if isinstance(dense, nn.Embedding):
-            # A number, not the buffer beside it: a buffer that is not saved has no value while a model is loaded.
-            return LowRankEmbedding(**tensors, scale=getattr(dense, "scalar_embed_scale", None))
+            return LowRankEmbedding(**tensors, scale=settings.get("scale", row_scale(dense)))
         return LowRankLinear(**tensors, bias=bias)
 
     def matrix(self) -> Tensor:
@@ -63,7 +62,7 @@ class LowRankEmbedding(nn.Module):
     """Rows of E = left · right: left (vocabulary, r), right (r, width), ids (...) to (..., width).
 
     The table's rows are tokens, so here ``left`` is looked up and ``right`` is applied. ``scale`` multiplies
-    the result for models that scale their embeddings (Gemma).
+    the result for models that scale their embeddings (see `row_scale`).
     """
 
     def __init__(self, left: Tensor, right: Tensor, scale: float | None = None) -> None:

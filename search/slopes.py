@@ -142,10 +142,7 @@ class _Probe:
 
 
 def _along_dense(dense: nn.Module, g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ W x (tokens,), without bias, or gᵀ e; the module itself may carry our hook, so it is not called."""
-    if x.is_floating_point():
-        y = nn.functional.linear(x, weight_of(dense))
-    else:
-        y = nn.functional.embedding(x, weight_of(dense)) * getattr(dense, "scalar_embed_scale", 1.0)
+    """gᵀ W x (tokens,), without bias, or gᵀ e; the module may carry our hook, which calling it would set off."""
+    y = nn.functional.linear(x, weight_of(dense)) if x.is_floating_point() else dense.forward(x)
     along: Tensor = (g.float() * y.float()).sum(1)
     return along

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods._integers import aligned
-from rankfront.methods.layers import replacement, set_module
+from rankfront.methods.layers import replacement, row_scale, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.latency import Latency, Timed
 from rankfront.objectives.memory import note_running
@@ -177,6 +177,9 @@ class Resident:
             for weight in site.weights
             for path in (weight.path, *weight.tied)
         }
+        treated = (weight for site in self.space.choices for weight in site.weights)
+        scales = {p: row_scale(self.dense_modules[p]) for weight in treated for p in (weight.path, *weight.tied)}
+        self.scales = {path: {"scale": scale} for path, scale in scales.items() if scale is not None}
         self.current: dict[str, Option] = {}
         self.modules: dict[str, nn.Module] = {}  # what runs in the place of dense ones, by path
         self.layers: dict[str, dict[str, Any]] = {}  # their kinds and settings, as an export names them
@@ -254,7 +257,10 @@ class Resident:
         for path, module in modules.items():
             set_module(self.model, path, module)
         for role, own in paths.items():
-            self.layers |= {path: {"kind": factors[role].kind, **factors[role].settings} for path in own}
+            self.layers |= {
+                path: {"kind": factors[role].kind, **factors[role].settings, **self.scales.get(path, {})}
+                for path in own
+            }
 
     def _made(self, paths: Mapping[str, Sequence[str]], factors: Mapping[str, Factors]) -> dict[str, nn.Module]:
         """Modules that run each role's ``factors`` in the place of the dense ones at its ``paths``.

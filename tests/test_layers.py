@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError
@@ -34,8 +35,7 @@ def test_embedding_replaces_an_embedding():
 
 
 def test_embedding_keeps_the_scale_of_the_table():
-    table = nn.Embedding(20, 6)
-    table.scalar_embed_scale = 2.0  # as transformers keeps it beside the buffer
+    table = GemmaTextScaledWordEmbedding(20, 6, padding_idx=0, embed_scale=2.0)
     layer = replacement(table, "low-rank", factors(20, 6, 3))
     torch.testing.assert_close(layer(torch.arange(20)), 2 * layer.matrix())
 
