@@ -39,7 +39,8 @@ class BlockDictionaryLinear(Unpacked):
         groups = self.blocks * self.atoms // self.group
         inside = columns_of(self.support, self.out_features * groups, self.group, self.nonzeros)
         starts = self.group * torch.arange(groups, device=inside.device)[:, None]  # (groups, 1)
-        return (inside.view(self.out_features, groups, self.nonzeros) + starts).flatten(1)
+        columns: Tensor = (inside.view(self.out_features, groups, self.nonzeros) + starts).flatten(1)
+        return columns
 
     def _codes(self, values: Tensor) -> Tensor:
         """[Z_1, ..., Z_B], (m, B k)."""
