@@ -12,6 +12,7 @@ from typing import Any
 from rankfront.methods import DENSE, DENSE_OPTION, Cost, InputError, Option, Site, Storage, get_method
 
 VERSION = 1
+HALF = 2  # bytes of a value in 16 bits, by which options are compared with dense
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Plan:
                 if option.method != DENSE:
                     get_method(option.method).check(option)
             origin = {str(key): str(value) for key, value in data.get("origin", {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{where} is corrupt ({type(error).__name__}: {error}): export it again") from error
         if version != VERSION:
             raise InputError(f"{where} has version {version}, this rankfront reads {VERSION}: export it again")
@@ -85,6 +86,27 @@ def check_disjoint(sites: Iterable[Site]) -> None:
                 raise InputError(
                     f"the plan treats {weight.path!r} twice, at {other!r} and {site.name!r}: leave one of them dense"
                 )
+
+
+def check_option(site: Site, option: Option) -> None:
+    """Raise `InputError` where ``option`` is none for ``site``: its method cannot treat it, or its level stores no less
+    than the dense weights. Shapes and costs are compared as numbers: nothing is allocated for a level out of a file."""
+    method = get_method(option.method)
+    reason = method.refuses(site)
+    if reason is not None:
+        raise InputError(f"the plan has {option.label!r} at {site.name!r}, where {option.method} cannot be: {reason}")
+    own, dense = method.storage(site, option), site.storage
+    largest = max((value for _, value in option.level if type(value) is int), default=0)
+    if largest > dense.values:  # a level counts parts of the weights, and some, such as a block's width, cost nothing
+        raise InputError(
+            f"the plan has {option.label!r} at {site.name!r}, whose dense weights have {dense.values:,} values: choose"
+            " a lower level"
+        )
+    if own.parameters >= dense.parameters and own.bytes(HALF) >= dense.bytes(HALF):
+        raise InputError(
+            f"the plan has {option.label!r} at {site.name!r}, which stores {own.parameters:,} values where the dense"
+            f" weights have {dense.parameters:,}: choose a lower level, or leave it dense"
+        )
 
 
 class Prices:
@@ -107,7 +129,8 @@ class Prices:
         self._changes: dict[tuple[str, Option], Storage] = {}
 
     def of(self, plan: Plan) -> Cost:
-        """`InputError` where the plan names a site that the model does not have, or treats a weight twice."""
+        """`InputError` where the plan names a site that the model does not have, treats a weight twice, or has an
+        option that is none there."""
         unknown = [name for name in plan.by_site if name not in self._by_name]
         if unknown:
             raise InputError(
@@ -129,6 +152,7 @@ class Prices:
         key = name, option
         if key not in self._changes:
             site = self._by_name[name]
+            check_option(site, option)
             self._changes[key] = get_method(option.method).storage(site, option) - site.storage
         return self._changes[key]
 

@@ -38,7 +38,7 @@ from rankfront.search.model import (
     use_attention,
     weights_at,
 )
-from rankfront.search.plan import Plan, check_disjoint, cost_of
+from rankfront.search.plan import Plan, check_disjoint, check_option, cost_of
 from rankfront.search.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
 from rankfront.search.refit import refitted
 from rankfront.search.samplers import OURS
@@ -190,7 +190,8 @@ class Resident:
     def apply(self, plan: Plan) -> None:
         """Make the model run ``plan``: only the sites whose option changed are touched.
 
-        Raises `InputError` where the plan names a site that this model does not have, or treats a weight twice.
+        Raises `InputError` where the plan names a site that this model does not have, treats a weight twice, or has an
+        option that is none there.
         """
         unknown = plan.by_site.keys() - self.names
         if unknown:
@@ -201,6 +202,9 @@ class Resident:
             for site in self.sites
             if (option := plan.option(site.name)) != self.current.get(site.name, DENSE_OPTION)
         ]
+        for site, option in changed:
+            if option != DENSE_OPTION:
+                check_option(site, option)
         # Dense first: a weight that one site lets go of may be another's to treat.
         for site, option in sorted(changed, key=lambda change: change[1] != DENSE_OPTION):
             self._swap(site, option)

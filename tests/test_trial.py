@@ -169,7 +169,7 @@ def test_a_corrupt_factor_file_is_the_users_to_mend(resident, monkeypatch):
 
 def test_a_plan_beyond_what_was_prepared_is_refused(resident):
     plan = Plan.of({"model.layers.0.mlp.up_proj": rank_option("svd", 31)})
-    with pytest.raises(InputError, match="rank 31"):
+    with pytest.raises(InputError, match="rank=31"):
         resident.run(Job("trial", 0, plan))
 
 

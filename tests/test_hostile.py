@@ -1,0 +1,129 @@
+"""Plans and exports from strangers: what they say is checked against the model before anything is allocated.
+
+Whatever stands in a plan, a study or an export's configuration, it is either right or refused in one line.
+"""
+
+import json
+
+import common
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rankfront.methods import Grid, InputError, Option, get_method, method_names
+from rankfront.search.config import make_config
+from rankfront.search.model import find_sites
+from rankfront.search.plan import Plan, check_option, cost_of
+
+HUGE = 10_000_000
+many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+few = settings(many, max_examples=60)
+
+whole = st.one_of(st.integers(-3, 70), st.integers(), st.sampled_from([0, HUGE, 2**63, 10**30]))
+scalars = st.one_of(whole, st.floats(), st.booleans(), st.none(), st.text(max_size=8))
+junk = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=8,
+)
+
+LLAMA = {
+    site.name: (site, place.block is not None)
+    for site, place in find_sites(common.architecture("llama").build()).items()
+}
+LEVELS = ("rank", "bits", "neurons", "nonzeros", "atoms", "group", "block", "terms", "kept", "width", "components")
+options = st.fixed_dictionaries(
+    {"method": st.one_of(st.sampled_from(method_names()), st.text(max_size=6))},
+    optional={name: st.one_of(whole, scalars) for name in LEVELS},
+)
+plans = st.fixed_dictionaries(
+    {
+        "version": st.one_of(st.just(1), junk),
+        "sites": st.one_of(st.dictionaries(st.sampled_from([*LLAMA]), options), junk),
+    },
+    optional={"origin": junk},
+)
+
+
+def whole_or_refused(call, *arguments):
+    """What ``call`` gives, or None where it refuses in one line."""
+    try:
+        return call(*arguments)
+    except InputError as error:
+        if "\n" in str(error):
+            raise AssertionError(f"more than one line: {error}") from error
+        return None
+
+
+@many
+@given(st.one_of(plans, junk))
+def test_any_plan_is_within_the_model_or_refused(data):
+    text = json.dumps(data)
+    plan = whole_or_refused(Plan.from_json, text)
+    if plan is not None:
+        inside = dict(LLAMA.values())
+        cost = whole_or_refused(cost_of, plan, inside, 20_000, 2)
+        assert cost is None or 0 <= cost.bytes <= 2 * cost.dense_values
+
+
+NOT_IN_TWO_BLOCKS = ("drop-block", "hola-embedding", "shared-basis-3", "shared-basis-4")
+
+
+def fits(site, option):
+    try:
+        get_method(option.method).check(option)
+        check_option(site, option)
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_level_that_stores_no_less_than_dense_is_refused(name):
+    """Of every method its own option with each number made huge."""
+    method, tried = get_method(name), 0
+    for site, _ in LLAMA.values():
+        for option in method.options(site, Grid(keep=(0.5,), rank_multiple=2)).values():
+            check_option(site, option)
+            for level, value in option.level:
+                if type(value) is int:
+                    larger = Option.of(name, **(dict(option.level) | {level: HUGE * value}))
+                    assert not fits(site, larger), larger
+                    tried += 1
+    assert tried or name in NOT_IN_TWO_BLOCKS
+
+
+def test_a_method_at_a_site_that_it_refuses_is_refused():
+    plan = Plan.of({"model.layers.0.mlp.gate_proj+up_proj+down_proj": Option.of("svd", rank=4)})
+    with pytest.raises(InputError, match="one weight at a time"):
+        cost_of(plan, dict(LLAMA.values()), 20_000, 2)
+
+
+@pytest.mark.parametrize("depth", [1_000, 200_000])
+def test_a_deep_plan_is_refused(depth):
+    with pytest.raises(InputError, match="corrupt"):
+        Plan.from_json('{"version": 1, "sites": ' + "[" * depth + "]" * depth + "}")
+
+
+tables = {
+    "model": ("name", "dtype", "device", "attention"),
+    "data": ("length", "calibrate", "search", "report"),
+    "space": ("include", "exclude", "methods", "keep", "rank_multiple", "rule"),
+    "objectives": ("perplexity", "divergence", "parameters", "latency"),
+    "search": (
+        "sampler", "menu", "trials", "time", "tokens", "seed", "workers", "groups", "untie", "anchors", "rungs",
+        "reduction", "where", "refit", "resources",
+    ),
+}  # fmt: skip
+studies = st.fixed_dictionaries(
+    {},
+    optional={
+        t: st.one_of(st.dictionaries(st.sampled_from(keys), junk, max_size=3), junk) for t, keys in tables.items()
+    },
+)
+
+
+@many
+@given(studies)
+def test_any_study_is_valid_or_refused(data):
+    whole_or_refused(make_config, data)
