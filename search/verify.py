@@ -22,7 +22,11 @@ def main(folder: str, tokens: str, device: str, threads: str) -> None:
     if "quantization_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
         import rankfront.methods  # noqa: F401 - registers the loader
     torch.set_num_threads(int(threads))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    wrong = {kind.removesuffix("_keys"): str(min(keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        sys.exit(f"tensors do not fit the model: {', '.join(f'{kind} {key}' for kind, key in wrong.items())}")
+    model = model.to(device).eval()
     windows = load_file(tokens)["windows"].to(device)
     total = 0.0
     with torch.inference_mode():

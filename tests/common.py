@@ -177,10 +177,58 @@ ARCHITECTURES = (
     ),
 )  # fmt: skip
 
+# Attention that keeps buffers which no checkpoint holds; for what loading does with them, and no law beside.
+BUFFERED = (
+    Architecture(
+        "gptj", "GPTJConfig",
+        {
+            "vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_inner": INNER, "n_layer": BLOCKS, "n_head": HEADS,
+            "n_positions": POSITIONS, "rotary_dim": 4, "bos_token_id": 0, "eos_token_id": 1,
+        },
+        "transformer.h",
+        {
+            **{f"attn.{name}": (HIDDEN, HIDDEN) for name in ("k_proj", "v_proj", "q_proj", "out_proj")},
+            "mlp.fc_in": (INNER, HIDDEN),
+            "mlp.fc_out": (HIDDEN, INNER),
+        },
+        (), table="transformer.wte", biases=True,
+    ),
+    Architecture(
+        "codegen", "CodeGenConfig",
+        {
+            "vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_inner": INNER, "n_layer": BLOCKS, "n_head": HEADS,
+            "n_positions": POSITIONS, "n_ctx": POSITIONS, "rotary_dim": 4, "bos_token_id": 0, "eos_token_id": 1,
+        },
+        "transformer.h",
+        {
+            "attn.qkv_proj": (3 * HIDDEN, HIDDEN),
+            "attn.out_proj": (HIDDEN, HIDDEN),
+            "mlp.fc_in": (INNER, HIDDEN),
+            "mlp.fc_out": (HIDDEN, INNER),
+        },
+        (), table="transformer.wte", biases=True,
+    ),
+    Architecture(
+        "gpt-neo", "GPTNeoConfig",
+        {
+            "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_layers": BLOCKS,
+            "num_heads": HEADS, "attention_types": [[["global", "local"], 1]], "window_size": 8,
+            "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 1,
+        },
+        "transformer.h",
+        {
+            **{f"attn.attention.{name}": (HIDDEN, HIDDEN) for name in ("k_proj", "v_proj", "q_proj", "out_proj")},
+            "mlp.c_fc": (INNER, HIDDEN),
+            "mlp.c_proj": (HIDDEN, INNER),
+        },
+        (), table="transformer.wte", tied=True, biases=True,
+    ),
+)  # fmt: skip
+
 
 @cache
 def _build(name: str) -> Any:
-    row = next(row for row in ARCHITECTURES if row.name == name)
+    row = architecture(name)
     config = getattr(transformers, row.config)(**row.settings)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -201,7 +249,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def architecture(name: str) -> Architecture:
-    return next(row for row in ARCHITECTURES if row.name == name)
+    return next(row for row in (*ARCHITECTURES, *BUFFERED) if row.name == name)
 
 
 def tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:

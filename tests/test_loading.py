@@ -1,0 +1,174 @@
+"""Loading: a model runs what its checkpoint holds, all of it, or is refused in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import common
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rankfront.methods import InputError
+from rankfront.search import verify
+from rankfront.search.evaluate import evaluate
+from rankfront.search.export import _mark
+from rankfront.search.model import load_model, resolve
+from rankfront.search.trial import Resident
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def load(folder, **more):
+    return load_model(resolve(str(folder), **more), torch.float32, "cpu")
+
+
+def copied(folder: Path, out: Path) -> Path:
+    return Path(shutil.copytree(folder, out))
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Apply ``change`` to the dict of the checkpoint's tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def settings(folder: Path, **changes) -> Path:
+    """Change keys of the folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def refusal(function, *arguments, **named) -> str:
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **named)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# -- all of the checkpoint, and nothing else
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_by_its_name(model_folder, tmp_path, text_file):
+    folder = rewrite(copied(model_folder, tmp_path / "m"), lambda tensors: tensors.pop(DOWN))
+    assert DOWN in refusal(load, folder)
+    assert DOWN in refusal(evaluate, str(folder), str(text_file), 2, 32, dtype="float32", device="cpu")
+
+
+def test_a_tensor_under_another_name_is_refused_by_both_names(model_folder, tmp_path):
+    other = "model.layers.0.self_attn.query.weight"
+    folder = rewrite(copied(model_folder, tmp_path / "m"), lambda t: t.update({other: t.pop(QUERY)}))
+    message = refusal(load, folder)
+    assert QUERY in message
+    assert other in message
+
+
+@pytest.mark.parametrize("extra", ["model.layers.2.mlp.down_proj.weight", "model.layers.0.mlp.gate_proj.scale"])
+def test_a_tensor_that_the_architecture_does_not_run_is_refused_by_its_name(model_folder, tmp_path, extra):
+    folder = rewrite(copied(model_folder, tmp_path / "m"), lambda t: t.update({extra: t[DOWN].clone()}))
+    assert extra in refusal(load, folder)
+
+
+def test_a_bias_that_the_configuration_denies_is_refused(model_folder, tmp_path):
+    folder = settings(copied(model_folder, tmp_path / "m"), attention_bias=False)
+    assert "self_attn.k_proj.bias" in refusal(load, folder)
+
+
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(model_folder, tmp_path):
+    folder = settings(copied(model_folder, tmp_path / "m"), intermediate_size=common.INNER + 8)
+    message = refusal(load, folder)
+    assert ".mlp." in message
+    assert all(f"{[size, common.HIDDEN]}" in message for size in (common.INNER, common.INNER + 8))
+
+
+OLD_BUFFERS = {
+    "gptj": ("transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"),
+    "gpt-neo": ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"),
+    "codegen": ("transformer.h.0.attn.causal_mask",),
+    "gpt2": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),
+    "llama": ("model.layers.0.self_attn.rotary_emb.inv_freq",),
+}
+
+
+@pytest.mark.parametrize("name", OLD_BUFFERS)
+def test_masks_and_frequencies_that_old_checkpoints_carry_are_no_weights(name, tmp_path):
+    extra = {key: torch.zeros(1) for key in OLD_BUFFERS[name]}
+    folder = rewrite(common.save_folder(name, tmp_path / "m"), lambda tensors: tensors.update(extra))
+    ids = common.tokens(1, 8)
+    assert torch.equal(load(folder)(ids).logits, common.architecture(name).build()(ids).logits)
+
+
+def test_what_tying_explains_is_no_missing_tensor(tied_folder, tmp_path):
+    ids = common.tokens(1, 8)
+    said = common.architecture("llama-tied").build()(ids).logits
+    assert torch.equal(load(tied_folder)(ids).logits, said)
+    table = "model.embed_tokens.weight"  # a checkpoint may name the one matrix after the head, or hold it twice
+    only_head = rewrite(copied(tied_folder, tmp_path / "h"), lambda t: t.update({"lm_head.weight": t.pop(table)}))
+    twice = rewrite(copied(tied_folder, tmp_path / "t"), lambda t: t.update({"lm_head.weight": t[table].clone()}))
+    for folder in (only_head, twice):
+        assert torch.equal(load(folder)(ids).logits, said)
+
+
+def write_gguf(path: Path, lacking: str) -> None:
+    """A Llama of two blocks as GGUF holds it, without the tensor ``lacking``."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(common.POSITIONS)
+    writer.add_embedding_length(common.HIDDEN)
+    writer.add_block_count(common.BLOCKS)
+    writer.add_feed_forward_length(common.INNER)
+    writer.add_head_count(common.HEADS)
+    writer.add_head_count_kv(common.KEY_VALUE_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(common.VOCABULARY)
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    names |= {f"{kind}_proj": f"ffn_{kind}" for kind in ("gate", "up", "down")}
+    shapes = {"token_embd": (common.VOCABULARY, common.HIDDEN), "output_norm": (common.HIDDEN,)}
+    for block in range(common.BLOCKS):
+        shapes |= {f"blk.{block}.{norm}": (common.HIDDEN,) for norm in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{block}.{names[kind.split('.')[1]]}": shape for kind, shape in common.GATED.items()}
+    for name, shape in shapes.items():
+        if name != lacking:
+            writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_without_a_tensor_is_refused_by_its_name_and_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "m.gguf", lacking="blk.1.ffn_down")
+    assert DOWN in refusal(resolve, str(tmp_path / "m.gguf"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture(scope="module")
+def factored(setup, tmp_path_factory):
+    """A factored export, written without a trial."""
+    resident = Resident(setup)
+    resident.apply(common.random_plan(resident, 3))
+    folder = tmp_path_factory.mktemp("factored")
+    _mark(resident.model, resident)
+    resident.model.save_pretrained(folder)
+    common.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_factored_export_without_a_factor_is_refused_by_its_name(factored, tmp_path):
+    load(factored)
+    lost = next(name for name in load_file(factored / "model.safetensors") if name.endswith(".left"))
+    folder = rewrite(copied(factored, tmp_path / "m"), lambda tensors: tensors.pop(lost))
+    assert lost in refusal(load, folder)
+
+
+def test_verifying_a_folder_refuses_it_where_a_tensor_is_missing(model_folder, tmp_path):
+    folder = rewrite(copied(model_folder, tmp_path / "m"), lambda tensors: tensors.pop(DOWN))
+    save_file({"windows": common.tokens(2, 16)}, tmp_path / "tokens")
+    with pytest.raises(SystemExit) as stopped:
+        verify.main(str(folder), str(tmp_path / "tokens"), "cpu", "1")
+    assert DOWN in str(stopped.value)
