@@ -11,7 +11,9 @@ import re
 from collections.abc import Collection
 from typing import Any, cast
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -19,6 +21,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from rankfront.methods._errors import InputError
 from rankfront.methods.joined import Joined
@@ -28,6 +31,25 @@ from rankfront.methods.layers_low_rank import LowRankLinear
 
 QUANT_METHOD = "rankfront"
 CONFIG_VERSION = 2
+
+
+class _Group(TypedDict):
+    """Modules whose right factors run as one product, for up to ``most`` vectors at a time."""
+
+    modules: list[str]
+    most: int | None
+
+
+def _checked(name: str, value: Any, form: Any) -> Any:
+    """``value``, which is of the type ``form``; `InputError` where it is not: configurations come from strangers."""
+    try:
+        return TypeAdapter(form).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (name, *first["loc"])))
+        raise InputError(
+            f"the export's quantization_config has {place} = {first['input']!r}: export it again"
+        ) from error
 
 
 class RankfrontConfig(QuantizationConfigMixin):
@@ -49,12 +71,12 @@ class RankfrontConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         if version != CONFIG_VERSION:
-            remedy = "upgrade it" if version > CONFIG_VERSION else "export again"
+            remedy = "upgrade it" if type(version) is int and version > CONFIG_VERSION else "export again"
             raise InputError(f"the export has format {version=}, this rankfront reads {CONFIG_VERSION}: {remedy}")
         self.quant_method = QUANT_METHOD
-        self.modules = modules or {}
-        self.tied = tied or {}
-        self.joined = joined or []
+        self.modules = _checked("modules", modules or {}, dict[str, dict[str, int | float | str]])
+        self.tied = _checked("tied", tied or {}, dict[str, str])
+        self.joined = _checked("joined", joined or [], list[_Group])
         self.version = version
 
 
@@ -67,10 +89,10 @@ class RankfrontQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path, spec in self.config.modules.items():
-            settings = {name: value for name, value in spec.items() if name != "kind"}
-            set_module(model, path, empty_replacement(model.get_submodule(path), spec["kind"], settings))
+            set_module(model, path, _empty(model, path, spec))
             # Some architectures (GPT-2) initialise a block's weights by name, and would look for the dense one.
             model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+        self._check_names(model)
         # transformers ties parameters alone: what of the tied tensors is a buffer is put in place after loading.
         buffers = self._tied_buffers(model)
         tie_factors(model, self.config, leave_out=buffers)
@@ -89,6 +111,15 @@ class RankfrontQuantizer(HfQuantizer):
             Joined([cast(LowRankLinear, model.get_submodule(path)) for path in group["modules"]], group["most"])
         return model
 
+    def _check_names(self, model: nn.Module) -> None:
+        """Raise `InputError` where `tied` or `joined` name what the model does not have."""
+        tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+        unknown = [name for pair in self.config.tied.items() for name in pair if name not in tensors]
+        low_rank = {path for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        unknown += [path for group in self.config.joined for path in group["modules"] if path not in low_rank]
+        if unknown:
+            raise InputError(f"the export's quantization_config names {unknown[0]!r}, which its model does not have")
+
     def _tied_buffers(self, model: nn.Module) -> list[str]:
         known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         return [name for name in self.config.tied if name in known]
@@ -99,6 +130,18 @@ class RankfrontQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _empty(model: nn.Module, path: str, spec: dict[str, Any]) -> nn.Module:
+    """What ``spec`` puts at ``path``, without values; `InputError` where the model has nothing there that it fits."""
+    settings = {name: value for name, value in spec.items() if name != "kind"}
+    try:
+        dense = model.get_submodule(path)
+        if not isinstance(dense, nn.Linear | nn.Embedding | Conv1D):
+            raise InputError(f"it is a {type(dense).__name__}, no linear or embedding")
+        return empty_replacement(dense, str(spec.get("kind")), settings)
+    except (InputError, AttributeError) as error:
+        raise InputError(f"the export's quantization_config does not fit its model at {path!r} ({error})") from error
 
 
 def tie_factors(model: Any, config: RankfrontConfig, leave_out: Collection[str] = ()) -> None:

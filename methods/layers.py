@@ -6,6 +6,7 @@ a dense matrix rebuilt ahead. Floating tensors are parameters, which gradients r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
@@ -84,6 +85,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
+MOST = 2  # times the values of a dense weight that what replaces it may hold: factors of full rank hold up to twice
 PROBED_ROWS = 8  # of an embedding table, by which its scale is measured: a guess
 
 
@@ -131,16 +133,31 @@ def replacement(
 
 
 def empty_replacement(dense: nn.Module, kind: str, settings: Settings) -> nn.Module:
-    """Like `replacement`, with tensors of the right shape and no values yet: what loading fills."""
+    """Like `replacement`, with tensors of the right shape and no values yet: what loading fills.
+
+    Raises `InputError` where ``settings``, which may be a stranger's, make no such layer, or one that holds more than
+    `MOST` of the dense weight: before anything is allocated.
+    """
     check_choice("layer kind", kind, LAYERS)
     weight = weight_of(dense)
     rows, columns = weight.shape
-    shapes = LAYERS[kind].shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
-    tensors = {
+    try:
+        shapes = LAYERS[kind].shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
+        return replacement(dense, kind, _empty_tensors(shapes, weight), settings)
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{kind} {dict(settings)} fits no weight {rows} x {columns}: {error}") from error
+
+
+def _empty_tensors(shapes: Shapes, weight: Tensor) -> dict[str, Tensor]:
+    """Tensors of ``shapes`` without values; ValueError where they are no shapes or far larger than ``weight``."""
+    sizes = [size for shape, _ in shapes.values() for size in shape]
+    held = sum(math.prod(shape) for shape, _ in shapes.values())
+    if not all(type(size) is int and size >= 0 for size in sizes) or held > MOST * weight.numel() + sum(weight.shape):
+        raise ValueError(f"it would hold {held:,} values in the place of {weight.numel():,}")
+    return {
         name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
         for name, (shape, dtype) in shapes.items()
     }
-    return replacement(dense, kind, tensors, settings)
 
 
 def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:

@@ -74,6 +74,8 @@ class BlockDictionaryLinear(Unpacked):
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
+        if not 0 < settings["block"] <= columns:  # inputs are filled up to whole blocks
+            raise ValueError(f"blocks of {settings['block']} inputs")
         groups = -(-columns // settings["block"]) * settings["atoms"] // settings["group"]
         return {
             "basis": ((settings["atoms"], columns), None),

@@ -88,7 +88,7 @@ class HeadsLinear(nn.Module):
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
-        heads, kept = settings["heads"], settings["kept"]
+        heads, kept = _split(rows, settings)
         found: Shapes = {"weight": ((heads * kept, columns), None)}
         if settings["placed"]:
             found["place"] = ((heads, kept), torch.uint8)
@@ -98,6 +98,14 @@ class HeadsLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.heads} heads, {self.kept} of {self.width} each"
+
+
+def _split(features: int, settings: Settings) -> tuple[int, int]:
+    """(heads, what is kept of each) of ``features`` that are heads; ValueError where ``settings`` say otherwise."""
+    heads, kept, width = (settings[name] for name in ("heads", "kept", "width"))
+    if heads * width != features or not 0 <= kept <= width:
+        raise ValueError(f"{heads} heads of {width}, {kept} kept, are not {features} features")
+    return heads, kept
 
 
 class ThinCache:
@@ -170,7 +178,8 @@ class FromHeadsLinear(nn.Module):
 
     @staticmethod
     def shapes(rows: int, columns: int, settings: Settings, bias: bool) -> Shapes:
-        return {"weight": ((rows, settings["heads"] * settings["kept"]), None)}
+        heads, kept = _split(columns, settings)
+        return {"weight": ((rows, heads * kept), None)}
 
     def extra_repr(self) -> str:
         return f"{self.heads} heads, {self.kept} of {self.width} each, {self.weight.shape[0]}"

@@ -3,21 +3,28 @@
 Whatever stands in a plan, a study or an export's configuration, it is either right or refused in one line.
 """
 
+import copy
 import json
+import re
+import shutil
 
 import common
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launching import measured
 
 from rankfront.methods import Grid, InputError, Option, get_method, method_names
+from rankfront.methods.checkpoint import CONFIG_VERSION, RankfrontConfig, RankfrontQuantizer
+from rankfront.methods.layers import LAYERS
 from rankfront.search.config import make_config
-from rankfront.search.model import find_sites
+from rankfront.search.export import export
+from rankfront.search.model import count_bytes, find_sites, load_model, resolve
 from rankfront.search.plan import Plan, check_option, cost_of
 
 HUGE = 10_000_000
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-few = settings(many, max_examples=60)
 
 whole = st.one_of(st.integers(-3, 70), st.integers(), st.sampled_from([0, HUGE, 2**63, 10**30]))
 scalars = st.one_of(whole, st.floats(), st.booleans(), st.none(), st.text(max_size=8))
@@ -27,10 +34,8 @@ junk = st.recursive(
     max_leaves=8,
 )
 
-LLAMA = {
-    site.name: (site, place.block is not None)
-    for site, place in find_sites(common.architecture("llama").build()).items()
-}
+MODEL = common.architecture("llama").build()
+LLAMA = {site.name: (site, place.block is not None) for site, place in find_sites(MODEL).items()}
 LEVELS = ("rank", "bits", "neurons", "nonzeros", "atoms", "group", "block", "terms", "kept", "width", "components")
 options = st.fixed_dictionaries(
     {"method": st.one_of(st.sampled_from(method_names()), st.text(max_size=6))},
@@ -103,6 +108,94 @@ def test_a_method_at_a_site_that_it_refuses_is_refused():
 def test_a_deep_plan_is_refused(depth):
     with pytest.raises(InputError, match="corrupt"):
         Plan.from_json('{"version": 1, "sites": ' + "[" * depth + "]" * depth + "}")
+
+
+# -- exports
+
+
+@pytest.fixture(scope="module")
+def exported(_resident, tmp_path_factory):
+    """A small export, to copy and spoil."""
+    folder = tmp_path_factory.mktemp("hostile") / "export"
+    chosen = {"model.layers.0.mlp.up_proj": Option.of("svd", rank=4), "lm_head": Option.of("svd", rank=6)}
+    plan = Plan.of(chosen, _resident.setup.origin())
+    export(_resident.setup, measured(_resident, plan), folder, "factored")
+    return folder
+
+
+PATHS = ("model.layers.0.mlp.up_proj", "lm_head", "model.embed_tokens", "model.norm", "model", "", "model.layers.9.x")
+SETTINGS = (
+    "rank", "bits", "heads", "kept", "width", "placed", "cached", "rows", "columns", "atoms", "nonzeros", "group",
+    "block", "seed", "scale", "modes", "terms",
+)  # fmt: skip
+specs = st.fixed_dictionaries(
+    {"kind": st.one_of(st.sampled_from([*LAYERS]), junk)},
+    optional={name: st.one_of(whole, scalars) for name in SETTINGS},
+)
+configurations = st.fixed_dictionaries(
+    {"version": st.one_of(st.just(CONFIG_VERSION), junk)},
+    optional={
+        "modules": st.one_of(st.dictionaries(st.sampled_from(PATHS), specs, max_size=3), junk),
+        "tied": st.one_of(st.dictionaries(st.sampled_from(PATHS), st.sampled_from(PATHS)), junk),
+        "joined": st.one_of(st.lists(st.fixed_dictionaries({"modules": junk, "most": junk}), max_size=2), junk),
+    },
+)
+
+
+@many
+@given(configurations)
+def test_any_configuration_makes_small_layers_or_is_refused(data):
+    """On the real device, where every tensor that is made takes memory."""
+    model = copy.deepcopy(MODEL)
+    config = whole_or_refused(lambda: RankfrontConfig(**data))
+    if config is not None:
+        held = count_bytes(model)
+        quantizer = RankfrontQuantizer(config)
+        if whole_or_refused(lambda: quantizer._process_model_before_weight_loading(model) or True):
+            assert count_bytes(model) <= 3 * held
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "low-rank", "rank": HUGE},
+        {"kind": "low-rank", "rank": -1},
+        {"kind": "low-rank", "rank": "4"},
+        {"kind": "low-rank"},
+        {"kind": "plain", "rows": HUGE, "columns": HUGE},
+        {"kind": "from-heads", "heads": 4, "kept": 8, "width": HUGE},
+        {"kind": "pickle"},
+        {"rank": 4},
+    ],
+    ids=str,
+)
+def test_an_export_that_asks_for_another_layer_is_refused_by_name(exported, tmp_path, spec):
+    folder = spoiled(exported, tmp_path, lambda config: config["modules"].update({PATHS[0]: spec}))
+    with pytest.raises(InputError, match=r"mlp\.up_proj") as caught:
+        load_model(resolve(str(folder)), torch.float32, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["model.layers.0", "model.layers.7.mlp.up_proj", "model.norm", "__class__", ""])
+def test_an_export_that_names_another_module_is_refused_by_name(exported, tmp_path, path):
+    folder = spoiled(
+        exported, tmp_path, lambda config: config["modules"].update({path: {"kind": "low-rank", "rank": 4}})
+    )
+    with pytest.raises(InputError, match=re.escape(repr(path))):
+        load_model(resolve(str(folder)), torch.float32, "cpu")
+
+
+def spoiled(folder, to, change):
+    """A copy of an export with its quantization_config changed."""
+    shutil.copytree(folder, to / "spoiled")
+    file = to / "spoiled" / "config.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data["quantization_config"])
+    file.write_text(json.dumps(data), encoding="utf-8")
+    return to / "spoiled"
+
+
+# -- study files
 
 
 tables = {
