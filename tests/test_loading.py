@@ -14,7 +14,9 @@ from rankfront.methods import InputError
 from rankfront.search import verify
 from rankfront.search.evaluate import evaluate
 from rankfront.search.export import _mark
-from rankfront.search.model import load_model, resolve
+from rankfront.search.model import find_sites, load_model, resolve, skeleton
+from rankfront.search.plan import Plan
+from rankfront.search.study import Study
 from rankfront.search.trial import Resident
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -83,7 +85,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(model_folder, tmp
     folder = settings(copied(model_folder, tmp_path / "m"), intermediate_size=common.INNER + 8)
     message = refusal(load, folder)
     assert ".mlp." in message
-    assert all(f"{[size, common.HIDDEN]}" in message for size in (common.INNER, common.INNER + 8))
+    assert all(str(size) in message for size in (common.INNER, common.INNER + 8))
 
 
 OLD_BUFFERS = {
@@ -172,3 +174,84 @@ def test_verifying_a_folder_refuses_it_where_a_tensor_is_missing(model_folder, t
     with pytest.raises(SystemExit) as stopped:
         verify.main(str(folder), str(tmp_path / "tokens"), "cpu", "1")
     assert DOWN in str(stopped.value)
+
+
+# -- what is tied is what the tensors say
+
+
+def untied_by_its_tensors(folder: Path, out: Path) -> Path:
+    """A copy whose configuration ties the head to the table and whose checkpoint holds two matrices."""
+    head = torch.randn(common.VOCABULARY, common.HIDDEN, generator=torch.Generator().manual_seed(5))
+    return rewrite(copied(folder, out), lambda tensors: tensors.update({"lm_head.weight": head / 6}))
+
+
+def outer(model) -> list[tuple[str, tuple[str, ...]]]:
+    return [(site.name, site.anchor.tied) for site, place in find_sites(model).items() if place.block is None]
+
+
+BOTH = [("lm_head", ()), ("model.embed_tokens", ())]
+ONE = [("lm_head", ("model.embed_tokens",))]
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "bin"])
+def test_what_is_tied_is_decided_by_the_tensors_in_the_model_and_in_its_skeleton(tied_folder, tmp_path, form):
+    folder = untied_by_its_tensors(tied_folder, tmp_path / "untied")
+    same = rewrite(
+        copied(tied_folder, tmp_path / "same"),
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}),
+    )
+    for source, expected in ((folder, BOTH), (same, ONE), (tied_folder, ONE)):
+        found = stored_as(form, source, tmp_path / f"{source.name} stored")
+        assert outer(load(found)) == expected
+        assert outer(skeleton(resolve(str(found)))) == expected
+
+
+def stored_as(form: str, folder: Path, out: Path) -> Path:
+    """A copy of ``folder`` with its tensors in one file, in two shards, or in a pytorch_model.bin."""
+    out = copied(folder, out)
+    file = out / "model.safetensors"
+    tensors = load_file(file)
+    if form == "bin":
+        torch.save(tensors, out / "pytorch_model.bin")
+    elif form == "shards":
+        where = {name: f"{name == 'lm_head.weight'}.safetensors" for name in tensors}
+        for shard in set(where.values()):
+            save_file({n: t for n, t in tensors.items() if where[n] == shard}, out / shard, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": where}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    if form != "one file":
+        file.unlink()
+    return out
+
+
+def test_a_matrix_that_only_the_configuration_ties_is_treated_and_exported_alone(tied_folder, tmp_path, text_file):
+    folder = untied_by_its_tensors(tied_folder, tmp_path / "m")
+    data = common.study_data(folder, text_file)
+    resident = Resident(Study(data).setup())
+    table = resident.model.model.embed_tokens.weight.clone()
+    head = next(site for site in resident.space.wanted() if site.name == "lm_head")
+    resident.apply(Plan.of({"lm_head": resident.space.wanted()[head][0]}))
+    assert torch.equal(resident.model.model.embed_tokens.weight, table)
+    ids = common.tokens(1, 8)
+    said = resident.model(ids).logits
+    _mark(resident.model, resident)
+    resident.model.save_pretrained(tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    assert torch.equal(loaded(ids).logits, said)
+    assert torch.equal(loaded.model.embed_tokens.weight, table)
+
+
+def test_a_dense_export_of_it_reloads_with_both_matrices(tied_folder, tmp_path):
+    folder = untied_by_its_tensors(tied_folder, tmp_path / "m")
+    model = load(folder)
+    model.save_pretrained(tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+def test_sites_of_the_skeleton_that_differ_from_the_models_are_an_error_by_name(setup, monkeypatch):
+    tied = common.architecture("llama-tied").build()
+    monkeypatch.setattr("rankfront.search.trial.skeleton", lambda source: tied)
+    assert "'lm_head'" in refusal(Resident, setup)
