@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Any, cast
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -89,9 +90,14 @@ class RankfrontQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path, spec in self.config.modules.items():
-            set_module(model, path, _empty(model, path, spec))
-            # Some architectures (GPT-2) initialise a block's weights by name, and would look for the dense one.
-            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+            module = _empty(model, path, spec)
+            if not hasattr(module, "weight"):
+                # What initialises tensors that no file holds, such as the masks of GPT-Neo, looks up a block's weights
+                # by name in GPT-2: it finds one that needs no values. No part of the state: it goes after loading.
+                stand_in: Any = torch.empty(0)
+                stand_in._is_hf_initialized = True
+                vars(module)["weight"] = stand_in
+            set_module(model, path, module)
         self._check_names(model)
         # transformers ties parameters alone: what of the tied tensors is a buffer is put in place after loading.
         buffers = self._tied_buffers(model)
@@ -100,6 +106,8 @@ class RankfrontQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_missing = ignored | set(map(re.escape, buffers))  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for path in self.config.modules:
+            vars(model.get_submodule(path)).pop("weight", None)
         for module in model.modules():
             if isinstance(module, IntegerMatrix):
                 module.align()

@@ -176,6 +176,30 @@ def test_verifying_a_folder_refuses_it_where_a_tensor_is_missing(model_folder, t
     assert DOWN in str(stopped.value)
 
 
+@pytest.mark.parametrize("name", [row.name for row in (*common.ARCHITECTURES, *common.BUFFERED)])
+def test_a_factored_export_loads_as_it_ran_with_the_buffers_that_no_file_holds(name, tmp_path, text_file):
+    data = common.study_data(common.save_folder(name, tmp_path / "m"), text_file)
+    row = common.architecture(name)
+    resident = Resident(Study(data | {"space": data["space"] | {"methods": ["svd"], "exclude": [row.head]}}).setup())
+    for plan in _plans(resident):
+        resident.apply(plan)
+        ids = common.tokens(1, 16)
+        said = resident.model(ids).logits
+        out = tmp_path / f"{len(plan.choices)}"
+        _mark(resident.model, resident)
+        resident.model.save_pretrained(out)
+        loaded = load(out)
+        assert torch.equal(loaded(ids).logits, said)
+        assert all("weight" not in vars(module) for module in loaded.modules())
+
+
+def _plans(resident):
+    """Every linear of a block treated, and each second one."""
+    options = {site.name: found[0] for site, found in resident.space.wanted().items()}
+    yield Plan.of(options)
+    yield Plan.of(dict(list(options.items())[::2]))
+
+
 # -- what is tied is what the tensors say
 
 
