@@ -203,8 +203,9 @@ def export_command(
     row = _pick(study, trial, constraints, knee)
     with terminal.status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
+    where_to = out.resolve() if out.is_symlink() else out
     terminal.print(
-        f"trial {row.number} ({row.origin}) is in {out}: {verified.parameters:,} stored values in"
+        f"trial {row.number} ({row.origin}) is in {where_to}: {verified.parameters:,} stored values in"
         f" {verified.bytes / 1e6:,.1f} MB, perplexity {verified.perplexity:.4g} on the search split after reloading in"
         " a fresh process",
         soft_wrap=True,

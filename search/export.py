@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -62,9 +63,11 @@ def export(setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none
     Refitted ``sequential``ly (see `refit`), the folder is verified against the model here rather than the trial.
 
     ``factored`` keeps the factors and loads after ``import rankfront.methods``; ``dense`` multiplies them out and
-    loads without us. Raises `InputError` where ``out`` is taken, `ExportError` where writing or verifying fails.
+    loads without us. A link as ``out`` is followed. Raises `InputError` where ``out`` is taken, `ExportError` where
+    writing or verifying fails.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = Path(os.path.realpath(out))  # of a link, what it names: the link stays
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
     now = setup.origin()
     for name, value in row.plan.origin:
@@ -182,7 +185,7 @@ def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:
 def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
     """Reload ``folder`` in a fresh process, count its parameters and score what its trial read of the search split."""
     windows = setup.config.rung_windows()[rung]
-    tokens = folder.with_name(folder.name + ".tokens")
+    tokens = folder / ".tokens"  # within what is dropped after a kill; no loader looks at it
     try:
         save_file({"windows": setup.tokens["search"][windows].contiguous()}, tokens)
         command = [

@@ -1,17 +1,19 @@
-"""The factor store: each (site, method) prepared once, kept on disk, memory-mapped, sliced at any level."""
+"""The factor store: each (site, method) prepared once, kept on disk, memory-mapped, sliced at any level.
+
+Files take their names whole and are never written again in place: `prepare` renames a new one over an old one, whose
+readers keep what they have mapped. What others do to a file shows in its inode, size or time of change, which `load`
+and `check` look at.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import shutil
-import socket
 import time
-import uuid
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,13 +33,30 @@ from rankfront.methods import (
     source_of,
 )
 from rankfront.search import calibration
+from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
 
 KEY_LENGTH = 16  # hex digits of a cache key
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+REBUILD = "rebuild it with `rankfront launch STUDY.toml --rebuild`"
+UNMADE = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # what factoring may raise, shortage of memory too
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:KEY_LENGTH]
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A factor file as it was when its checksum was verified.
+
+    Attributes:
+        tensors: memory-mapped.
+        checksum: of names and bytes.
+        state: inode, size and time of change.
+    """
+
+    tensors: Prepared
+    checksum: str
+    state: tuple[int, int, int]
 
 
 class FactorStore:
@@ -46,15 +65,26 @@ class FactorStore:
     A file per (site, method), or per (site, option) for methods that do not nest. The folder's name hashes
     weights, the method's code, the factors' dtype and, for methods that need statistics, the calibration; so
     what is found under it is what would be computed again. Files appear whole or not at all.
+
+    ``unmade`` are those that could not be made for a cause that may pass, such as a shortage of memory, with their
+    reason: they are tried again by another store, that of the next launch.
     """
 
-    def __init__(self, fingerprint: str, calibration_hash: str, dtype: torch.dtype, root: Path) -> None:
+    def __init__(
+        self,
+        fingerprint: str,
+        calibration_hash: str,
+        dtype: torch.dtype,
+        root: Path,
+        unmade: Mapping[Path, str] | None = None,
+    ) -> None:
         self.root = root
         self.fingerprint = fingerprint
         self.calibration_hash = calibration_hash
         self.dtype = dtype
         self.seconds: dict[str, float] = defaultdict(float)  # spent on factoring here, by method
-        self._open: dict[Path, Prepared] = {}
+        self.unmade = dict(unmade or {})
+        self._open: dict[Path, _Mapped] = {}
 
     def folder(self, method: Method) -> Path:
         text = self.calibration_hash + inspect.getsource(calibration) if method.needs else "no text"
@@ -76,9 +106,14 @@ class FactorStore:
         return {site: options for site, options in absent.items() if options}
 
     def failure(self, site: Site, option: Option) -> str | None:
-        """Why factoring for ``option`` failed, or None."""
-        file = _failure_file(self.path(site, option))
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        """Why factoring for ``option`` failed, or None. A kept reason that is not whole is not believed."""
+        path = self.path(site, option)
+        if path in self.unmade:
+            return self.unmade[path]
+        try:
+            return str(read_checked(_failure_file(path)))
+        except (FileNotFoundError, ValueError):
+            return None
 
     def usable(self, wanted: Mapping[Site, Sequence[Option]]) -> dict[Site, list[Option]]:
         """``wanted`` without the options whose factorisation failed."""
@@ -91,29 +126,46 @@ class FactorStore:
         options: Sequence[Option],
         weights: Mapping[str, Tensor],
         statistics: Mapping[str, Statistics],
+        anew: bool = False,
     ) -> None:
-        """Factor ``site`` for ``options`` and write what is missing.
+        """Factor ``site`` for ``options`` and write what is missing, or with ``anew`` all of it.
 
-        A factorisation that fails is kept as its reason: the trials that want it fail with it, others go on.
+        A factorisation that does not converge is kept as its reason, for the weights are what they are: the trials that
+        want it fail with it, others go on. Any other failure is in `unmade`.
         """
         by_file: dict[Path, list[Option]] = {}
         for option in options:
             by_file.setdefault(self.path(site, option), []).append(option)
         for path, served in by_file.items():
-            method = get_method(served[0].method)
-            started = time.perf_counter()
-            try:
-                prepared = method.prepare(site, weights, statistics, served)
-            except torch.OutOfMemoryError:
-                raise  # another day there may be room
-            except (RuntimeError, ValueError) as error:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _failure_file(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-                continue
-            finally:
-                self.seconds[method.name] += time.perf_counter() - started
-            _failure_file(path).unlink(missing_ok=True)
-            self._write(path, {name: self._narrow(tensor) for name, tensor in prepared.items()})
+            if anew or not path.is_file():  # which another study may have made by now
+                self._prepare(path, site, served, weights, statistics, anew)
+
+    def _prepare(
+        self,
+        path: Path,
+        site: Site,
+        served: Sequence[Option],
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        anew: bool,
+    ) -> None:
+        method = get_method(served[0].method)
+        started = time.perf_counter()
+        try:
+            prepared = method.prepare(site, weights, statistics, served)
+        except UNMADE as error:
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                write_checked(_failure_file(path), reason)
+            else:
+                self.unmade[path] = reason
+            return
+        finally:
+            self.seconds[method.name] += time.perf_counter() - started
+        tensors = {name: self._narrow(tensor) for name, tensor in prepared.items()}
+        if anew or not path.is_file():
+            write_whole(path, save(tensors, metadata={"crc32": _checksum(tensors)}))
+        _failure_file(path).unlink(missing_ok=True)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         """Matrices in the dtype they will run in; spectra and other vectors, and what is in fp64, in fp32."""
@@ -123,71 +175,68 @@ class FactorStore:
             tensor = tensor.to(self.dtype)
         return tensor.contiguous().cpu()
 
-    @staticmethod
-    def _write(path: Path, tensors: Prepared) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_HOST}-{os.getpid()}")
-        try:
-            partial.write_bytes(save(tensors, metadata={"crc32": _checksum(tensors)}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
     def drop_partials(self, methods: Iterable[str]) -> None:
         """Drop what writers on this machine that were killed have left half written."""
         for name in methods:
-            for partial in self.folder(get_method(name)).glob(f".*.{_HOST}-*"):
-                if not _is_alive(int(partial.name.rpartition("-")[2])):
-                    partial.unlink(missing_ok=True)
+            drop_left(self.folder(get_method(name)))
 
     def load(self, site: Site, option: Option) -> Prepared:
-        """The prepared tensors behind ``option``, memory-mapped; checked once per process.
+        """The prepared tensors behind ``option``, memory-mapped; verified when they are, and again once the file is
+        another.
 
-        Raises `InputError` naming the file where it is missing or corrupt, RuntimeError where factoring had failed.
+        Raises `InputError` naming the file where it is missing, corrupt or another than before, RuntimeError where
+        factoring had failed.
         """
         path = self.path(site, option)
         if path not in self._open:
             reason = self.failure(site, option)
             if reason is not None:
                 raise RuntimeError(f"{option.method} could not factor {site.name}: {reason}")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-                    intact = (file.metadata() or {}).get("crc32") == _checksum(tensors)
-            except FileNotFoundError as error:
-                raise InputError(f"factor file {path} is missing: launch the study again to rebuild it") from error
-            except SafetensorError as error:
-                raise InputError(f"factor file {path} is corrupt ({error}): {REBUILD}") from error
-            if not intact:
-                raise InputError(f"factor file {path} is corrupt (its checksum differs): {REBUILD}")
-            self._open[path] = tensors
+        return self._current(path).tensors
+
+    def check(self) -> None:
+        """Raise `InputError` where a file that was read is no longer what it was: what came of it may be wrong."""
+        for path in list(self._open):
+            self._current(path)
+
+    def _current(self, path: Path) -> _Mapped:
+        known = self._open.get(path)
+        try:
+            if known is None or known.state != _state(path):
+                found = _mapped(path)
+                if known is not None and found.checksum != known.checksum:
+                    raise InputError(
+                        f"factor file {path} has other content than before in this launch, so trials would not compare:"
+                        " launch the study again"
+                    )
+                self._open[path] = found
+        except FileNotFoundError as error:
+            raise InputError(f"factor file {path} is missing: launch the study again to rebuild it") from error
         return self._open[path]
 
     def factors(self, site: Site, option: Option) -> dict[str, Factors]:
         """Role -> factors of ``option`` at ``site``."""
         return get_method(option.method).truncate(self.load(site, option), option)
 
-    def clear(self, methods: Iterable[str]) -> None:
-        """Drop everything kept for ``methods`` on this model and text."""
-        for name in methods:
-            shutil.rmtree(self.folder(get_method(name)), ignore_errors=True)
-        self._open.clear()
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-REBUILD = "rebuild it with `rankfront launch STUDY.toml --rebuild`"
-
-
-def _is_alive(process: int) -> bool:
-    """Whether a process with this number runs here; taken for granted where that cannot be asked."""
-    if os.name != "posix":
-        return True
+def _mapped(path: Path) -> _Mapped:
+    """The file at ``path``, verified; `InputError` where it is corrupt."""
+    state = _state(path)  # before it is read: a change meanwhile shows the next time
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"factor file {path} is corrupt ({error}): {REBUILD}") from error
+    checksum = _checksum(tensors)
+    if metadata.get("crc32") != checksum:
+        raise InputError(f"factor file {path} is corrupt (its checksum differs): {REBUILD}")
+    return _Mapped(tensors, checksum, state)
 
 
 def _failure_file(path: Path) -> Path:

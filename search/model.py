@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -9,7 +10,6 @@ import shutil
 import socket
 import urllib.parse
 import urllib.request
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 import transformers
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site, nearest
 from rankfront.methods.layers import weight_of
+from rankfront.search.atomic import drop_left, partial_of
 from rankfront.search.checkpoint import check_whole, hold_two
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
@@ -120,11 +122,17 @@ def resolve(name: str) -> Source:
 def _unpacked(name: str, file: Path) -> Source:
     """The source of a GGUF file: unpacked once into the cache, since reading the packed form takes seconds each time.
 
-    The folder holds the weights in fp32, as transformers dequantises them, and the tokenizer.
+    The folder holds the weights in fp32, as transformers dequantises them, and the tokenizer. Processes that want it
+    at once wait for the first.
     """
     folder = cache_folder() / f"unpacked-{hash_files([file])[:16]}"
     source = Source(name, str(folder), file)
-    if not folder.is_dir():
+    if folder.is_dir():
+        return source
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.is_dir():
+            return source
         arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
         model = _whole(source, file.parent, dtype=torch.float32, **arguments)
         with _loading(source):
@@ -137,14 +145,23 @@ def _unpacked(name: str, file: Path) -> Source:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside ``folder`` that takes its name when the body succeeds and vanishes when it does not."""
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    """A hidden folder beside ``folder`` that takes its name when the body succeeds and vanishes when it does not.
+
+    What earlier processes that were killed have left of it is dropped first. Raises `InputError` where ``folder`` is
+    taken in the end: an empty folder is not.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    drop_left(folder.parent, folder.name)
+    staging = partial_of(folder)
     try:
-        staging.mkdir(parents=True)
+        staging.mkdir()
         yield staging
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        staging.rename(folder)
+        try:
+            staging.rename(folder)  # which replaces an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise InputError(f"{str(folder)!r} was written by another process meanwhile: name a new folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rankfront.search.accuracy import Calibration
 from rankfront.search.driver import Driver
+from rankfront.search.factors import FactorStore
 from rankfront.search.front import Row, comparable, front_of
 
 BUDGETS = (
@@ -59,6 +60,17 @@ class Display:
             if not self.console.is_terminal and name in PHASES:
                 self.console.print(f"{PHASES[name]} ...")
         self.bars.update(self.tasks[name], completed=done, total=total, status=status)
+
+    def unmade(self, store: FactorStore) -> None:
+        """Say what could not be factored in this launch."""
+        if store.unmade:
+            path, reason = next(iter(store.unmade.items()))
+            self.console.print(
+                f"{len(store.unmade)} factorisations failed, as will trials that want them; the next launch tries again"
+                f" ({path.parent.name}/{path.stem}: {reason})",
+                soft_wrap=True,
+                markup=False,
+            )
 
     def search(self, driver: Driver) -> None:
         """The live line: trials done, front size, best at each budget, time left."""

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -316,17 +316,17 @@ class Study:
         if self._scatters:
             resolved["windows"] = SCATTERED
         self.run.define(self.config, resolved)
-        if rebuild:
-            setup.store().clear(space.methods)
         driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report, stop, only)
-        if driver.done:
+        if driver.done and not rebuild:
             return
 
         def progress(phase: str, done: int, total: int) -> None:
             stop.check()
             display.phase(phase, done, total)
 
-        prepare_store(setup, space, progress)
+        store = prepare_store(setup, space, progress, anew=rebuild)
+        display.unmade(store)
+        setup = replace(setup, unmade=store.unmade)
         display.search(driver)
         driver.begin()
         try:

@@ -17,12 +17,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import json
+import logging
 import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Factors, InputError, Option, Site, Weight, source_behind
@@ -40,6 +40,7 @@ from rankfront.methods.layers import LAYERS
 from rankfront.methods.prepacked import prepacked
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
+from rankfront.search.atomic import read_checked, write_checked
 from rankfront.search.factors import FactorStore
 
 PHASES = ("prefill", "decode")
@@ -47,9 +48,11 @@ COLD = 2**25  # bytes of weights gone through before the same copy comes again
 COPIES = 64
 ROUNDS = 15
 WHOLE_RUNS = 5
+LEAST_FIGURE, MOST_FIGURE = 1e-9, 1e4  # of seconds of a call, and of ratios of two: a guess, beyond which clocks err
 LEAST = 2e-4  # seconds of one round, at least: below, the clock and the interpreter are what is timed
 
 Seconds = dict[str, float]  # phase -> seconds
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,8 @@ def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
 class Stopwatches:
     """Seconds of dense modules and ratios of modules to others, by what they are and by tokens, kept on disk.
 
-    ``prepack``: whether all of them run prepacked.
+    ``prepack``: whether all of them run prepacked. What is on disk and is not whole, or holds a figure that no clock
+    gives, is discarded with a warning and timed anew.
     """
 
     def __init__(self, root: Path, device: str, dtype: torch.dtype, prepack: bool = False) -> None:
@@ -240,7 +244,15 @@ class Stopwatches:
         self.new = False
 
     def _kept(self) -> dict[str, float]:
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        try:
+            return _checked(read_checked(self.path))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            log.warning("the latency table %s is discarded (%s): its modules are timed anew", self.path, reason)
+            self.path.unlink(missing_ok=True)
+            return {}
 
     def seconds(self, key: str, dense: nn.Module, x: Tensor) -> float:
         """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n)."""
@@ -253,18 +265,27 @@ class Stopwatches:
     def _figure(self, key: str, x: Tensor, measure: Callable[[], float]) -> float:
         name = f"{key} on {x.shape[0]}x{x.shape[1]}"
         if name not in self.known:
-            self.known[name] = measure()
+            self.known |= _checked({name: measure()})
             self.new = True
         return self.known[name]
 
     def save(self) -> None:
-        """Write what is new, whole or not at all."""
+        """Write what is new beside what others have written meanwhile."""
         if self.new:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-            partial.write_text(json.dumps(self._kept() | self.known, indent=0, sort_keys=True), encoding="utf-8")
-            partial.replace(self.path)
+            with FileLock(self.path.with_suffix(".lock")):  # two that merge at once would lose one's figures
+                write_checked(self.path, self._kept() | self.known)
             self.new = False
+
+
+def _checked(figures: Any) -> dict[str, float]:
+    """``figures`` by name, if each can be of a clock; ValueError otherwise."""
+    if not isinstance(figures, dict):
+        raise ValueError("it is no table of figures")
+    for name, figure in figures.items():
+        if type(figure) is not float or not LEAST_FIGURE <= figure <= MOST_FIGURE:  # NaN is in no range
+            raise ValueError(f"{name!r} is {figure!r} and lies outside {LEAST_FIGURE:g} to {MOST_FIGURE:g}")
+    return figures
 
 
 def _machine(device: str, dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
-from rankfront.methods._integers import aligned
 from rankfront.methods.layers import replacement, row_scale, set_module
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.latency import Latency, Timed
@@ -62,6 +61,7 @@ class Setup:
         fingerprint: hash of the weights.
         tokens: split -> windows (W, L).
         cache: folder of the factor store.
+        unmade: factor files that this launch could not make, and why: its trials that want them fail.
     """
 
     config: StudyConfig
@@ -71,10 +71,11 @@ class Setup:
     fingerprint: str
     tokens: dict[str, Tensor]
     cache: str
+    unmade: Mapping[Path, str] = field(default_factory=dict)
 
     def store(self) -> FactorStore:
         text = f"{hash_tokens(self.tokens['calibrate'])} {self.dtype}"
-        return FactorStore(self.fingerprint, text, DTYPES[self.dtype], Path(self.cache))
+        return FactorStore(self.fingerprint, text, DTYPES[self.dtype], Path(self.cache), self.unmade)
 
     def origin(self) -> dict[str, str]:
         """What a plan of this study says it belongs to."""
@@ -121,15 +122,15 @@ def _check_same_sites(planned: Mapping[Site, Place], loaded: Mapping[Site, Place
         )
 
 
-def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, float]:
-    """Calibrate and factor whatever the store lacks for ``space``; seconds by method, none where nothing was missing.
+def prepare_store(setup: Setup, space: Space, progress: Progress, anew: bool = False) -> FactorStore:
+    """The study's store, once whatever it lacks for ``space`` is calibrated and factored, or with ``anew`` all of it.
 
     Weights are factored as the checkpoint has them; calibration runs in the evaluation dtype.
     """
     store = setup.store()
-    missing = store.missing(space.wanted())
+    missing = space.wanted() if anew else store.missing(space.wanted())
     if not missing:
-        return {}
+        return store
     store.drop_partials(space.methods)
     progress("load", 0, 1)
     weights_from = load_model(setup.source, "auto", setup.device)
@@ -143,7 +144,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, f
     def factor(site: Site, statistics: dict[str, Any]) -> None:
         nonlocal done
         weights = weights_at(weights_from, site)
-        store.prepare(site, missing[site], weights, statistics)
+        store.prepare(site, missing[site], weights, statistics, anew)
         done += 1
         progress("factor", done, len(missing))
 
@@ -155,7 +156,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress) -> dict[str, f
         windows = setup.tokens["calibrate"]
         for site, statistics in calibrate(model, windows, needy, needs, lambda i, n: progress("calibrate", i, n)):
             factor(site, statistics)
-    return dict(store.seconds)
+    return store
 
 
 # Of a window, at most, that menu and slopes read at once: at keep 0.8 the best step by 12,288 tokens takes 15% of the
@@ -175,12 +176,11 @@ class Resident:
     def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
         self.setup = setup
         self.space = make_space(setup)
-        prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
+        self.store = prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
         self.model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
         use_attention(self.model, setup.config.model.attention)
         self.sites: dict[Site, Place] = find_sites(self.model)
         _check_same_sites(self.space.sites, self.sites)
-        self.store = setup.store()
         self.names = {site.name for site in self.sites}
         self.dense_values = count_parameters(self.model)
         self.dense_modules = {
@@ -282,14 +282,14 @@ class Resident:
         """Modules that run each role's ``factors`` in the place of the dense ones at its ``paths``.
 
         A tensor that several of them have stays one. All are made before any is put in place: a site is treated whole
-        or not at all.
+        or not at all. All are copies: a process that runs what is mapped dies when the file is cut short.
         """
         device, dtype = self.setup.device, DTYPES[self.setup.dtype]
         distinct = {id(tensor): tensor for role in paths for tensor in factors[role].tensors.values()}
         held = {
-            number: nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+            number: nn.Parameter(tensor.to(device, dtype, copy=True).contiguous(), requires_grad=False)
             if tensor.is_floating_point()
-            else aligned(tensor.to(device))
+            else tensor.to(device, copy=True)
             for number, tensor in distinct.items()
         }
         modules = {}
@@ -389,6 +389,7 @@ class Resident:
                 "timing": self._timing,
             }
             record = measure[job.kind](job)
+            self.store.check()
             if job.kind in ("menu", "slopes"):  # which look at every option of every site
                 give_back_memory()
             return record
@@ -397,6 +398,7 @@ class Resident:
         except FAILURES as error:
             reason = _reason(error)
         self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
+        self.store.check()
         return {"failure": reason}
 
     def _recover(self) -> None:

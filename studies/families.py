@@ -69,7 +69,7 @@ def measure(text: str, methods: Sequence[str]) -> Iterator[list[Cell]]:
     study = Study(settings(text, methods))
     setup = study.setup()
     space = make_space(setup)
-    seconds = prepare_store(setup, space, lambda phase, done, total: None)
+    seconds = prepare_store(setup, space, lambda phase, done, total: None).seconds
     resident = Resident(setup)
     report = setup.tokens["report"]
     splits = {"pydoc": Split("pydoc", len(report) // 2, (0.0, 1.0))}

@@ -331,3 +331,41 @@ def test_a_full_disk_leaves_nothing(exportable, compressed, small_disk, tmp_path
         line = refused_export(exportable, disk / "out", capsys)
         assert "No space left" in line or "os error 28" in line, used
         assert os.listdir(disk) == []
+
+
+def test_a_link_as_the_folder_is_followed(exportable, compressed, tmp_path, monkeypatch, capsys):
+    """To an empty folder or to none yet; the link stays, and what it names is said."""
+    verify_here(monkeypatch)
+    (tmp_path / "far").mkdir()
+    for target in ("far", "new"):
+        out = tmp_path / f"to {target}"
+        out.symlink_to(tmp_path / target)
+        assert run(["export", str(exportable.run.path), "--out", str(out), "--trial", str(compressed.number)]) == 0
+        assert out.is_symlink()
+        assert (tmp_path / target / "plan.json").is_file()
+        assert str(tmp_path / target) in " ".join(capsys.readouterr().err.split())
+        with pytest.raises(InputError, match="not empty"):
+            exportable.export(out, compressed)
+    out = tmp_path / "loop"
+    out.symlink_to(out)
+    with pytest.raises(InputError, match="not empty"):
+        exportable.export(out, compressed)
+    assert sorted(os.listdir(tmp_path)) == ["far", "loop", "new", "to far", "to new"]
+
+
+def test_of_two_exports_to_one_folder_the_later_is_told_and_the_earlier_kept(
+    exportable, compressed, tmp_path, monkeypatch
+):
+    verify_here(monkeypatch)
+    verify, out = module._verify, tmp_path / "out"
+
+    def late(*arguments):
+        monkeypatch.setattr(module, "_verify", verify)
+        exportable.export(out, compressed)
+        return verify(*arguments)
+
+    monkeypatch.setattr(module, "_verify", late)
+    with pytest.raises(InputError, match="another process meanwhile"):
+        exportable.export(out, compressed)
+    assert os.listdir(tmp_path) == ["out"]
+    assert "plan.json" in os.listdir(out)

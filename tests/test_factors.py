@@ -9,7 +9,8 @@ from common import linear_site, rank_option
 
 from rankfront.methods import Gram, InputError, Statistics, get_method, method_names, source_of
 from rankfront.methods.layers import matrix_of
-from rankfront.search.factors import _HOST, FactorStore
+from rankfront.search.atomic import HOST
+from rankfront.search.factors import FactorStore
 
 SITE = linear_site(12, 8)
 WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
@@ -135,12 +136,16 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_clearing_drops_the_named_methods_only(tmp_path):
+def test_what_is_made_anew_replaces_what_is_there_and_nothing_else(tmp_path):
     store = fill(make_store(tmp_path))
-    other = fill(make_store(tmp_path, fingerprint="other"))
-    store.clear(["svd"])
-    assert {option.method for option in store.missing({SITE: EVERY})[SITE]} == {"svd"}
-    assert other.missing({SITE: EVERY}) == {}
+    path, kept = (store.path(SITE, option) for option in (EVERY[0], EVERY[-1]))
+    before = {each: (each.read_bytes(), each.stat().st_ino) for each in (path, kept)}
+    fill(store)  # another writer that is late uses what it finds
+    assert {each: (each.read_bytes(), each.stat().st_ino) for each in (path, kept)} == before
+    store.prepare(SITE, EVERY[:1], {"weight": WEIGHT}, STATISTICS, anew=True)
+    assert path.read_bytes() == before[path][0]
+    assert path.stat().st_ino != before[path][1]
+    assert kept.stat().st_ino == before[kept][1]
 
 
 def test_what_a_killed_writer_left_is_dropped_and_others_are_not(tmp_path):
@@ -151,9 +156,9 @@ def test_what_a_killed_writer_left_is_dropped_and_others_are_not(tmp_path):
     gone.join()
     store = fill(make_store(tmp_path))
     folder = store.folder(get_method("svd"))
-    mine, dead, elsewhere = f"{_HOST}-{os.getpid()}", f"{_HOST}-{gone.pid}", f"0123abcd-{gone.pid}"
+    mine, dead, elsewhere = f"{HOST}-{os.getpid()}", f"{HOST}-{gone.pid}", f"0123abcd-{gone.pid}"
     for writer in (mine, dead, elsewhere):
-        (folder / f".site.safetensors.{'0' * 32}.{writer}").write_bytes(b"half")
+        (folder / f".site.safetensors.{'0' * 8}.{writer}").write_bytes(b"half")
     before = set(folder.glob("*.safetensors"))
     store.drop_partials(METHODS)
     left = {path.name.rpartition(".")[2] for path in folder.iterdir() if path.name.startswith(".")}

@@ -177,7 +177,7 @@ def test_what_is_in_the_store_is_not_prepared_again(resident):
     def unwanted(phase, done, total):
         raise AssertionError(phase)
 
-    assert not prepare_store(resident.setup, resident.space, unwanted)
+    assert not prepare_store(resident.setup, resident.space, unwanted).seconds
     assert not resident.store.missing(resident.space.wanted())
 
 

@@ -1,0 +1,97 @@
+"""Files and folders that appear whole or not at all, JSON that carries a checksum, and what dead writers leave.
+
+Whatever is written takes its name by a rename, so that readers find all of it or nothing, and those who have the old
+file mapped keep it. Until then it has a hidden name beside its place that says who writes it, such as
+``.a.json.1f0c9d2e.ab12cd34-4711``: a digest of the machine, and the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any
+
+LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)")
+
+
+def _host() -> str:
+    """A digest of the machine and of the namespace that process numbers are of: containers have their own."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+
+
+HOST = _host()
+
+
+def partial_of(path: Path) -> Path:
+    """A hidden name beside ``path``, this process's own, for what is to become ``path``."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{HOST}-{os.getpid()}")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write ``path``, replacing it whole; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def drop_left(folder: Path, name: str | None = None) -> None:
+    """Drop what writers on this machine that are gone have left in ``folder``, of ``name`` or of any."""
+    for path in folder.glob(".*"):
+        left = LEFT.fullmatch(path.name)
+        if left is None or left["host"] != HOST or name not in (None, left["name"]) or _is_alive(int(left["process"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process with this number runs here; taken for granted where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_checked(path: Path, data: Any) -> None:
+    """Write ``data`` as JSON with its CRC-32, whole."""
+    text = json.dumps(data, indent=0, sort_keys=True)
+    sealed = f'{{"crc32": "{_crc32(text)}",\n"data": {text}}}\n'
+    write_whole(path, sealed.encode())
+
+
+def read_checked(path: Path) -> Any:
+    """What `write_checked` wrote. Raises FileNotFoundError, or ValueError where anything of it is missing or other."""
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        crc, data = sealed["crc32"], sealed["data"]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError("it has no checksum") from error
+    if crc != _crc32(json.dumps(data, indent=0, sort_keys=True)):
+        raise ValueError("its checksum differs")
+    return data
+
+
+def _crc32(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
