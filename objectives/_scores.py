@@ -43,8 +43,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss), infinite where that overflows, NaN where the loss is."""
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 def predictions(model: nn.Module, windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
