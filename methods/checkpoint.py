@@ -94,7 +94,8 @@ class RankfrontQuantizer(HfQuantizer):
             if not hasattr(module, "weight"):
                 # What initialises tensors that no file holds, such as the masks of GPT-Neo, looks up a block's weights
                 # by name in GPT-2: it finds one that needs no values. No part of the state: it goes after loading.
-                stand_in: Any = torch.empty(0)
+                bias = getattr(module, "bias", None)
+                stand_in: Any = torch.empty(0 if bias is None else len(bias), 0)  # tying makes the bias as long
                 stand_in._is_hf_initialized = True
                 vars(module)["weight"] = stand_in
             set_module(model, path, module)
