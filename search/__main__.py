@@ -17,6 +17,7 @@ from rankfront.search.answer import Answer
 from rankfront.search.driver import WorkersDied
 from rankfront.search.export import ExportError, Format, Refit
 from rankfront.search.front import Row
+from rankfront.search.plain import literal, plain
 from rankfront.search.study import Interrupted, Study
 
 app = typer.Typer(
@@ -34,6 +35,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON and nothing
 WhereOption = Annotated[
     list[str] | None, typer.Option("--where", help="a limit, such as 'parameters<=0.8'; repeatable")
 ]
+
+
+def _say(console: Console, text: object) -> None:
+    """Print a line as it is, whoever wrote what is in it."""
+    console.print(literal(text), soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:
@@ -82,7 +88,7 @@ def solve(
     row = study.solve(*limits, console=terminal)
     values = ", ".join(f"{name} {value:.4g}" for name, value in row.values.items())
     kept = row.attributes["block_parameters"]
-    output.print(f"trial {row.number} ({row.origin}): {values}, block_parameters {kept:.4g}", soft_wrap=True)
+    _say(output, f"trial {row.number} ({row.origin}): {values}, block_parameters {kept:.4g}")
 
 
 def answer_json(found: Answer) -> dict[str, Any]:
@@ -107,12 +113,12 @@ def front(
     study = Study.open(run)
     if csv is not None:
         study.frame().to_csv(csv, index=False)
-        terminal.print(f"wrote {csv}")
+        _say(terminal, f"wrote {csv}")
     if html is not None:
         from rankfront.search.report import write_report
 
         write_report(study, html)
-        terminal.print(f"wrote {html}")
+        _say(terminal, f"wrote {html}")
     if as_json:
         from rankfront.search.tables import front_json
 
@@ -128,20 +134,20 @@ def _print_front(study: Study, where: list[str]) -> None:
     output.print(front_table(study, rows))
     box = study.box()
     corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
-    output.print(f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)", soft_wrap=True)
+    _say(output, f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)")
     calibration = study.calibration()
     if calibration is not None:
-        output.print(str(calibration), soft_wrap=True)
+        _say(output, calibration)
     for name, calibrated in study.latency().items():
-        output.print(f"{name}, {calibrated}", soft_wrap=True)
+        _say(output, f"{name}, {calibrated}")
     unmade = study.latency_failure()
     if unmade is not None:
-        output.print(f"the latency table could not be made ({unmade}): launch the study again", soft_wrap=True)
+        _say(output, f"the latency table could not be made ({unmade}): launch the study again")
     failed = [row for row in study.rows() if row.state == "failed" and row.counts]
     if failed:
-        output.print(f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}", soft_wrap=True)
+        _say(output, f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}")
     if any(row.report is None for row in rows):
-        output.print("some members have no report perplexity yet: launch the study again to measure it", soft_wrap=True)
+        _say(output, "some members have no report perplexity yet: launch the study again to measure it")
 
 
 @app.command()
@@ -156,7 +162,7 @@ def menu(
     frame = Study.open(run).menu()
     if csv is not None:
         frame.to_csv(csv, index=False)
-        terminal.print(f"wrote {csv}")
+        _say(terminal, f"wrote {csv}")
     if as_json:
         _print_json(frame.to_dict("records"))
     elif csv is None:
@@ -204,11 +210,11 @@ def export_command(
     with terminal.status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
     where_to = out.resolve() if out.is_symlink() else out
-    terminal.print(
+    _say(
+        terminal,
         f"trial {row.number} ({row.origin}) is in {where_to}: {verified.parameters:,} stored values in"
         f" {verified.bytes / 1e6:,.1f} MB, perplexity {verified.perplexity:.4g} on the search split after reloading in"
         " a fresh process",
-        soft_wrap=True,
     )
 
 
@@ -242,7 +248,7 @@ def evaluate_command(
         _print_json(found)
     else:
         for name, value in found.items():
-            output.print(f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
+            _say(output, f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
 
 
 @app.command()
@@ -260,7 +266,7 @@ def methods(
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"rankfront: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rankfront: {plain(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -11,6 +11,7 @@ from rankfront.search.accuracy import Calibration
 from rankfront.search.driver import Driver
 from rankfront.search.factors import FactorStore
 from rankfront.search.front import Row, comparable, front_of
+from rankfront.search.plain import literal
 
 BUDGETS = (
     0.9,
@@ -37,7 +38,7 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -65,12 +66,11 @@ class Display:
         """Say what could not be factored in this launch."""
         if store.unmade:
             path, reason = next(iter(store.unmade.items()))
-            self.console.print(
+            said = (
                 f"{len(store.unmade)} factorisations failed, as will trials that want them; the next launch tries again"
-                f" ({path.parent.name}/{path.stem}: {reason})",
-                soft_wrap=True,
-                markup=False,
+                f" ({path.parent.name}/{path.stem}: {reason})"
             )
+            self.console.print(literal(said), soft_wrap=True)
 
     def search(self, driver: Driver) -> None:
         """The live line: trials done, front size, best at each budget, time left."""

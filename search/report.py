@@ -7,7 +7,9 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from rankfront.search.atomic import partial_of
 from rankfront.search.front import Row, comparable
+from rankfront.search.plain import plain
 from rankfront.search.study import Study
 from rankfront.search.tables import plan_json
 
@@ -41,7 +43,7 @@ def front_figure(study: Study) -> go.Figure:
     left_out = len(rows) - len(shown)
     note = f" ({left_out} trials above the picture)" if left_out else ""
     figure.update_layout(
-        title=f"{study.config.model.name}: {len(rows)} trials, {len(front)} on the front{note}",
+        title=f"{_escaped(study.config.model.name)}: {len(rows)} trials, {len(front)} on the front{note}",
         template="plotly_white",
         legend={"orientation": "h", "y": -0.2},
         margin={"l": 70, "r": 20, "t": 60, "b": 60},
@@ -61,9 +63,14 @@ def _group(row: Row, front: set[int]) -> str:
     return "uniform anchors" if row.origin.startswith("anchor") else "dominated"
 
 
+def _escaped(text: object) -> str:
+    """``text`` as HTML shows it, and plotly, which reads some of it too."""
+    return html.escape(plain(text))
+
+
 def _hover(row: Row) -> str:
     figures = [f"{name} {value:.4g}" for name, value in row.values.items()]
-    return "<br>".join([f"trial {row.number} ({row.origin})", *figures])
+    return "<br>".join([f"trial {row.number} ({_escaped(row.origin)})", *figures])
 
 
 def plan_figure(study: Study, row: Row) -> go.Figure:
@@ -75,12 +82,13 @@ def plan_figure(study: Study, row: Row) -> go.Figure:
         if depth is not None:
             kind = ".".join(parts[parts.index(str(depth)) + 1 :])
             level = " ".join(f"{k}={v}" for k, v in site["level"].items())
-            cells.setdefault(kind, {})[depth] = (site["keep"], f"{site['site']}<br>{site['method']} {level}")
+            lines = (site["site"], f"{site['method']} {level}")
+            cells.setdefault(kind, {})[depth] = (site["keep"], "<br>".join(map(_escaped, lines)))
     depths = sorted({depth for row_cells in cells.values() for depth in row_cells})
     figure = go.Figure(
         go.Heatmap(
             x=depths,
-            y=list(cells),
+            y=[_escaped(kind) for kind in cells],
             z=[[cells[kind].get(depth, (None, ""))[0] for depth in depths] for kind in cells],
             text=[[cells[kind].get(depth, (None, ""))[1] for depth in depths] for kind in cells],
             hovertemplate="%{text}<br>keep %{z:.3f}<extra></extra>",
@@ -107,33 +115,33 @@ def write_report(study: Study, path: Path) -> None:
     box = study.box()
     corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
     page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(str(study.run.path))}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{_escaped(study.run.path)}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ padding: .25rem .6rem; border-bottom: 1px solid #e3e6ea; text-align: right }}
 td:nth-child(2), th:nth-child(2) {{ text-align: left }}
 </style></head><body>
-<h1>{html.escape(study.config.model.name)}</h1>
-<p>Hypervolume {study.hypervolume():.4f} of the box {html.escape(corners)} (ideal to reference).
+<h1>{_escaped(study.config.model.name)}</h1>
+<p>Hypervolume {study.hypervolume():.4f} of the box {_escaped(corners)} (ideal to reference).
 The search split chose these trials; the report split, which the search never saw, gives the last column.</p>
 {front_figure(study).to_html(full_html=False, include_plotlyjs=True, config=PLAIN)}
 {_table(study)}
 {plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
 """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
 
 
 def _table(study: Study) -> str:
     names = list(study.config.objectives)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["trial", "origin", *names, "report perplexity"])
+    head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, "report perplexity"])
     lines = []
     for row in study.front():
         report = (row.report or {}).get("perplexity")
         cells = [str(row.number), row.origin, *(f"{value:.4g}" for value in row.values.values())]
         cells.append("-" if report is None else f"{report:.4g}")
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+        lines.append("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"

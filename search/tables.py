@@ -15,6 +15,7 @@ from rankfront.search.constraint import Constraint, holding
 from rankfront.search.front import Row, box_of, dense_row, hypervolume
 from rankfront.search.menu import values_stored
 from rankfront.search.model import find_sites, resolve, skeleton
+from rankfront.search.plain import literal
 from rankfront.search.study import Study
 
 
@@ -75,7 +76,7 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
     """The front as a rich table: number, origin, objectives, kept fractions, perplexity on the report split."""
     names = list(study.config.objectives)
     more = [name for name in ("parameters", "block_parameters") if name not in names]
-    table = Table(title=f"Pareto front of {study.run.path}: {len(rows)} trials", title_justify="left")
+    table = Table(title=literal(f"Pareto front of {study.run.path}: {len(rows)} trials"), title_justify="left")
     reported = {"perplexity": "report perplexity"}
     if study.config.search.refit != "none":
         reported["refitted"] = "refitted"
@@ -84,7 +85,9 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
     for row in rows:
         figures = [f"{row.figure(name):.4g}" for name in [*names, *more]]
         measured = [(row.report or {}).get(name) for name in reported]
-        table.add_row(str(row.number), row.origin, *figures, *("-" if m is None else f"{m:.4g}" for m in measured))
+        table.add_row(
+            str(row.number), literal(row.origin), *figures, *("-" if m is None else f"{m:.4g}" for m in measured)
+        )
     return table
 
 
@@ -115,12 +118,13 @@ def plan_json(study: Study, row: Row) -> dict[str, Any]:
 def plan_table(plan: dict[str, Any]) -> Table:
     """A plan by site as a rich table."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in plan["values"].items())
-    table = Table(title=f"trial {plan['number']} ({plan['origin']}): {values}", title_justify="left")
+    table = Table(title=literal(f"trial {plan['number']} ({plan['origin']}): {values}"), title_justify="left")
     for name in ("site", "method", "level", "parameters", "keep"):
         table.add_column(name, justify="right" if name in ("parameters", "keep") else "left")
     for site in plan["sites"]:
         level = " ".join(f"{name}={value}" for name, value in site["level"].items())
-        table.add_row(site["site"], site["method"], level, f"{site['parameters']:,}", f"{site['keep']:.3f}")
+        named = (literal(each) for each in (site["site"], site["method"], level))
+        table.add_row(*named, f"{site['parameters']:,}", f"{site['keep']:.3f}")
     return table
 
 
@@ -132,7 +136,9 @@ def menu_table(frame: pd.DataFrame) -> Table:
         table.add_column(name, justify="left" if name in ("site", "option") else "right")
     for row in frame.to_dict("records"):
         figures = [f"{row['parameters']:,}", f"{row['bytes']:,}", f"{row['divergence']:.3g}"]
-        table.add_row(row["site"], row["option"], *figures, *(f"{row[name]:.4f}" for name in latencies))
+        table.add_row(
+            literal(row["site"]), literal(row["option"]), *figures, *(f"{row[name]:.4f}" for name in latencies)
+        )
     return table
 
 
@@ -187,7 +193,7 @@ def methods_table(model: str | None = None) -> Table:
     for name in names:
         table.add_column(name, no_wrap=name == "name")
     if model is not None:
-        table.add_column(f"sites of {model}", justify="right")
+        table.add_column(literal(f"sites of {model}"), justify="right")
     family = None
     for method in methods_json(model):
         if method["family"] != family:

@@ -43,7 +43,7 @@ def read_text(name: str) -> str:
     if not path.is_file():
         raise InputError(f"text {name!r} is no file: use 'pydoc', a text file's path, or 'hub:NAME/CONFIG:SPLIT'")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise InputError(
             f"text file {name!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it"

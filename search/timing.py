@@ -42,6 +42,7 @@ from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
 from rankfront.search.atomic import read_checked, write_checked
 from rankfront.search.factors import FactorStore
+from rankfront.search.plain import plain
 
 PHASES = ("prefill", "decode")
 COLD = 2**25  # bytes of weights gone through before the same copy comes again
@@ -249,8 +250,10 @@ class Stopwatches:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            log.warning("the latency table %s is discarded (%s): its modules are timed anew", self.path, reason)
+            reason = str(error)
+            log.warning(
+                "the latency table %s is discarded (%s): its modules are timed anew", plain(self.path), plain(reason)
+            )
             self.path.unlink(missing_ok=True)
             return {}
 

@@ -1,6 +1,8 @@
 """The command line: what it prints, what it writes, its exit codes, and one line for every kind of bad input."""
 
+import contextlib
 import csv
+import html
 import json
 import shutil
 import sqlite3
@@ -61,6 +63,49 @@ def refused(capsys):
         return lines[0]
 
     return call
+
+
+# -- what others wrote is shown as it is
+
+ODD = "\x1b[2J[red]boom[/] :boom: \u202e<b>"
+SHOWN = "\\x1b[2J[red]boom[/] :boom: \\u202e<b>"
+
+
+@pytest.fixture
+def odd_run(finished_run, tmp_path):
+    """A run whose folder, origins and failures mean something to terminals, to rich and to browsers."""
+    folder = tmp_path / "[bold]x[" / "y]"
+    shutil.copytree(finished_run.run.path, folder)
+    study = Study.open(folder)._optuna()
+    trial = study.ask()
+    trial.set_user_attr("failure", ODD)
+    study.tell(trial, state=TrialState.FAIL)
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as database, database:
+        database.execute("UPDATE trial_user_attributes SET value_json = ? WHERE key = 'origin'", (json.dumps(ODD),))
+    return folder
+
+
+def test_nothing_that_others_wrote_is_interpreted(odd_run, ok, refused, tmp_path):
+    front = ok("front", odd_run)
+    assert "[bold]x[/y]" in front
+    assert f"failed trials, such as {TRIALS}: {SHOWN}" in front
+    assert front.count("\\x1b[2J[red]boom[/] :boom:") > 1  # origins too, however they are wrapped
+    shown = ok("show", odd_run, "0")
+    assert f"trial 0 ({SHOWN}: dense)" in shown
+    assert "\x1b" not in front + shown
+    assert "\u202e" not in front + shown
+    assert "\\x1b" in refused("export", odd_run, "--out", tmp_path / "out", "--trial", str(TRIALS))
+    ok("front", odd_run, "--html", tmp_path / "[b]x.html")
+    page = (tmp_path / "[b]x.html").read_text(encoding="utf-8")
+    assert "\x1b" not in page
+    assert f"<td>{html.escape(SHOWN)}" in page
+    assert ":boom: \\\\u202e<b>" not in page
+
+
+def test_models_with_odd_names_are_listed(model_folder, ok, tmp_path, monkeypatch):
+    shutil.copytree(model_folder, tmp_path / "[red]m")
+    monkeypatch.chdir(tmp_path)
+    assert "sites of [red]m" in ok("methods", "--model", "[red]m")
 
 
 # -- methods, front, show

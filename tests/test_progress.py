@@ -1,7 +1,12 @@
 """The live line: what it says of the sampler's predictions."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+from launching import quiet
+
 from rankfront.search.accuracy import Calibration
-from rankfront.search.progress import _status
+from rankfront.search.progress import Display, _status
 
 GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_error=0.034, error=0.08)
 
@@ -18,3 +23,11 @@ def test_the_line_has_all_figures_of_the_calibration():
 def test_the_line_says_where_predictions_are_poor():
     assert "poor: leaning on measured neighbours" in line(Calibration(20, 0.987, 0.92, None, float("nan"), 0.5))
     assert "Spearman" not in line(None)
+
+
+def test_reasons_and_names_are_printed_as_they_are():
+    console = quiet()
+    Display(console).unmade(
+        SimpleNamespace(unmade={Path("svd-1/a.b.safetensors"): "RuntimeError: [/x] \x1b[2J :boom:"})
+    )
+    assert "(svd-1/a.b: RuntimeError: [/x] \\x1b[2J :boom:)" in console.file.getvalue()

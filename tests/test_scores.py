@@ -126,3 +126,10 @@ def test_batches_do_not_change_the_scores(monkeypatch, windows, limit, elements)
 def test_perplexity_overflows_to_infinity():
     assert Scores(loss=1e6, divergence=math.nan, tokens=1).perplexity == math.inf
     assert Scores(loss=0.0, divergence=math.nan, tokens=1).perplexity == 1.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"), [(math.nan, math.nan), (math.inf, math.inf), (1e3, math.inf), (0.0, 1.0)]
+)
+def test_a_loss_that_is_no_number_gives_no_perplexity(loss, perplexity):
+    assert Scores(loss, math.nan, 1).perplexity == pytest.approx(perplexity, nan_ok=True)

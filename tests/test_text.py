@@ -238,3 +238,9 @@ def test_the_hash_is_of_ids_and_shape():
     assert hash_tokens(ids.view(3, 4)) == hash_tokens(ids.view(3, 4).clone())
     assert hash_tokens(ids.view(3, 4)) != hash_tokens(ids.view(4, 3))
     assert hash_tokens(ids.view(3, 4)) != hash_tokens(ids.flip(0).view(3, 4))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("It is.", encoding="utf-8-sig")
+    assert read_text(str(path)) == "It is."
