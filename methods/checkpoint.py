@@ -12,7 +12,6 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -22,7 +21,6 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from rankfront.methods._errors import InputError
 from rankfront.methods.joined import Joined
@@ -34,23 +32,19 @@ QUANT_METHOD = "rankfront"
 CONFIG_VERSION = 2
 
 
-class _Group(TypedDict):
-    """Modules whose right factors run as one product, for up to ``most`` vectors at a time."""
-
-    modules: list[str]
-    most: int | None
+def _mapping(found: Any, value: type) -> bool:
+    return isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, value) for k, v in found.items())
 
 
-def _checked(name: str, value: Any, form: Any) -> Any:
-    """``value``, which is of the type ``form``; `InputError` where it is not: configurations come from strangers."""
-    try:
-        return TypeAdapter(form).validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, (name, *first["loc"])))
-        raise InputError(
-            f"the export's quantization_config has {place} = {first['input']!r}: export it again"
-        ) from error
+def _groups(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(group, dict)
+        and group.keys() == {"modules", "most"}
+        and isinstance(group["modules"], list)
+        and all(isinstance(path, str) for path in group["modules"])
+        and (group["most"] is None or type(group["most"]) is int)
+        for group in found
+    )
 
 
 class RankfrontConfig(QuantizationConfigMixin):
@@ -75,10 +69,20 @@ class RankfrontConfig(QuantizationConfigMixin):
             remedy = "upgrade it" if type(version) is int and version > CONFIG_VERSION else "export again"
             raise InputError(f"the export has format {version=}, this rankfront reads {CONFIG_VERSION}: {remedy}")
         self.quant_method = QUANT_METHOD
-        self.modules = _checked("modules", modules or {}, dict[str, dict[str, int | float | str]])
-        self.tied = _checked("tied", tied or {}, dict[str, str])
-        self.joined = _checked("joined", joined or [], list[_Group])
+        self.modules = modules or {}
+        self.tied = tied or {}
+        self.joined = joined or []
         self.version = version
+        sound = {
+            "modules": _mapping(self.modules, dict),
+            "tied": _mapping(self.tied, str),
+            "joined": _groups(self.joined),
+        }
+        if not all(sound.values()):  # configurations come from strangers
+            wrong = next(name for name, right in sound.items() if not right)
+            raise InputError(
+                f"the export's quantization_config has no such {wrong!r} as rankfront writes: export it again"
+            )
 
 
 class RankfrontQuantizer(HfQuantizer):
