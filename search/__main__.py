@@ -32,6 +32,7 @@ output = Console(width=None if sys.stdout.isatty() else 160)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="let Python code that comes with the model run")]
 WhereOption = Annotated[
     list[str] | None, typer.Option("--where", help="a limit, such as 'parameters<=0.8'; repeatable")
 ]
@@ -238,12 +239,13 @@ def evaluate_command(
     windows: Annotated[int, typer.Option(min=1)] = 16,
     length: Annotated[int, typer.Option(min=8)] = 512,
     prepack: Annotated[bool, typer.Option("--prepack", help="with weights in the order a CPU reads fastest")] = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model: perplexity, parameters, latency."""
     from rankfront.search.evaluate import evaluate
 
-    found = evaluate(model, text, windows, length, prepacked=prepack)
+    found = evaluate(model, text, windows, length, prepacked=prepack, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(found)
     else:
@@ -254,15 +256,16 @@ def evaluate_command(
 @app.command()
 def methods(
     model: Annotated[str | None, typer.Option(help="say of each kind of its sites why a method refuses it")] = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List every method in its place in the taxonomy, with its geometry, metric, what it needs, and its paper."""
     from rankfront.search.tables import methods_json, methods_table
 
     if as_json:
-        _print_json(methods_json(model))
+        _print_json(methods_json(model, trust_remote_code))
     else:
-        output.print(methods_table(model))
+        output.print(methods_table(model, trust_remote_code))
 
 
 def _fail(message: str, code: int) -> int:

@@ -53,12 +53,14 @@ class ModelConfig(Strict):
     """A bundled name, a hub id, a local folder or a .gguf file; what it is evaluated in and on.
 
     ``attention`` is one of transformers' implementations, such as sdpa or eager; None leaves it to transformers.
+    ``trust_remote_code`` lets Python code that comes with the model run.
     """
 
     name: str = "smollm2-135m"
     dtype: str = "auto"
     device: str = "auto"
     attention: str | None = None
+    trust_remote_code: bool = False
 
 
 class SplitConfig(Strict):

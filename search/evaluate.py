@@ -31,15 +31,17 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     prepacked: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Perplexity on ``windows`` windows of ``text``, stored parameters, and absolute speed on this machine.
 
-    ``prepacked``: with weights in the order that a CPU reads fastest, see `prepack`.
+    ``prepacked``: with weights in the order that a CPU reads fastest, see `prepack`. ``trust_remote_code`` lets Python
+    code that comes with the model run.
 
     Speeds are medians of `ROUNDS` runs after one warm-up; absolute figures compare only within one machine.
     Raises `InputError` for an unknown model or text, or a text too short.
     """
-    source = resolve(name)
+    source = resolve(name, trust_remote_code)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]

@@ -195,6 +195,7 @@ def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
             str(tokens),
             setup.device,
             str(torch.get_num_threads()),
+            str(int(setup.source.trust_remote_code)),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:

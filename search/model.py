@@ -46,16 +46,23 @@ class Source:
         name: as the user wrote it.
         location: what transformers loads: a hub id or a local folder.
         gguf: the GGUF file that the folder was unpacked from, or None.
+        trust_remote_code: whether Python code that comes with the model may run.
     """
 
     name: str
     location: str
     gguf: Path | None = None
+    trust_remote_code: bool = False
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """For from_pretrained: without a network, what the hub's cache holds is found at once or not at all."""
-        return {} if Path(self.location).is_dir() or hub_reachable() else {"local_files_only": True}
+    def hub_arguments(self) -> dict[str, bool]:
+        """For a look-up: without a network, what the hub's cache holds is found at once or not at all."""
+        return {"local_files_only": not (Path(self.location).is_dir() or hub_reachable())}
+
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """For from_pretrained. Unless it is told whether to run a model's own code, it asks on standard input."""
+        return self.hub_arguments | {"trust_remote_code": self.trust_remote_code}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,7 +71,8 @@ class Source:
             return hash_files([self.gguf])
         folder = Path(self.location)
         if folder.is_dir():
-            return hash_files(sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)))
+            patterns = (*MODEL_FILES, "*.py") if self.trust_remote_code else MODEL_FILES
+            return hash_files(sorted(path for pattern in patterns for path in folder.glob(pattern)))
         commit = getattr(read_config(self), "_commit_hash", None)
         return hashlib.sha256(f"{self.location}@{commit}".encode()).hexdigest()
 
@@ -96,9 +104,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RANKFRONT_CACHE") or Path.home() / ".cache" / "rankfront")
 
 
-def resolve(name: str) -> Source:
+def resolve(name: str, trust_remote_code: bool = False) -> Source:
     """The source behind a bundled name, a ``.gguf`` file, a local folder or a hub id.
 
+    Python code that comes with a folder or a hub id runs only where it is trusted.
     Raises `InputError` where a bundled model's package or a named file is missing.
     """
     if name in BUNDLED:
@@ -115,8 +124,8 @@ def resolve(name: str) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: name a folder saved by save_pretrained")
-        return Source(name, str(path.resolve()))
-    return Source(name, name)
+        return Source(name, str(path.resolve()), trust_remote_code=trust_remote_code)
+    return Source(name, name, trust_remote_code=trust_remote_code)
 
 
 def _unpacked(name: str, file: Path) -> Source:
@@ -134,9 +143,9 @@ def _unpacked(name: str, file: Path) -> Source:
         if folder.is_dir():
             return source
         arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
-        model = _whole(source, file.parent, dtype=torch.float32, **arguments)
+        model = _whole(source, file.parent, dtype=torch.float32, trust_remote_code=False, **arguments)
         with _loading(source):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         with staged(folder) as staging, quiet():
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
@@ -192,6 +201,11 @@ def _loading(source: Source) -> Iterator[None]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
+        if "trust_remote_code" in str(error) and not source.trust_remote_code:
+            raise InputError(
+                f"model {source.name!r} comes with Python code of its own, which would run here with your rights: read"
+                " it, and if you trust it set model.trust_remote_code = true (--trust-remote-code on a command line)"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"model {source.name!r} cannot be loaded ({reason}): name a bundled model ({', '.join(BUNDLED)}), a hub id,"
@@ -269,7 +283,7 @@ def skeleton(source: Source) -> Any:
         names = {module: name for name, module in model.named_modules()}
         pair = [_saved_names(model, f"{names[module]}.weight") for module in (table, head)]
         with _loading(source):
-            untied = hold_two(source.location, pair[0], pair[1], len(table.weight), **source.arguments)
+            untied = hold_two(source.location, pair[0], pair[1], len(table.weight), **source.hub_arguments)
         if untied:
             _untie(config)
             model = _empty(source, config)
@@ -278,7 +292,7 @@ def skeleton(source: Source) -> Any:
 
 def _empty(source: Source, config: Any) -> Any:
     with _loading(source), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 def _saved_names(model: Any, name: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from rankfront.search.export import Format, Refit, Verified, export
 from rankfront.search.fidelity import carried
 from rankfront.search.front import Row
 from rankfront.search.goal import quality_of, timings_of
-from rankfront.search.model import cache_folder, find_sites, load_tokenizer, resolve, skeleton
+from rankfront.search.model import Source, cache_folder, find_sites, load_tokenizer, resolve, skeleton
 from rankfront.search.progress import Display
 from rankfront.search.ranks import measured_multiple, shapes_of
 from rankfront.search.run import Run
@@ -183,11 +183,11 @@ class Study:
         limits = [Constraint.parse(text) for text in constraints]
         storage = self._optuna()  # one for both: it keeps what it has read
         rows = fronts.rows_of(storage, list(self.config.objectives))
-        return answer(storage, self._settled, rows, resolve(self.config.model.name), limits)
+        return answer(storage, self._settled, rows, self.source, limits)
 
     def menu(self) -> pd.DataFrame:
         """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""
-        return menu_frame(self._optuna(), self._settled, self.rows(), resolve(self.config.model.name))
+        return menu_frame(self._optuna(), self._settled, self.rows(), self.source)
 
     @property
     def _settled(self) -> StudyConfig:
@@ -244,9 +244,14 @@ class Study:
         """
         return export(self.setup(), row or self.knee(), Path(out), form, refit or self.config.search.refit)
 
+    @property
+    def source(self) -> Source:
+        """Where the model comes from, resolved on this machine."""
+        return resolve(self.config.model.name, self.config.model.trust_remote_code)
+
     def setup(self) -> Setup:
         """Resolve the study on this machine: tokens, dtype, device, fingerprint, the grid of ranks."""
-        source = resolve(self.config.model.name)
+        source = self.source
         earlier = self.run.definition().resolved if self.run.file.exists() else {}
         device = pick_device(earlier.get("device", self.config.model.device))
         search = self.config.search

@@ -94,7 +94,7 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
 def plan_json(study: Study, row: Row) -> dict[str, Any]:
     """The documented shape of ``rankfront show --json``: every site with its method, level and cost."""
     sites = []
-    found = find_sites(skeleton(resolve(study.config.model.name)))
+    found = find_sites(skeleton(study.source))
     unknown = row.plan.by_site.keys() - {site.name for site in found}
     if unknown:
         raise InputError(
@@ -154,7 +154,7 @@ DENSE_ROW: dict[str, Any] = {
 }
 
 
-def methods_json(model: str | None = None) -> list[dict[str, Any]]:
+def methods_json(model: str | None = None, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """The documented shape of ``rankfront methods --json``: by family, in the order of the taxonomy.
 
     With a ``model``, ``refuses`` says of every kind of site that it has why the method cannot treat it, or null.
@@ -180,13 +180,13 @@ def methods_json(model: str | None = None) -> list[dict[str, Any]]:
     if model is None:
         return found
     kinds: dict[str, Site] = {}
-    for site, place in find_sites(skeleton(resolve(model))).items():
+    for site, place in find_sites(skeleton(resolve(model, trust_remote_code))).items():
         kinds.setdefault(place.kind, site)
     refusals = [dict.fromkeys(kinds), *({kind: m.refuses(site) for kind, site in kinds.items()} for m in methods)]
     return [row | {"refuses": refused} for row, refused in zip(found, refusals, strict=True)]
 
 
-def methods_table(model: str | None = None) -> Table:
+def methods_table(model: str | None = None, trust_remote_code: bool = False) -> Table:
     """The taxonomy as a rich table: every family, and under it its methods with a line of geometry each."""
     table = Table(title="methods", title_justify="left")
     names = ("name", "geometry", "metric", "needs", "paper")
@@ -195,7 +195,7 @@ def methods_table(model: str | None = None) -> Table:
     if model is not None:
         table.add_column(literal(f"sites of {model}"), justify="right")
     family = None
-    for method in methods_json(model):
+    for method in methods_json(model, trust_remote_code):
         if method["family"] != family:
             family = method["family"]
             table.add_section()

@@ -1,7 +1,8 @@
 """Reload an exported folder and measure it. Run as a file, in a process of its own, by `export`.
 
-Takes FOLDER TOKENS DEVICE THREADS and prints ``{"perplexity": x, "parameters": n, "bytes": b}``. It imports rankfront
-only where the folder asks for it, so that a dense export is seen to load without us.
+Takes FOLDER TOKENS DEVICE THREADS TRUST, where TRUST is 1 if Python code that comes with the model may run, and prints
+``{"perplexity": x, "parameters": n, "bytes": b}``. It imports rankfront only where the folder asks for it, so that a
+dense export is seen to load without us.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 
-def main(folder: str, tokens: str, device: str, threads: str) -> None:
+def main(folder: str, tokens: str, device: str, threads: str, trust: str) -> None:
     """Measure ``folder`` on the windows (W, L) in the safetensors file ``tokens``."""
     import torch
     import transformers
@@ -22,7 +23,9 @@ def main(folder: str, tokens: str, device: str, threads: str) -> None:
     if "quantization_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
         import rankfront.methods  # noqa: F401 - registers the loader
     torch.set_num_threads(int(threads))
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust == "1"
+    )
     wrong = {kind.removesuffix("_keys"): str(min(keys)) for kind, keys in info.items() if keys}
     if wrong:
         sys.exit(f"tensors do not fit the model: {', '.join(f'{kind} {key}' for kind, key in wrong.items())}")

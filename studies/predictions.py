@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial
 
 from rankfront.search import Study
 from rankfront.search.answer import ignorant
-from rankfront.search.model import find_sites, resolve, skeleton
+from rankfront.search.model import find_sites, skeleton
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 
@@ -60,7 +60,7 @@ def line(run: str) -> str:
     """The run's line of the table."""
     study = Study.open(run)
     storage = study._optuna()
-    space = Space(find_sites(skeleton(resolve(study.config.model.name))), study.config.space, 0)
+    space = Space(find_sites(skeleton(study.source)), study.config.space, 0)
     trials = storage.get_trials(deepcopy=False)
     beliefs, _, _ = ignorant(storage, study._settled, study.rows(), space)
     missed: list[list[float]] = [[], []]

@@ -7,6 +7,7 @@ import tempfile
 # Read when the libraries are imported, so set before.
 os.environ["RANKFRONT_CACHE"] = tempfile.mkdtemp(prefix="rankfront-tests-")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["RANKFRONT_CACHE"], "datasets")
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["RANKFRONT_CACHE"], "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

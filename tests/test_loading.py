@@ -8,16 +8,26 @@ import common
 import gguf
 import pytest
 import torch
+from launching import quiet, verify_here
 from safetensors.torch import load_file, save_file
 
 from rankfront.methods import InputError
 from rankfront.search import verify
+from rankfront.search.__main__ import run
 from rankfront.search.evaluate import evaluate
 from rankfront.search.export import _mark
-from rankfront.search.model import find_sites, load_model, resolve, skeleton
+from rankfront.search.model import (
+    count_parameters,
+    find_sites,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve,
+    skeleton,
+)
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
+from rankfront.search.trial import Resident, make_space
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -146,7 +156,7 @@ def test_a_gguf_file_without_a_tensor_is_refused_by_its_name_and_leaves_no_folde
     monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "m.gguf", lacking="blk.1.ffn_down")
     assert DOWN in refusal(resolve, str(tmp_path / "m.gguf"))
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*unpacked-*/"))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +182,7 @@ def test_verifying_a_folder_refuses_it_where_a_tensor_is_missing(model_folder, t
     folder = rewrite(copied(model_folder, tmp_path / "m"), lambda tensors: tensors.pop(DOWN))
     save_file({"windows": common.tokens(2, 16)}, tmp_path / "tokens")
     with pytest.raises(SystemExit) as stopped:
-        verify.main(str(folder), str(tmp_path / "tokens"), "cpu", "1")
+        verify.main(str(folder), str(tmp_path / "tokens"), "cpu", "1", "0")
     assert DOWN in str(stopped.value)
 
 
@@ -279,3 +289,64 @@ def test_sites_of_the_skeleton_that_differ_from_the_models_are_an_error_by_name(
     tied = common.architecture("llama-tied").build()
     monkeypatch.setattr("rankfront.search.trial.skeleton", lambda source: tied)
     assert "'lm_head'" in refusal(Resident, setup)
+
+
+# -- code that comes with a model
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+@pytest.fixture
+def custom(model_folder, tmp_path, monkeypatch):
+    """(folder, marker): a model that runs as code of its own, which touches the marker; nobody may be asked."""
+    folder, marker = copied(model_folder, tmp_path / "custom"), tmp_path / "ran"
+    (folder / "modeling_mine.py").write_text(CODE.format(marker=str(marker)))
+    classes = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    settings(folder, model_type="mine", auto_map=classes)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    return folder, marker
+
+
+def test_a_models_own_code_does_not_run_unless_it_is_trusted(custom, text_file, capsys):
+    folder, marker = custom
+    for load_part in (read_config, skeleton, lambda source: load_model(source, "auto", "cpu")):
+        assert "model.trust_remote_code" in refusal(load_part, resolve(str(folder)))
+    assert "model.trust_remote_code" in refusal(make_space, Study(common.study_data(folder, text_file)).setup())
+    assert run(["methods", "--model", str(folder)]) == 2
+    assert run(["evaluate", str(folder), "--text", str(text_file), "--windows", "1", "--length", "8"]) == 2
+    assert capsys.readouterr().err.count("--trust-remote-code") == 2
+    assert not marker.exists()
+
+
+def test_a_tokenizers_own_code_does_not_run_unless_it_is_trusted(model_folder, tmp_path, monkeypatch):
+    folder = copied(model_folder, tmp_path / "m")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    file = folder / "tokenizer_config.json"
+    ours = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ours))
+    (folder / "mine.py").write_text("raise SystemExit('it ran')")
+    assert "model.trust_remote_code" in refusal(load_tokenizer, resolve(str(folder)))
+
+
+def test_a_trusted_models_own_code_runs_in_studies_their_exports_and_evaluate(custom, text_file, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
+    folder, marker = custom
+    data = common.study_data(folder, text_file)
+    data["model"]["trust_remote_code"] = True
+    study = Study(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "run")
+    study.launch(quiet())
+    assert marker.exists()
+    study.export(tmp_path / "out", form="dense")
+    found = evaluate(str(tmp_path / "out"), str(text_file), 1, 8, device="cpu", trust_remote_code=True)
+    assert found["parameters"] == count_parameters(common.architecture("llama").build())
+    before = study.source.fingerprint
+    (folder / "modeling_mine.py").write_text("# other code")
+    assert study.source.fingerprint != before
