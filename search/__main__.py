@@ -131,6 +131,12 @@ def front(
 def _print_front(study: Study, where: list[str]) -> None:
     from rankfront.search.tables import front_table
 
+    damaged = study.damages()
+    if damaged:
+        output.print(
+            f"damaged, and left out until the study is launched again, which measures them anew: {', '.join(damaged)}",
+            soft_wrap=True,
+        )
     rows = study.front(*where)
     output.print(front_table(study, rows))
     box = study.box()

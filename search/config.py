@@ -26,6 +26,7 @@ from rankfront.objectives import make_objective
 from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import rung_windows
 from rankfront.search.samplers import SAMPLERS
+from rankfront.search.storage import parse_url
 from rankfront.search.text import SPLITS, Split
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
@@ -169,7 +170,7 @@ class SearchConfig(Strict):
     trials: Annotated[int, Field(ge=0)] = 32
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generators take
     workers: Annotated[int, Field(ge=0)] = 1
     groups: Annotated[int, Field(ge=0)] = 4
     untie: Annotated[int, Field(ge=0)] = 0
@@ -186,6 +187,13 @@ class SearchConfig(Strict):
     def _sampler(cls, name: str) -> str:
         check_choice("sampler", name, SAMPLERS)
         return name
+
+    @field_validator("storage")
+    @classmethod
+    def _storage(cls, storage: str | None) -> str | None:
+        if storage is not None:
+            parse_url(storage)
+        return storage
 
     @field_validator("rungs")
     @classmethod
@@ -252,6 +260,7 @@ def definition_of(config: StudyConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     for key in LIMITS["search"]:
         del data["search"][key]
+    del data["search"]["storage"]  # where they lie, which the run looks after
     return data
 
 

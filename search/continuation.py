@@ -31,7 +31,7 @@ from rankfront.search.beliefs import Beliefs
 from rankfront.search.descent import Descent
 from rankfront.search.local import Local, Trust
 from rankfront.search.menu import Menu
-from rankfront.search.samplers import INTERRUPTED
+from rankfront.search.samplers import is_lost
 from rankfront.search.space import Space
 
 START, END = 0.95, 0.7  # kept fractions
@@ -119,7 +119,7 @@ class Paths:
         if not self.sizes:
             return False
         trials = self.study.get_trials(deepcopy=False)
-        asked = [t for t in trials if PATH in t.user_attrs and t.user_attrs.get("failure") != INTERRUPTED]
+        asked = [t for t in trials if PATH in t.user_attrs and not is_lost(t.user_attrs)]
         if not all(t.state.is_finished() for t in asked):
             return False
         self._again(trials, asked)
@@ -143,7 +143,7 @@ class Paths:
         """Queue the plans at marks of the stops ``asked`` that were interrupted, unless they wait already."""
         for stop in asked:
             centre = stop.user_attrs["slopes_of"]
-            if centre is not None and trials[centre].user_attrs.get("failure") == INTERRUPTED:
+            if centre is not None and is_lost(trials[centre].user_attrs):
                 self.enqueue(PATH, trials[centre].user_attrs["anchor"], stop.params)
 
     def _stop(self, number: int, tokens: int, before: Sequence[FrozenTrial]) -> None:

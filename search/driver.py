@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from rankfront.methods import InputError
 from rankfront.search.accuracy import Calibration, calibration
 from rankfront.search.beliefs import Beliefs, rung_of
+from rankfront.search.checked import ASKED, asked_again
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.continuation import Paths
@@ -26,7 +27,7 @@ from rankfront.search.opening import MenuJobs, anchors_to_beat, centre_first, op
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
 from rankfront.search.sampler import RankfrontSampler, ours
-from rankfront.search.samplers import INTERRUPTED, OURS, make_sampler
+from rankfront.search.samplers import INTERRUPTED, OURS, is_lost, make_sampler
 from rankfront.search.slopes import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.space import Anchor, Space
 from rankfront.search.timing import timed_objectives
@@ -97,6 +98,7 @@ class Driver:
         self.dead = 0
         self.exhausted = False
         self._close_orphans()
+        self._replace_damaged()
         self.ladder = self._ladder()
         self.ladder.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
@@ -136,6 +138,13 @@ class Driver:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._fail(optuna.Trial(self.study, trial._trial_id), INTERRUPTED)
 
+    def _replace_damaged(self) -> None:
+        """Queue again what trials were asked for whose records are damaged."""
+        for trial in asked_again(self.study) if self.only is None else ():
+            asked = trial.user_attrs[ASKED]
+            attributes = asked["attributes"] | {"replaces": trial.number}
+            self.study.enqueue_trial(asked["params"], user_attrs=attributes)
+
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
         trial.set_user_attr("failure", reason)
         self.study.tell(trial, state=TrialState.FAIL)
@@ -162,7 +171,7 @@ class Driver:
         attributes = {"origin": origin, "anchor": label}
         for trial in self.study.get_trials(deepcopy=False):
             same = attributes.items() <= trial.user_attrs.items()
-            if same and trial.user_attrs.get("failure") != INTERRUPTED:
+            if same and not is_lost(trial.user_attrs):
                 return int(trial.number)
         self.study.enqueue_trial(dict(parameters), user_attrs=attributes)
         return int(self.study.get_trials(deepcopy=False)[-1].number)
@@ -207,7 +216,7 @@ class Driver:
     def _settled(self, beliefs: Beliefs, budgets: Sequence[float]) -> bool:
         """Whether slopes around the plan at the centre, the first of ``budgets`` that the limits allow, are measured
         or cannot be; what is missing is queued."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("failure") != INTERRUPTED]
+        trials = [t for t in self.study.get_trials(deepcopy=False) if not is_lost(t.user_attrs)]
         centre = next((t for t in trials if t.user_attrs.get("anchor") == "centre"), None)
         if centre is None:
             found = next(warm_start(beliefs, self.space, budgets), None)

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
 from rankfront.search.plan import Plan
-from rankfront.search.samplers import INTERRUPTED
+from rankfront.search.samplers import is_lost
 
 Settings = Mapping[str, dict[str, Any]]
 DENSE_KEY = Plan(()).key
@@ -43,7 +43,7 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether the trial counts against the limit: complete, or failed by itself."""
-        return self.state == "complete" or (self.state == "failed" and self.failure != INTERRUPTED)
+        return self.state == "complete" or (self.state == "failed" and not is_lost({"failure": self.failure}))
 
     @property
     def is_dense(self) -> bool:
@@ -58,7 +58,8 @@ class Row:
     @cached_property
     def plan(self) -> Plan:
         if self.plan_json is None:
-            raise InputError(f"trial {self.number} has no plan: it was stopped before one was chosen; name another")
+            why = self.failure or "it was stopped before one was chosen"
+            raise InputError(f"trial {self.number} has no plan ({why}): name another")
         return Plan.from_json(self.plan_json, f"the plan of trial {self.number}")
 
     def figure(self, name: str) -> float:

@@ -43,7 +43,7 @@ class Plan:
     @cached_property
     def key(self) -> str:
         """A hash of the choices: the same for equal plans."""
-        return hashlib.sha256(json.dumps(self._choices_json()).encode()).hexdigest()[:16]
+        return _hash(self._choices_json())
 
     def _choices_json(self) -> dict[str, dict[str, Any]]:
         return {site: {"method": option.method, **dict(option.level)} for site, option in self.choices}
@@ -51,6 +51,11 @@ class Plan:
     def to_json(self) -> str:
         """One line: version, origin, and each treated site's method and level."""
         return json.dumps({"version": VERSION, "origin": dict(self.origin), "sites": self._choices_json()})
+
+    @staticmethod
+    def key_in(text: str) -> str:
+        """The key of the plan that `to_json` wrote, without reading its options."""
+        return _hash(json.loads(text)["sites"])
 
     @classmethod
     def from_json(cls, text: str, where: str = "plan") -> Plan:
@@ -74,6 +79,10 @@ class Plan:
         if version != VERSION:
             raise InputError(f"{where} has version {version}, this rankfront reads {VERSION}: export it again")
         return cls.of(choices, origin)
+
+
+def _hash(choices: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:16]
 
 
 def check_disjoint(sites: Iterable[Site]) -> None:

@@ -5,19 +5,31 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-from sqlalchemy.exc import SQLAlchemyError
 
 from rankfront.methods import InputError
 from rankfront.search.config import StudyConfig, definition_of, make_config
+from rankfront.search.storage import (
+    ANY_FILE,
+    checked,
+    create_file,
+    masked,
+    never_used,
+    opening,
+    parse_url,
+    read_only,
+    sqlite_file,
+    to_write,
+    without_password,
+)
 
 VERSION = 1
 STUDY_NAME = "rankfront"
@@ -42,6 +54,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = path / "study.json"
+        self.database = path / "study.db"
 
     def definition(self) -> Definition:
         """What the run was launched with; `InputError` where the folder is no run or its file is corrupt."""
@@ -70,19 +83,24 @@ class Run:
     def define(self, config: StudyConfig, resolved: dict[str, str]) -> None:
         """Write the definition, or check it against the one that is there.
 
-        Limits may differ between launches; any other difference raises `InputError` naming it.
+        Limits may differ between launches, and a storage may be reached otherwise or move with what it holds; any other
+        difference raises `InputError` naming it.
         """
         if self.file.exists():
             before = self.definition()
             _refuse_changes(self.path, definition_of(before.config), definition_of(config))
+            self._refuse_move(before.config.search.storage, config)
             _refuse_changes(self.path, before.resolved, resolved)
         self.path.mkdir(parents=True, exist_ok=True)
         identity = self.identity() if self.file.exists() else uuid.uuid4().hex
         data = {"version": VERSION, "id": identity, "config": config.model_dump(mode="json"), "resolved": resolved}
         text = json.dumps(data, indent=1)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(self.file)
+        staging = self.file.with_suffix(".partial")
+        staging.unlink(missing_ok=True)
+        secret = config.search.storage is not None and parse_url(config.search.storage).password is not None
+        with open(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666), "w") as file:
+            file.write(text + "\n")
+        staging.replace(self.file)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,30 +122,84 @@ class Run:
             file.flush()
             yield
 
-    def _connect(self) -> sqlite3.Connection:
-        """A connection to the run's own database. With a write-ahead log a commit needs no flush of the disk: a
-        killed process loses nothing, a power cut at most the last trials."""
-        connection = sqlite3.connect(self.path / "study.db", check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        return connection
+    def study(self, config: StudyConfig, write: bool = False) -> optuna.Study:
+        """The Optuna study: in the run folder's SQLite file, or at the study's own storage URL.
 
-    def study(self, config: StudyConfig) -> optuna.Study:
-        """The Optuna study: in the run folder's SQLite file, or at the study's own storage URL."""
-        local = {} if config.search.storage else {"creator": self._connect}
-        url = config.search.storage or f"sqlite:///{self.path / 'study.db'}"
-        name = f"{STUDY_NAME}-{self.identity()}" if config.search.storage else STUDY_NAME
-        try:
+        To read, nothing is made or written, and there are no trials before the first launch. With ``write``, under the
+        run's lock, what is not there yet is made.
+        """
+        if config.search.storage is None:
+            return self._own(len(config.objectives), write)
+        url, shown = self._url(config.search.storage), repr(masked(config.search.storage))
+        file = sqlite_file(url, self.path)
+        if file is not None and not file.exists() and not write:
+            raise InputError(f"the study's storage {shown} does not exist: restore it, or launch the study")
+        connect = partial(read_only, file) if file is not None and not write else None
+        name = f"{STUDY_NAME}-{self.identity()}"
+        with opening(shown, url):
+            storage = checked(url, shown, connect, write, self._guard())
+            try:
+                return optuna.load_study(study_name=name, storage=storage)
+            except KeyError:
+                if not write:
+                    raise InputError(f"the study's storage {shown} does not hold this run: launch it first") from None
             return optuna.create_study(
-                study_name=name,
-                storage=optuna.storages.RDBStorage(url, engine_kwargs=local) if local else url,
-                directions=["minimize" for _ in config.objectives],
-                load_if_exists=True,
+                study_name=name, storage=storage, directions=["minimize"] * len(config.objectives)
             )
-        except (SQLAlchemyError, sqlite3.Error, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+
+    def _own(self, objectives: int, write: bool) -> optuna.Study:
+        """The study in the run folder."""
+        file, shown = self.database, repr(str(self.database))
+        if not write and not file.exists():
+            return optuna.create_study(directions=["minimize"] * objectives)
+        with opening(shown):
+            if write and (not file.exists() or never_used(file)):
+                create_file(file, STUDY_NAME, objectives)
+            connect = partial(to_write if write else read_only, file)
+            storage = checked(ANY_FILE, shown, connect, False, self._guard())
+            return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+
+    def _url(self, text: str) -> str:
+        """The storage URL ``text``; a relative SQLite file lies in the run folder."""
+        url, file = parse_url(text), sqlite_file(text, self.path.absolute())
+        if file is None:
+            return text
+        before = Path(str(url.database))  # where earlier versions had it: in the folder they were started in
+        if before.exists() and not file.exists():
             raise InputError(
-                f"the study's storage {url!r} cannot be opened ({reason}): restore it or use --run"
+                f"the study's storage {text!r} is {str(file)!r}, for it is relative to the run folder, and there is"
+                f" {str(before.absolute())!r}: move it there, or write its absolute path"
+            )
+        return url.set(database=str(file)).render_as_string(hide_password=False)
+
+    def _guard(self) -> Callable[[], None]:
+        """Raises `InputError` from when on the run's files are gone or replaced: writing to a database that was opened
+        goes on without an error, and all of it is lost."""
+        opened = {path: path.stat().st_ino for path in (self.file, self.database) if path.exists()}
+
+        def guard() -> None:
+            if not all(path.exists() and path.stat().st_ino == number for path, number in opened.items()):
+                raise InputError(
+                    f"run {str(self.path)!r} was deleted or replaced while it was being launched: nothing that is"
+                    " measured can be kept; restore it, or launch again to begin anew"
+                )
+
+        return guard
+
+    def _refuse_move(self, before: str | None, config: StudyConfig) -> None:
+        """`InputError` where the study's storage is another one than ``before``, which does not hold the run."""
+        now = config.search.storage
+        if without_password(before) == without_password(now):
+            return
+        try:
+            if now is None:
+                raise InputError("no storage")
+            self.study(config)
+        except InputError as error:
+            old, new = (json.dumps(None if url is None else masked(url)) for url in (before, now))
+            raise InputError(
+                f"run {str(self.path)!r} was begun with search.storage = {old} and the study now has {new}, which does"
+                f" not hold it ({error}): change it back, move the database, or use --run for a new folder"
             ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -13,7 +13,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 OURS = "rankfront"
 INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
+DAMAGED = "damaged: its record in the storage does not match its checksum; the next launch measures it again"
 POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
+
+
+def is_lost(attributes: Mapping[str, Any]) -> bool:
+    """Whether a trial with these attributes measured nothing, through no fault of its plan: it is due again."""
+    return attributes.get("failure") in (INTERRUPTED, DAMAGED)
 
 
 class RelaxedGPSampler(GPSampler):

@@ -19,6 +19,7 @@ from rankfront.methods import InputError
 from rankfront.search import accuracy
 from rankfront.search import front as fronts
 from rankfront.search.answer import Answer, answer, menu_frame
+from rankfront.search.checked import close, damages
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.constraint import Constraint, best_meeting, holding, meeting
 from rankfront.search.device import pick_device, pick_dtype, set_threads
@@ -32,6 +33,7 @@ from rankfront.search.progress import Display
 from rankfront.search.ranks import measured_multiple, shapes_of
 from rankfront.search.run import Run
 from rankfront.search.samplers import OURS
+from rankfront.search.space import Space
 from rankfront.search.text import cut, hash_tokens, scattered
 from rankfront.search.timing import Calibrated, timed_objectives
 from rankfront.search.trial import Resident, Setup, make_space, prepare_store
@@ -95,12 +97,12 @@ class Study:
             self.config, name = make_config(dict(config), overrides), "study"
         else:
             self.config, name = load_config(Path(config), overrides), Path(config).stem
-        self.run = Run(Path(run) if run is not None else RUNS / name)
+        self.run = Run(Path(run).expanduser() if run is not None else RUNS / name)
 
     @classmethod
     def open(cls, run: str | Path) -> Study:
         """The study that was launched into a run folder."""
-        found = Run(Path(run))
+        found = Run(Path(run).expanduser())
         return cls(found.definition().config, found.path)
 
     # -- reading
@@ -168,13 +170,17 @@ class Study:
         failure: str | None = self._optuna().user_attrs.get("timing", {}).get("failure")
         return failure
 
+    def damages(self) -> list[str]:
+        """Records whose checksum does not match and that the next launch measures again, such as ``trial 3``."""
+        return damages(self._optuna())
+
     def frame(self) -> pd.DataFrame:
         """Every trial as one row of a pandas frame."""
         return fronts.frame(self.rows())
 
-    def _optuna(self) -> optuna.Study:
+    def _optuna(self, write: bool = False) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        return self.run.study(self.config)
+        return self.run.study(self.config, write)
 
     @fronts.uncollected()
     def answer(self, *constraints: str) -> Answer:
@@ -222,10 +228,11 @@ class Study:
         """The trial that measured what was found for ``constraints``, at the highest rung; None where it failed."""
         number = found.trial
         if number is None:
-            storage = self._optuna()
             with self.run.lock():
+                storage = self._optuna(write=True)
                 storage.enqueue_trial(found.draws, user_attrs={"origin": "solve", "anchor": " ".join(constraints)})
-            number = storage.get_trials(deepcopy=False)[-1].number
+                number = storage.get_trials(deepcopy=False)[-1].number
+                close(storage)
         rows = self.rows()
         if carried(rows, number) is not None:
             trials = sum(row.counts for row in rows) + max(len(self.config.search.rungs), 1)
@@ -321,9 +328,16 @@ class Study:
         if self._scatters:
             resolved["windows"] = SCATTERED
         self.run.define(self.config, resolved)
-        driver = Driver(self._optuna(), self.config, space, setup.origin(), display.search, report, stop, only)
-        if driver.done and not rebuild:
-            return
+        storage = self._optuna(write=True)
+        try:
+            driver = Driver(storage, self.config, space, setup.origin(), display.search, report, stop, only)
+            if rebuild or not driver.done:
+                self._measure_all(driver, self._prepared(setup, space, display, stop, rebuild), display, address)
+        finally:
+            close(storage)
+
+    def _prepared(self, setup: Setup, space: Space, display: Display, stop: Stop, rebuild: bool) -> Setup:
+        """``setup`` once every factor that can be made is in the store."""
 
         def progress(phase: str, done: int, total: int) -> None:
             stop.check()
@@ -331,7 +345,10 @@ class Study:
 
         store = prepare_store(setup, space, progress, anew=rebuild)
         display.unmade(store)
-        setup = replace(setup, unmade=store.unmade)
+        return replace(setup, unmade=store.unmade)
+
+    def _measure_all(self, driver: Driver, setup: Setup, display: Display, address: str | None) -> None:
+        limits = self.config.search
         display.search(driver)
         driver.begin()
         try:

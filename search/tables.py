@@ -37,6 +37,7 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
         "hypervolume": hypervolume(members, box) if box else None,
         "calibration": asdict(calibration) if calibration else None,
         "latency": {name: found.figures() for name, found in study.latency().items()},
+        "damaged": study.damages(),
         "ideal": box.ideal if box else None,
         "reference": box.reference if box else None,
         "trials": [trial_json(row, front) for row in holding(rows, constraints)],

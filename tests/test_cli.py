@@ -161,7 +161,7 @@ def test_front_json_is_as_documented(finished_run, ok):
 
 def test_front_json_is_json_for_every_reader(own_run, ok):
     """No NaN or Infinity, which Python writes and other readers refuse; failed trials included."""
-    raw = own_run._optuna()
+    raw = own_run._optuna(write=True)
     failed = raw.ask()
     failed.set_user_attr("failure", "RuntimeError: out of memory")
     raw.tell(failed, state=TrialState.FAIL)
@@ -525,7 +525,8 @@ def test_a_corrupt_plan_is_named(own_run, tmp_path, refused, monkeypatch, name):
         ["show", own_run.run.path, 4],
         ["export", own_run.run.path, "--out", tmp_path / "out", "--trial", 4],
     ):
-        assert "plan" in refused(*arguments)
+        assert "trial 4 " in (line := refused(*arguments))
+        assert "damaged" in line
     assert not (tmp_path / "out").exists()
     assert own_run.trial(3).plan.choices
 

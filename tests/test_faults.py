@@ -208,7 +208,7 @@ def test_trials_left_running_are_closed_and_measured_again(data, tmp_path):
     space = make_space(setup)
     storage = study.run
     storage.path.mkdir()
-    optuna_study = storage.study(study.config)
+    optuna_study = storage.study(study.config, write=True)
     for anchor in space.anchors(study.config.search.anchors)[:2]:
         attributes = {"origin": "anchor", "anchor": anchor.label}
         optuna_study.enqueue_trial(space.anchor_parameters(anchor), user_attrs=attributes)
@@ -228,7 +228,7 @@ def test_trials_left_running_are_closed_and_measured_again(data, tmp_path):
 
 def test_a_trial_without_a_plan_says_so(data, tmp_path):
     study = make_run(data, tmp_path / "run")
-    number = study._optuna().ask().number
+    number = study._optuna(write=True).ask().number
     longer = again(study, trials=TRIALS + 1)
     longer.launch(quiet())
     with pytest.raises(InputError, match=f"trial {number} has no plan"):
@@ -238,7 +238,7 @@ def test_a_trial_without_a_plan_says_so(data, tmp_path):
 def test_what_samplers_ask_twice_is_left_out(data, tmp_path):
     """A plan that was proposed again is not a trial, in any listing."""
     study = make_run(data, tmp_path / "run")
-    raw = study._optuna()
+    raw = study._optuna(write=True)
     repeated = raw.ask()
     raw.tell(repeated, state=optuna.trial.TrialState.PRUNED)
     assert repeated.number not in {row.number for row in study.rows()}

@@ -35,7 +35,7 @@ def test_the_goal_is_that_of_the_first_rung_after_a_resume(model_folder, text_fi
     longer, dense = again(study, trials=30), {}
     dense = {row.rung: row.values["perplexity"] for row in study.rows() if row.plan_key == DENSE}
     setup = longer.setup()
-    driver = Driver(longer._optuna(), longer.config, make_space(setup), setup.origin(), lambda driver: None)
+    driver = Driver(longer._optuna(write=True), longer.config, make_space(setup), setup.origin(), lambda driver: None)
     assert driver.sampler.goal.dense == dense[0] != dense[1]
 
 
