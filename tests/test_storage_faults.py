@@ -8,7 +8,7 @@ import sqlite3
 import struct
 
 import pytest
-from launching import again, check_whole, make_run, quiet, small_data, tree, values_of
+from launching import again, check_whole, make_run, quiet, small_data, tree, values_of, verify_here, write_study
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run as command
@@ -435,3 +435,64 @@ def test_a_schema_of_another_optuna_is_one_line(own, capsys):
 def test_a_seed_that_no_generator_takes_is_refused(own, seed):
     with pytest.raises(InputError, match=r"search\.seed"):
         again(own, seed=seed)
+
+
+# -- from another folder
+
+
+@pytest.fixture
+def elsewhere(model_folder, text_file, tmp_path, monkeypatch):
+    """A finished run of a study file with relative paths, launched in ``home``; the test stands in ``away``."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    away.mkdir()
+    shutil.copytree(model_folder, home / "models" / "tiny")
+    shutil.copy(text_file, home / "text.txt")
+    data = small_data("models/tiny", "text.txt", trials=3)
+    write_study(data, home / "study.toml")
+    monkeypatch.chdir(home)
+    assert command(["launch", "study.toml"]) == 0
+    monkeypatch.chdir(away)
+    return home
+
+
+def test_a_run_is_used_from_any_folder(elsewhere, tmp_path, monkeypatch, capsys):
+    run = "../home/runs/study"
+    verify_here(monkeypatch)
+    assert command(["front", run]) == 0
+    assert command(["show", run, "1"]) == 0
+    assert command(["export", run, "--trial", "1", "--out", "small"]) == 0
+    study = json.loads((elsewhere / "runs" / "study" / "study.json").read_text(encoding="utf-8"))
+    assert study["config"]["model"]["name"] == str(elsewhere / "models" / "tiny")
+    assert study["config"]["data"]["search"]["text"] == str(elsewhere / "text.txt")
+    assert command(["launch", "../home/study.toml", "--run", run, "--trials", "4"]) == 0
+    assert len(Study.open(run).rows()) == 4
+    shutil.copytree(elsewhere / "models", "models")
+    capsys.readouterr()
+    assert command(["launch", "../home/study.toml", "--run", run]) == 2  # which names another model from here
+    assert "model.name" in capsys.readouterr().err
+
+
+def test_a_run_with_relative_paths_of_an_earlier_version_goes_on(elsewhere, capsys):
+    file = elsewhere / "runs" / "study" / "study.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(f"{elsewhere}/", ""), encoding="utf-8")
+    overrides = [f"model.name={elsewhere / 'models/tiny'}"]
+    overrides += [f"data.{split}.text={elsewhere / 'text.txt'}" for split in ("calibrate", "search", "report")]
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert command(["launch", str(elsewhere / "study.toml"), "--run", str(file.parent), *arguments]) == 0
+
+
+def test_the_home_folder_is_known_in_every_path(elsewhere, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(elsewhere))
+    verify_here(monkeypatch)
+    settings = ["--set", "model.name=~/models/tiny", "--set", "search.storage=sqlite:///~/trials.db"]
+    settings += [
+        part for split in ("calibrate", "search", "report") for part in ("--set", f"data.{split}.text=~/text.txt")
+    ]
+    assert command(["launch", "~/study.toml", "--run", "~/run", *settings]) == 0
+    assert (elsewhere / "trials.db").is_file()
+    assert command(["front", "~/run", "--csv", "~/front.csv", "--html", "~/front.html"]) == 0
+    assert command(["export", "~/run", "--trial", "1", "--out", "~/small"]) == 0
+    assert command(["evaluate", "~/small", "--text", "~/text.txt", "--windows", "1", "--length", "32"]) == 0
+    assert {"run", "front.csv", "front.html", "small"} <= {path.name for path in elsewhere.iterdir()}
+    assert not list((tmp_path / "away").iterdir())
