@@ -76,11 +76,12 @@ def odd_run(finished_run, tmp_path):
     """A run whose folder, origins and failures mean something to terminals, to rich and to browsers."""
     folder = tmp_path / "[bold]x[" / "y]"
     shutil.copytree(finished_run.run.path, folder)
-    study = Study.open(folder)._optuna()
+    study = Study.open(folder)._optuna(write=True)
     trial = study.ask()
     trial.set_user_attr("failure", ODD)
     study.tell(trial, state=TrialState.FAIL)
     with contextlib.closing(sqlite3.connect(folder / "study.db")) as database, database:
+        database.execute("DELETE FROM trial_system_attributes WHERE key LIKE 'rankfront:%'")  # checksums
         database.execute("UPDATE trial_user_attributes SET value_json = ? WHERE key = 'origin'", (json.dumps(ODD),))
     return folder
 
