@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from rankfront.methods._errors import InputError, check_choice, nearest
+from rankfront.methods._errors import InputError, check_choice, nearest, shown
 from rankfront.methods._method import (
     DENSE,
     DENSE_OPTION,
@@ -53,6 +53,7 @@ __all__ = [
     "nearest",
     "prepack",
     "register",
+    "shown",
     "source_behind",
     "source_of",
     "undo_prepack",

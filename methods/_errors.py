@@ -5,9 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 80  # characters of a value
+
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line with the invariant, the values and the remedy."""
+
+
+def shown(value: object) -> str:
+    """``value`` as an error shows it, its beginning where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of integers with thousands of digits, and of what is nested as deep
+        return "a value too long to show"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from rankfront.methods import Cost, InputError, prepack, undo_prepack
+from rankfront.methods import Cost, InputError, prepack, shown, undo_prepack
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
+LONGEST = 3600  # seconds that one model may be timed for; a guess
 STEADY = 0.03  # of the median
 GRAPHS = 4096  # that compiled models may have had in all: every trial's are others
 
@@ -98,10 +99,14 @@ class Timed:
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "decode", "rounds"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"objectives.{self.name}.{name} is {value!r}: it must be a whole number of at least 1")
-        if type(self.seconds) not in (int, float) or not 0 <= self.seconds < float("inf"):
-            raise InputError(f"objectives.{self.name}.seconds is {self.seconds!r}: it must be a number of at least 0")
+            if type(value) is not int or not 1 <= value <= 2**31:
+                raise InputError(
+                    f"objectives.{self.name}.{name} is {shown(value)}: it must be a whole number from 1 to 2^31"
+                )
+        if type(self.seconds) not in (int, float) or not 0 <= self.seconds <= LONGEST:
+            raise InputError(
+                f"objectives.{self.name}.seconds is {shown(self.seconds)}: it must be a number from 0 to {LONGEST}"
+            )
         for name in ("compile", "prepack"):
             value = getattr(self, name)
             if type(value) is not bool:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest
+from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
 from rankfront.search.constraint import Constraint
 from rankfront.search.fidelity import rung_windows
@@ -33,18 +33,25 @@ from rankfront.search.text import SPLITS, Split
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 MIN_WINDOW = 8  # tokens; shorter windows predict next to nothing
+LONGEST = 100 * 365 * UNITS["d"]  # of a search; a guess at what nobody means
+MOST = 2**53  # of anything counted: beyond, figures are not exact
+MOST_AT_ONCE = 2**16  # workers, and CPUs or GPUs for one; a guess
+
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
 
 
 def parse_duration(value: Any) -> float:
     """Seconds from ``"10m"``, ``"1h30m"``, ``"90s"`` or a number of seconds."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LONGEST:
         return float(value)
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else []
     if not parts or "".join(number + unit for number, unit in parts) != value:
-        raise ValueError(f"{value!r} is no duration: write 90s, 20m or 1h30m")
+        raise ValueError(f"{shown(value)} is no duration: write 90s, 20m or 1h30m")
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
-    if seconds <= 0:
-        raise ValueError(f"{value!r} is no duration: it must be longer than nothing")
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"{shown(value)} is no duration: it must be longer than nothing and at most a hundred years")
     return seconds
 
 
@@ -82,7 +89,7 @@ class ModelConfig(Strict):
 
 class SplitConfig(Strict):
     text: Name = "pydoc"
-    windows: Annotated[int, Field(ge=1)]
+    windows: Count
     part: tuple[float, float] = (0.0, 1.0)
 
     @field_validator("part")
@@ -96,7 +103,7 @@ class SplitConfig(Strict):
 class DataConfig(Strict):
     """Window length in tokens, and what each split takes."""
 
-    length: Annotated[int, Field(ge=MIN_WINDOW)] = 512
+    length: Annotated[int, Field(ge=MIN_WINDOW, le=MOST)] = 512
     calibrate: SplitConfig = SplitConfig(windows=64)
     search: SplitConfig = SplitConfig(windows=16)
     report: SplitConfig = SplitConfig(windows=32)
@@ -130,7 +137,7 @@ class SpaceConfig(Strict):
     exclude: tuple[str, ...] = ()
     methods: Methods = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    rank_multiple: int | Literal["device"] = 8
+    rank_multiple: Annotated[int, Field(le=MOST)] | Literal["device"] = 8
     rule: tuple[RuleConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -140,6 +147,12 @@ class SpaceConfig(Strict):
                 check_choice("method", name, (DENSE, *method_names()))
         for keep in self._levels:
             self.grid(keep)
+        named = {name for names in (self.methods, *(rule.methods for rule in self.rule)) for name in names or ()}
+        if named == {DENSE}:
+            raise ValueError(
+                f"the methods are {DENSE!r} alone, which every site may stay anyway, so there is nothing to choose:"
+                f" name another, such as {SpaceConfig.model_fields['methods'].default[0]!r}"
+            )
         return self
 
     def grid(self, keep: Keep) -> Grid:
@@ -159,8 +172,8 @@ class SpaceConfig(Strict):
 class ResourcesConfig(Strict):
     """What one trial takes, as Ray counts it."""
 
-    cpu: Annotated[float, Field(gt=0)] = 2
-    gpu: Annotated[float, Field(ge=0)] = 0
+    cpu: Annotated[float, Field(gt=0, le=MOST_AT_ONCE)] = 2
+    gpu: Annotated[float, Field(ge=0, le=MOST_AT_ONCE)] = 0
 
 
 class SearchConfig(Strict):
@@ -183,16 +196,16 @@ class SearchConfig(Strict):
 
     sampler: str = "rankfront"
     menu: Literal["grouped", "gradient", "spectrum", "probe", "probes"] = "grouped"
-    trials: Annotated[int, Field(ge=0)] = 32
+    trials: CountOrZero = 32
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
-    tokens: Annotated[int, Field(ge=1)] | None = None
+    tokens: Count | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generators take
-    workers: Annotated[int, Field(ge=0)] = 1
-    groups: Annotated[int, Field(ge=0)] = 4
-    untie: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_AT_ONCE)] = 1
+    groups: CountOrZero = 4
+    untie: CountOrZero = 0
     anchors: tuple[float, ...] = (0.9, 0.7, 0.5)
-    rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    reduction: Annotated[int, Field(ge=2)] = 3
+    rungs: tuple[Count, ...] = ()
+    reduction: Annotated[int, Field(ge=2, le=MOST)] = 3
     where: tuple[str, ...] = ()
     refit: Literal["none", "sequential"] = "none"
     storage: str | None = None
@@ -299,21 +312,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     if not path.is_file():
         raise InputError(f"study file {str(path)!r} does not exist: name a TOML file, such as studies/demo.toml")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # the first of numbers with thousands of digits too
         raise InputError(f"study file {str(path)!r} is not valid TOML: {error}") from error
     return make_config(data, overrides)
 
 
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> StudyConfig:
     """A validated study from plain data; `InputError` with one line naming the first thing wrong."""
-    data = copy.deepcopy(data)
-    for override in overrides:
-        _override(data, override)
     try:
+        data = copy.deepcopy(data)
+        for override in overrides:
+            _override(data, override)
         return StudyConfig.model_validate(data)
     except ValidationError as error:
         raise InputError(_one_line(error.errors()[0])) from error
+    except RecursionError as error:
+        raise InputError("the study is nested deeper than any key of it: write tables in tables, no more") from error
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -324,6 +339,8 @@ def _override(data: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+    except ValueError as error:
+        raise InputError(f"--set {shown(text)} is no value that TOML has: {error}") from error
     *parents, last = key.strip().split(".")
     table = data
     for name in parents:
@@ -345,8 +362,8 @@ def _one_line(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where} is missing from the study"
     given = error.get("input")
-    shown = f" (got {given!r})" if not isinstance(given, dict) and repr(given) not in message else ""
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+    got = f" (got {shown(given)})" if not isinstance(given, dict) and shown(given) not in message else ""
+    return f"{where}: {message[0].lower()}{message[1:]}{got}"
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -22,15 +22,26 @@ from rankfront.search.answer import Answer, answer, menu_frame
 from rankfront.search.checked import close, damages
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.constraint import Constraint, best_meeting, holding, meeting
-from rankfront.search.device import pick_device, pick_dtype, set_threads
+from rankfront.search.device import DTYPES, pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
 from rankfront.search.fidelity import carried
 from rankfront.search.front import Row
 from rankfront.search.goal import quality_of, timings_of
-from rankfront.search.model import Source, cache_folder, find_sites, load_tokenizer, resolve, skeleton
+from rankfront.search.limits import COSTS
+from rankfront.search.model import (
+    Source,
+    cache_folder,
+    count_parameters,
+    find_sites,
+    load_tokenizer,
+    resolve,
+    skeleton,
+)
+from rankfront.search.plan import Prices
 from rankfront.search.progress import Display
 from rankfront.search.ranks import measured_multiple, shapes_of
+from rankfront.search.reach import check_reachable
 from rankfront.search.run import Run
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
@@ -279,6 +290,14 @@ class Study:
             config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
         return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache))
 
+    def _check_limits(self, setup: Setup, space: Space) -> None:
+        """Raise `InputError` where no plan of the space can meet the study's limits."""
+        limits = self._limits(())
+        if any(limit.figure in COSTS for limit in limits):
+            inside = {site: place.block is not None for site, place in space.sites.items()}
+            dense = count_parameters(skeleton(setup.source))
+            check_reachable(limits, space.wanted(), Prices(inside, dense, DTYPES[setup.dtype].itemsize))
+
     @property
     def _scatters(self) -> bool:
         """Whether rungs read windows from all over the search split; runs that an earlier version began go on as they
@@ -328,6 +347,7 @@ class Study:
             resolved["rank_multiple"] = str(setup.config.space.rank_multiple)
         if self._scatters:
             resolved["windows"] = SCATTERED
+        self._check_limits(setup, space)
         self.run.define(self.config, resolved)
         storage = self._optuna(write=True)
         try:

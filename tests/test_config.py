@@ -1,6 +1,7 @@
 """The study file: what is read, and one line for each thing wrong with it."""
 
 import copy
+import math
 
 import pytest
 
@@ -290,3 +291,98 @@ def test_limits_do_not_define_a_study(example):
 def test_a_definition_loads_again(example):
     config = load_config(example)
     assert make_config(config.model_dump(mode="json")) == config
+
+
+# -- numbers and nesting that nobody means
+
+NUMBERS = (
+    "data.length",
+    "data.search.windows",
+    "space.rank_multiple",
+    "search.time",
+    "search.trials",
+    "search.tokens",
+    "search.workers",
+    "search.groups",
+    "search.untie",
+    "search.reduction",
+    "search.rungs",
+    "search.seed",
+    "search.resources.cpu",
+    "search.resources.gpu",
+    "objectives.latency.prompt",
+    "objectives.latency.seconds",
+)
+HUGE = {"inf": "inf", "1e400": "1e400", "-inf": "-inf", "nan": "nan", "10**30": f"1{'0' * 30}", "-1": "-1"}
+HUGE |= {"a thousand nines": "9" * 1000, "hexadecimal": f"0x{'f' * 9000}"}
+
+
+@pytest.mark.parametrize("number", HUGE)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_that_nobody_means_are_refused_by_key(key, number, tmp_path):
+    value = f"[{HUGE[number]}]" if key == "search.rungs" else HUGE[number]
+    path = tmp_path / "study.toml"
+    path.write_text("[objectives]\nperplexity = {}\nlatency = {}\n", encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_config(path, [f"{key}={value}"])
+    assert key.rpartition(".")[2] in str(caught.value) or "duration" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", ["[1e400]", "[nan]", "[0.5, inf]", "[-inf]", "[0]", f"[{'9' * 400}]"])
+@pytest.mark.parametrize("key", ["space.keep", "search.anchors"])
+def test_kept_fractions_that_nobody_means_are_refused(key, value):
+    assert "kept fractions" in refusal({}, [f"{key}={value}"]) or key in refusal({}, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 2**60])
+def test_ranks_are_multiples_of_something(multiple):
+    assert "rank_multiple" in refusal({"space": {"rank_multiple": multiple}})
+
+
+DEEP = {
+    "brackets": "[space]\nkeep = " + "[" * 5000,
+    "inline tables": "a = " + "{a = " * 5000,
+    "dotted keys": ".".join(["a"] * 5000) + " = 1",
+    "a table's name": f"[{'.'.join(['search'] * 5000)}]",
+    "a number of many digits": f"[search]\ntrials = {'9' * 5000}",
+}
+
+
+@pytest.mark.parametrize("deep", DEEP)
+def test_what_is_nested_too_deep_or_too_long_is_refused_in_one_line(deep, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(DEEP[deep], encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, ".".join(["a"] * 5000)])
+def test_overrides_too(value):
+    refusal({}, [f"space.keep={value}"])
+    refusal({}, [f"{'a.' * 5000}b=1"])
+
+
+@pytest.mark.parametrize(
+    "value", ["1e400", "inf", "nan", f"{'9' * 400}d", "200000d", math.inf, math.nan, 10**400, 1e12]
+)
+def test_durations_have_an_end(value):
+    with pytest.raises(ValueError, match="no duration"):
+        parse_duration(value)
+
+
+def test_a_study_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(EXAMPLE, encoding="utf-8-sig")
+    assert load_config(path).search.time == 600
+
+
+def test_dense_alone_is_nothing_to_choose():
+    assert "nothing to choose" in refusal({"space": {"methods": ["dense"]}})
+    assert "nothing to choose" in refusal(
+        {"space": {"methods": ["dense"], "rule": [{"match": "*", "methods": ["dense"]}]}}
+    )
+    rule = {"match": "*.q_proj", "methods": ["svd"]}
+    assert make_config({"space": {"methods": ["dense"], "rule": [rule]}}).space.rule[0].methods == ("svd",)
