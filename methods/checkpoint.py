@@ -93,6 +93,11 @@ class RankfrontQuantizer(HfQuantizer):
         self.config = quantization_config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        base = str(getattr(model, "base_model_prefix", ""))
+        if not hasattr(model, base) and any(path.startswith(f"{base}.") for path in self.config.modules):
+            raise InputError(
+                f"the export is a causal language model: load it by AutoModelForCausalLM, not as {type(model).__name__}"
+            )
         for path, spec in self.config.modules.items():
             module = _empty(model, path, spec)
             if not hasattr(module, "weight"):

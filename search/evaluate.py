@@ -11,6 +11,7 @@ from rankfront.objectives.latency import generate
 from rankfront.search.device import DTYPES, pick_device, pick_dtype
 from rankfront.search.model import (
     check_length,
+    check_tokens,
     count_bytes,
     count_parameters,
     learned_positions,
@@ -47,6 +48,7 @@ def evaluate(
     tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]
     model = load_model(source, DTYPES[dtype], device)
     check_length(model, length, "--length")
+    check_tokens(model, {"evaluate": tokens})
     stored = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
     if prepacked:
         prepack(model)

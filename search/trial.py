@@ -30,6 +30,7 @@ from rankfront.search.model import (
     Place,
     Source,
     check_length,
+    check_tokens,
     count_parameters,
     find_sites,
     load_model,
@@ -105,6 +106,7 @@ def make_space(setup: Setup) -> Space:
     model = skeleton(setup.source)
     use_attention(model, setup.config.model.attention)
     check_length(model, setup.config.data.length, "data.length")
+    check_tokens(model, setup.tokens)
     for name, timed in timed_objectives(setup.config.objectives).items():
         check_length(model, timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
     ours = setup.config.search.sampler == OURS
