@@ -120,7 +120,8 @@ class CheckedStorage(optuna.storages.RDBStorage):
             columns = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in names]
             query = sqlalchemy.select(table.c.trial_id, *columns).where(table.c.trial_id.in_(chosen))
             for trial_id, *row in connection.execute(query.order_by(*table.primary_key)):
-                found[trial_id][part].append(tuple(row))
+                if trial_id in found:  # an index that was spoiled leads to rows of others
+                    found[trial_id][part].append(tuple(row))
         return found
 
     def _get_trials(
