@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,12 @@ from rich.console import Console
 
 from rankfront.methods import InputError
 from rankfront.search.answer import Answer
-from rankfront.search.driver import WorkersDied
+from rankfront.search.driver import GaveUp
 from rankfront.search.export import ExportError, Format, Refit
 from rankfront.search.front import Row
 from rankfront.search.plain import literal, plain
 from rankfront.search.study import Interrupted, Study
+from rankfront.search.trial import out_of_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -294,12 +296,17 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see --help)", 2)
     except (Interrupted, typer.Abort, KeyboardInterrupt) as error:
         return _fail(f"{str(error) or 'stopped'}; run the same command again to go on", 1)
-    except (ExportError, WorkersDied, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ExportError, GaveUp, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(str(error), 1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return _fail(str(error), 1)
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run())
 
 

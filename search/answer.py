@@ -16,7 +16,7 @@ from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.descent import Descent
 from rankfront.search.device import DTYPES
-from rankfront.search.front import Row, dense_row
+from rankfront.search.front import Row, check_dense, dense_row
 from rankfront.search.goal import Timings, menu_of, timings_of
 from rankfront.search.limits import COSTS, Figures, met
 from rankfront.search.menu import Menu, stored
@@ -235,6 +235,7 @@ def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space:
     if config.search.sampler != OURS:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:
+        check_dense(rows)
         raise InputError("the run has no menu or dense trial yet: launch it first")
     timings = timings_of(config, study.user_attrs)
     return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense, timings

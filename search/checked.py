@@ -30,7 +30,7 @@ from rankfront.search.samplers import DAMAGED, is_lost
 CHECKSUM, REQUEST = "rankfront:checksum", "rankfront:request"  # system attributes
 ASKED = "asked"  # attribute of a damaged trial: what it was asked for
 # What decides which measurement a trial is, beside what it draws.
-DECIDING = ("origin", "anchor", "rung", "promoted", "slopes_of", "slope_tokens", "path", "replaces")
+DECIDING = ("origin", "anchor", "rung", "promoted", "slopes_of", "slope_tokens", "path", "replaces", "again")
 PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "values": (models.TrialValueModel, ("objective", "value", "value_type")),
     "params": (models.TrialParamModel, ("param_name", "param_value", "distribution_json")),

@@ -196,7 +196,7 @@ class SearchConfig(Strict):
 
     sampler: str = "rankfront"
     menu: Literal["grouped", "gradient", "spectrum", "probe", "probes"] = "grouped"
-    trials: CountOrZero = 32
+    trials: Count = 32  # the dense model is the first
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
     tokens: Count | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generators take

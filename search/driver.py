@@ -10,22 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from rankfront.methods import InputError
+from rankfront.methods import DENSE, InputError
 from rankfront.search.accuracy import Calibration, calibration
 from rankfront.search.beliefs import Beliefs, rung_of
 from rankfront.search.checked import ASKED, asked_again
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.continuation import Paths
-from rankfront.search.fidelity import Ladder, Lift, carried
+from rankfront.search.fidelity import Ladder, Lift, carried, claim
 from rankfront.search.front import Row, dense_row, front_of, rows_of, tokens_of
 from rankfront.search.goal import menu_of, quality_of, timings_of
 from rankfront.search.menu import Menu
 from rankfront.search.opening import MenuJobs, anchors_to_beat, centre_first, opening_budgets, warm_start
 from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
+from rankfront.search.retries import ATTEMPTS, MAX_LOST, Retries, requeue
 from rankfront.search.sampler import RankfrontSampler, ours
 from rankfront.search.samplers import INTERRUPTED, OURS, is_lost, make_sampler
 from rankfront.search.slopes import PASSES, SLOPE_TOKENS, slope_tokens
@@ -36,7 +37,6 @@ from rankfront.search.trial import Job, Record
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 ENOUGH = 10  # trials beside the menu that a limit on tokens should leave room for
 STEPS_AFTER = 1  # trials that the limit on tokens must leave room for after slopes
-MAX_DEAD = 3  # workers in a row that died without finishing anything
 
 Listener = Callable[["Driver"], None]
 
@@ -66,6 +66,10 @@ class Driver:
     the front that menu and slopes predict. With several rungs, what it takes to lift the front is kept back until
     nothing else fits into the limits; see `Ladder`. With ``only``, nothing is measured but the plan of that trial, up
     to the rung at which the front stands.
+
+    A job whose worker died, or that ran out of memory, is measured again, `ATTEMPTS` times in all; then it has failed,
+    and the next launch tries it again. A job that fails otherwise has failed. Without the dense model the launch ends,
+    and where the workers of `MAX_LOST` jobs in succession died at every attempt; see `Retries`.
     """
 
     def __init__(
@@ -95,10 +99,12 @@ class Driver:
         self.running: dict[int, optuna.Trial] = {}
         self.reporting: set[int] = set()
         self.unreportable: set[int] = set()
-        self.dead = 0
+        self.retries = Retries()
         self.exhausted = False
         self._close_orphans()
         self._replace_damaged()
+        if only is None:
+            requeue(study)
         self.ladder = self._ladder()
         self.ladder.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
@@ -106,6 +112,7 @@ class Driver:
         self.paths: Paths | None = None  # once our sampler proposes
         self.opened = False  # whether all of the menu's predicted front was queued
         self.record: Record | None = None  # what the menu is made of
+        self.unmade: InputError | None = None  # why there is none
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = self.ours and bool(timed_objectives(config.objectives))
         self.wants_timing = timed and "timing" not in study.user_attrs.get("timing", {})  # or one that failed
@@ -217,7 +224,7 @@ class Driver:
         """Whether slopes around the plan at the centre, the first of ``budgets`` that the limits allow, are measured
         or cannot be; what is missing is queued."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if not is_lost(t.user_attrs)]
-        centre = next((t for t in trials if t.user_attrs.get("anchor") == "centre"), None)
+        centre = next((t for t in reversed(trials) if t.user_attrs.get("anchor") == "centre"), None)
         if centre is None:
             found = next(warm_start(beliefs, self.space, budgets), None)
             if found is not None:
@@ -288,8 +295,17 @@ class Driver:
         """
         self.stop.check()
         begun = time.monotonic()
+        again = self.retries.next()
+        if again is not None:
+            return again
         searching = self.searching
         exploring = searching and self.exploring
+        if self.unmade is not None:  # a dense model that cannot be measured is the cause to name
+            if any(trial.user_attrs.get("anchor") == DENSE for trial in self.running.values()):
+                return None
+            if not exploring or self._dense_waiting() is None:
+                raise self.unmade
+            return self._next_trial(begun)
         if self.wants_timing and exploring:  # alone, for what runs beside it would be in its figures
             if self.timing_asked or self.running or self.menu_jobs.running:
                 return None
@@ -301,10 +317,6 @@ class Driver:
         if exploring and self._ready:
             self._ask_slopes()
         job = self._next_trial(begun) if searching else None
-        if job is None and self.searching and not self.running and not self._ready and not self.menu_jobs.running:
-            raise InputError(
-                f"the dense model could not be measured ({self._dense_failure()}): nothing to compare with"
-            )
         if job is None and not self.running and not self.searching:
             job = self._next_report()
         return job
@@ -380,8 +392,10 @@ class Driver:
     def _waiting(self) -> bool:
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def _dense_failure(self) -> str:
-        return next((row.failure for row in self.rows() if row.failure and row.origin.endswith(": dense")), "no reason")
+    def _dense_waiting(self) -> FrozenTrial | None:
+        """The trial that is to measure the dense model, if it waits: without it there is nothing to compare with."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return next((t for t in waiting if t.user_attrs.get("anchor") == DENSE and rung_of(t) == 0), None)
 
     @property
     def _ready(self) -> bool:
@@ -432,6 +446,9 @@ class Driver:
     def _ask(self) -> optuna.Trial | None:
         """The next of the queue, a proposal, or what lifts the front; None where none of them can start now."""
         if self.exploring:
+            dense = self._dense_waiting()
+            if dense is not None:
+                return claim(self.study, dense)
             if isinstance(self.sampler, RankfrontSampler) and not self.opened:
                 self._open(self.sampler)
             # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
@@ -448,7 +465,7 @@ class Driver:
         """Whether everything that is asked for was measured on the report split."""
         refit = self.config.search.refit != "none" and bool(row.plan.choices)
         known = {"refitted", "refit_failure", "failure"} if refit else {"perplexity", "failure"}
-        return row.report is not None and not known.isdisjoint(row.report)
+        return row.report is not None and "lost" not in row.report and not known.isdisjoint(row.report)
 
     def _next_report(self) -> Job | None:
         for row in self._unreported():
@@ -459,10 +476,26 @@ class Driver:
     # -- tell
 
     def finish(self, job: Job, record: Record) -> None:
-        """Record what measuring ``job`` gave. Raises `InputError` for a cause that would fail every trial."""
-        self.dead = 0
+        """Record what measuring ``job`` gave, or have it measured again where it was ``lost``.
+
+        Raises `InputError` for a cause that would fail every trial, `GaveUp` where it is not the user's.
+        """
+        if "lost" not in record:
+            self.retries.measured()
+        elif self.retries.again(job):
+            return
+        else:
+            record = record | {"failure": f"{record['failure']}; {ATTEMPTS} attempts"}
+        self._keep(job, record)
+        self.listener(self)
+
+    def _keep(self, job: Job, record: Record) -> None:
         if job.kind == "menu":
-            self.menu_jobs.finish(job.number, record)
+            try:
+                self.menu_jobs.finish(job.number, record)
+            except InputError as error:
+                self.unmade = error
+                return
             self._with_menu()
             self._check_tokens()
         elif job.kind == "timing":
@@ -473,10 +506,12 @@ class Driver:
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
             self.study.set_user_attr(f"report {job.number}", record)
             self.reporting.discard(job.number)
+            if "lost" in record:
+                self.unreportable.add(job.number)  # until the next launch
         elif job.kind == "slopes":
             self._finish_slopes(self.running.pop(job.number), record)
         elif "failure" in record:
-            self._fail(self.running.pop(job.number), record["failure"])
+            self._finish_failed(self.running.pop(job.number), job, record)
         else:
             trial = self.running.pop(job.number)
             record["seconds"] |= trial.user_attrs.get("seconds", {})
@@ -490,7 +525,15 @@ class Driver:
             self.ladder.taught(record["rung"])
             self._start_ours()
             self.ladder.promote(self.rows())
-        self.listener(self)
+
+    def _finish_failed(self, trial: optuna.Trial, job: Job, record: Record) -> None:
+        lost = "lost" in record
+        if lost:
+            trial.set_user_attr("lost", True)
+        self._fail(trial, record["failure"])
+        if not job.plan.choices and job.rung == 0:
+            message = f"the dense model could not be measured ({record['failure']}): nothing to compare with"
+            raise GaveUp(f"{message}; give a trial more memory") if lost else InputError(message)
 
     def _finish_slopes(self, trial: optuna.Trial, record: Record) -> None:
         """Keep what was measured around a plan; the trial is a repetition of that plan's."""
@@ -499,23 +542,12 @@ class Driver:
         self.study.tell(trial, state=TrialState.PRUNED)
 
     def lost(self, job: Job, reason: str) -> None:
-        """The worker that measured ``job`` died; the study goes on, unless workers die again and again."""
-        self.dead += 1
-        if job.kind == "trial":
-            self._fail(self.running.pop(job.number), reason)
-        elif job.kind == "slopes":
-            self._finish_slopes(self.running.pop(job.number), {"failure": reason})
-        elif job.kind == "menu":
-            self.menu_jobs.running.discard(job.number)
-        elif job.kind == "timing":
-            self.timing_asked = False
-        else:
-            self.reporting.discard(job.number)
-            self.unreportable.add(job.number)  # until the next launch
-        self.listener(self)
-        if self.dead >= MAX_DEAD:
-            raise WorkersDied(
-                f"{self.dead} workers in a row died ({reason}): give a trial more memory, or use --workers 0"
+        """The worker that measured ``job`` died: as `finish`. Raises `GaveUp` where they die whatever they measure."""
+        self.finish(job, {"failure": reason, "lost": True})
+        if self.retries.hopeless(job):
+            raise GaveUp(
+                f"workers died at every attempt of {MAX_LOST} jobs in succession ({reason}): give a trial more memory,"
+                " or use --workers 0"
             )
 
     def abandon(self) -> None:
@@ -530,5 +562,5 @@ def _budgets(sampler: RankfrontSampler) -> list[float]:
     return opening_budgets(sampler.marks, sampler.menu.even.dense)
 
 
-class WorkersDied(Exception):
-    """Workers die without finishing anything: not the user's input, and not worth going on with."""
+class GaveUp(Exception):
+    """Memory is short or workers die, and nothing is left to go on with: no fault of the user's input."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import moocore
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.front import DENSE_KEY, Row, comparable, compressed_front, dense_row, front_rung
@@ -149,8 +149,7 @@ class Ladder:
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             if lift == (trial.user_attrs.get("promoted", trial.number), trial.user_attrs.get("rung", 0))
         )
-        self.study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)  # as `ask` does with the first
-        return optuna.Trial(self.study, trial._trial_id)
+        return claim(self.study, trial)
 
     # -- what lifting takes
 
@@ -203,6 +202,12 @@ class Ladder:
         source = self.study.get_trials(deepcopy=False)[number]
         kept = {key: source.user_attrs[key] for key in KEPT if key in source.user_attrs}
         self.study.enqueue_trial(source.params, user_attrs=kept | {"rung": rung, "promoted": number})
+
+
+def claim(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:
+    """A trial of the queue, which runs from now on, as `Study.ask` does with the first."""
+    study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    return optuna.Trial(study, waiting._trial_id)
 
 
 def carried(rows: Sequence[Row], number: int) -> Lift | None:

@@ -27,7 +27,7 @@ DENSE_KEY = Plan(()).key
 @dataclass(frozen=True)
 class Row:
     """One trial, flat. ``values`` follow the study's objectives; ``report`` is measured on the report split;
-    ``within`` says whether it meets the study's own limits."""
+    ``within`` says whether it meets the study's own limits, ``retried`` whether another trial measures it again."""
 
     number: int
     state: str
@@ -39,11 +39,13 @@ class Row:
     report: dict[str, Any] | None = None
     failure: str | None = None
     within: bool = True
+    retried: bool = False
 
     @property
     def counts(self) -> bool:
         """Whether the trial counts against the limit: complete, or failed by itself."""
-        return self.state == "complete" or (self.state == "failed" and not is_lost({"failure": self.failure}))
+        failed = self.state == "failed" and not is_lost({"failure": self.failure}) and not self.retried
+        return self.state == "complete" or failed
 
     @property
     def is_dense(self) -> bool:
@@ -99,14 +101,21 @@ def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
     """Every trial of a study, in order; proposals that had been measured before, and slopes, are left out."""
     reports = study.user_attrs
     trials = study.get_trials(deepcopy=False)
+    again = retried(trials)
     return [
-        _row(trial, objectives, reports.get(f"report {trial.number}"))
+        _row(trial, objectives, reports.get(f"report {trial.number}"), trial.number in again)
         for trial in trials
         if trial.state != TrialState.PRUNED and "slopes_of" not in trial.user_attrs
     ]
 
 
-def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None) -> Row:
+def retried(trials: Iterable[FrozenTrial]) -> set[int]:
+    """Numbers of the trials that others measure again, or did."""
+    known = (trial.user_attrs for trial in trials if "again" in trial.user_attrs)
+    return {attributes["again"] for attributes in known if not is_lost(attributes)}
+
+
+def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None, again: bool) -> Row:
     attributes = trial.user_attrs
     complete = trial.state == TrialState.COMPLETE
     origin = attributes.get("origin", "")
@@ -121,6 +130,7 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
         report=report,
         failure=attributes.get("failure"),
         within=all(excess <= 0 for excess in trial.constraints.values()),
+        retried=again,
     )
 
 
@@ -197,6 +207,13 @@ def _spreads(row: Row) -> list[float]:
 def dense_row(rows: Iterable[Row], rung: int | None = None) -> Row | None:
     """The complete row that measured the dense model at ``rung``, by default where the front stands."""
     return next((row for row in comparable(rows, rung) if row.is_dense), None)
+
+
+def check_dense(rows: Iterable[Row]) -> None:
+    """Raise `InputError` with the reason where the dense model was tried, last of all, and could not be measured."""
+    tried = [row for row in rows if row.is_dense and row.rung == 0 and row.counts]
+    if tried and tried[-1].state == "failed":
+        raise InputError(f"the dense model could not be measured ({tried[-1].failure}): launch the study again")
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ class MenuJobs:
         """Keep what a job measured; `InputError` where it failed."""
         self.running.discard(part)
         if "failure" in record:
+            advice = "give a trial more memory, or set" if "lost" in record else "set"
             raise InputError(
-                f"the menu could not be made by {self.source!r} ({record['failure']}): set search.menu to another"
+                f"the menu could not be made by {self.source!r} ({record['failure']}): {advice} search.menu to another"
             )
         first = self.study.user_attrs.get("menu 0", record if part == 0 else None)
         self.study.set_user_attr(f"menu {part}", record | {"jobs": len(self._plans(first))})

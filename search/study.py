@@ -56,7 +56,7 @@ SOLVES = 3  # plans measured for an answer at most, where tables predict a laten
 
 @contextmanager
 def _interrupts(stop: Stop) -> Iterator[None]:
-    """Within, Ctrl-C requests a stop; a second one throws at once."""
+    """Within, Ctrl-C and SIGTERM request a stop; a second one throws at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,15 +66,16 @@ def _interrupts(stop: Stop) -> Iterator[None]:
         if again:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupted(Exception):
-    """Ctrl-C during a launch: everything finished is kept."""
+    """Ctrl-C or SIGTERM during a launch: everything finished is kept."""
 
 
 @dataclass
@@ -132,7 +133,10 @@ class Study:
         With rungs, of those at which the front stands, or of a lower one where none there meets them. Raises
         `InputError` naming the closest trial where none does.
         """
-        return best_meeting(self.rows(), self._limits(constraints))
+        rows = self.rows()
+        if not fronts.comparable(rows, rung=0):
+            fronts.check_dense(rows)
+        return best_meeting(rows, self._limits(constraints))
 
     def trial(self, number: int) -> Row:
         """One trial; `InputError` where it does not exist."""
@@ -144,7 +148,8 @@ class Study:
 
     def knee(self, *constraints: str) -> Row:
         """Of the front members that meet ``constraints`` and the study's own, the nearest to the box's ideal corner."""
-        return fronts.knee(meeting(fronts.front_of(self.rows()), self._limits(constraints)), self.box())
+        box = self.box()
+        return fronts.knee(meeting(fronts.front_of(self.rows()), self._limits(constraints)), box)
 
     def _limits(self, constraints: Sequence[str]) -> list[Constraint]:
         """The study's own limits and ``constraints``."""
@@ -152,8 +157,10 @@ class Study:
 
     def box(self) -> fronts.Box:
         """The box that hypervolume is measured in; `InputError` before the dense anchor is measured."""
-        dense = fronts.dense_row(self.rows())
+        rows = self.rows()
+        dense = fronts.dense_row(rows)
         if dense is None:
+            fronts.check_dense(rows)
             raise InputError(f"run {str(self.run.path)!r} has not measured the dense model yet: launch it first")
         return fronts.box_of(self.config.objectives, dense)
 
@@ -322,7 +329,8 @@ class Study:
         ``report`` measures the front on the report split at the end; a later launch does it otherwise. ``only``
         measures the plan of that trial and nothing else, up to the rung at which the front stands.
 
-        Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C.
+        Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C or
+        SIGTERM.
         """
         self.config = self.run.remembered(self.config)
         logging.getLogger("alembic").setLevel(logging.ERROR)

@@ -167,6 +167,12 @@ PIECE_TOKENS = 512
 FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a trial, which becomes a value of its record
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device was short of memory: that passes, so what it took is measured again."""
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return short or "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch raises a plain RuntimeError
+
+
 def _reason(error: BaseException) -> str:
     """One line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
@@ -378,7 +384,8 @@ class Resident:
         return Subject(self.model, self.dense if self.modules else None, self.windows(rung), teacher, cost, clock)
 
     def run(self, job: Job) -> Record:
-        """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception.
+        """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception; ``lost``
+        is there too where memory was short.
 
         `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
         """
@@ -398,10 +405,10 @@ class Resident:
         except InputError:
             raise
         except FAILURES as error:
-            reason = _reason(error)
+            record = {"failure": _reason(error)} | ({"lost": True} if out_of_memory(error) else {})
         self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
         self.store.check()
-        return {"failure": reason}
+        return record
 
     def _recover(self) -> None:
         """Back to dense, with whatever the failed trial still held given back."""

@@ -15,6 +15,7 @@ import common
 import pytest
 import sqlalchemy
 import torch
+from spoiling import spoil as spoil  # a fixture of several files
 
 from rankfront.search.study import Study
 from rankfront.search.trial import Resident, Setup

@@ -132,6 +132,12 @@ def ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
     return process.communicate(timeout=PATIENCE)
 
 
+def sigterm(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What ``kill`` and schedulers do: SIGTERM to the launcher. Returns standard output and error."""
+    process.terminate()
+    return process.communicate(timeout=PATIENCE)
+
+
 def wait_for(condition: Callable[[], bool], alive: Callable[[], bool] = lambda: True) -> bool:
     """Poll until ``condition`` holds; False where ``alive`` ceased first."""
     deadline = time.monotonic() + PATIENCE

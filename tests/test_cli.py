@@ -9,13 +9,13 @@ import sqlite3
 
 import pytest
 from common import save_folder
-from launching import again, contents, make_run, small_data, verify_here, write_study
+from launching import again, contents, make_run, quiet, small_data, verify_here, write_study
 from optuna.trial import TrialState
 
 from rankfront.methods import FAMILIES, method_names
 from rankfront.search.__main__ import run
 from rankfront.search.plan import Plan
-from rankfront.search.study import Study
+from rankfront.search.study import Interrupted, Study
 
 TRIALS = 7
 
@@ -573,9 +573,17 @@ def test_a_storage_that_is_gone_is_named(own_run, refused):
     assert "storage" in refused("front", own_run.run.path)
 
 
-def test_an_unfinished_run_can_be_read(model_folder, text_file, tmp_path, ok, refused):
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_run_can_be_read(model_folder, text_file, tmp_path, monkeypatch, ok, refused):
     """A run with no trial at all lists none; what needs one says so."""
-    study = make_run(small_data(model_folder, text_file, trials=0), tmp_path / "run")
+    study = Study(small_data(model_folder, text_file), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("rankfront.search.trial.Resident.run", _interrupt)
+        with pytest.raises(Interrupted):
+            study.launch(quiet())
     data = json.loads(ok("front", study.run.path, "--json"))
     assert data["dense"] is None
     assert data["hypervolume"] is None

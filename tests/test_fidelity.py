@@ -360,16 +360,6 @@ def test_nothing_goes_on_before_the_dense_model_is_measured(data, tmp_path):
     assert [row.state for row in driver.rows() if row.rung == 1] == ["waiting"] * 2  # dense, and one of three
 
 
-def test_without_the_dense_model_a_study_stays_on_the_first_rung(data, tmp_path):
-    driver, resident = make_driver(data, tmp_path / "run")
-    while not driver.done:
-        job = driver.next()
-        dense = job.kind == "trial" and not job.plan.choices
-        driver.finish(job, {"failure": "not finite: perplexity is inf"} if dense else resident.run(job))
-    assert {row.rung for row in driver.rows()} == {0}
-    assert driver.spent == TRIALS
-
-
 def test_a_failed_trial_does_not_go_on(data, tmp_path, monkeypatch):
     """And one that fails at a higher rung is not tried there again."""
     trial = Resident._trial

@@ -11,6 +11,7 @@ from launching import (
     ctrl_c,
     finish,
     finished,
+    sigterm,
     small_data,
     started,
     values_of,
@@ -96,15 +97,15 @@ def test_a_half_written_definition_is_none(study_file, tmp_path):
     check_whole(Study.open(run), {}, 3)
 
 
-@pytest.mark.parametrize("moment", ["preparing", "searching"])
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(study_file, tmp_path, moment):
+@pytest.mark.parametrize(("stop", "moment"), [(ctrl_c, "preparing"), (ctrl_c, "searching"), (sigterm, "searching")])
+def test_a_stop_ends_cleanly_and_says_how_to_go_on(study_file, tmp_path, stop, moment):
     cache, run = tmp_path / "cache", tmp_path / "run"
     with started("launch", study_file, "--run", run, RANKFRONT_CACHE=str(cache)) as process:
         if moment == "preparing":
             reached = wait_for(lambda: any(cache.rglob("*.safetensors")), lambda: process.poll() is None)
         else:
             reached = wait_for(lambda: finished(run) >= 3, lambda: process.poll() is None)
-        stdout, stderr = ctrl_c(process)
+        stdout, stderr = stop(process)
     assert reached
     assert process.returncode == 1, stderr
     assert stdout == ""

@@ -12,54 +12,26 @@ from launching import (
     finished,
     make_run,
     quiet,
+    sigterm,
     small_data,
     started,
     values_of,
     wait_for,
     write_study,
 )
+from spoiling import ONCE
 
 from rankfront.methods import InputError
-from rankfront.search import workers
-from rankfront.search.driver import WorkersDied
+from rankfront.search import driver, retries, workers
+from rankfront.search.config import ResourcesConfig
+from rankfront.search.driver import GaveUp
 from rankfront.search.predictions import menu_jobs
 from rankfront.search.samplers import OURS
 from rankfront.search.study import Study
 from rankfront.search.trial import make_space
-from rankfront.search.workers import DIED
+from rankfront.search.workers import DIED, KILLED, reason_of
 
 TRIALS = 8
-
-# Workers import rankfront in processes of their own. This is found before any other sitecustomize; it notes which
-# process measures what, and runs the code $SPOIL_BY before the jobs that $SPOIL names ("trial 3,report 0").
-SITE = """
-import importlib.abc, importlib.util, os, sys
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "rankfront.search.trial":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            for kind in ("_trial", "_report"):
-                setattr(module.Resident, kind, spoiled(getattr(module.Resident, kind)))
-        spec.loader.exec_module = exec_module
-        return spec
-
-def spoiled(measure):
-    def before(self, job):
-        with open(os.environ["JOURNAL"], "a") as journal:
-            print(os.getpid(), job.kind, job.number, file=journal)
-        if {"every job", f"{job.kind} {job.number}"} & set(os.environ["SPOIL"].split(",")):
-            exec(os.environ["SPOIL_BY"])
-        return measure(self, job)
-    return before
-
-sys.meta_path.insert(0, Finder())
-"""
 
 # Until three processes have begun a job: the one of the first launch, and both of the second, at the same time.
 WAIT_FOR_THREE = """
@@ -68,24 +40,6 @@ patience = time.monotonic() + 60
 while len({line.split()[0] for line in open(os.environ["JOURNAL"])}) < 3 and time.monotonic() < patience:
     time.sleep(0.05)
 """
-
-
-@pytest.fixture
-def spoil(tmp_path, monkeypatch):
-    """Have workers run ``code`` before the jobs named; the function returned gives the processes that measured."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITE, encoding="utf-8")
-    journal = tmp_path / "journal"
-    journal.touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
-    monkeypatch.setenv("JOURNAL", str(journal))
-
-    def prepare(*jobs, code=""):
-        monkeypatch.setenv("SPOIL", ",".join(jobs))
-        monkeypatch.setenv("SPOIL_BY", code)
-        return lambda: [line.split()[0] for line in journal.read_text(encoding="utf-8").splitlines()]
-
-    return prepare
 
 
 @pytest.fixture
@@ -138,27 +92,33 @@ def test_relative_paths_mean_the_launchers_folder(data, model_folder, tmp_path, 
 
 
 def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil):
-    """The worker lives on after the one; another takes its place after the other."""
-    code = "if job.number == 3: raise RuntimeError('out of memory\\nwith a trace')\nos._exit(1)"
+    """The worker lives on after the one; another takes its place after the other, and measures what the death took."""
+    code = "if job.number == 3: raise RuntimeError('out of memory\\nwith a trace')\n" + ONCE + "os.kill(os.getpid(), 9)"
     processes = spoil("trial 3", "trial 5", code=code)
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, TRIALS)
     failed = {row.number: row.failure for row in study.rows() if row.state == "failed"}
-    assert failed == {3: "RuntimeError: out of memory", 5: DIED}
+    assert failed == {3: "RuntimeError: out of memory"}
     assert all(row.plan.key for row in study.rows())
     assert len(set(processes())) == 2
 
 
-def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, spoil):
-    """One line says so; what was finished is kept, and with the cause gone the next launch goes on."""
-    spoil("trial 2", "trial 3", "trial 4", code="os.kill(os.getpid(), 9)")
+def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, monkeypatch, spoil):
+    """One line says so, each death has its reason; what was finished is kept, and with the cause gone the next launch
+    goes on."""
+    for module in (driver, retries):
+        monkeypatch.setattr(module, "ATTEMPTS", 1)
+    deaths = "{2: lambda: os.kill(os.getpid(), 9), 3: lambda: {}['no such thing'], 4: lambda: sys.exit(7)}"
+    spoil("trial 2", "trial 3", "trial 4", code=f"import sys\n{deaths}[job.number]()")
     study = Study(data, tmp_path / "run")
-    with pytest.raises(WorkersDied, match="3 workers in a row died") as caught:
+    with pytest.raises(GaveUp, match=r"every attempt of 3 jobs in succession .*exit code 7") as caught:
         study.launch(quiet())
     assert "\n" not in str(caught.value)
     before = values_of(study)
     assert list(before) == [0, 1]
-    assert [row.failure for row in study.rows() if row.state == "failed"] == [DIED] * 3
+    reasons = [row.failure.rpartition(";")[0] for row in study.rows() if row.state == "failed"]
+    assert reasons[:2] == [KILLED, "KeyError: 'no such thing'"]
+    assert reasons[2].startswith(DIED)
     alone = again(study, workers=0)
     alone.launch(quiet())
     check_whole(alone, before, TRIALS)
@@ -178,13 +138,14 @@ def test_a_spoiled_factor_file_is_named_by_the_worker(data, tmp_path, monkeypatc
     check_whole(mended, before, TRIALS + 2)
 
 
-def test_ctrl_c_ends_the_cluster_too(data, tmp_path):
+@pytest.mark.parametrize("stop", [ctrl_c, sigterm])
+def test_a_stop_ends_the_cluster_too(data, tmp_path, stop):
     data["search"]["trials"] = 500
     run, file = tmp_path / "run", write_study(data, tmp_path / "study.toml")
     with started("launch", file, "--run", run) as process:
         reached = wait_for(lambda: finished(run) >= 2, lambda: process.poll() is None)
         cluster = psutil.Process(process.pid).children(recursive=True)
-        _, stderr = ctrl_c(process)
+        _, stderr = stop(process)
     assert reached, stderr
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr
@@ -203,11 +164,16 @@ def test_ctrl_c_ends_the_cluster_too(data, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["probes", "gradient", "grouped"])
-def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, source):
-    """Probes are jobs like trials: every part is measured once, by whichever worker is free, and so are slopes."""
+def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, spoil, source):
+    """Probes are jobs like trials: every part is measured once, by whichever worker is free, and so are slopes. There
+    are never more workers than asked for, however short their jobs, and they have the launcher's priority."""
+    spoil()
     data = small_data(model_folder, text_file, sampler=OURS, menu=source, trials=14, workers=2)
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, 14)
+    begun = Path(os.environ["JOURNAL"] + ".workers").read_text(encoding="utf-8").splitlines()
+    assert len(begun) == 2
+    assert {int(line.split()[1]) for line in begun} == {os.getpriority(os.PRIO_PROCESS, 0)}
     attributes = study._optuna().user_attrs
     parts = [name for name in attributes if name.startswith("menu ")]
     wanted = make_space(study.setup()).wanted()
@@ -219,3 +185,31 @@ def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path
     slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
     assert slopes
     assert all("slopes" in trial.user_attrs for trial in slopes)
+
+
+RAYS_WORDS = {
+    'ray::Worker.train() (pid=1)\n  File "a.py", line 1, in step\n    raise\nKeyError: 1\nmore': "KeyError: 1",
+    "The actor died\n\tpid: 1\nWorker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a"
+    " connection error code 2. End of file. Some common causes include: (1) the process": KILLED,
+    "The actor died\nWorker exit type: SYSTEM_ERROR Worker exit detail: Worker exits with an exit code 3.": (
+        f"{DIED}: Worker exits with an exit code 3."
+    ),
+    "The actor died because its node has died. Node Id: abc": (
+        f"{DIED}: The actor died because its node has died. Node Id: abc"
+    ),
+    "": DIED,
+}
+
+
+@pytest.mark.parametrize("words", RAYS_WORDS)
+def test_a_reason_is_one_line_of_rays_words(words):
+    assert reason_of(words) == RAYS_WORDS[words]
+
+
+@pytest.mark.parametrize(("wanted", "named"), [((4096, 1), "search.workers is 4096"), ((1, 4096), "cpu is 4096")])
+def test_what_this_machine_cannot_have_is_refused_before_ray_starts(wanted, named, monkeypatch):
+    monkeypatch.setattr(workers.ray, "init", lambda *_, **__: pytest.fail("it has started"))
+    monkeypatch.setattr(workers, "WORKER_BYTES", 1e12)
+    with pytest.raises(InputError, match=named) as caught:
+        workers._connect(None, wanted[0], ResourcesConfig(cpu=wanted[1]))
+    assert "\n" not in str(caught.value)
