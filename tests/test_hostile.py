@@ -17,7 +17,7 @@ from launching import measured
 
 from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.checkpoint import CONFIG_VERSION, RankfrontConfig, RankfrontQuantizer
-from rankfront.methods.layers import LAYERS
+from rankfront.methods.layers import LAYERS, LITTLE
 from rankfront.search.config import make_config
 from rankfront.search.export import export
 from rankfront.search.model import count_bytes, find_sites, load_model, resolve
@@ -152,7 +152,7 @@ def test_any_configuration_makes_small_layers_or_is_refused(data):
         held = count_bytes(model)
         quantizer = RankfrontQuantizer(config)
         if whole_or_refused(lambda: quantizer._process_model_before_weight_loading(model) or True):
-            assert count_bytes(model) <= 3 * held
+            assert count_bytes(model) <= 3 * held + 3 * 4 * LITTLE
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,25 @@ def test_an_export_that_names_another_module_is_refused_by_name(exported, tmp_pa
         load_model(resolve(str(folder)), torch.float32, "cpu")
 
 
-def spoiled(folder, to, change):
+@settings(many, max_examples=100)
+@given(st.data())
+def test_any_value_in_a_models_own_configuration_loads_or_is_refused(exported, tmp_path_factory, data):
+    written = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    changed = {data.draw(st.sampled_from(sorted(written))): data.draw(st.one_of(whole, junk))}
+    folder = spoiled(exported, tmp_path_factory.mktemp("any"), lambda config: None, **changed)
+    model = whole_or_refused(load_model, resolve(str(folder)), torch.float32, "cpu")
+    if model is not None:
+        assert count_bytes(model) <= 3 * count_bytes(MODEL)
+    shutil.rmtree(folder.parent)
+
+
+def spoiled(folder, to, change, **more):
     """A copy of an export with its quantization_config changed."""
     shutil.copytree(folder, to / "spoiled")
     file = to / "spoiled" / "config.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     change(data["quantization_config"])
-    file.write_text(json.dumps(data), encoding="utf-8")
+    file.write_text(json.dumps(data | more), encoding="utf-8")
     return to / "spoiled"
 
 
