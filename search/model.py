@@ -307,8 +307,8 @@ def _check_size(source: Source, config: Any) -> None:
     values = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
     if values > MOST_VALUES * held + LITTLE:
         raise InputError(
-            f"model {source.name!r} has {values:,} values by its config.json, and its checkpoint {held:,} bytes: restore"
-            " the config.json that belongs to it"
+            f"model {source.name!r} has {values:,} values by its config.json, and its checkpoint {held:,} bytes:"
+            " restore the config.json that belongs to it"
         )
 
 
