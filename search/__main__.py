@@ -157,6 +157,9 @@ def _print_front(study: Study, where: list[str]) -> None:
     failed = [row for row in study.rows() if row.state == "failed" and row.counts]
     if failed:
         _say(output, f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}")
+    warning = study.warning(rows)
+    if warning is not None:
+        _say(output, warning)
     if any(row.report is None for row in rows):
         _say(output, "some members have no report perplexity yet: launch the study again to measure it")
 
@@ -228,6 +231,8 @@ def export_command(
         f" {verified.bytes / 1e6:,.1f} MB, perplexity {verified.perplexity:.4g} on the search split after reloading in"
         " a fresh process",
     )
+    if verified.warning is not None:
+        terminal.print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _pick(study: Study, trial: int | None, constraints: list[str], knee: bool) -> Row:

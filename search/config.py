@@ -6,17 +6,20 @@ import copy
 import itertools
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -29,7 +32,7 @@ from rankfront.search.fidelity import rung_windows
 from rankfront.search.model import BUNDLED
 from rankfront.search.samplers import SAMPLERS
 from rankfront.search.storage import parse_url
-from rankfront.search.text import SPLITS, Split
+from rankfront.search.text import PYDOC, SELF, SPLITS, Split, own_text_seed
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 MIN_WINDOW = 8  # tokens; shorter windows predict next to nothing
@@ -64,7 +67,7 @@ KNOWN = {"pydoc", "self", *BUNDLED}  # names that no file stands for
 
 def _located(name: str) -> str:
     """The absolute path of a file or folder called ``name``, or ``name`` where there is none; ``~`` is the home."""
-    if name in KNOWN or name.startswith("hub:"):
+    if name in KNOWN or name.startswith("hub:") or own_text_seed(name) is not None:
         return name
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() or name.startswith("~") else name
@@ -87,8 +90,24 @@ class ModelConfig(Strict):
     trust_remote_code: bool = False
 
 
+class ShareConfig(Strict):
+    """One text of a mixture, which gives windows in proportion to its weight."""
+
+    text: Name
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+ONE, SEVERAL = "one text", "several texts"  # tags, which errors leave out
+Texts = Annotated[
+    Annotated[Name, Tag(ONE)] | Annotated[tuple[ShareConfig, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(lambda given: SEVERAL if isinstance(given, list | tuple) else ONE),
+]
+
+
 class SplitConfig(Strict):
-    text: Name = "pydoc"
+    """``text`` is a name (see `text.read_text`), ``self`` for what the dense model samples, or a mixture of them."""
+
+    text: Texts = PYDOC
     windows: Count
     part: tuple[float, float] = (0.0, 1.0)
 
@@ -99,18 +118,60 @@ class SplitConfig(Strict):
             raise ValueError(f"part is {list(part)}: give [start, end] with 0 <= start < end <= 1")
         return part
 
+    @model_validator(mode="after")
+    def _every_text_has_windows(self) -> SplitConfig:
+        if self.windows:
+            self.split.counts()
+        return self
+
+    @property
+    def split(self) -> Split:
+        weights: dict[str, float] = {}
+        for share in () if isinstance(self.text, str) else self.text:
+            weights[share.text] = weights.get(share.text, 0.0) + share.weight
+        return Split(self.text if isinstance(self.text, str) else weights, self.windows, self.part)
+
+    @property
+    def label(self) -> str:
+        """The text's name; of a mixture, its texts with their weights."""
+        if isinstance(self.text, str):
+            return self.text
+        return " + ".join(f"{share.weight:g} {share.text}" for share in self.text)
+
+
+class ControlConfig(SplitConfig):
+    """The second corpus that figures are checked on; no windows, no check."""
+
+    windows: Annotated[int, Field(ge=0)] = 16
+
 
 class DataConfig(Strict):
-    """Window length in tokens, and what each split takes."""
+    """Window length in tokens, and what each split takes.
+
+    ``control`` is a text of another domain: by default pydoc where a split has the model's own text, else that.
+    """
 
     length: Annotated[int, Field(ge=MIN_WINDOW, le=MOST)] = 512
     calibrate: SplitConfig = SplitConfig(windows=64)
     search: SplitConfig = SplitConfig(windows=16)
     report: SplitConfig = SplitConfig(windows=32)
 
+    control: ControlConfig = Field(default_factory=ControlConfig, validate_default=True)
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _of_another_domain(cls, control: Any, info: ValidationInfo) -> Any:
+        if isinstance(control, ControlConfig):
+            control = control.model_dump(exclude_unset=True)
+        if not isinstance(control, Mapping) or "text" in control:
+            return control
+        texts = {text for name in SPLITS if name in info.data for text in info.data[name].split.counts()}
+        return {**control, "text": PYDOC if any(own_text_seed(text) is not None for text in texts) else SELF}
+
     def splits(self) -> dict[str, Split]:
-        chosen = {name: getattr(self, name) for name in SPLITS}
-        return {name: Split(split.text, split.windows, split.part) for name, split in chosen.items()}
+        """The three splits, and ``control`` where there is one."""
+        names = [*SPLITS, "control"] if self.control.windows else SPLITS
+        return {name: getattr(self, name).split for name in names}
 
 
 FINEST = 8  # multiple that ranks may be of where the device is asked
@@ -351,10 +412,11 @@ def _override(data: dict[str, Any], text: str) -> None:
 
 
 def _one_line(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "the study"
+    location = tuple(part for part in error["loc"] if part not in (ONE, SEVERAL))
+    where = ".".join(str(part) for part in location) or "the study"
     if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
-        return f"unknown key {where!r} in the study{nearest(str(error['loc'][-1]), known)} (known: {', '.join(known)})"
+        known = _keys_at(location[:-1])
+        return f"unknown key {where!r} in the study{nearest(str(location[-1]), known)} (known: {', '.join(known)})"
     message = error["msg"].removeprefix("Value error, ")
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
@@ -372,6 +434,12 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation
-        model = annotation if isinstance(annotation, type) else annotation.__args__[0]
+        model = _model_in(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The first table that a field's type holds; None where it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

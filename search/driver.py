@@ -457,15 +457,24 @@ class Driver:
         return None if lift is None else self.ladder.claim(lift)
 
     def _unreported(self) -> list[Row]:
-        front = [row for row in front_of(self.rows()) if row.within] if self.report else []
+        rows = self.rows() if self.report else []
+        front = {row.number: row for row in front_of(rows) if row.within}
+        dense = dense_row(rows)
+        if front and dense is not None:  # which what is reported of the others is compared with
+            front[dense.number] = dense
         skip = self.reporting | self.unreportable
-        return [row for row in front if row.number not in skip and not self._reported(row)]
+        return [row for row in front.values() if row.number not in skip and not self._reported(row)]
 
     def _reported(self, row: Row) -> bool:
         """Whether everything that is asked for was measured on the report split."""
         refit = self.config.search.refit != "none" and bool(row.plan.choices)
-        known = {"refitted", "refit_failure", "failure"} if refit else {"perplexity", "failure"}
-        return row.report is not None and "lost" not in row.report and not known.isdisjoint(row.report)
+        asked = [{"refitted", "refit_failure"}] if refit else [{"perplexity"}]
+        if self.config.data.control.windows:
+            asked.append({"control", "control_failure"})
+        report = row.report
+        if report is None or "lost" in report:
+            return False
+        return "failure" in report or all(not each.isdisjoint(report) for each in asked)
 
     def _next_report(self) -> Job | None:
         for row in self._unreported():

@@ -22,6 +22,7 @@ from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, ti
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
 from rankfront.search import verify
+from rankfront.search.control import PROMPTS, Report, warning
 from rankfront.search.front import Row
 from rankfront.search.joining import separate
 from rankfront.search.model import load_tokenizer, quiet, staged
@@ -50,21 +51,26 @@ class Verified:
         perplexity: on the search split.
         parameters: stored values; integers count one each, index bits as `Storage.parameters` says.
         bytes: of its tensors.
+        warning: what it loses on the control text that the report split hides, in one line.
     """
 
     perplexity: float
     parameters: int
     bytes: int
+    warning: str | None = None
 
 
-def export(setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none") -> Verified:
+def export(
+    setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none", dense: Report | None = None
+) -> Verified:
     """Write the model of trial ``row`` to the new folder ``out``, verify it there, and only then name it ``out``.
 
     Refitted ``sequential``ly (see `refit`), the folder is verified against the model here rather than the trial.
 
     ``factored`` keeps the factors and loads after ``import rankfront.methods``; ``dense`` multiplies them out and
-    loads without us. A link as ``out`` is followed. Raises `InputError` where ``out`` is taken, `ExportError` where
-    writing or verifying fails.
+    loads without us. ``dense`` is what was measured of the dense model on the report split, here where it is not given.
+    A link as ``out`` is followed. Raises `InputError` where ``out`` is taken, `ExportError` where writing or verifying
+    fails.
     """
     out = Path(os.path.realpath(out))  # of a link, what it names: the link stays
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
@@ -79,12 +85,25 @@ def export(setup: Setup, row: Row, out: Path, form: Format, refit: Refit = "none
     try:
         if refit == "none":
             resident.apply(row.plan)
-            return _write_verified(resident, row, out, form, row.attributes["perplexity"], refit)
+            reported = _reported(resident, row.report, dense)
+            return _write_verified(resident, row, out, form, row.attributes["perplexity"], refit, reported)
         with refitted(resident, row.plan):
             measured = score(resident.model, resident.windows(row.rung)).perplexity
-            return _write_verified(resident, row, out, form, measured, refit)
+            reported = _reported(resident, None, dense)
+            return _write_verified(resident, row, out, form, measured, refit, reported)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+
+
+def _reported(resident: Resident, known: Report | None, dense: Report | None) -> tuple[Report, Report]:
+    """What is reported of the model that runs, and of the dense one: as ``known``, else measured now."""
+
+    def measured(report: Report | None) -> Report:
+        return report if report is not None and "continuations" in report else resident.reported()
+
+    ours = measured(known)
+    with resident.dense():
+        return ours, measured(dense)
 
 
 def _in_buffers(resident: Resident) -> int:
@@ -94,7 +113,15 @@ def _in_buffers(resident: Resident) -> int:
     return sum(used, Storage(0)).buffers
 
 
-def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measured: float, refit: Refit) -> Verified:
+def _write_verified(
+    resident: Resident,
+    row: Row,
+    out: Path,
+    form: Format,
+    measured: float,
+    refit: Refit,
+    reported: tuple[Report, Report],
+) -> Verified:
     """Write what ``resident`` runs, which has ``measured`` as its perplexity, reload it and compare."""
     setup = resident.setup
     expected, buffers = resident.dense_values, 0
@@ -111,8 +138,9 @@ def _write_verified(resident: Resident, row: Row, out: Path, form: Format, measu
                 f"the export's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
                 f" tokens, more than {TOLERANCE:.1%} apart: not kept"
             )
-        verified = replace(verified, parameters=verified.parameters + buffers)
-        (folder / "README.md").write_text(_card(setup, row, verified, form, refit), encoding="utf-8")
+        line = warning(*reported, setup.config.data.control.label)
+        verified = replace(verified, parameters=verified.parameters + buffers, warning=line)
+        (folder / "README.md").write_text(_card(setup, row, verified, form, refit, reported), encoding="utf-8")
     return verified
 
 
@@ -206,8 +234,10 @@ def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
     return Verified(**json.loads(done.stdout))
 
 
-def _card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit) -> str:
-    """The model card: what this is, how to load it, what was measured."""
+def _card(
+    setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit, reported: tuple[Report, Report]
+) -> str:
+    """The model card: what this is, how to load it, what was measured, of dense too where it says what was lost."""
     search, data = setup.config.search, setup.config.data
     figures = {name: f"{value:.6g}" for name, value in row.values.items()}
     figures |= {
@@ -215,12 +245,15 @@ def _card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit
         "block_parameters (kept fraction of the block linears)": f"{row.attributes['block_parameters']:.4f}",
         "stored values in this folder": f"{verified.parameters:,}",
         "bytes of its tensors": f"{verified.bytes:,}",
-        f"perplexity, search split ({data.search.text}), reloaded": f"{verified.perplexity:.6g}",
+        f"perplexity, search split ({data.search.label}), reloaded": f"{verified.perplexity:.6g}",
     }
-    reported = (row.report or {}).get("perplexity" if refit == "none" else "refitted")
-    if reported is not None:
-        figures[f"perplexity, report split ({data.report.text})"] = f"{reported:.6g}"
+    texts = {"perplexity": f"report split ({data.report.label})", "control": f"control text ({data.control.label})"}
+    ours, dense = reported
+    for name, text in texts.items():
+        if name in ours and name in dense:
+            figures[f"perplexity, {text}"] = f"{ours[name]:.6g} (dense: {dense[name]:.6g})"
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    said = f"It {verified.warning}.\n\n" * bool(verified.warning) + _said(ours, dense)
     load = "import rankfront.methods\n" if form == "factored" else ""
     return f"""# {setup.config.model.name}, compressed
 
@@ -237,6 +270,18 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 | --- | --- |
 {table}
 
+{said}
+
 Windows of {data.length} tokens; latency on {setup.device}, as a ratio to the dense model in the same run.
 The licence of the original model applies.
 """
+
+
+def _said(ours: Report, dense: Report) -> str:
+    """What dense and the exported model say after `PROMPTS`, as a block of text."""
+    before, after = (
+        [json.dumps(text, ensure_ascii=False) for text in report.get("continuations", ())] for report in (dense, ours)
+    )
+    texts = zip(PROMPTS, before, after, strict=False)
+    lines = [f"{prompt}\n  dense:      {was}\n  compressed: {now}" for prompt, was, now in texts]
+    return "\n".join(["The likeliest continuations:\n", "```", *lines, "```"])

@@ -21,6 +21,7 @@ BUDGETS = (
     0.5,
 )  # kept fractions of the blocks at which the live line names the best so far
 PHASES = {
+    "sample": "sample own text",
     "load": "load the model",
     "calibrate": "calibrate (windows)",
     "factor": "factor (sites)",

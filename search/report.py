@@ -8,6 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from rankfront.search.atomic import partial_of
+from rankfront.search.control import PROMPTS
 from rankfront.search.front import Row, comparable
 from rankfront.search.plain import plain
 from rankfront.search.study import Study
@@ -120,13 +121,15 @@ def write_report(study: Study, path: Path) -> None:
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ padding: .25rem .6rem; border-bottom: 1px solid #e3e6ea; text-align: right }}
-td:nth-child(2), th:nth-child(2) {{ text-align: left }}
+td:nth-child(2), th:nth-child(2), .said td, .said th {{ text-align: left }}
 </style></head><body>
 <h1>{_escaped(study.config.model.name)}</h1>
 <p>Hypervolume {study.hypervolume():.4f} of the box {_escaped(corners)} (ideal to reference).
-The search split chose these trials; the report split, which the search never saw, gives the last column.</p>
+The search split chose these trials; the report split, which the search never saw, and the control text, which is of
+another domain, give the last columns.</p>
 {front_figure(study).to_html(full_html=False, include_plotlyjs=True, config=PLAIN)}
 {_table(study)}
+{_continuations(study)}
 {plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
 """
@@ -137,11 +140,29 @@ The search split chose these trials; the report split, which the search never sa
 
 def _table(study: Study) -> str:
     names = list(study.config.objectives)
-    head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, "report perplexity"])
+    reported = {"perplexity": "report perplexity"}
+    control = study.config.data.control
+    if control.windows:
+        reported["control"] = f"perplexity on {control.label}"
+    head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, *reported.values()])
     lines = []
     for row in study.front():
-        report = (row.report or {}).get("perplexity")
         cells = [str(row.number), row.origin, *(f"{value:.4g}" for value in row.values.values())]
-        cells.append("-" if report is None else f"{report:.4g}")
+        measured = [(row.report or {}).get(name) for name in reported]
+        cells += ["-" if value is None else f"{value:.4g}" for value in measured]
         lines.append("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _continuations(study: Study) -> str:
+    """What dense and every member of the front say after `PROMPTS`, and a line where the control text lost much."""
+    said = {"dense": (study.dense_report() or {}).get("continuations")}
+    said |= {f"trial {row.number}": (row.report or {}).get("continuations") for row in study.front()}
+    lines = [
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *texts)) + "</tr>"
+        for name, texts in said.items()
+        if texts
+    ]
+    head = "".join(f"<th>{html.escape(prompt)} …</th>" for prompt in PROMPTS)
+    warning = html.escape(study.warning(study.front()) or "")
+    return f'<p>{warning}</p><table class="said"><tr><th>likeliest</th>{head}</tr>{"".join(lines)}</table>'

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from rankfront.methods import InputError
+from rankfront.search.atomic import write_whole
 from rankfront.search.config import StudyConfig, definition_of, make_config, moved
 from rankfront.search.storage import (
     ANY_FILE,
@@ -55,6 +59,7 @@ class Run:
         self.path = path
         self.file = path / "study.json"
         self.database = path / "study.db"
+        self.own_text_file = path / "self.safetensors"
 
     def definition(self) -> Definition:
         """What the run was launched with; `InputError` where the folder is no run or its file is corrupt."""
@@ -98,7 +103,8 @@ class Run:
             now = definition_of(config)
             _refuse_changes(self.path, moved(now, definition_of(before.config)), now)  # earlier ones had relative paths
             self._refuse_move(before.config.search.storage, config)
-            _refuse_changes(self.path, before.resolved, resolved)
+            known = {key: value for key, value in resolved.items() if key in before.resolved}  # not what is new since
+            _refuse_changes(self.path, before.resolved, known)
         self.path.mkdir(parents=True, exist_ok=True)
         identity = self.identity() if self.file.exists() else uuid.uuid4().hex
         data = {"version": VERSION, "id": identity, "config": config.model_dump(mode="json"), "resolved": resolved}
@@ -109,6 +115,22 @@ class Run:
         with open(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666), "w") as file:
             file.write(text + "\n")
         staging.replace(self.file)
+
+    def keep_own_text(self, ids: dict[str, Tensor]) -> None:
+        """Write the model's own texts, seed -> token ids (N,): what it samples is not the same on every machine."""
+        write_whole(self.own_text_file, save({seed: text.contiguous() for seed, text in ids.items()}))
+
+    def own_text(self) -> dict[str, Tensor]:
+        """What `keep_own_text` wrote, none where it did not. Raises `InputError` where the file is corrupt."""
+        if not (self.file.is_file() and self.own_text_file.is_file()):
+            return {}
+        try:
+            ids: dict[str, Tensor] = load_file(self.own_text_file)
+            return ids
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.own_text_file} is corrupt ({error}): restore it, or remove it to sample the text again"
+            ) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pandas as pd
 from rich.console import Console
+from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.search import accuracy
@@ -22,6 +23,7 @@ from rankfront.search.answer import Answer, answer, menu_frame
 from rankfront.search.checked import close, damages
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.constraint import Constraint, best_meeting, holding, meeting
+from rankfront.search.control import front_warning
 from rankfront.search.device import DTYPES, pick_device, pick_dtype, set_threads
 from rankfront.search.driver import Driver, Stop
 from rankfront.search.export import Format, Refit, Verified, export
@@ -32,6 +34,7 @@ from rankfront.search.limits import COSTS
 from rankfront.search.model import (
     Source,
     cache_folder,
+    check_length,
     count_parameters,
     find_sites,
     load_tokenizer,
@@ -43,6 +46,7 @@ from rankfront.search.progress import Display
 from rankfront.search.ranks import measured_multiple, shapes_of
 from rankfront.search.reach import check_reachable
 from rankfront.search.run import Run
+from rankfront.search.sampled import OwnText, Progress
 from rankfront.search.samplers import OURS
 from rankfront.search.space import Space
 from rankfront.search.text import cut, hash_tokens, scattered
@@ -168,6 +172,14 @@ class Study:
         """The share of the box that the front dominates."""
         return fronts.hypervolume(self.front(), self.box())
 
+    def dense_report(self) -> dict[str, Any] | None:
+        """What was measured of the dense model on the report split."""
+        return next((row.report for row in self.rows() if row.is_dense and row.report), None)
+
+    def warning(self, rows: Sequence[Row]) -> str | None:
+        """One line where some of ``rows`` lose on the control text what the report split does not show."""
+        return front_warning(rows, self.dense_report(), self.config.data.control.label)
+
     def calibration(self) -> accuracy.Calibration | None:
         """How well our sampler's predictions held; None where there are too few, or another sampler ran."""
         if self.config.search.sampler != OURS:
@@ -267,15 +279,21 @@ class Study:
 
         ``refit`` is the study's own unless given.
         """
-        return export(self.setup(), row or self.knee(), Path(out).expanduser(), form, refit or self.config.search.refit)
+        row, refit = row or self.knee(), refit or self.config.search.refit
+        return export(self.setup(), row, Path(out).expanduser(), form, refit, self.dense_report())
 
     @property
     def source(self) -> Source:
         """Where the model comes from, resolved on this machine."""
         return resolve(self.config.model.name, self.config.model.trust_remote_code)
 
-    def setup(self) -> Setup:
-        """Resolve the study on this machine: tokens, dtype, device, fingerprint, the grid of ranks."""
+    def setup(
+        self, progress: Progress = lambda phase, done, total: None, drawn: dict[str, Tensor] | None = None
+    ) -> Setup:
+        """Resolve the study on this machine: tokens, dtype, device, fingerprint, the grid of ranks.
+
+        ``drawn`` has the model's own texts that the run knows, by default from its folder; what is sampled is added.
+        """
         source = self.source
         earlier = self.run.definition().resolved if self.run.file.exists() else {}
         device = pick_device(earlier.get("device", self.config.model.device))
@@ -286,10 +304,12 @@ class Study:
                 " a trial takes, such as 0.5"
             )
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
-        tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length)
+        cache = cache_folder().resolve()
+        check_length(skeleton(source), self.config.data.length, "data.length")  # before minutes of sampling
+        own = OwnText(source, dtype, device, cache, self.run.own_text() if drawn is None else drawn, progress)
+        tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length, own)
         if self._scatters:
             tokens["search"] = scattered(tokens["search"])
-        cache = cache_folder().resolve()
         config = self._settled
         if config.space.rank_multiple == "device":
             timed = next(iter(timed_objectives(config.objectives).values()), None)
@@ -347,7 +367,14 @@ class Study:
     ) -> None:
         limits = self.config.search
         set_threads(limits.resources.cpu)
-        setup = self.setup()
+
+        def progress(phase: str, done: int, total: int) -> None:
+            stop.check()
+            display.phase(phase, done, total)
+
+        drawn = self.run.own_text()
+        known = set(drawn)
+        setup = self.setup(progress, drawn)
         space = make_space(setup)
         hashes = {f"tokens.{name}": hash_tokens(windows) for name, windows in setup.tokens.items()}
         resolved = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
@@ -356,22 +383,19 @@ class Study:
         if self._scatters:
             resolved["windows"] = SCATTERED
         self._check_limits(setup, space)
+        if drawn.keys() != known:
+            self.run.keep_own_text(drawn)
         self.run.define(self.config, resolved)
         storage = self._optuna(write=True)
         try:
             driver = Driver(storage, self.config, space, setup.origin(), display.search, report, stop, only)
             if rebuild or not driver.done:
-                self._measure_all(driver, self._prepared(setup, space, display, stop, rebuild), display, address)
+                self._measure_all(driver, self._prepared(setup, space, progress, display, rebuild), display, address)
         finally:
             close(storage)
 
-    def _prepared(self, setup: Setup, space: Space, display: Display, stop: Stop, rebuild: bool) -> Setup:
+    def _prepared(self, setup: Setup, space: Space, progress: Progress, display: Display, rebuild: bool) -> Setup:
         """``setup`` once every factor that can be made is in the store."""
-
-        def progress(phase: str, done: int, total: int) -> None:
-            stop.check()
-            display.phase(phase, done, total)
-
         store = prepare_store(setup, space, progress, anew=rebuild)
         display.unmade(store)
         return replace(setup, unmade=store.unmade)

@@ -12,11 +12,14 @@ from rich.table import Table
 from rankfront.methods import DENSE, DENSE_OPTION, FAMILIES, InputError, Site, get_method, method_names
 from rankfront.objectives import make_objective
 from rankfront.search.constraint import Constraint, holding
+from rankfront.search.control import PROMPTS
 from rankfront.search.front import Row, box_of, dense_row, hypervolume
 from rankfront.search.menu import values_stored
 from rankfront.search.model import find_sites, resolve, skeleton
 from rankfront.search.plain import literal
 from rankfront.search.study import Study
+
+REPORTED = ("perplexity", "refitted", "control", "continuations")
 
 
 def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
@@ -38,6 +41,9 @@ def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
         "calibration": asdict(calibration) if calibration else None,
         "latency": {name: found.figures() for name, found in study.latency().items()},
         "damaged": study.damages(),
+        "control": study.config.data.control.label if study.config.data.control.windows else None,
+        "prompts": list(PROMPTS),
+        "warning": study.warning(members),
         "ideal": box.ideal if box else None,
         "reference": box.reference if box else None,
         "trials": [trial_json(row, front) for row in holding(rows, constraints)],
@@ -65,7 +71,7 @@ def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
         "state": row.state,
         "origin": row.origin,
         "values": row.values,
-        "report": {name: report[name] for name in ("perplexity", "refitted") if name in report} or {"perplexity": None},
+        "report": {name: report[name] for name in REPORTED if name in report} or {"perplexity": None},
         **{name: row.attributes.get(name) for name in names},
         "pareto": row.number in front,
         "seconds": row.attributes.get("seconds", {}),
@@ -81,6 +87,8 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
     reported = {"perplexity": "report perplexity"}
     if study.config.search.refit != "none":
         reported["refitted"] = "refitted"
+    if study.config.data.control.windows:
+        reported["control"] = "control perplexity"
     for name in ["trial", "origin", *names, *more, *reported.values()]:
         table.add_column(name, justify="left" if name == "origin" else "right")
     for row in rows:

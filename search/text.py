@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,48 @@ from rankfront.methods import InputError
 
 SPLITS = ("calibrate", "search", "report")
 GOLDEN = (math.sqrt(5) - 1) / 2
+PYDOC, SELF = "pydoc", "self"
+Sampler = Callable[[int, int], Tensor]  # seed, tokens -> that many token ids (N,) of the model's own text
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one split asks for: ``windows`` of a text, from the part (start, end) of it by position."""
+    """What one split asks for: ``windows`` of a text, from the part (start, end) of it by position.
 
-    text: str
+    Of a mixture, text -> weight, each text gives windows in proportion to its weight.
+    """
+
+    text: str | Mapping[str, float]
     windows: int
     part: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def width(self) -> float:
+        """The fraction of a text that the part is."""
+        return self.part[1] - self.part[0]
+
+    def counts(self) -> dict[str, int]:
+        """Text -> its windows, by largest remainders; `InputError` where one of a mixture gets none."""
+        weights: dict[str, float] = {}
+        for name, weight in ({self.text: 1.0} if isinstance(self.text, str) else self.text).items():
+            weights[_canonical(name)] = weights.get(_canonical(name), 0.0) + weight
+        shares = {name: self.windows * weight / sum(weights.values()) for name, weight in weights.items()}
+        counts = {name: int(share) for name, share in shares.items()}
+        for name in sorted(shares, key=lambda name: counts[name] - shares[name])[: self.windows - sum(counts.values())]:
+            counts[name] += 1
+        for name, count in counts.items():
+            if not count:
+                raise InputError(
+                    f"of {self.windows} windows, text {name!r} with weight {weights[name]:g} of"
+                    f" {sum(weights.values()):g} gets none: ask for more windows, or leave it out"
+                )
+        return counts
+
+
+def own_text_seed(name: str) -> int | None:
+    """The seed of ``self`` (0) or ``self:SEED``, the model's own text; None for other texts."""
+    match = re.fullmatch(rf"{SELF}(?::(\d{{1,9}}))?", name)
+    return int(match[1] or 0) if match else None
 
 
 def read_text(name: str) -> str:
@@ -33,7 +66,9 @@ def read_text(name: str) -> str:
 
     Raises `InputError` where there is no such text.
     """
-    if name == "pydoc":
+    if own_text_seed(name) is not None:
+        raise InputError(f"text {name!r} is sampled from a study's dense model: name another text here")
+    if name == PYDOC:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[key] for key in sorted(topics))
@@ -41,7 +76,9 @@ def read_text(name: str) -> str:
         return _hub_text(name)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise InputError(f"text {name!r} is no file: use 'pydoc', a text file's path, or 'hub:NAME/CONFIG:SPLIT'")
+        raise InputError(
+            f"text {name!r} is no file: use 'self', 'pydoc', a text file's path, or 'hub:NAME/CONFIG:SPLIT'"
+        )
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
@@ -69,8 +106,11 @@ def _hub_text(name: str) -> str:
 
 def _canonical(name: str) -> str:
     """One name for one text, however a file's path is spelled."""
+    seed = own_text_seed(name)
+    if seed is not None:
+        return f"{SELF}:{seed}" if seed else SELF
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != "pydoc" and path.is_file() else name
+    return str(path.resolve()) if name != PYDOC and path.is_file() else name
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -93,37 +133,53 @@ def _first_token(tokenizer: Any) -> int | None:
     return bos if bos is not None and ids[:1] == [bos] else None
 
 
-def cut(tokenizer: Any, splits: Mapping[str, Split], length: int) -> dict[str, Tensor]:
+def cut(tokenizer: Any, splits: Mapping[str, Split], length: int, sample: Sampler | None = None) -> dict[str, Tensor]:
     """Windows (W, length) for each split; windows of one text never overlap, whatever split they serve.
 
     A text is laid out on one grid of windows; each split takes its own, spread evenly over what is free in its
-    part. Where the tokenizer starts every sequence with a token, each window starts with it. Raises
-    `InputError` with the counts where a text is too short.
+    part; those of a mixture come text by text. ``sample`` gives the model's own text, as long as the splits need it.
+    Where the tokenizer starts every sequence with a token, each window starts with it. Raises `InputError` with the
+    counts where a text is too short.
     """
-    splits = {name: replace(split, text=_canonical(split.text)) for name, split in splits.items()}
     first = _first_token(tokenizer)
     stride = length - (first is not None)
-    tokens = {text: tokenize(tokenizer, read_text(text)) for text in sorted({split.text for split in splits.values()})}
+    asked = {name: split.counts() for name, split in splits.items()}
+    tokens = {}
+    for text in sorted({text for counts in asked.values() for text in counts}):
+        seed = own_text_seed(text)
+        if seed is None or sample is None:
+            tokens[text] = tokenize(tokenizer, read_text(text))
+        else:
+            wanted = [(splits[name], counts[text]) for name, counts in asked.items() if text in counts]
+            tokens[text] = sample(seed, sum(_tokens_for(count * stride, split, stride) for split, count in wanted))
     taken: dict[str, set[int]] = {text: set() for text in tokens}
     result = {}
     # The most confined split chooses first, so that a part is not used up by one that could go elsewhere.
-    for name, split in sorted(splits.items(), key=lambda item: (item[1].part[1] - item[1].part[0], item[0])):
-        ids = tokens[split.text]
-        start, end = (round(fraction * len(ids)) for fraction in split.part)
-        free = [index for index in range(-(-start // stride), end // stride) if index not in taken[split.text]]
-        if len(free) < split.windows:
-            raise InputError(
-                f"data.{name}: part {list(split.part)} of text {split.text!r} has {end - start:,} tokens"
-                f" ({len(free) * stride:,} in windows of {length} that no other split took) and {split.windows} windows"
-                f" need {split.windows * stride:,}: ask for fewer or shorter windows"
-            )
-        chosen = [free[(2 * i + 1) * len(free) // (2 * split.windows)] for i in range(split.windows)]
-        taken[split.text].update(chosen)
-        windows = torch.stack([ids[index * stride : (index + 1) * stride] for index in chosen])
+    for name, split in sorted(splits.items(), key=lambda item: (item[1].width, item[0])):
+        parts = []
+        for text, count in asked[name].items():
+            ids = tokens[text]
+            start, end = (round(fraction * len(ids)) for fraction in split.part)
+            free = [index for index in range(-(-start // stride), end // stride) if index not in taken[text]]
+            if len(free) < count:
+                raise InputError(
+                    f"data.{name}: part {list(split.part)} of text {text!r} has {end - start:,} tokens"
+                    f" ({len(free) * stride:,} in windows of {length} that no other split took) and {count} windows"
+                    f" need {count * stride:,}: ask for fewer or shorter windows"
+                )
+            chosen = [free[(2 * i + 1) * len(free) // (2 * count)] for i in range(count)]
+            taken[text].update(chosen)
+            parts += [ids[index * stride : (index + 1) * stride] for index in chosen]
+        windows = torch.stack(parts)
         if first is not None:
             windows = torch.cat([torch.full((len(windows), 1), first), windows], dim=1)
         result[name] = windows
     return result
+
+
+def _tokens_for(tokens: int, split: Split, stride: int) -> int:
+    """How long a text must be for so many ``tokens`` in a split's part of it, whose ends may lie within windows."""
+    return tokens if split.width == 1 else math.ceil((tokens + 2 * stride) / split.width)
 
 
 def scattered(windows: Tensor) -> Tensor:

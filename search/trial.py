@@ -22,6 +22,7 @@ from rankfront.objectives.latency import Latency, Timed
 from rankfront.objectives.memory import note_running
 from rankfront.search.calibration import calibrate, shared_inputs
 from rankfront.search.config import StudyConfig
+from rankfront.search.control import continuations
 from rankfront.search.device import DTYPES, give_back_memory
 from rankfront.search.factors import FactorStore
 from rankfront.search.goal import quality_of
@@ -34,6 +35,7 @@ from rankfront.search.model import (
     count_parameters,
     find_sites,
     load_model,
+    load_tokenizer,
     skeleton,
     use_attention,
     weights_at,
@@ -105,7 +107,6 @@ def make_space(setup: Setup) -> Space:
     """The study's space, from the model's skeleton: no weights are read."""
     model = skeleton(setup.source)
     use_attention(model, setup.config.model.attention)
-    check_length(model, setup.config.data.length, "data.length")
     check_tokens(model, setup.tokens)
     for name, timed in timed_objectives(setup.config.objectives).items():
         check_length(model, timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
@@ -533,13 +534,25 @@ class Resident:
         with clock.phase("apply"):
             self.apply(job.plan)
         with clock.phase("evaluate"):
-            scores = score(self.model, self.setup.tokens["report"])
-        if not math.isfinite(scores.perplexity):
-            return {"failure": f"perplexity on the report split is {scores.perplexity}"}
-        record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
-        if self.setup.config.search.refit == "sequential" and job.plan.choices:
+            record = self.reported()
+        if "failure" not in record and self.setup.config.search.refit == "sequential" and job.plan.choices:
             record |= self._refitted(job.plan, clock)
         return record | {"seconds": clock.seconds}
+
+    def reported(self) -> Record:
+        """Of what runs now: perplexity on the report split and on the control text, and what follows `PROMPTS`."""
+        scores = score(self.model, self.setup.tokens["report"])
+        if not math.isfinite(scores.perplexity):
+            return {"failure": f"perplexity on the report split is {scores.perplexity}"}
+        record: Record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
+        if "control" in self.setup.tokens:
+            control = score(self.model, self.setup.tokens["control"]).perplexity
+            record |= {"control": control} if math.isfinite(control) else {"control_failure": str(control)}
+        return record | {"continuations": continuations(self.model, self.tokenizer)}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.setup.source)
 
     def _refitted(self, plan: Plan, clock: Clock) -> Record:
         """Perplexity on the report split after a refit, or why there is none: what was measured without it counts."""

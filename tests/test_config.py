@@ -75,8 +75,8 @@ def test_the_example_loads_as_written(example):
     config = load_config(example)
     assert config.model.name == "smollm2-135m"
     assert config.data.length == 512
-    assert [split.windows for split in config.data.splits().values()] == [64, 16, 32]
-    assert {split.text for split in config.data.splits().values()} == {"pydoc"}
+    assert [split.windows for split in config.data.splits().values()] == [64, 16, 32, 16]
+    assert [split.text for split in config.data.splits().values()] == ["pydoc", "pydoc", "pydoc", "self"]
     assert config.space.methods == ("svd", "asvd", "fwsvd", "svd-llm")
     assert config.space.keep == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     assert config.space.rule[0].match == "*.v_proj"

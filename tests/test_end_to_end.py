@@ -22,6 +22,7 @@ length = 64
 calibrate = { text = "pydoc", windows = 8 }
 search    = { text = "pydoc", windows = 6 }
 report    = { text = "pydoc", windows = 6 }
+control   = { text = "pydoc", windows = 6 }
 
 [space]
 include = ["model.layers.[0-2].*"]

@@ -275,7 +275,8 @@ def test_the_front_is_of_the_highest_rung(run, rows):
     }
     assert {row.number for row in front} == expected
     assert all(row.report is not None for row in front)
-    assert {row.number for row in run.rows() if row.report is not None} == expected
+    compared = next(row.number for row in top if row.is_dense)
+    assert {row.number for row in run.rows() if row.report is not None} == expected | {compared}
     assert run.best().rung == run.knee().rung == len(RUNGS) - 1
     assert 0 <= run.hypervolume() <= 1
 
