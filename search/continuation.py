@@ -35,6 +35,7 @@ from rankfront.search.samplers import is_lost
 from rankfront.search.space import Space
 
 START, END = 0.95, 0.7  # kept fractions
+ROUNDING = 1e-6  # stored values: a mark at `START` is rounded down too, and no stop below it
 STEP = 0.025  # between stops, at most
 POOLED = 5120  # tokens that the slopes of several stops come to together
 FEWEST = 1536  # tokens of a stop; with 1,024 the plan at 0.9 is worse than the menu's (paths.md)
@@ -104,7 +105,7 @@ class Paths:
     def sizes(self) -> list[float]:
         """Where a path stops; nowhere without marks between `START` and `END`."""
         even = self.beliefs.menu.even
-        start, least = START * even.dense, max(math.floor(END * even.dense), even.least)
+        start, least = math.floor(START * even.dense + ROUNDING), max(math.floor(END * even.dense), even.least)
         solved = self.beliefs.solver(menu=even)
         within = [mark for mark in self.marks if least <= mark < start]
         reachable = [mark for mark in within if self.beliefs.may_meet(even.choices(solved.solve(mark)))]
