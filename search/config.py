@@ -107,7 +107,7 @@ Texts = Annotated[
 class SplitConfig(Strict):
     """``text`` is a name (see `text.read_text`), ``self`` for what the dense model samples, or a mixture of them."""
 
-    text: Texts = PYDOC
+    text: Texts = SELF
     windows: Count
     part: tuple[float, float] = (0.0, 1.0)
 
