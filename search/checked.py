@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.plan import Plan
-from rankfront.search.samplers import DAMAGED, is_lost
+from rankfront.search.samplers import DAMAGED, is_void
 
 CHECKSUM, REQUEST = "rankfront:checksum", "rankfront:request"  # system attributes
 ASKED = "asked"  # attribute of a damaged trial: what it was asked for
@@ -298,4 +298,4 @@ def asked_again(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _replaces(trial: FrozenTrial) -> bool:
-    return "replaces" in trial.user_attrs and not is_lost(trial.user_attrs)
+    return "replaces" in trial.user_attrs and not is_void(trial.user_attrs)

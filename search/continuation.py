@@ -31,7 +31,7 @@ from rankfront.search.beliefs import Beliefs
 from rankfront.search.descent import Descent
 from rankfront.search.local import Local, Trust
 from rankfront.search.menu import Menu
-from rankfront.search.samplers import is_lost
+from rankfront.search.samplers import is_void
 from rankfront.search.space import Space
 
 START, END = 0.95, 0.7  # kept fractions
@@ -120,7 +120,7 @@ class Paths:
         if not self.sizes:
             return False
         trials = self.study.get_trials(deepcopy=False)
-        asked = [t for t in trials if PATH in t.user_attrs and not is_lost(t.user_attrs)]
+        asked = [t for t in trials if PATH in t.user_attrs and not is_void(t.user_attrs)]
         if not all(t.state.is_finished() for t in asked):
             return False
         self._again(trials, asked)
@@ -144,7 +144,7 @@ class Paths:
         """Queue the plans at marks of the stops ``asked`` that were interrupted, unless they wait already."""
         for stop in asked:
             centre = stop.user_attrs["slopes_of"]
-            if centre is not None and is_lost(trials[centre].user_attrs):
+            if centre is not None and is_void(trials[centre].user_attrs):
                 self.enqueue(PATH, trials[centre].user_attrs["anchor"], stop.params)
 
     def _stop(self, number: int, tokens: int, before: Sequence[FrozenTrial]) -> None:

@@ -28,7 +28,7 @@ from rankfront.search.plan import Plan
 from rankfront.search.predictions import menu_record
 from rankfront.search.retries import ATTEMPTS, MAX_LOST, Retries, requeue
 from rankfront.search.sampler import RankfrontSampler, ours
-from rankfront.search.samplers import INTERRUPTED, OURS, is_lost, make_sampler
+from rankfront.search.samplers import INTERRUPTED, OURS, is_void, make_sampler
 from rankfront.search.slopes import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.space import Anchor, Space
 from rankfront.search.timing import timed_objectives
@@ -178,7 +178,7 @@ class Driver:
         attributes = {"origin": origin, "anchor": label}
         for trial in self.study.get_trials(deepcopy=False):
             same = attributes.items() <= trial.user_attrs.items()
-            if same and not is_lost(trial.user_attrs):
+            if same and not is_void(trial.user_attrs):
                 return int(trial.number)
         self.study.enqueue_trial(dict(parameters), user_attrs=attributes)
         return int(self.study.get_trials(deepcopy=False)[-1].number)
@@ -223,7 +223,7 @@ class Driver:
     def _settled(self, beliefs: Beliefs, budgets: Sequence[float]) -> bool:
         """Whether slopes around the plan at the centre, the first of ``budgets`` that the limits allow, are measured
         or cannot be; what is missing is queued."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if not is_lost(t.user_attrs)]
+        trials = [t for t in self.study.get_trials(deepcopy=False) if not is_void(t.user_attrs)]
         centre = next((t for t in reversed(trials) if t.user_attrs.get("anchor") == "centre"), None)
         if centre is None:
             found = next(warm_start(beliefs, self.space, budgets), None)

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.front import DENSE_KEY, Row, comparable, compressed_front, dense_row, front_rung
-from rankfront.search.samplers import is_lost
+from rankfront.search.samplers import is_void
 
 KEPT = ("origin", "anchor")  # attributes of a trial that its promotion has too
 CLOSING_SHARE = 0.5  # of the limits: the most that lifting the front may take, a plan that joins it included
@@ -195,7 +195,7 @@ class Ladder:
         return {
             (trial.user_attrs["promoted"], trial.user_attrs["rung"])
             for trial in self.study.get_trials(deepcopy=False)
-            if "promoted" in trial.user_attrs and not is_lost(trial.user_attrs)
+            if "promoted" in trial.user_attrs and not is_void(trial.user_attrs)
         }
 
     def _queue(self, number: int, rung: int) -> None:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
 from rankfront.search.plan import Plan
-from rankfront.search.samplers import is_lost
+from rankfront.search.samplers import is_void
 
 Settings = Mapping[str, dict[str, Any]]
 DENSE_KEY = Plan(()).key
@@ -44,7 +44,7 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether the trial counts against the limit: complete, or failed by itself."""
-        failed = self.state == "failed" and not is_lost({"failure": self.failure}) and not self.retried
+        failed = self.state == "failed" and not is_void({"failure": self.failure}) and not self.retried
         return self.state == "complete" or failed
 
     @property
@@ -112,7 +112,7 @@ def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
 def retried(trials: Iterable[FrozenTrial]) -> set[int]:
     """Numbers of the trials that others measure again, or did."""
     known = (trial.user_attrs for trial in trials if "again" in trial.user_attrs)
-    return {attributes["again"] for attributes in known if not is_lost(attributes)}
+    return {attributes["again"] for attributes in known if not is_void(attributes)}
 
 
 def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None, again: bool) -> Row:

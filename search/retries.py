@@ -9,7 +9,7 @@ import optuna
 from rankfront.methods import DENSE
 from rankfront.search.continuation import PATH
 from rankfront.search.front import retried
-from rankfront.search.samplers import is_lost
+from rankfront.search.samplers import is_void
 from rankfront.search.trial import Job
 
 ATTEMPTS = 3  # at a job in one launch, guess: a passing shortage passes, a job that is too large costs two more workers
@@ -64,7 +64,7 @@ def requeue(study: optuna.Study) -> None:
     repeated = retried(trials)
     for trial in trials:
         known = trial.user_attrs
-        failed = "failure" in known and not is_lost(known)
+        failed = "failure" in known and not is_void(known)
         dense = known.get("anchor") == DENSE and not known.get("rung")
         if failed and (dense or "lost" in known) and trial.number not in repeated and PATH not in known:
             kept = {key: value for key, value in known.items() if key not in MEASURED}

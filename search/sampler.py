@@ -22,7 +22,7 @@ from rankfront.search.lines import fitted, savings
 from rankfront.search.local import Local
 from rankfront.search.marks import marks_of
 from rankfront.search.menu import Menu
-from rankfront.search.samplers import is_lost
+from rankfront.search.samplers import is_void
 from rankfront.search.space import Single, Space
 from rankfront.search.surrogate import Coefficients
 
@@ -74,7 +74,7 @@ class RankfrontSampler(BaseSampler):
     ) -> dict[str, Any]:
         self.beliefs.learn(study)
         everything = study.get_trials(deepcopy=False)
-        others = [t for t in everything if t.number != trial.number and not is_lost(t.user_attrs)]
+        others = [t for t in everything if t.number != trial.number and not is_void(t.user_attrs)]
         tried = {self._key(t.params) for t in others if t.params}
         by_site = self.menu.choices(self._propose(tried, self._mode(trial.number, everything)))
         return {
@@ -111,7 +111,7 @@ class RankfrontSampler(BaseSampler):
         """
         self.beliefs.learn(study)
         trials = study.get_trials(deepcopy=False)
-        asked = [t for t in trials if "slopes_of" in t.user_attrs and not is_lost(t.user_attrs)]
+        asked = [t for t in trials if "slopes_of" in t.user_attrs and not is_void(t.user_attrs)]
         last = max((t.number for t in asked), default=-1)
         if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
             return None

@@ -17,8 +17,8 @@ DAMAGED = "damaged: its record in the storage does not match its checksum; the n
 POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
 
 
-def is_lost(attributes: Mapping[str, Any]) -> bool:
-    """Whether a trial with these attributes measured nothing, through no fault of its plan: it is due again."""
+def is_void(attributes: Mapping[str, Any]) -> bool:
+    """Whether a trial with these attributes counts for nothing: interrupted, or damaged in storage. It is due again."""
     return attributes.get("failure") in (INTERRUPTED, DAMAGED)
 
 

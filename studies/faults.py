@@ -80,8 +80,8 @@ class World:
         self.run = self.launched(self.folder / "reference")
         self.resident = Resident(self.run.setup())
 
-    def data(self, **search: Any) -> dict[str, Any]:
-        return launching.small_data(self.model, self.text, trials=TRIALS, **search)
+    def data(self, trials: int = TRIALS, **search: Any) -> dict[str, Any]:
+        return launching.small_data(self.model, self.text, trials=trials, **search)
 
     def launched(self, path: Path, **search: Any) -> Study:
         return launching.make_run(self.data(**search), path)
