@@ -143,6 +143,7 @@ class IntegerEmbedding(nn.Module):
     def __init__(self, stored: IntegerMatrix, scale: float | None = None) -> None:
         super().__init__()
         self.stored = stored
+        self.num_embeddings, self.embedding_dim = len(stored.integers), stored.columns
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:

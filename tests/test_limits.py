@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def make_figures(seed=0, levels=(*LEVELS, *INTEGERS), biased="b.o"):
     weights = {name: Weight("weight", name, *shape, bias=name == biased) for name, shape in SHAPES.items()}
     single = {Site(name, (weight,)): list(levels) for name, weight in weights.items()}
     single[Site("head", (weights["head"],))].append(UNTIMED)
-    joint = Site("b", (weights["b.v"], weights["b.o"]))
+    roles = {"b.v": "up", "b.o": "down"}  # of an MLP, which may be dropped
+    joint = Site("b", tuple(replace(weights[name], role=role) for name, role in roles.items()))
     wanted = single | {joint: [Option.of("drop-block")]}
     predictions = {}
     for site, options in wanted.items():

@@ -319,7 +319,7 @@ def test_a_models_own_code_does_not_run_unless_it_is_trusted(custom, text_file, 
     folder, marker = custom
     for load_part in (read_config, skeleton, lambda source: load_model(source, "auto", "cpu")):
         assert "model.trust_remote_code" in refusal(load_part, resolve(str(folder)))
-    assert "model.trust_remote_code" in refusal(make_space, Study(common.study_data(folder, text_file)).setup())
+    assert "model.trust_remote_code" in refusal(Study(common.study_data(folder, text_file)).setup)
     assert run(["methods", "--model", str(folder)]) == 2
     assert run(["evaluate", str(folder), "--text", str(text_file), "--windows", "1", "--length", "8"]) == 2
     assert capsys.readouterr().err.count("--trust-remote-code") == 2

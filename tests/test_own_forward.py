@@ -12,7 +12,7 @@ from torch import nn
 from rankfront.methods import InputError
 from rankfront.methods.layers import row_scale
 from rankfront.search.export import export
-from rankfront.search.model import find_sites
+from rankfront.search.model import find_sites, load_model
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
 from rankfront.search.trial import Resident
@@ -152,6 +152,6 @@ def test_a_study_of_a_table_that_cannot_be_replaced_is_refused_before_it_is_meas
 
 
 def _with_normed_table(*arguments):
-    model = build("xglm")
+    model = load_model(*arguments)
     model.get_input_embeddings().__class__ = Normed
     return model

@@ -88,11 +88,17 @@ def test_a_configuration_that_describes_no_model_is_one_line(folder, changes):
         assert str(folder) in refusal(part, resolve(str(folder)))
 
 
-def test_more_memory_than_there_is_is_no_error_of_the_input(folder):
+def test_more_memory_than_there_is_is_no_error_of_the_input(folder, monkeypatch):
+    monkeypatch.setattr("rankfront.search.model.MOST_VALUES", 10**12)  # else it is refused before it is tried
     settings(folder, vocab_size=10**12)
     with pytest.raises(MemoryError, match="memory") as caught:
         load(folder)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_more_than_the_checkpoint_could_fill_is_refused_before_it_is_allocated(folder):
+    settings(folder, vocab_size=10**12)
+    assert "restore the config.json that belongs to it" in refusal(load, folder)
 
 
 @pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:-100], lambda old: b"junk" * 100])
@@ -165,7 +171,7 @@ def test_token_ids_beyond_the_table_are_one_line_with_both_numbers(tmp_path, tex
     study = Study(common.study_data(tmp_path / "m", text_file))
     messages = [
         refusal(evaluate, str(tmp_path / "m"), str(text_file), 1, 8, device="cpu"),
-        refusal(make_space, study.setup()),
+        refusal(lambda: make_space(study.setup())),
     ]
     assert all("token id" in message and "20 rows" in message for message in messages)
 
@@ -177,5 +183,5 @@ def test_a_factored_export_is_no_model_of_a_study_and_names_the_class_that_loads
     resident.model.save_pretrained(tmp_path / "out")
     common.tiny_tokenizer().save_pretrained(tmp_path / "out")
     study = Study(common.study_data(tmp_path / "out", text_file))
-    assert "factored export" in refusal(make_space, study.setup())
+    assert "factored export" in refusal(lambda: make_space(study.setup()))
     assert "AutoModelForCausalLM" in refusal(AutoModel.from_pretrained, tmp_path / "out")
