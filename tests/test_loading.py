@@ -27,7 +27,7 @@ from rankfront.search.model import (
 )
 from rankfront.search.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, make_space
+from rankfront.search.trial import Resident
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
