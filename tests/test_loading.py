@@ -8,6 +8,7 @@ import common
 import gguf
 import pytest
 import torch
+import transformers
 from launching import quiet, verify_here
 from safetensors.torch import load_file, save_file
 
@@ -126,8 +127,8 @@ def test_what_tying_explains_is_no_missing_tensor(tied_folder, tmp_path):
         assert torch.equal(load(folder)(ids).logits, said)
 
 
-def write_gguf(path: Path, lacking: str) -> None:
-    """A Llama of two blocks as GGUF holds it, without the tensor ``lacking``."""
+def write_gguf(path: Path, lacking: str = "", extra: str | None = None) -> None:
+    """A Llama of two blocks as GGUF holds it, without the tensor ``lacking``, with one ``extra``."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(common.POSITIONS)
     writer.add_embedding_length(common.HIDDEN)
@@ -146,6 +147,8 @@ def write_gguf(path: Path, lacking: str) -> None:
     for name, shape in shapes.items():
         if name != lacking:
             writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
+    if extra is not None:
+        writer.add_tensor(extra, torch.ones(common.HIDDEN).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -157,6 +160,29 @@ def test_a_gguf_file_without_a_tensor_is_refused_by_its_name_and_leaves_no_folde
     write_gguf(tmp_path / "m.gguf", lacking="blk.1.ffn_down")
     assert DOWN in refusal(resolve, str(tmp_path / "m.gguf"))
     assert not list((tmp_path / "cache").glob("*unpacked-*/"))
+
+
+@pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "blk.7.attn_norm.weight"])
+def test_a_gguf_file_with_a_tensor_that_nothing_runs_is_refused(tmp_path, monkeypatch, extra):
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "m.gguf", extra=extra)
+    assert "holds" in refusal(resolve, str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("spoiled", ["model.safetensors", "config.json", "checksum.json"])
+def test_an_unpacked_gguf_of_which_a_byte_changed_is_refused(tmp_path, monkeypatch, spoiled):
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: common.tiny_tokenizer()
+    )  # the file has none
+    write_gguf(tmp_path / "m.gguf", extra="rope_freqs.weight")
+    source = resolve(str(tmp_path / "m.gguf"))
+    load_model(source, torch.float32, "cpu")
+    file = Path(source.location) / spoiled
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert "delete it" in refusal(load_model, source, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")
