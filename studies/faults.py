@@ -218,9 +218,8 @@ def workers_killed(world: World) -> Iterator[str]:
         kills = 0
         while kills < 3 and process.poll() is None:
             launching.wait_for(lambda n=4 * kills + 2: launching.finished(path) >= n, lambda: process.poll() is None)
-            victims = [
-                p for p in launching.psutil.Process(process.pid).children(recursive=True) if _name(p).startswith("ray::Worker")
-            ]
+            family = launching.psutil.Process(process.pid).children(recursive=True)
+            victims = [member for member in family if _name(member).startswith("ray::Worker")]
             if victims:
                 world.draw.choice(victims).kill()
                 kills += 1

@@ -15,7 +15,7 @@ TRIALS = 8
 def cluster(monkeypatch):
     """A head without a CPU for trials, which the launcher connects to."""
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    found = Cluster(head_node_args={"num_cpus": 0, "include_dashboard": False})
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield found
     found.shutdown()
 
