@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rankfront.methods import DENSE_OPTION, Option, Site
+from rankfront.methods import DENSE_OPTION, Cost, Option, Site
 from rankfront.search.allocate import Budget
 from rankfront.search.constraint import Constraint
 from rankfront.search.goal import Timings
@@ -56,11 +56,10 @@ class Figures:
     def of(self, places: Sequence[int]) -> dict[str, float]:
         """Every figure of a choice: `COSTS` exactly, latencies predicted; NaN where an option was not timed."""
         options = self.menu.choices(places)
-        cost = self._prices.of(Plan.of(options))
-        exact = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
+        exact = exact_figures(self._prices.of(Plan.of(options)))
         ratios = {name: timing.ratio(objective, options) for name, (objective, timing) in self.tables.items()}
         timed = {name: np.nan if ratio is None else ratio for name, ratio in ratios.items()}
-        return dict(zip(COSTS, map(float, exact), strict=True)) | timed
+        return exact | timed
 
     def budgets(self, limits: Sequence[Constraint]) -> list[Budget]:
         """Those of ``limits`` that are on these figures, for a solver: no plan within these budgets misses them."""
@@ -103,15 +102,11 @@ class Figures:
         }[figure]
         by_name = {site.name: site for site in self.sites}
 
-        def added(site: Site, option: Option) -> int:
-            own, before = stored(site, option), stored(site, DENSE_OPTION)
-            if figure == "bytes":
-                return own.bytes(self.value_bytes) - before.bytes(self.value_bytes)
-            return 0 if figure == "block_parameters" and not self.sites[site] else own.parameters - before.parameters
-
         changes = []
         for line in self.menu.lines:
-            treated = [0 if o == DENSE_OPTION else added(by_name[line.site], o) for o in line.options]
+            treated = [
+                0 if o == DENSE_OPTION else added(figure, by_name[line.site], o, self._prices) for o in line.options
+            ]
             changes.append(np.array(treated, dtype=float))
         return changes, of_dense, scale
 
@@ -120,6 +115,20 @@ class Figures:
         objective, timing = self.tables[figure]
         ratios = [[timing.ratio(objective, {line.site: o}) for o in line.options] for line in self.menu.lines]
         return [np.array([np.inf if ratio is None else FINE * (ratio - 1) for ratio in own]) for own in ratios]
+
+
+def exact_figures(cost: Cost) -> dict[str, float]:
+    """`COSTS` of a plan, by name."""
+    found = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
+    return dict(zip(COSTS, map(float, found), strict=True))
+
+
+def added(figure: str, site: Site, option: Option, prices: Prices) -> int:
+    """What an option adds to what a figure of `COSTS` counts: values, or bytes."""
+    own, before = stored(site, option), stored(site, DENSE_OPTION)
+    if figure == "bytes":
+        return own.bytes(prices.value_bytes) - before.bytes(prices.value_bytes)
+    return 0 if figure == "block_parameters" and not prices.sites[site] else own.parameters - before.parameters
 
 
 def met(limits: Sequence[Constraint], known: Mapping[str, float]) -> bool:

@@ -8,9 +8,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from rankfront.methods import InputError, Option, Site, Storage, get_method
+from rankfront.methods import InputError, Option, Site
 from rankfront.search.constraint import Constraint
-from rankfront.search.limits import COSTS
+from rankfront.search.limits import COSTS, added, exact_figures
 from rankfront.search.plan import Plan, Prices
 
 SLACK = 1e-3  # of a figure: index bits are rounded up option by option here and once in a plan, so the least is less
@@ -22,7 +22,8 @@ def check_reachable(limits: Iterable[Constraint], wanted: Mapping[Site, Iterable
         if limit.figure not in COSTS:
             continue
         least = limit.operator.startswith("<")
-        nearest = _figure(limit.figure, smallest(wanted, limit.figure, prices) if least else Plan(()), prices)
+        extreme = smallest(wanted, limit.figure, prices) if least else Plan(())
+        nearest = exact_figures(prices.of(extreme))[limit.figure]
         if limit.missed(nearest) > SLACK:
             raise InputError(
                 f"search.where has {limit}, which no plan of this space can meet: the"
@@ -34,17 +35,15 @@ def smallest(wanted: Mapping[Site, Iterable[Option]], figure: str, prices: Price
     """The plan of the least ``figure``: of sites that share no weight, those that save most together (set packing)."""
     best: dict[Site, tuple[float, Option]] = {}
     for site, options in wanted.items():
-        saved = [(_stored(figure, site.storage, prices) - _stored(figure, _of(site, o), prices), o) for o in options]
+        saved = [(-added(figure, site, option, prices), option) for option in options]
         best[site] = max(saved, key=lambda pair: pair[0])
     sites = list(best)
     paths = {path: row for row, path in enumerate({weight.path: None for site in sites for weight in site.weights})}
     claims = [(paths[weight.path], column) for column, site in enumerate(sites) for weight in site.weights]
     rows, columns = np.array(claims).T
     claiming = csr_array((np.ones(len(claims)), (rows, columns)), shape=(len(paths), len(sites)))
-    inside = [prices.sites[site] or figure != "block_parameters" for site in sites]
-    worth = np.array([best[site][0] * counts for site, counts in zip(sites, inside, strict=True)])
     found = milp(
-        -worth,
+        -np.array([best[site][0] for site in sites]),
         integrality=np.ones(len(sites), dtype=int),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(claiming, ub=1),
@@ -52,17 +51,3 @@ def smallest(wanted: Mapping[Site, Iterable[Option]], figure: str, prices: Price
     if found.x is None:
         raise RuntimeError(f"the smallest plan was not found: {found.message}")
     return Plan.of({site.name: best[site][1] for site, taken in zip(sites, found.x, strict=True) if taken > 0.5})
-
-
-def _of(site: Site, option: Option) -> Storage:
-    return get_method(option.method).storage(site, option)
-
-
-def _stored(figure: str, storage: Storage, prices: Prices) -> int:
-    return storage.bytes(prices.value_bytes) if figure == "bytes" else storage.parameters
-
-
-def _figure(figure: str, plan: Plan, prices: Prices) -> float:
-    cost = prices.of(plan)
-    exact = (cost.parameters, cost.block_parameters, cost.values, cost.bytes)
-    return float(dict(zip(COSTS, exact, strict=True))[figure])
