@@ -159,10 +159,10 @@ def _continuations(study: Study) -> str:
     said = {"dense": (study.dense_report() or {}).get("continuations")}
     said |= {f"trial {row.number}": (row.report or {}).get("continuations") for row in study.front()}
     lines = [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *texts)) + "</tr>"
+        "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in (name, *texts)) + "</tr>"
         for name, texts in said.items()
         if texts
     ]
-    head = "".join(f"<th>{html.escape(prompt)} …</th>" for prompt in PROMPTS)
-    warning = html.escape(study.warning(study.front()) or "")
+    head = "".join(f"<th>{_escaped(prompt)} …</th>" for prompt in PROMPTS)
+    warning = _escaped(study.warning(study.front()) or "")
     return f'<p>{warning}</p><table class="said"><tr><th>likeliest</th>{head}</tr>{"".join(lines)}</table>'
