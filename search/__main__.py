@@ -15,12 +15,12 @@ from rich.console import Console
 
 from rankfront.methods import InputError
 from rankfront.search.answer import Answer
+from rankfront.search.device import out_of_memory
 from rankfront.search.driver import GaveUp
 from rankfront.search.export import ExportError, Format, Refit
 from rankfront.search.front import Row
 from rankfront.search.plain import literal, plain
 from rankfront.search.study import Interrupted, Study
-from rankfront.search.trial import out_of_memory
 
 app = typer.Typer(
     add_completion=False,

@@ -38,6 +38,12 @@ def pick_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if native else "float32"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device was short of memory: that passes, so what it took is measured again."""
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return short or "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch raises a plain RuntimeError
+
+
 def set_threads(cpus: float) -> None:
     """torch's intra-op threads for a worker that was given ``cpus`` CPUs."""
     torch.set_num_threads(max(1, min(int(cpus), os.cpu_count() or 1)))

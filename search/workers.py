@@ -28,10 +28,10 @@ from ray.tune.search import Searcher
 
 from rankfront.methods import InputError
 from rankfront.search.config import ResourcesConfig
-from rankfront.search.device import set_threads
+from rankfront.search.device import out_of_memory, set_threads
 from rankfront.search.driver import Driver
 from rankfront.search.plan import Plan
-from rankfront.search.trial import Job, Record, Resident, Setup, out_of_memory
+from rankfront.search.trial import Job, Record, Resident, Setup
 
 FINISHED: str = Searcher.FINISHED
 DIED = "the worker process died"
