@@ -22,13 +22,15 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
+from rankfront.search.decoding import cache_bytes, decoder
 from rankfront.search.device import DTYPES
 from rankfront.search.model import Source, learned_positions, load_model, load_tokenizer
 from rankfront.search.text import GOLDEN, hash_tokens
 
-VERSION = 1  # of how rows are drawn; part of the cache's key
+VERSION = 2  # of how rows are drawn; part of the cache's key
 ROW = 256  # tokens of a sequence: attention over longer ones takes most of the time; two make a default window
-BATCH = 56  # sequences drawn together: four batches are what the default study reads
+BATCH = 112  # sequences of a file: two files are what the default study reads
+CACHE_BYTES = 4 << 30  # guess: of keys and values at once, by which fewer sequences are drawn together
 DEGENERATE = 0.5  # of a sequence's tokens the same: it says nothing of language
 MARK = "rankfront-marks-the-users-turn"  # stands in the chat template where the user's turn goes
 
@@ -106,18 +108,19 @@ def draw(model: Any, scripts: Sequence[Script], length: int, seed: int, step: Ca
     writers = [_Writer(script) for script in scripts]
     device = next(model.parameters()).device
     ids = torch.tensor([[writer.next(-1)] for writer in writers])  # (B, 1)
-    drawn, cache = [ids], None
-    for _ in range(length - 1):
-        out = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        cumulative = out.logits[:, -1].float().cpu().softmax(-1).cumsum(-1)  # (B, V)
-        if not torch.isfinite(cumulative).all():
-            raise InputError("text 'self': the model's logits are not finite: set model.dtype, or name another text")
-        points = torch.rand(len(ids), 1, generator=generator) * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, points).clamp_max(cumulative.shape[1] - 1)
-        ids = torch.tensor([[w.next(token)] for w, token in zip(writers, sampled[:, 0].tolist(), strict=True)])
-        drawn.append(ids)
-        step()
+    drawn = [ids]
+    with decoder(model, length) as decode:
+        for _ in range(length - 1):
+            cumulative = decode(ids.to(device)).float().cpu().softmax(-1).cumsum(-1)  # (B, V)
+            if not torch.isfinite(cumulative[:, -1]).all():  # which any other entry makes NaN
+                raise InputError(
+                    "text 'self': the model's logits are not finite: set model.dtype, or name another text"
+                )
+            points = torch.rand(len(ids), 1, generator=generator) * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, points).clamp_max(cumulative.shape[1] - 1)
+            ids = torch.tensor([[w.next(token)] for w, token in zip(writers, sampled[:, 0].tolist(), strict=True)])
+            drawn.append(ids)
+            step()
     return torch.cat(drawn, dim=1)
 
 
@@ -170,7 +173,10 @@ class OwnText:
     def _batch(self, model: Any, tokenizer: Any, seed: int, number: int, tokens: int) -> Tensor:
         context = getattr(model.config, "max_position_embeddings", None) or ROW  # what rotary ones were trained for
         length = min(ROW, learned_positions(model) or ROW, context)
-        total, done = -(-tokens // (BATCH * length)) * length, number * length
+        together = min(BATCH, max(1, CACHE_BYTES // max(1, length * cache_bytes(model))))
+        parts = range(0, BATCH, together)
+        steps = length * len(parts)
+        total, done = -(-tokens // (BATCH * length)) * steps, number * steps
 
         def step() -> None:
             nonlocal done
@@ -181,7 +187,9 @@ class OwnText:
         # Spread by the golden ratio, so that every part of the text and every even choice of windows has both.
         kinds = [(number * BATCH + row) * GOLDEN % 1 < 1 / 2 for row in range(BATCH)]
         scripts = [chat if chat and conversation else plain for conversation in kinds]
-        return draw(model, scripts, length, seed * 1_000_003 + number, step)
+        seeds = (seed * 1_000_003 + number * BATCH + first for first in parts)
+        drawn = (scripts[first : first + together] for first in parts)
+        return torch.cat([draw(model, each, length, own, step) for each, own in zip(drawn, seeds, strict=True)])
 
 
 def _read(path: Path) -> Tensor | None:

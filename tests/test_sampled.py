@@ -199,3 +199,15 @@ def test_a_run_keeps_the_text_it_was_begun_with(model_folder, text_file, tmp_pat
     study.run.own_text_file.write_bytes(b"\0" * 4)
     with pytest.raises(InputError, match=r"is corrupt .* to sample the text again"):
         again.setup()
+
+
+def test_where_the_cache_would_be_large_fewer_sequences_are_drawn_together(own, monkeypatch):
+    """A file has as many sequences as ever, no two parts alike, and progress reaches its total."""
+    monkeypatch.setattr(sampled, "CACHE_BYTES", common.POSITIONS * 2048 * 40)
+    monkeypatch.setattr(sampled, "cache_bytes", lambda model: 2048)
+    reached = []
+    text = OwnText(own.source, own.dtype, own.device, own.cache, progress=lambda *state: reached.append(state))
+    rows = text(0, sampled.BATCH * common.POSITIONS).view(sampled.BATCH, common.POSITIONS)
+    assert len(torch.unique(rows, dim=0)) == sampled.BATCH
+    assert len(reached) == 3 * (common.POSITIONS - 1)
+    assert reached[-1][1] <= reached[-1][2] == 3 * common.POSITIONS
