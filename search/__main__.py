@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 
 from rankfront.methods import InputError
-from rankfront.search.answer import Answer
-from rankfront.search.device import out_of_memory
-from rankfront.search.driver import GaveUp
-from rankfront.search.export import ExportError, Format, Refit
-from rankfront.search.front import Row
+from rankfront.search.inputs.device import out_of_memory
+from rankfront.search.optimise.answer import Answer
+from rankfront.search.output.export import ExportError, Format, Refit
 from rankfront.search.plain import literal, plain
+from rankfront.search.run.driver import GaveUp
+from rankfront.search.storage.front import Row
 from rankfront.search.study import Interrupted, Study
 
 app = typer.Typer(
@@ -120,12 +120,12 @@ def front(
         _say(terminal, f"wrote {csv}")
     if html is not None:
         html = html.expanduser()
-        from rankfront.search.report import write_report
+        from rankfront.search.output.report import write_report
 
         write_report(study, html)
         _say(terminal, f"wrote {html}")
     if as_json:
-        from rankfront.search.tables import front_json
+        from rankfront.search.output.tables import front_json
 
         _print_json(front_json(study, where or []))
     elif csv is None and html is None:
@@ -133,7 +133,7 @@ def front(
 
 
 def _print_front(study: Study, where: list[str]) -> None:
-    from rankfront.search.tables import front_table
+    from rankfront.search.output.tables import front_table
 
     damaged = study.damages()
     if damaged:
@@ -171,7 +171,7 @@ def menu(
     csv: Annotated[Path | None, typer.Option(help="write it to this CSV file")] = None,
 ) -> None:
     """Show what each option of each site stores and is predicted to hurt."""
-    from rankfront.search.tables import menu_table
+    from rankfront.search.output.tables import menu_table
 
     frame = Study.open(run).menu()
     if csv is not None:
@@ -191,7 +191,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a trial's plan, site by site."""
-    from rankfront.search.tables import plan_json, plan_table
+    from rankfront.search.output.tables import plan_json, plan_table
 
     study = Study.open(run)
     plan = plan_json(study, study.trial(trial))
@@ -259,7 +259,7 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model: perplexity, parameters, latency."""
-    from rankfront.search.evaluate import evaluate
+    from rankfront.search.output.evaluate import evaluate
 
     found = evaluate(model, text, windows, length, prepacked=prepack, trust_remote_code=trust_remote_code)
     if as_json:
@@ -276,7 +276,7 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List every method in its place in the taxonomy, with its geometry, metric, what it needs, and its paper."""
-    from rankfront.search.tables import methods_json, methods_table
+    from rankfront.search.output.tables import methods_json, methods_table
 
     if as_json:
         _print_json(methods_json(model, trust_remote_code))

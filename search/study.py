@@ -17,21 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from rankfront.methods import InputError
-from rankfront.search import accuracy
-from rankfront.search import front as fronts
-from rankfront.search.answer import Answer, answer, menu_frame
-from rankfront.search.checked import close, damages
 from rankfront.search.config import StudyConfig, load_config, make_config
-from rankfront.search.constraint import Constraint, best_meeting, holding, meeting
-from rankfront.search.control import front_warning
-from rankfront.search.device import DTYPES, pick_device, pick_dtype, set_threads
-from rankfront.search.driver import Driver, Stop
-from rankfront.search.export import Format, Refit, Verified, export
-from rankfront.search.fidelity import carried
-from rankfront.search.front import Row
-from rankfront.search.goal import quality_of, timings_of
-from rankfront.search.limits import COSTS
-from rankfront.search.model import (
+from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype, set_threads
+from rankfront.search.inputs.model import (
     Source,
     cache_folder,
     check_length,
@@ -41,17 +29,29 @@ from rankfront.search.model import (
     resolve,
     skeleton,
 )
-from rankfront.search.plan import Prices
-from rankfront.search.progress import Display
-from rankfront.search.ranks import measured_multiple, shapes_of
-from rankfront.search.reach import check_reachable
-from rankfront.search.run import Run
-from rankfront.search.sampled import OwnText, Progress
-from rankfront.search.samplers import OURS
-from rankfront.search.space import Space
-from rankfront.search.text import cut, hash_tokens, scattered
-from rankfront.search.timing import Calibrated, timed_objectives
-from rankfront.search.trial import Resident, Setup, make_space, prepare_store
+from rankfront.search.inputs.own_text import OwnText, Progress
+from rankfront.search.inputs.text import cut, hash_tokens, scattered
+from rankfront.search.measure.control import front_warning
+from rankfront.search.measure.ranks import measured_multiple, shapes_of
+from rankfront.search.measure.timing import Calibrated, timed_objectives
+from rankfront.search.measure.trial import Resident, Setup, make_space, prepare_store
+from rankfront.search.optimise import accuracy
+from rankfront.search.optimise.answer import Answer, answer, menu_frame
+from rankfront.search.optimise.goal import quality_of, timings_of
+from rankfront.search.optimise.halving import carried
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.output.export import Format, Refit, Verified, export
+from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
+from rankfront.search.plans.limits import COSTS
+from rankfront.search.plans.plan import Prices
+from rankfront.search.plans.reach import check_reachable
+from rankfront.search.plans.space import Space
+from rankfront.search.run.driver import Driver, Stop
+from rankfront.search.run.progress import Display
+from rankfront.search.storage import front as fronts
+from rankfront.search.storage.checked import close, damages
+from rankfront.search.storage.folder import Run
+from rankfront.search.storage.front import Row
 
 RUNS = Path("runs")
 SCATTERED = "scattered"  # the order of windows of the search split in a run with rungs
@@ -412,7 +412,7 @@ class Study:
                     if job is not None:
                         driver.finish(job, resident.run(job))
             else:
-                from rankfront.search import workers  # ray is loaded only where it is used
+                from rankfront.search.run import workers  # ray is loaded only where it is used
 
                 workers.run(driver, setup, limits.workers, limits.resources, address)
         finally:

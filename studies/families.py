@@ -26,9 +26,9 @@ from rankfront.methods import FAMILIES, get_method, method_names
 from rankfront.objectives import Clock, score, teach
 from rankfront.objectives.latency import Latency
 from rankfront.search import Plan, Study
-from rankfront.search.model import load_tokenizer
-from rankfront.search.text import Split, cut
-from rankfront.search.trial import Resident, make_space, prepare_store
+from rankfront.search.inputs.model import load_tokenizer
+from rankfront.search.inputs.text import Split, cut
+from rankfront.search.measure.trial import Resident, make_space, prepare_store
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

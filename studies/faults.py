@@ -47,13 +47,13 @@ from torch import nn  # noqa: E402
 from rankfront.methods import InputError  # noqa: E402
 from rankfront.methods._low_rank import LowRank  # noqa: E402
 from rankfront.objectives.parameters import Parameters  # noqa: E402
-from rankfront.search import model as models  # noqa: E402
 from rankfront.search.__main__ import run as command_line  # noqa: E402
-from rankfront.search.export import export  # noqa: E402
-from rankfront.search.plan import Plan  # noqa: E402
+from rankfront.search.inputs import model as models  # noqa: E402
+from rankfront.search.measure.timing import Stopwatches  # noqa: E402
+from rankfront.search.measure.trial import Job, Resident  # noqa: E402
+from rankfront.search.output.export import export  # noqa: E402
+from rankfront.search.plans.plan import Plan  # noqa: E402
 from rankfront.search.study import Study  # noqa: E402
-from rankfront.search.timing import Stopwatches  # noqa: E402
-from rankfront.search.trial import Job, Resident  # noqa: E402
 
 TRIALS = 10
 PATIENCE = 120  # seconds

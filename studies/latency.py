@@ -35,10 +35,10 @@ from rankfront.methods import prepack, undo_prepack
 from rankfront.methods._integers import rounded
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives.latency import Latency, compiled
-from rankfront.search.calibration import shared_inputs
-from rankfront.search.joining import join_faster
-from rankfront.search.model import cache_folder, find_sites, load_model, resolve
-from rankfront.search.timing import Stopwatches
+from rankfront.search.factors.calibration import shared_inputs
+from rankfront.search.inputs.model import cache_folder, find_sites, load_model, resolve
+from rankfront.search.measure.joining import join_faster
+from rankfront.search.measure.timing import Stopwatches
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, DECODE, ROUNDS, SECONDS = 256, 64, 20, 90.0

@@ -2,10 +2,11 @@
 
     python studies/paths.py TEXT [--threads 2]
 
-From the menu's plan at `START` of the weights a path goes down by `STEP` (see search/continuation.py), svd-llm and
-dense the options. Each stop's slopes are measured on windows of the search split that no trial reads, drawn anew. The
-excess loss over dense, in nats a token, is measured on the windows that trials read, at round kept fractions: those at
-which paths of studies end, and further down. Nothing is chosen by it. The page goes to studies/results/paths.md.
+From the menu's plan at `START` of the weights a path goes down by `STEP` (see search/optimise/continuation.py), with
+svd-llm and dense as options. Each stop's slopes are measured on windows of the search split that no trial reads, drawn
+anew. The excess loss over dense, in nats a token, is measured on the windows that trials read, at round kept fractions:
+those at which paths of studies end, and further down.
+Nothing is chosen by it. The page goes to studies/results/paths.md.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 from steps import loss
 
 from rankfront.search import Plan
-from rankfront.search.allocate import knapsack
-from rankfront.search.continuation import START, STEP, next_plan, stops
-from rankfront.search.menu import Menu
-from rankfront.search.slopes import PASSES
+from rankfront.search.measure.slopes import PASSES
+from rankfront.search.optimise.continuation import START, STEP, next_plan, stops
+from rankfront.search.plans.knapsack import knapsack
+from rankfront.search.plans.menu import Menu
 
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5)
 TOKENS = (1024, 2048, 4096)

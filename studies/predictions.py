@@ -20,10 +20,10 @@ from common import write_page
 from optuna.trial import FrozenTrial
 
 from rankfront.search import Study
-from rankfront.search.answer import ignorant
-from rankfront.search.model import find_sites, skeleton
-from rankfront.search.samplers import OURS
-from rankfront.search.space import Space
+from rankfront.search.inputs.model import find_sites, skeleton
+from rankfront.search.optimise.answer import ignorant
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.space import Space
 
 PAGE = """# Predictions before measurements
 

@@ -18,7 +18,7 @@ from search_benchmark import RESULTS, ROWS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
-from rankfront.search.refit import refitted
+from rankfront.search.measure.refit import refitted
 
 PAGE = """# Sequential refit
 

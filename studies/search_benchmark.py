@@ -35,12 +35,7 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.allocate import knapsack, sensitivity, sweep, tolerance, uniform, value
-from rankfront.search.context import context_of
-from rankfront.search.local import Local
-from rankfront.search.menu import Menu, Predictions, make_menu
-from rankfront.search.opening import CENTRE
-from rankfront.search.predictions import (
+from rankfront.search.measure.predictions import (
     GROUP_BANDS,
     PROBE_FRACTIONS,
     group_plans,
@@ -50,9 +45,14 @@ from rankfront.search.predictions import (
     scaled_predictions,
     spectrum_predictions,
 )
-from rankfront.search.slopes import PASSES, SLOPE_TOKENS, measure_slopes
-from rankfront.search.surrogate import Surrogate
-from rankfront.search.trial import Job, Resident
+from rankfront.search.measure.slopes import PASSES, SLOPE_TOKENS, measure_slopes
+from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.optimise.context import context_of
+from rankfront.search.optimise.opening import CENTRE
+from rankfront.search.optimise.surrogate import Surrogate
+from rankfront.search.optimise.taylor import Local
+from rankfront.search.plans.knapsack import knapsack, sensitivity, sweep, tolerance, uniform, value
+from rankfront.search.plans.menu import Menu, Predictions, make_menu
 
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -344,8 +344,8 @@ SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense. What is me
 `studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first. Where a
 commit has local changes, they are these results. Trials and probes of commits before e23b02e read the beginning of the
 search split, later ones read windows from all over it; our own search is another since db813ee,
-and goes paths (`search/continuation.py`) since 72d751f. What paths change is the difference to "rankfront before
-paths": the same row and seeds, as db813ee searched.
+and goes paths (now `search/optimise/continuation.py`) since 72d751f. What paths change is the difference to "rankfront
+before paths": the same row and seeds, as db813ee searched.
 
 {table}
 

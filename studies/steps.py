@@ -24,9 +24,9 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
-from rankfront.search.beliefs import cautious
-from rankfront.search.local import Local, Trust
-from rankfront.search.menu import Menu
+from rankfront.search.optimise.predictor import cautious
+from rankfront.search.optimise.taylor import Local, Trust
+from rankfront.search.plans.menu import Menu
 
 KEPT = (0.8, 0.6, 0.4)
 PIECES = (128, 512)

@@ -25,10 +25,10 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.control import PROMPTS, continuations
-from rankfront.search.sampled import OwnText, degenerate
-from rankfront.search.text import Split, cut
-from rankfront.search.trial import Resident
+from rankfront.search.inputs.own_text import OwnText, degenerate
+from rankfront.search.inputs.text import Split, cut
+from rankfront.search.measure.control import PROMPTS, continuations
+from rankfront.search.measure.trial import Resident
 
 KEEPS = (0.9, 0.8, 0.6)
 LENGTH, CALIBRATE, SEARCH, JUDGED = 512, 64, 20, 12  # tokens; windows

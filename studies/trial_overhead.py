@@ -19,7 +19,7 @@ from statistics import median
 from common import provenance
 
 from rankfront.search import Study
-from rankfront.search.trial import make_space, prepare_store
+from rankfront.search.measure.trial import make_space, prepare_store
 
 SETTINGS = {
     "space": {"methods": ["svd-llm"]},

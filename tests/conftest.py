@@ -17,8 +17,8 @@ import sqlalchemy
 import torch
 from spoiling import spoil as spoil  # a fixture of several files
 
+from rankfront.search.measure.trial import Resident, Setup
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, Setup
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +35,7 @@ def _session():
 @pytest.fixture(autouse=True)
 def never_joined(monkeypatch):
     """No clock decides how models run here; tests of what it does decide override this."""
-    monkeypatch.setattr("rankfront.search.joining.faster", lambda *_: False)
+    monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: False)
 
 
 @pytest.fixture(params=common.ARCHITECTURES, ids=lambda row: row.name)

@@ -21,11 +21,11 @@ import psutil
 from common import study_data
 from rich.console import Console
 
-from rankfront.search.driver import Driver
-from rankfront.search.front import Row
-from rankfront.search.plan import Plan
+from rankfront.search.measure.trial import Job, Resident, make_space
+from rankfront.search.plans.plan import Plan
+from rankfront.search.run.driver import Driver
+from rankfront.search.storage.front import Row
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident, make_space
 
 PATIENCE = 240  # seconds until a test gives a process up
 
@@ -195,7 +195,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def verify_here(monkeypatch: Any) -> None:
     """Let an export verify itself in this process: a process of its own takes seconds to import torch."""
-    from rankfront.search import export, verify
+    from rankfront.search.output import export, verify
 
     def run(arguments: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         printed = io.StringIO()

@@ -12,7 +12,7 @@ import importlib.abc, importlib.util, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "rankfront.search.trial":
+        if name != "rankfront.search.measure.trial":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

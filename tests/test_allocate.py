@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
-from rankfront.search.allocate import ALLOCATORS, MAX_UNITS, Budget, _silent, knapsack, knapsack_several, sweep
-from rankfront.search.menu import TINY, Line, Menu
+from rankfront.search.plans.knapsack import ALLOCATORS, MAX_UNITS, Budget, _silent, knapsack, knapsack_several, sweep
+from rankfront.search.plans.menu import TINY, Line, Menu
 
 # One row per allocator: a new one adds a row here.
 NAMES = ("uniform", "tolerance", "value", "sensitivity", "knapsack", "knapsack_several")

@@ -9,16 +9,16 @@ from launching import again, check_whole, finish, make_run, quiet, small_data, v
 
 from rankfront.methods import InputError
 from rankfront.objectives.latency import Timed
-from rankfront.search import timing, trial
 from rankfront.search.__main__ import run
-from rankfront.search.answer import _Learned
-from rankfront.search.constraint import Constraint
-from rankfront.search.device import DTYPES
-from rankfront.search.limits import COSTS
-from rankfront.search.plan import Plan, cost_of
-from rankfront.search.samplers import OURS
+from rankfront.search.inputs.device import DTYPES
+from rankfront.search.measure import timing, trial
+from rankfront.search.measure.trial import make_space
+from rankfront.search.optimise.answer import _Learned
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.limits import COSTS
+from rankfront.search.plans.plan import Plan, cost_of
 from rankfront.search.study import SOLVES, Study
-from rankfront.search.trial import make_space
 
 
 @pytest.fixture(scope="module")

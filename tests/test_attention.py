@@ -7,9 +7,9 @@ from launching import small_data
 from test_figures import JOINT, disjoint_plan
 
 from rankfront.methods import InputError
-from rankfront.search.model import use_attention
+from rankfront.search.inputs.model import use_attention
+from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, make_space
 
 
 def resident_with(attention, folder, text_file):

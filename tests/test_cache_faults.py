@@ -15,12 +15,13 @@ from torch import nn
 
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
-from rankfront.search import model, timing
 from rankfront.search.atomic import HOST, write_checked
-from rankfront.search.plan import Plan
+from rankfront.search.inputs import model
+from rankfront.search.measure import timing
+from rankfront.search.measure.timing import Stopwatches
+from rankfront.search.measure.trial import Job, Resident, prepare_store
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.timing import Stopwatches
-from rankfront.search.trial import Job, Resident, prepare_store
 
 
 @pytest.fixture

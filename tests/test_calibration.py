@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankfront.search.calibration import BATCH_TOKENS, STATISTIC_BYTES, _passes, calibrate, shared_inputs
+from rankfront.search.factors.calibration import BATCH_TOKENS, STATISTIC_BYTES, _passes, calibrate, shared_inputs
 
 NEEDS = frozenset({"gram", "absolute", "fisher", "gradient"})
 WINDOWS, LENGTH = 3, 12
@@ -169,7 +169,7 @@ def test_windows_in_batches_give_the_sums_of_each(monkeypatch):
     model = common.architecture("llama").build()
     windows = common.tokens(5, 16)
     once = collect(model, windows)
-    monkeypatch.setattr("rankfront.search.calibration.BATCH_TOKENS", 32)
+    monkeypatch.setattr("rankfront.search.factors.calibration.BATCH_TOKENS", 32)
     assert windows.numel() <= BATCH_TOKENS
     for path, statistics in collect(model, windows).items():
         torch.testing.assert_close(statistics.gram.raw, once[path].gram.raw, rtol=1e-4, atol=1e-4)

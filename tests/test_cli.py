@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from rankfront.methods import FAMILIES, method_names
 from rankfront.search.__main__ import run
-from rankfront.search.plan import Plan
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Interrupted, Study
 
 TRIALS = 7
@@ -307,7 +307,7 @@ def test_evaluate_dense_and_exported(finished_run, model_folder, text_file, ok, 
 
 def test_evaluate_agrees_with_the_trial(finished_run, model_folder, text_file, ok, monkeypatch):
     """The same windows in the same dtype give the same perplexity."""
-    from rankfront.search import evaluate
+    from rankfront.search.output import evaluate
 
     monkeypatch.setattr(evaluate, "pick_dtype", lambda dtype, device: "float32")
     windows = finished_run.setup().tokens["search"]
@@ -582,7 +582,7 @@ def test_an_unfinished_run_can_be_read(model_folder, text_file, tmp_path, monkey
     """A run with no trial at all lists none; what needs one says so."""
     study = Study(small_data(model_folder, text_file), tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.trial.Resident.run", _interrupt)
+        patch.setattr("rankfront.search.measure.trial.Resident.run", _interrupt)
         with pytest.raises(Interrupted):
             study.launch(quiet())
     data = json.loads(ok("front", study.run.path, "--json"))

@@ -8,12 +8,12 @@ import pytest
 from launching import again, make_driver, make_run, quiet
 from test_fidelity import DENSE, RUNGS, check_front, complete, make_data, members
 
-from rankfront.search.accuracy import calibration
-from rankfront.search.constraint import Constraint, best_meeting
-from rankfront.search.driver import Driver
-from rankfront.search.front import Row, comparable, dense_row, front_of
-from rankfront.search.report import front_figure
-from rankfront.search.samplers import INTERRUPTED, OPTUNA_SAMPLERS, OURS, make_sampler
+from rankfront.search.optimise.accuracy import calibration
+from rankfront.search.optimise.samplers import INTERRUPTED, OPTUNA_SAMPLERS, OURS, make_sampler
+from rankfront.search.output.report import front_figure
+from rankfront.search.plans.constraint import Constraint, best_meeting
+from rankfront.search.run.driver import Driver
+from rankfront.search.storage.front import Row, comparable, dense_row, front_of
 
 TOP = len(RUNGS) - 1
 LIMIT = "block_parameters<=0.7"

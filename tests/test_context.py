@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from rankfront.methods import Option
-from rankfront.search.context import PRIOR, WIDTH, Context, context_of, factors_at
-from rankfront.search.local import SECOND, Local
-from rankfront.search.menu import Line, Menu
-from rankfront.search.surrogate import Surrogate
+from rankfront.search.optimise.context import PRIOR, WIDTH, Context, context_of, factors_at
+from rankfront.search.optimise.surrogate import Surrogate
+from rankfront.search.optimise.taylor import SECOND, Local
+from rankfront.search.plans.menu import Line, Menu
 
 SITES, LEVELS = 24, 5
 

@@ -8,14 +8,14 @@ from launching import check_whole, make_run, quiet, small_data
 from test_allocate import random_menu
 from test_opening import beliefs_of
 
-from rankfront.search.allocate import sweep
-from rankfront.search.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
-from rankfront.search.local import Local
-from rankfront.search.marks import marks_of
-from rankfront.search.opening import opening_budgets
-from rankfront.search.samplers import INTERRUPTED, OURS
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.optimise.budgets import marks_of
+from rankfront.search.optimise.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
+from rankfront.search.optimise.opening import opening_budgets
+from rankfront.search.optimise.samplers import INTERRUPTED, OURS
+from rankfront.search.optimise.taylor import Local
+from rankfront.search.plans.knapsack import sweep
 from rankfront.search.study import Interrupted, Study
-from rankfront.search.trial import Resident, make_space
 
 LINES, OPTIONS = 12, 5
 
@@ -84,9 +84,9 @@ def test_where_effects_add_up_the_path_is_the_knapsack_s_at_every_stop(seed):
 @pytest.fixture
 def data(model_folder, text_file, monkeypatch):
     """A study that goes a short path as soon as it may, and a longer one once that is worth it."""
-    monkeypatch.setattr("rankfront.search.continuation.FEWEST", 32)
-    monkeypatch.setattr("rankfront.search.continuation.STEP", 0.05)
-    monkeypatch.setattr("rankfront.search.driver.SLOPE_TOKENS", 32)
+    monkeypatch.setattr("rankfront.search.optimise.continuation.FEWEST", 32)
+    monkeypatch.setattr("rankfront.search.optimise.continuation.STEP", 0.05)
+    monkeypatch.setattr("rankfront.search.run.driver.SLOPE_TOKENS", 32)
     data = small_data(model_folder, text_file, sampler=OURS, trials=24, anchors=[], rungs=[64])
     data["data"]["search"]["windows"] = 32
     data["space"] |= {"methods": ["svd-llm"], "keep": [0.2, 0.4, 0.6, 0.8]}

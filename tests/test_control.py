@@ -10,9 +10,9 @@ from launching import make_run, measured, quiet, small_data, verify_here
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
-from rankfront.search.control import PROMPTS, front_warning, hidden_loss, warning
-from rankfront.search.export import export
-from rankfront.search.report import write_report
+from rankfront.search.measure.control import PROMPTS, front_warning, hidden_loss, warning
+from rankfront.search.output.export import export
+from rankfront.search.output.report import write_report
 from rankfront.search.study import Study
 
 DENSE = {"perplexity": 16.4, "control": 29.5}

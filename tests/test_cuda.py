@@ -12,9 +12,9 @@ from rankfront.methods import method_names
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.objectives import Clock, make_objective
-from rankfront.search.plan import Plan
+from rankfront.search.measure.trial import Resident
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what is tested nobody has run")

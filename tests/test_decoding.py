@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rankfront.search.decoding import attend, cache_bytes, decoder
+from rankfront.search.inputs.decoding import attend, cache_bytes, decoder
 
 LENGTH = 12
 

@@ -9,9 +9,9 @@ import pytest
 from test_allocate import budgets, every_choice, every_plan, joint_menu, make_line, random_menu
 
 from rankfront.methods import InputError, Option
-from rankfront.search.allocate import sweep
-from rankfront.search.descent import Descent
-from rankfront.search.menu import Line, Menu
+from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.lagrangian import Descent
+from rankfront.search.plans.menu import Line, Menu
 
 LARGE = [(seed, lines, options) for seed in range(4) for lines, options in ((40, 6), (60, 12), (45, 3))]
 SMALL = [(seed, lines, options) for seed in range(12) for lines, options in ((4, 5), (5, 4), (6, 4))]

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankfront.methods import InputError
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
-from rankfront.search import export as module
 from rankfront.search.__main__ import run
-from rankfront.search.export import ExportError, export
-from rankfront.search.front import Row
-from rankfront.search.model import count_parameters
-from rankfront.search.plan import Plan
+from rankfront.search.inputs.model import count_parameters
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output import export as module
+from rankfront.search.output.export import ExportError, export
+from rankfront.search.plans.plan import Plan
+from rankfront.search.storage.front import Row
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 IDS = tokens(2, 24, seed=3)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -206,7 +206,7 @@ def test_what_is_exported_was_verified_in_a_fresh_process(exportable, compressed
         commands.append(command)
         return real(command, **more)
 
-    monkeypatch.setattr("rankfront.search.export.subprocess", SimpleNamespace(run=watched))
+    monkeypatch.setattr("rankfront.search.output.export.subprocess", SimpleNamespace(run=watched))
     verified = exportable.export(tmp_path / "out", compressed)
     assert len(commands) == 1
     assert commands[0][0] == sys.executable

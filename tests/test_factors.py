@@ -10,7 +10,7 @@ from common import linear_site, rank_option
 from rankfront.methods import Gram, InputError, Statistics, get_method, method_names, source_of
 from rankfront.methods.layers import matrix_of
 from rankfront.search.atomic import HOST
-from rankfront.search.factors import FactorStore
+from rankfront.search.factors.store import FactorStore
 
 SITE = linear_site(12, 8)
 WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,7 @@ def test_the_key_is_all_that_factors_depend_on(tmp_path):
 
 def test_the_key_changes_with_the_code(tmp_path, monkeypatch):
     before = make_store(tmp_path).folder(get_method("svd"))
-    monkeypatch.setattr("rankfront.search.factors.source_of", lambda method: "changed")
+    monkeypatch.setattr("rankfront.search.factors.store.source_of", lambda method: "changed")
     assert make_store(tmp_path).folder(get_method("svd")) != before
 
 

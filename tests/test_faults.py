@@ -13,9 +13,9 @@ from launching import again, check_whole, make_driver, make_run, quiet, small_da
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
 from rankfront.objectives.parameters import Parameters
-from rankfront.search.driver import INTERRUPTED
+from rankfront.search.measure.trial import make_space
+from rankfront.search.run.driver import INTERRUPTED
 from rankfront.search.study import Study
-from rankfront.search.trial import make_space
 
 TRIALS = 6
 
@@ -83,7 +83,7 @@ def test_a_trial_that_fails_costs_one_trial(data, tmp_path, monkeypatch, outcome
 
 
 def test_a_report_that_fails_costs_nothing_else(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("rankfront.search.trial.Resident._report", lambda self, job: 1 / 0)
+    monkeypatch.setattr("rankfront.search.measure.trial.Resident._report", lambda self, job: 1 / 0)
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, TRIALS)
     assert all("ZeroDivisionError" in row.report["failure"] for row in study.front())
@@ -149,7 +149,7 @@ def test_a_factor_file_deleted_under_a_worker_is_named(data, tmp_path, own_cache
     """After preparation the files are gone: one line says so, and the next launch makes them again."""
     study = Study(data, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.trial.Resident.subject", _delete_first(own_cache))
+        patch.setattr("rankfront.search.measure.trial.Resident.subject", _delete_first(own_cache))
         with pytest.raises(InputError, match=r"missing.*launch the study again"):
             study.launch(quiet())
     study.launch(quiet())
@@ -157,7 +157,7 @@ def test_a_factor_file_deleted_under_a_worker_is_named(data, tmp_path, own_cache
 
 
 def _delete_first(cache):
-    from rankfront.search.trial import Resident
+    from rankfront.search.measure.trial import Resident
 
     subject = Resident.subject
 
@@ -172,7 +172,7 @@ def _delete_first(cache):
 HOLD = """
 import sys
 from pathlib import Path
-from rankfront.search.run import Run
+from rankfront.search.storage.folder import Run
 with Run(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()

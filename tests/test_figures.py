@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
-from rankfront.search.constraint import Constraint
-from rankfront.search.front import Row, box_of, hypervolume
-from rankfront.search.trial import Job, Resident
+from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.plans.constraint import Constraint
+from rankfront.search.storage.front import Row, box_of, hypervolume
 
 CONTEXT = 12
 JOINT = ["svd-llm", "lama", "vo-svd", "nystrom", "drop-block"]
@@ -136,7 +136,7 @@ def test_a_record_says_how_the_model_runs(residents, method, monkeypatch):
     assert notes["resident_bytes"] == value(resident, plan, "resident_bytes")
     assert notes["unpacked"] == (len(plan.choices) if method == "oats" else 0)
     assert notes["joined"] == 0
-    monkeypatch.setattr("rankfront.search.joining.faster", lambda *_: True)
+    monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: True)
     resident.join()
     again = resident.run(Job("trial", 1, plan))["notes"]
     assert again["joined"] == (0 if method == "oats" else 10)  # q/k/v and gate/up, in two blocks

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import Grid, Site, Weight, get_method
 from rankfront.methods.layers import LAYERS, empty_replacement, matrix_of, replacement
 from rankfront.methods.layers_tensor import Network
-from rankfront.search.export import export
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output.export import export
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 SHAPES = [(24, 12), (12, 24), (16, 16), (15, 34), (13, 17)]  # tall, wide, square, awkward, prime
 FLOOR = 1e-5  # of the whole loss

@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from rankfront.methods import InputError
-from rankfront.search.accuracy import calibration
-from rankfront.search.constraint import Constraint, meeting
-from rankfront.search.driver import INTERRUPTED
-from rankfront.search.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee, uncollected
-from rankfront.search.plan import Plan
+from rankfront.search.optimise.accuracy import calibration
+from rankfront.search.plans.constraint import Constraint, meeting
+from rankfront.search.plans.plan import Plan
+from rankfront.search.run.driver import INTERRUPTED
+from rankfront.search.storage.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee, uncollected
 
 AXES = ("perplexity", "parameters", "latency")
 

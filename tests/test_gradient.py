@@ -13,8 +13,8 @@ from torch import nn
 
 from rankfront.methods import Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.search.factors import FactorStore
-from rankfront.search.gradient import BATCH_TOKENS, quadratic_divergence
+from rankfront.search.factors.gradient import BATCH_TOKENS, quadratic_divergence
+from rankfront.search.factors.store import FactorStore
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
 
@@ -90,7 +90,7 @@ def test_it_is_the_quadratic_form(model, windows, stored):
 
 @pytest.mark.parametrize("batch", [1, 2 * LENGTH, BATCH_TOKENS])
 def test_batches_add_up(monkeypatch, windows, stored, batch):
-    monkeypatch.setattr("rankfront.search.gradient.BATCH_TOKENS", batch)
+    monkeypatch.setattr("rankfront.search.factors.gradient.BATCH_TOKENS", batch)
     model = common.architecture("llama").build()
     wanted, store = stored(model)
     found = quadratic_divergence(model, windows, wanted, store, SEED).divergence
@@ -114,7 +114,7 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
         return {option.label: (g.float() * (x.float() @ (tensors["left"] @ tensors["right"]).float().T)).sum(1)}
 
     slow = SimpleNamespace(nested=False, storage=get_method("svd").storage, along=one_by_one)
-    monkeypatch.setattr("rankfront.search.gradient.get_method", lambda name: slow)
+    monkeypatch.setattr("rankfront.search.factors.gradient.get_method", lambda name: slow)
     alone = quadratic_divergence(model, windows, wanted, store, SEED).divergence
     assert running.keys() == alone.keys()
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # products run in the dtype of the factors
@@ -126,7 +126,7 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_cosines_are_those_of_what_sites_do_to_the_output(monkeypatch, windows, stored, name, step):
     """The mean over five options of each site, cheapest to dearest, of the cosine of their δ over all tokens."""
-    monkeypatch.setattr("rankfront.search.gradient.BATCH_TOKENS", step * LENGTH)
+    monkeypatch.setattr("rankfront.search.factors.gradient.BATCH_TOKENS", step * LENGTH)
     model = common.architecture(name).build()
     wanted, store = stored(model, ranks=(6, 1, 9, 3, 4, 12, 8))
     found = quadratic_divergence(model, windows, wanted, store, SEED)

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Gram, Grid, Statistics, get_method
 from rankfront.methods._weighting import LeftDiagonal, LeftGram
-from rankfront.search.calibration import calibrate
-from rankfront.search.export import export
-from rankfront.search.model import count_parameters, find_sites
-from rankfront.search.plan import Plan
+from rankfront.search.factors.calibration import calibrate
+from rankfront.search.inputs.model import count_parameters, find_sites
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output.export import export
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 NAME, HEAD, TABLE = "hola-embedding", "lm_head", "model.embed_tokens"
 SITE = linear_site(60, 16, tied=("table",))

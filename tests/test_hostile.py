@@ -19,9 +19,9 @@ from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.checkpoint import CONFIG_VERSION, RankfrontConfig, RankfrontQuantizer
 from rankfront.methods.layers import LAYERS, LITTLE
 from rankfront.search.config import make_config
-from rankfront.search.export import export
-from rankfront.search.model import count_bytes, find_sites, load_model, resolve
-from rankfront.search.plan import Plan, check_option, cost_of
+from rankfront.search.inputs.model import count_bytes, find_sites, load_model, resolve
+from rankfront.search.output.export import export
+from rankfront.search.plans.plan import Plan, check_option, cost_of
 
 HUGE = 10_000_000
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -20,8 +20,8 @@ from rankfront.methods._storage import group_size, integer_storage, padded_width
 from rankfront.methods.layers import replacement
 from rankfront.methods.layers_integer import FEW_TOKENS, IntegerMatrix
 from rankfront.search import Plan, Study
-from rankfront.search.export import export
-from rankfront.search.trial import Resident
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output.export import export
 
 BITS = [8, 4]
 SHAPES = [(48, 64), (40, 72), (16, 16), (33, 130), (5, 576)]

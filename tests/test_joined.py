@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods.joined import MOVES, Joined
 from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.objectives import Clock, make_objective
-from rankfront.search import export as exporting
-from rankfront.search import joining
-from rankfront.search.joining import Together, join_faster, separate
-from rankfront.search.plan import Plan
+from rankfront.search.measure import joining
+from rankfront.search.measure.joining import Together, join_faster, separate
+from rankfront.search.measure.timing import Stopwatches
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output import export as exporting
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.timing import Stopwatches
-from rankfront.search.trial import Resident
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +213,7 @@ def ratios(monkeypatch):
         asked.append(([(m.out_features, m.rank) for m in ours.members], tuple(x.shape)))
         return found[x.shape[1]]
 
-    monkeypatch.setattr("rankfront.search.timing.compared", compared)
+    monkeypatch.setattr("rankfront.search.measure.timing.compared", compared)
     return found, asked
 
 
@@ -281,7 +281,7 @@ KNOWN = {"llama": SPLIT, "qwen2": SPLIT, "gpt2": set()}
 def made(architecture, text_file, tmp_path, monkeypatch):
     """A resident model of every architecture, all sites at a low rank, with one product always faster."""
     monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rankfront.search.timing.compared", lambda *_: 0.5)
+    monkeypatch.setattr("rankfront.search.measure.timing.compared", lambda *_: 0.5)
     data = small_data(save_folder(architecture.name, tmp_path / "model"), text_file)
     data["space"] |= {"methods": ["svd"], "keep": [0.5]}
     resident = Resident(Study(data, run=tmp_path / "run").setup())

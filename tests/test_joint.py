@@ -12,15 +12,15 @@ from rows import JOINT_METHODS, SHARED_METHODS
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.search import trial
-from rankfront.search.answer import _known
-from rankfront.search.calibration import calibrate
-from rankfront.search.export import _multiply_out, export
-from rankfront.search.model import find_sites, load_model, weights_at
-from rankfront.search.plan import Plan
-from rankfront.search.sampler import ours
+from rankfront.search.factors.calibration import calibrate
+from rankfront.search.inputs.model import find_sites, load_model, weights_at
+from rankfront.search.measure import trial
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.optimise.answer import _known
+from rankfront.search.optimise.rankfront_sampler import ours
+from rankfront.search.output.export import _multiply_out, export
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, make_space
 
 METHODS = JOINT_METHODS
 FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}

@@ -11,7 +11,7 @@ from transformers import StaticCache
 from rankfront.methods import Cost, InputError
 from rankfront.objectives import Clock, Subject, make_objective
 from rankfront.objectives.latency import STEADY, Latency, compiled, generate
-from rankfront.search.plan import Plan
+from rankfront.search.plans.plan import Plan
 
 NAMES = ["latency", "latency_prefill", "latency_decode"]
 NOTES = {"latency_prefill", "latency_decode", "latency_spread", "latency_dense_ms"}

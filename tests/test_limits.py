@@ -9,11 +9,11 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, InputError, Option, Site, Weight
 from rankfront.objectives.latency import Latency
-from rankfront.search.allocate import knapsack, knapsack_several
-from rankfront.search.constraint import Constraint
-from rankfront.search.limits import COSTS, Figures, met
-from rankfront.search.menu import make_menu
-from rankfront.search.timing import Timing
+from rankfront.search.measure.timing import Timing
+from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.knapsack import knapsack, knapsack_several
+from rankfront.search.plans.limits import COSTS, Figures, met
+from rankfront.search.plans.menu import make_menu
 
 SHAPES = {"b.v": (96, 64), "b.o": (64, 96), "head": (160, 64)}
 LEVELS = [Option.of("svd-llm", rank=rank) for rank in (16, 24)]

@@ -6,10 +6,10 @@ from common import save_folder
 from launching import make_run, small_data
 from test_figures import disjoint_plan, value
 
-from rankfront.search.goal import menu_of
-from rankfront.search.lines import fitted, savings
-from rankfront.search.predictions import menu_record
-from rankfront.search.trial import Resident
+from rankfront.search.measure.predictions import menu_record
+from rankfront.search.measure.trial import Resident
+from rankfront.search.optimise.goal import menu_of
+from rankfront.search.plans.lines import fitted, savings
 
 
 def test_one_slope_for_each_method_is_found():

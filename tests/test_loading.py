@@ -13,11 +13,8 @@ from launching import quiet, verify_here
 from safetensors.torch import load_file, save_file
 
 from rankfront.methods import InputError
-from rankfront.search import verify
 from rankfront.search.__main__ import run
-from rankfront.search.evaluate import evaluate
-from rankfront.search.export import _mark
-from rankfront.search.model import (
+from rankfront.search.inputs.model import (
     count_parameters,
     find_sites,
     load_model,
@@ -26,9 +23,12 @@ from rankfront.search.model import (
     resolve,
     skeleton,
 )
-from rankfront.search.plan import Plan
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output import verify
+from rankfront.search.output.evaluate import evaluate
+from rankfront.search.output.export import _mark
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -313,7 +313,7 @@ def test_a_dense_export_of_it_reloads_with_both_matrices(tied_folder, tmp_path):
 
 def test_sites_of_the_skeleton_that_differ_from_the_models_are_an_error_by_name(setup, monkeypatch):
     tied = common.architecture("llama-tied").build()
-    monkeypatch.setattr("rankfront.search.trial.skeleton", lambda source: tied)
+    monkeypatch.setattr("rankfront.search.measure.trial.skeleton", lambda source: tied)
     assert "'lm_head'" in refusal(Resident, setup)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rankfront.search.local import (
+from rankfront.search.optimise.taylor import (
     BOUNDS,
     FIRST,
     FLOOR,

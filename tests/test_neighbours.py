@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rankfront.search.neighbours import ALIKE, NOISE, Neighbours, alike
+from rankfront.search.optimise.neighbours import ALIKE, NOISE, Neighbours, alike
 
 
 def made(seed=0, trials=7, lines=20):

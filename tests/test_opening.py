@@ -8,16 +8,16 @@ import pytest
 from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
-from rankfront.search.answer import ignorant
-from rankfront.search.beliefs import BANDS
-from rankfront.search.marks import ROUND
-from rankfront.search.model import find_sites, resolve, skeleton
-from rankfront.search.opening import CENTRE, WARM_START, centre_first, opening_budgets
-from rankfront.search.predictions import menu_record
-from rankfront.search.samplers import OURS
-from rankfront.search.space import Space
+from rankfront.search.inputs.model import find_sites, resolve, skeleton
+from rankfront.search.measure.predictions import menu_record
+from rankfront.search.measure.trial import Resident
+from rankfront.search.optimise.answer import ignorant
+from rankfront.search.optimise.budgets import ROUND
+from rankfront.search.optimise.opening import CENTRE, WARM_START, centre_first, opening_budgets
+from rankfront.search.optimise.predictor import BANDS
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.space import Space
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
 
@@ -67,7 +67,7 @@ def test_slopes_change_what_the_front_is(data, tmp_path, monkeypatch):
     for name in ("with", "without"):
         study = make_run(data, tmp_path / name)
         fronts.append({row.origin: row.plan_key for row in study.rows() if row.origin in FRONT})
-        monkeypatch.setattr("rankfront.search.beliefs.context_of", lambda *_: None)
+        monkeypatch.setattr("rankfront.search.optimise.predictor.context_of", lambda *_: None)
     assert fronts[0] != fronts[1]
 
 
@@ -119,8 +119,8 @@ def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, mo
 
 def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     """Room for a trial after them is left; as few as say little are none."""
-    monkeypatch.setattr("rankfront.search.driver.SLOPE_TOKENS", 16)
-    monkeypatch.setattr("rankfront.search.driver.slope_tokens", lambda spent, quality: 10**6)
+    monkeypatch.setattr("rankfront.search.run.driver.SLOPE_TOKENS", 16)
+    monkeypatch.setattr("rankfront.search.run.driver.slope_tokens", lambda spent, quality: 10**6)
     driver = make_driver(Study(data))
     (trial,) = driver.ladder.tokens
     for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
@@ -195,8 +195,10 @@ def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatc
     study = make_run(data, tmp_path / "run")
     before = len(study.rows())
     assert any(row.origin == OURS for row in study.rows())
-    monkeypatch.setattr("rankfront.search.opening.WARM_START", (0.87, 0.66, 0.43))
-    monkeypatch.setattr("rankfront.search.driver.opening_budgets", lambda marks, dense: [0.87 * dense, 0.66 * dense])
+    monkeypatch.setattr("rankfront.search.optimise.opening.WARM_START", (0.87, 0.66, 0.43))
+    monkeypatch.setattr(
+        "rankfront.search.run.driver.opening_budgets", lambda marks, dense: [0.87 * dense, 0.66 * dense]
+    )
     longer = again(study, trials=14)
     longer.launch(quiet())
     assert {row.origin for row in longer.rows()[before:]} <= {OURS, "slopes"}

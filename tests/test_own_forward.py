@@ -11,11 +11,11 @@ from torch import nn
 
 from rankfront.methods import InputError
 from rankfront.methods.layers import row_scale
-from rankfront.search.export import export
-from rankfront.search.model import find_sites, load_model
-from rankfront.search.plan import Plan
+from rankfront.search.inputs.model import find_sites, load_model
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output.export import export
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 ENCODER_DECODER = {
     "vocab_size": common.VOCABULARY, "d_model": common.HIDDEN, "max_position_embeddings": common.POSITIONS,
@@ -146,7 +146,7 @@ def test_rounding_a_scaled_table_is_nearly_lossless_and_its_export_is_the_same(s
 
 
 def test_a_study_of_a_table_that_cannot_be_replaced_is_refused_before_it_is_measured(scaled, monkeypatch):
-    monkeypatch.setattr("rankfront.search.trial.load_model", _with_normed_table)
+    monkeypatch.setattr("rankfront.search.measure.trial.load_model", _with_normed_table)
     with pytest.raises(InputError, match=r"is a Normed, which does more than scale"):
         Resident(scaled.setup)
 

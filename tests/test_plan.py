@@ -8,10 +8,10 @@ import pytest
 from common import random_plan, rank_option
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
-from rankfront.search.model import count_parameters, find_sites
-from rankfront.search.plan import VERSION, Plan, cost_of
+from rankfront.search.inputs.model import count_parameters, find_sites
+from rankfront.search.measure.trial import Resident
+from rankfront.search.plans.plan import VERSION, Plan, cost_of
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 CHOICES = {"b": rank_option("svd", 8), "a": rank_option("svd-llm", 16), "c": DENSE_OPTION}
 

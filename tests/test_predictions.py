@@ -7,8 +7,7 @@ from launching import make_run, quiet, small_data, values_of
 
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
-from rankfront.search.plan import Plan
-from rankfront.search.predictions import (
+from rankfront.search.measure.predictions import (
     GROUP_BANDS,
     GROUP_KEEP,
     PROBE_TOKENS,
@@ -17,9 +16,10 @@ from rankfront.search.predictions import (
     menu_record,
     scaled_by_group,
 )
-from rankfront.search.samplers import OURS
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Interrupted, Study
-from rankfront.search.trial import Resident, make_space
 
 PREDICTIONS = {"q": {"svd 1": 0.4, "svd 2": 0.1}, "k": {"svd 1": 0.2}, "v": {"svd 1": 0.3}}
 PROBED = {"q": "svd 2", "k": "svd 1"}

@@ -14,11 +14,11 @@ from rankfront.methods.joined import Joined
 from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.methods.prepacked import Prepacked, prepacked
 from rankfront.objectives import Clock, make_objective
-from rankfront.search import timing
-from rankfront.search.plan import Plan
+from rankfront.search.measure import timing
+from rankfront.search.measure.timing import Stopwatches, timed_objectives
+from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.timing import Stopwatches, timed_objectives
-from rankfront.search.trial import Job, Resident
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 SMALL = {"batch": 1, "prompt": 6, "decode": 2, "rounds": 2, "seconds": 0, "prepack": True}
@@ -290,7 +290,7 @@ def test_modules_are_timed_prepacked_and_kept_apart(model_folder, text_file, mon
 def test_a_prepacked_study_joins_nothing(model_folder, text_file, monkeypatch):
     data = common.study_data(model_folder, text_file)
     data["objectives"]["latency"] = SMALL
-    monkeypatch.setattr("rankfront.search.joining.faster", lambda *_: True)
+    monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: True)
     resident = Resident(Study(data).setup())
     resident.apply(Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()}))
     assert resident.join() == []

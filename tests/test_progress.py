@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from launching import quiet
 
-from rankfront.search.accuracy import Calibration
-from rankfront.search.progress import Display, _status
+from rankfront.search.optimise.accuracy import Calibration
+from rankfront.search.run.progress import Display, _status
 
 GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_error=0.034, error=0.08)
 

@@ -14,23 +14,23 @@ from optuna.trial import TrialState
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
-from rankfront.search.accuracy import calibration
-from rankfront.search.allocate import sweep
-from rankfront.search.beliefs import SOLUTIONS_FLATTER, STEPS_FLATTER, SURROGATE_ERROR, Beliefs
-from rankfront.search.driver import Driver
-from rankfront.search.front import Row
-from rankfront.search.goal import Goal, make_goal
-from rankfront.search.local import Trust
-from rankfront.search.marks import ROUND
-from rankfront.search.menu import Line, Menu
-from rankfront.search.neighbours import NOISE
-from rankfront.search.opening import CENTRE, WARM_START, anchors_to_beat
-from rankfront.search.predictions import menu_jobs, menu_record
-from rankfront.search.sampler import SLACK, RankfrontSampler
-from rankfront.search.samplers import INTERRUPTED, OURS
-from rankfront.search.slopes import PASSES
+from rankfront.search.measure.predictions import menu_jobs, menu_record
+from rankfront.search.measure.slopes import PASSES
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.optimise.accuracy import calibration
+from rankfront.search.optimise.budgets import ROUND
+from rankfront.search.optimise.goal import Goal, make_goal
+from rankfront.search.optimise.neighbours import NOISE
+from rankfront.search.optimise.opening import CENTRE, WARM_START, anchors_to_beat
+from rankfront.search.optimise.predictor import SOLUTIONS_FLATTER, STEPS_FLATTER, SURROGATE_ERROR, Beliefs
+from rankfront.search.optimise.rankfront_sampler import SLACK, RankfrontSampler
+from rankfront.search.optimise.samplers import INTERRUPTED, OURS
+from rankfront.search.optimise.taylor import Trust
+from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.menu import Line, Menu
+from rankfront.search.run.driver import Driver
+from rankfront.search.storage.front import Row
 from rankfront.search.study import Interrupted, Study
-from rankfront.search.trial import Resident, make_space
 
 KINDS, TRIALS = ("attention", "mlp"), 40
 NEVER = 1e-9  # nats; the divergence of dense, so that its logarithm exists

@@ -5,11 +5,12 @@ import torch
 from launching import make_run, small_data
 
 from rankfront.methods import InputError
-from rankfront.search import Study, ranks
-from rankfront.search.model import find_sites, skeleton
-from rankfront.search.ranks import GAIN, liked, measured_multiple, shapes_of
-from rankfront.search.timing import Stopwatches
-from rankfront.search.trial import make_space
+from rankfront.search import Study
+from rankfront.search.inputs.model import find_sites, skeleton
+from rankfront.search.measure import ranks
+from rankfront.search.measure.ranks import GAIN, liked, measured_multiple, shapes_of
+from rankfront.search.measure.timing import Stopwatches
+from rankfront.search.measure.trial import make_space
 
 SHAPES = {(96, 96): 3, (192, 96): 1}
 KEEP, TOKENS = (0.3, 0.6), (1, 7)
@@ -65,7 +66,7 @@ def test_a_device_is_asked_once(tmp_path, monkeypatch):
     known = Stopwatches(tmp_path, "cpu", torch.float32).known
     assert known
     assert all(0 < ratio < float("inf") for ratio in known.values())
-    monkeypatch.setattr("rankfront.search.timing.compared", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr("rankfront.search.measure.timing.compared", lambda *_: pytest.fail("timed again"))
     assert measured_multiple({(48, 32): 1}, [0.5], None, "cpu", "float32", tmp_path) == found
 
 

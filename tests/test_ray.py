@@ -22,14 +22,14 @@ from launching import (
 from spoiling import ONCE
 
 from rankfront.methods import InputError
-from rankfront.search import driver, retries, workers
 from rankfront.search.config import ResourcesConfig
-from rankfront.search.driver import GaveUp
-from rankfront.search.predictions import menu_jobs
-from rankfront.search.samplers import OURS
+from rankfront.search.measure.predictions import menu_jobs
+from rankfront.search.measure.trial import make_space
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.run import driver, retries, workers
+from rankfront.search.run.driver import GaveUp
+from rankfront.search.run.workers import DIED, KILLED, reason_of
 from rankfront.search.study import Study
-from rankfront.search.trial import make_space
-from rankfront.search.workers import DIED, KILLED, reason_of
 
 TRIALS = 8
 

@@ -6,11 +6,11 @@ import pytest
 from launching import small_data
 
 from rankfront.methods import InputError
-from rankfront.search.constraint import Constraint
-from rankfront.search.plan import Plan, Prices
-from rankfront.search.reach import check_reachable, smallest
+from rankfront.search.measure.trial import make_space
+from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.plan import Plan, Prices
+from rankfront.search.plans.reach import check_reachable, smallest
 from rankfront.search.study import Study
-from rankfront.search.trial import make_space
 
 
 @pytest.fixture(scope="module")

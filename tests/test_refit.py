@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from rankfront.methods import DENSE_OPTION, get_method
 from rankfront.methods.layers import weight_of
-from rankfront.search import refit
-from rankfront.search.export import export
-from rankfront.search.plan import Plan
-from rankfront.search.refit import refitted
+from rankfront.search.measure import refit
+from rankfront.search.measure.refit import refitted
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output.export import export
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 METHODS = {  # architectures differ in biases, positions, Conv1D, and in what blocks are called with
     "llama": ["svd-llm", "svd", "vo-svd", "nystrom", "lama", "hola", "shared-basis"],

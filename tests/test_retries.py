@@ -8,11 +8,11 @@ import torch
 from launching import again, check_whole, make_driver, make_run, quiet, small_data, values_of
 
 from rankfront.methods import InputError
-from rankfront.search.driver import GaveUp
-from rankfront.search.retries import ATTEMPTS, MAX_LOST
-from rankfront.search.samplers import OURS
+from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.run.driver import GaveUp
+from rankfront.search.run.retries import ATTEMPTS, MAX_LOST
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident
 
 TRIALS = 6
 DEATH = "the worker process died"
@@ -85,7 +85,9 @@ def test_what_is_lost_at_every_attempt_failed_and_the_next_launch_tries_again(da
         assert failed.failure == f"OutOfMemoryError: no room; {ATTEMPTS} attempts"
     before = values_of(study)
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.trial.Resident.run", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "rankfront.search.measure.trial.Resident.run", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(Exception, match="kept"):
             study.launch(quiet())
     study.launch(quiet())

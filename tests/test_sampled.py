@@ -6,11 +6,11 @@ import torch
 from launching import make_run, quiet, small_data
 
 from rankfront.methods import InputError
-from rankfront.search import sampled
-from rankfront.search.model import load_tokenizer, resolve
-from rankfront.search.sampled import OwnText, Script, chat_script, degenerate, draw, plain_script
+from rankfront.search.inputs import own_text as sampled
+from rankfront.search.inputs.model import load_tokenizer, resolve
+from rankfront.search.inputs.own_text import OwnText, Script, chat_script, degenerate, draw, plain_script
+from rankfront.search.inputs.text import Split, cut, hash_tokens
 from rankfront.search.study import Study
-from rankfront.search.text import Split, cut, hash_tokens
 
 TEMPLATE = "{% for m in messages %}U{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 

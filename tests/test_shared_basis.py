@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
 from rankfront.methods.layers import matrix_of
-from rankfront.search.calibration import calibrate
-from rankfront.search.export import export
-from rankfront.search.gradient import quadratic_divergence
-from rankfront.search.model import find_sites, load_model, weights_at
-from rankfront.search.plan import Plan
+from rankfront.search.factors.calibration import calibrate
+from rankfront.search.factors.gradient import quadratic_divergence
+from rankfront.search.inputs.model import find_sites, load_model, weights_at
+from rankfront.search.measure.trial import Resident
+from rankfront.search.output.export import export
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 METHODS = ("shared-basis", "hola")
 OFFERED = {  # kinds of projection that adjacent blocks share, and siblings

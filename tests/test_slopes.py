@@ -11,9 +11,9 @@ from torch import nn
 from rankfront.methods import DENSE_OPTION, Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import score, teach
-from rankfront.search.factors import FactorStore
-from rankfront.search.model import find_sites
-from rankfront.search.slopes import OWN_LABELS, PASSES, SLOPE_TOKENS, measure_slopes, slope_tokens
+from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs.model import find_sites
+from rankfront.search.measure.slopes import OWN_LABELS, PASSES, SLOPE_TOKENS, measure_slopes, slope_tokens
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
 NAMES = ("llama", "gpt2")
@@ -176,7 +176,7 @@ def test_b_of_the_likelihood_is_that_of_its_own_labels(world):
 @pytest.mark.parametrize("batch", [1, 2 * LENGTH])
 def test_batches_add_up(llama, monkeypatch, batch):
     """Each with its own part of the teacher, and its labels drawn after the last one's."""
-    monkeypatch.setattr("rankfront.search.slopes.BATCH_TOKENS", batch)
+    monkeypatch.setattr("rankfront.search.measure.slopes.BATCH_TOKENS", batch)
     found = llama.slopes(llama.teacher)
     for site, option in every(llama)[::7]:
         a, b = found[site.name][option.label]
@@ -303,7 +303,7 @@ def test_after_an_error_no_hook_is_left(world, monkeypatch, broken):
     if broken == "multinomial":
         monkeypatch.setattr(torch, "multinomial", fail)
     elif broken == "products":
-        monkeypatch.setattr("rankfront.search.slopes.products", fail)
+        monkeypatch.setattr("rankfront.search.measure.slopes.products", fail)
     else:
         monkeypatch.setattr(type(world.model), "forward", fail)
     with pytest.raises(MemoryError):

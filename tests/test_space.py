@@ -6,9 +6,9 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, get_method
 from rankfront.search.config import SpaceConfig
-from rankfront.search.model import Place, find_sites
-from rankfront.search.plan import check_disjoint
-from rankfront.search.space import Space, Tied
+from rankfront.search.inputs.model import Place, find_sites
+from rankfront.search.plans.plan import check_disjoint
+from rankfront.search.plans.space import Space, Tied
 
 KEEP = (0.3, 0.5, 0.8)
 KINDS = common.GATED

@@ -12,11 +12,11 @@ from launching import again, check_whole, make_run, quiet, small_data, tree, val
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run as command
-from rankfront.search.checked import close
-from rankfront.search.samplers import DAMAGED
-from rankfront.search.storage import to_write
+from rankfront.search.measure.trial import Resident
+from rankfront.search.optimise.samplers import DAMAGED
+from rankfront.search.storage.checked import close
+from rankfront.search.storage.urls import to_write
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident
 
 TRIALS = 6
 FLIPS = 60  # in cells that decide something, and as many anywhere
@@ -399,7 +399,7 @@ def test_a_full_database_loses_nothing_that_was_finished(model_folder, text_file
         return connection
 
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.run.to_write", full)
+        patch.setattr("rankfront.search.storage.folder.to_write", full)
         with pytest.raises(InputError, match="full") as caught:
             study.launch(quiet())
     assert "\n" not in str(caught.value)
@@ -410,7 +410,7 @@ def test_a_full_database_loses_nothing_that_was_finished(model_folder, text_file
 
 
 def test_a_locked_database_is_one_line(own, monkeypatch):
-    monkeypatch.setattr("rankfront.search.storage.PATIENCE", 0.1)
+    monkeypatch.setattr("rankfront.search.storage.urls.PATIENCE", 0.1)
     before = own.rows()
     with contextlib.closing(sqlite3.connect(own.run.database)) as holder:
         holder.execute("BEGIN IMMEDIATE")

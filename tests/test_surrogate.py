@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Option
-from rankfront.search.goal import SMALLEST
-from rankfront.search.menu import Line, Menu
-from rankfront.search.surrogate import NOISE, RESIDUALS, SPREAD, Coefficients, Surrogate
+from rankfront.search.optimise.goal import SMALLEST
+from rankfront.search.optimise.surrogate import NOISE, RESIDUALS, SPREAD, Coefficients, Surrogate
+from rankfront.search.plans.menu import Line, Menu
 
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
 

@@ -10,8 +10,8 @@ import torch
 from launching import quiet
 
 from rankfront.methods import InputError
+from rankfront.search.inputs.text import Split, cut, hash_tokens, read_text, scattered, tokenize
 from rankfront.search.study import Study
-from rankfront.search.text import Split, cut, hash_tokens, read_text, scattered, tokenize
 
 LENGTH = 16
 
@@ -21,7 +21,7 @@ def counted(tmp_path, monkeypatch, tokenizer):
     """A text whose tokens are their own positions, so that a window says where it comes from."""
     path = tmp_path / "counted.txt"
     path.write_text("x" * 4_000, encoding="utf-8")
-    monkeypatch.setattr("rankfront.search.text.tokenize", lambda tokenizer, text: torch.arange(len(text)))
+    monkeypatch.setattr("rankfront.search.inputs.text.tokenize", lambda tokenizer, text: torch.arange(len(text)))
     return str(path)
 
 

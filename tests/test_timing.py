@@ -12,11 +12,13 @@ from torch import nn
 
 from rankfront.methods import DENSE_OPTION, InputError, Option, Unpacked
 from rankfront.objectives.latency import Latency, LatencyDecode, LatencyPrefill
-from rankfront.search import Plan, Study, driver, timing
-from rankfront.search.goal import menu_of, sizes_of, timings_of
-from rankfront.search.tables import menu_table
-from rankfront.search.timing import Stopwatches, Timing, compared, pack, timed, unpack
-from rankfront.search.trial import Job, Resident
+from rankfront.search import Plan, Study
+from rankfront.search.measure import timing
+from rankfront.search.measure.timing import Stopwatches, Timing, compared, pack, timed, unpack
+from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.optimise.goal import menu_of, sizes_of, timings_of
+from rankfront.search.output.tables import menu_table
+from rankfront.search.run import driver
 
 SMALL = {"prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}
 FAST, SLOW = Option.of("svd", rank=2), Option.of("svd", rank=9)
@@ -150,7 +152,7 @@ def test_what_a_model_keeps_unpacked_is_timed_unpacked(data, name, monkeypatch):
 def test_a_table_made_on_resuming_is_used(data, counted, tmp_path, monkeypatch):
     """By the search that goes on, not by those alone who read the run later."""
     with monkeypatch.context() as broken:
-        broken.setattr("rankfront.search.trial.time_sites", lambda *arguments: 1 / 0)
+        broken.setattr("rankfront.search.measure.trial.time_sites", lambda *arguments: 1 / 0)
         make_run(data, tmp_path / "run")
     seen = []
     real = driver.ours
@@ -270,7 +272,7 @@ def test_a_table_is_made_once_and_a_failed_one_does_not_stop_the_study(data, tmp
         made.append(arguments)
         raise RuntimeError("no clock")
 
-    monkeypatch.setattr("rankfront.search.trial.time_sites", failing)
+    monkeypatch.setattr("rankfront.search.measure.trial.time_sites", failing)
     study = make_run(data, tmp_path / "run")
     assert len(made) == 1
     assert "no clock" in study._optuna().user_attrs["timing"]["failure"]

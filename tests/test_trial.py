@@ -10,10 +10,10 @@ from launching import small_data
 
 from rankfront.methods import InputError, method_names
 from rankfront.methods.layers import weight_of
-from rankfront.search.model import count_parameters
-from rankfront.search.plan import Plan
+from rankfront.search.inputs.model import count_parameters
+from rankfront.search.measure.trial import Job, Resident, prepare_store
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.trial import Job, Resident, prepare_store
 
 IDS = tokens(2, 16)
 
@@ -133,7 +133,7 @@ def test_a_failure_is_a_value_and_the_next_trial_runs(resident, monkeypatch, kin
 
     with monkeypatch.context() as patch:
         patch.setattr("rankfront.objectives._subject.score", fail)
-        patch.setattr("rankfront.search.trial.score", fail)
+        patch.setattr("rankfront.search.measure.trial.score", fail)
         record = resident.run(Job(kind, 0, plan))
     assert list(record) == (["failure", "lost"] if isinstance(error, MemoryError) else ["failure"])
     assert type(error).__name__ in record["failure"]
@@ -189,7 +189,7 @@ def test_a_second_resident_gives_the_same_values(resident):
 
 def test_menu_and_slopes_read_short_pieces_that_no_trial_reads(resident, monkeypatch):
     """Pieces are whole, neighbours read others, and every call the same."""
-    monkeypatch.setattr("rankfront.search.trial.PIECE_TOKENS", 12)  # windows of 32 in three pieces of 10
+    monkeypatch.setattr("rankfront.search.measure.trial.PIECE_TOKENS", 12)  # windows of 32 in three pieces of 10
     windows = torch.arange(6 * 32).reshape(6, 32)
     monkeypatch.setattr(resident, "setup", replace(resident.setup, tokens={"search": windows}))
     monkeypatch.setattr(resident, "rungs", [slice(0, 2)])

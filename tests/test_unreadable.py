@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModel
 
 from rankfront.methods import InputError
-from rankfront.search.evaluate import evaluate
-from rankfront.search.export import _mark
-from rankfront.search.model import load_model, load_tokenizer, resolve, skeleton
+from rankfront.search.inputs.model import load_model, load_tokenizer, resolve, skeleton
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.output.evaluate import evaluate
+from rankfront.search.output.export import _mark
 from rankfront.search.study import Study
-from rankfront.search.trial import Resident, make_space
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_configuration_that_describes_no_model_is_one_line(folder, changes):
 
 
 def test_more_memory_than_there_is_is_no_error_of_the_input(folder, monkeypatch):
-    monkeypatch.setattr("rankfront.search.model.MOST_VALUES", 10**12)  # else it is refused before it is tried
+    monkeypatch.setattr("rankfront.search.inputs.model.MOST_VALUES", 10**12)  # else it is refused before it is tried
     settings(folder, vocab_size=10**12)
     with pytest.raises(MemoryError, match="memory") as caught:
         load(folder)

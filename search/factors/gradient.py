@@ -1,0 +1,187 @@
+"""Predicted divergence of every option, and how options of different sites add up, from one forward and one backward
+pass: the Fisher quadratic.
+
+    d(plan) = ½ (1/N) Σ_t (Σ_i δ_ti(o_i))²,    δ_ti(o) = g_tiᵀ (W_i − Ŵ_i) x_ti,
+
+with x_ti the input of site i's weight at token t and g_ti the gradient of Σ −log p(y) with respect to its output, the
+labels y drawn from the model itself. E[g gᵀ] over such labels is the Fisher information, which is the Hessian of
+KL(dense ‖ compressed) at zero, so d is the second-order divergence, tokens taken as independent. Its diagonal, one
+site alone, is predicted for every option; for what two sites do together the cosine of their δ is kept, a mean over
+a few levels. For nested factors gᵀ Ŵ_r x is a running sum over components: all levels in one pass. What a joint
+treatment does is, to first order or exactly, what a change of one of its weights would do: its site's anchor.
+
+Sources: the Fisher as Hessian of KL, Martens (1412.1193) section 9.2; gradient scores of singular values in the manner
+of ZS-SVD; the quadratic form over whole options, and between sites, is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import Factors, Option, Site, get_method
+from rankfront.methods.layers import replacement
+from rankfront.search.factors.store import FactorStore
+
+BATCH_TOKENS = 1024  # tokens of one backward pass
+PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
+LEVELS = 5  # options of each site, from the cheapest to the dearest, at which cosines are taken
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """What one pass predicts.
+
+    Attributes:
+        divergence: site name -> option label -> nats a token, alone.
+        sites: the names of S sites, in order.
+        cosines: of what they do to the output at the same tokens, (S, S), ones on the diagonal.
+    """
+
+    divergence: dict[str, dict[str, float]]
+    sites: list[str]
+    cosines: Tensor
+
+
+def quadratic_divergence(
+    model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: FactorStore, seed: int
+) -> Quadratic:
+    """The predictions for every option wanted, from ``windows`` (W, L) through the dense ``model``."""
+    generator = torch.Generator().manual_seed(seed)
+    scored = [_Scored(site, options, store) for site, options in wanted.items()]
+    products = torch.zeros(LEVELS, len(scored), len(scored))
+    step = max(1, BATCH_TOKENS // windows.shape[1])
+    with differentiated(model, [hook for s in scored for hook in s.hooks()]):
+        for start in range(0, len(windows), step):
+            ids = windows[start : start + step].to(next(model.parameters()).device)
+            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # (tokens, V)
+            drawn_loss(logits, generator).backward()
+            for s in scored:
+                s.settle()
+            if scored:
+                moved = torch.stack([s.moved for s in scored], dim=1)  # (levels, sites, tokens)
+                products += (moved @ moved.mT).cpu()
+    return Quadratic(
+        {s.site.name: {label: total / windows.numel() for label, total in s.totals.items()} for s in scored},
+        [s.site.name for s in scored],
+        _cosines(products),
+    )
+
+
+@contextmanager
+def differentiated(model: Any, hooks: Sequence[tuple[str, Callable[..., None]]]) -> Iterator[None]:
+    """Within, gradients reach the output of every module from the embeddings on, though weights are frozen, and the
+    forward ``hooks`` (module path, hook) are in place."""
+    handles = []
+    try:
+        table = model.get_input_embeddings()
+        handles.append(table.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True)))
+        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks]
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Σ −log p(y) over tokens, for labels y drawn from ``logits`` (tokens, V) themselves."""
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+
+
+def arriving(inputs: tuple[Tensor, ...]) -> Tensor:
+    """What a linear or a table was given, token by token: x (tokens, n), or ids (tokens,)."""
+    x = inputs[0].detach()
+    return x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+
+
+def _cosines(products: Tensor) -> Tensor:
+    """The mean over levels of p_ij / √(p_ii p_jj) for ``products`` (levels, S, S)."""
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()  # (levels, S)
+    scale = norms[:, :, None] * norms[:, None, :]
+    cosines = torch.where(scale > 0, products / scale, 0).mean(0)
+    return cosines.fill_diagonal_(1.0)
+
+
+class _Scored:
+    """One site under the pass: sums over tokens for every option, and δ at a few levels of the tokens just seen."""
+
+    def __init__(self, site: Site, options: Sequence[Option], store: FactorStore) -> None:
+        self.site = site
+        self.options = options
+        self.store = store
+        self.totals = {option.label: 0.0 for option in options}
+        by_cost = sorted(options, key=lambda o: (get_method(o.method).storage(site, o).parameters, o.label))
+        last = len(by_cost) - 1
+        self.levels = [by_cost[round(last * level / (LEVELS - 1))].label for level in range(LEVELS)]
+        self.moved = torch.zeros(0)
+        self._arrived: list[dict[str, Tensor]] = []  # δ of every part for every option, of the tokens just seen
+
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        """(module path, forward hook) at every anchor."""
+        return [(part.anchor.path, self._hook(part)) for part in self.site.parts]
+
+    def _hook(self, part: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            x = arriving(inputs)
+            outputs = output.detach()  # a hook that held ``output`` itself would keep the whole graph for good
+
+            def arrived(gradient: Tensor) -> None:  # when what it needs is complete
+                g = gradient.flatten(0, -2)  # (tokens, m)
+                y = outputs.flatten(0, -2).float()  # (tokens, m)
+                dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
+                along = products(self.options, self.site, part, self.store, module, g, x)
+                self._arrived.append({label: dense - compressed for label, compressed in along.items()})
+
+            output.register_hook(arrived)
+
+        return hook
+
+    def settle(self) -> None:
+        """After a backward pass: the parts' δ add up to the site's."""
+        moved = {label: torch.stack([part[label] for part in self._arrived]).sum(0) for label in self.totals}
+        self._arrived = []
+        for label, value in moved.items():
+            self.totals[label] += 0.5 * float(value.square().sum())
+        self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
+
+
+def products(
+    options: Sequence[Option], site: Site, part: Site, store: FactorStore, dense: nn.Module, g: Tensor, x: Tensor
+) -> dict[str, Tensor]:
+    """What `Method.along` gives at the anchor of a ``part`` of the ``site``, for options of several methods.
+
+    Of an embedding table, ``dense``, gᵀ ê for the rows ê that x, token ids, look up.
+    """
+    if part.anchor.kind == "embedding":
+        return {
+            option.label: (g.float() * _looked_up(store.factors(site, option)["weight"], dense, x)).sum(1)
+            for option in options
+        }
+    by_method: dict[str, list[Option]] = {}
+    for option in options:
+        by_method.setdefault(option.method, []).append(option)
+    found: dict[str, Tensor] = {}
+    for name, chosen in by_method.items():
+        method = get_method(name)
+        if method.nested:
+            found |= method.along(part, store.load(site, chosen[0]), chosen, g, x)
+        else:
+            for option in chosen:
+                found |= method.along(part, store.load(site, option), [option], g, x)
+    return found
+
+
+@torch.no_grad()
+def _looked_up(factors: Factors, dense: nn.Module, ids: Tensor) -> Tensor:
+    """The rows (tokens, width) that ``factors`` have for token ids in the place of the table ``dense``."""
+    tensors = {name: tensor.to(ids.device) for name, tensor in factors.tensors.items()}
+    rows: Tensor = replacement(dense, factors.kind, tensors, factors.settings)(ids)
+    return rows.float()

@@ -1,0 +1,1 @@
+"""What a study starts from: the model, its sites, texts and the device."""

@@ -1,0 +1,1 @@
+"""What a plan does: the compressed model on the search split, losses around it, latency, refitting."""

@@ -1,0 +1,236 @@
+"""Sequential refit: each weight of a plan fitted again to the inputs that the compressed model before it really makes.
+
+Preparing measures inputs x of the dense model. Where blocks before a weight are compressed it reads x' instead, and
+
+    min_Ŵ Σ_t ‖W x_t − Ŵ x'_t‖² = min_Ŵ ‖(M − Ŵ) C'^{1/2}‖² + const,    M = W C_xx' C'⁻¹,
+
+with C' = Σ x'x'ᵀ and C_xx' = Σ x x'ᵀ: what a method that fits W under C does is done again for M under C', at the same
+level. M is a regression: where x' tells little of x it shrinks, and over many blocks so does what they write. So the
+target goes part of the way, W + β (M − W).
+
+Block by block, and within a block by what reads the same input, in the order of the calls; two streams of hidden
+states, dense and compressed, go along. Treatments that have no such Gram stay as they are.
+
+Source: AA-SVD (2604.02119), its anchored objective (β = 1), there for low rank; its block-wise training is not part of
+this. A target part of the way is SAES-SVD's (ICLR 2026), which chooses β layer by layer [M].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import DENSE_OPTION, Gram, Option, Site, Statistics, get_method
+from rankfront.methods.layers import set_module
+from rankfront.search.factors.calibration import shared_inputs
+from rankfront.search.inputs.model import blocks, weights_at
+from rankfront.search.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from rankfront.search.measure.trial import Resident
+
+BATCH_TOKENS = 2048  # tokens that a block reads at once
+ANCHOR = 0.5  # β
+RIDGE = 1e-4  # of the mean diagonal of C', as tokens that both streams share: where nothing is known, M is W
+Progress = Callable[[int, int], None]  # blocks done, in all
+
+
+class _Reached(Exception):
+    """The module that was waited for has been called."""
+
+
+@contextmanager
+def refitted(resident: Resident, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[None]:
+    """Within, the model runs ``plan`` refitted sequentially on the calibrate split; dense after.
+
+    Beside the model it holds hidden states of all these tokens twice, and what the weights of one block read.
+    """
+    resident.apply(plan)
+    try:
+        with torch.no_grad():
+            _refit(resident, resident.setup.tokens["calibrate"], progress)
+        yield
+    finally:
+        resident.apply(Plan(()))
+
+
+def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
+    model, ids = resident.model, _batches(windows, resident.setup.device)
+    with resident.dense():
+        prefix, found = blocks(model)
+    by_block: dict[int, dict[Site, Option]] = {}
+    for site, place in resident.sites.items():
+        option = resident.current.get(site.name, DENSE_OPTION)
+        if option != DENSE_OPTION and place.block is not None and get_method(option.method).refits(site):
+            by_block.setdefault(place.block, {})[site] = option
+    reads = {site: _reads(site, option) for own in by_block.values() for site, option in own.items()}
+    calls = _calls(model, found, ids[0])
+    compressed = [_first(model, found[0], batch) for batch in ids]
+    with resident.dense():
+        dense = [_first(model, found[0], batch) for batch in ids]
+        lead = shared_inputs(model, list(reads.values()), ids[0][:1])  # in the order of the calls
+    for number, block in enumerate(found):
+        path = f"{prefix}.{number}."
+        own = {name: module for name, module in resident.modules.items() if name.startswith(path)}
+        plain = {name: resident.dense_modules[name] for name in own}
+
+        def run(hidden: Tensor, block: nn.Module = block, call: _Call = calls[number]) -> Tensor:
+            return call.run(block, hidden)
+
+        stages = list(dict.fromkeys(first for read, first in lead.items() if read.startswith(path)))
+        with _in_place(model, plain, own):
+            seen = [_inputs(model, stages, run, hidden) for hidden in dense]  # of this block's weights, all tokens
+        dense = [after for after, _ in seen]
+        for stage in stages:
+            sites = {site: option for site, option in by_block[number].items() if lead[reads[site]] == stage}
+            treated = {weight.path: plain[weight.path] for site in sites for weight in site.weights}
+            sums = _Sums()
+            with _in_place(model, treated, own):
+                for (_, inputs), hidden in zip(seen, compressed, strict=True):
+                    sums.add(inputs[stage], _caught(model.get_submodule(stage), partial(run, hidden)))
+            for site, option in sites.items():
+                _fit(resident, site, option, sums)
+                own |= {weight.path: resident.modules[weight.path] for weight in site.weights}
+        compressed = [run(hidden) for hidden in compressed]
+        progress(number + 1, len(found))
+
+
+def _batches(windows: Tensor, device: str) -> list[Tensor]:
+    """Batches of one size, so that what a block is called with beside hidden states serves all of them."""
+    most = max(1, BATCH_TOKENS // windows.shape[1])
+    size = next(count for count in range(min(most, len(windows)), 0, -1) if len(windows) % count == 0)
+    return [batch.to(device) for batch in windows.split(size)]
+
+
+def _reads(site: Site, option: Option) -> str:
+    """The module whose inputs' Gram the fit reads; others of the site that are fitted again have the same inputs."""
+    roles = get_method(option.method).refits(site)
+    return next(weight.path for weight in site.weights if weight.role in roles)
+
+
+class _Call:
+    """What the model calls a block with, beside the hidden states."""
+
+    def __init__(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
+        self.arguments = tuple(arguments[1:])
+        self.named = {name: value for name, value in named.items() if name != "hidden_states"}
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.arguments, **self.named)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
+
+
+def _calls(model: Any, found: Iterable[nn.Module], ids: Tensor) -> list[_Call]:
+    calls: list[_Call] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, given, named: calls.append(_Call(given, named)), with_kwargs=True)
+        for block in found
+    ]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
+    """The hidden states that enter the first block."""
+    return _caught(block, lambda: model(input_ids=ids, use_cache=False))
+
+
+def _inputs(
+    model: Any, paths: Sequence[str], run: Callable[[Tensor], Tensor], hidden: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a block makes of ``hidden``, and what the modules at ``paths`` in it read."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, given, path=path: found.__setitem__(path, given[0])
+        )
+        for path in paths
+    ]
+    try:
+        return run(hidden), found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What ``module`` is called with within ``call``, which goes no further."""
+    caught: list[Tensor] = []
+
+    def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        caught.append(given[0] if given else named["hidden_states"])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def _in_place(model: nn.Module, modules: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, ``modules`` stand in the model; after, those of ``after`` at the same paths."""
+    try:
+        for path, module in modules.items():
+            set_module(model, path, module)
+        yield
+    finally:
+        for path in modules:
+            set_module(model, path, after[path])
+
+
+class _Sums:
+    """C' and C_xx' (n, n), and the number of tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.own: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def add(self, x: Tensor, compressed: Tensor) -> None:
+        """x and x' (..., n) of the same tokens; sums are of fp64 where that is affordable, for (C' + ε I)⁻¹ magnifies
+        what rounding leaves of directions that were not seen."""
+        dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+        x, compressed = x.flatten(0, -2).to(dtype), compressed.flatten(0, -2).to(dtype)
+        own, cross = compressed.T @ compressed, x.T @ compressed
+        self.tokens += len(x)
+        self.own = own if self.own is None else self.own.add_(own)
+        self.cross = cross if self.cross is None else self.cross.add_(cross)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W + β (M − W), M = W (C_xx' + ε I)(C' + ε I)⁻¹, (m, n), for W (m, n)."""
+        assert self.own is not None
+        assert self.cross is not None
+        own, cross = self.own.double(), self.cross.double()
+        ridge = RIDGE * own.diagonal().mean() + torch.finfo(torch.float32).tiny
+        identity = ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        moved: Tensor = torch.linalg.solve(own + identity, (cross + identity).T)
+        return torch.lerp(weight.double(), weight.double() @ moved.T, ANCHOR)
+
+
+def _fit(resident: Resident, site: Site, option: Option, sums: _Sums) -> None:
+    """Fit ``option`` again at ``site`` and run it."""
+    method = get_method(option.method)
+    dense = {weight.path: resident.dense_modules[weight.path] for weight in site.weights}
+    with _in_place(resident.model, dense, resident.modules):
+        weights = weights_at(resident.model, site)
+    assert sums.own is not None
+    statistics = Statistics(sums.tokens, gram=Gram(sums.own))
+    roles = method.refits(site)
+    weights |= {role: sums.target(weights[role]) for role in roles}
+    prepared = method.prepare(site, weights, dict.fromkeys(roles, statistics), [option])
+    resident.replace(site, method.truncate(prepared, option))

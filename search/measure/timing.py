@@ -1,0 +1,361 @@
+"""The latency table: what each option's modules take on this device, timed once, and what plans are predicted to take.
+
+A module is timed as it runs, with its own factors, for the tokens of a prefill and for those of a decoding step, in
+turns with the dense module that it replaces and over enough copies of both that the weights come from memory, as they
+do in a model. Its seconds are the median ratio times the dense module's. With T the seconds of the whole dense model
+and t_w those of its weight w,
+
+    T(plan) = T + Σ_{w treated} (t_w(option) − t_w(dense)),
+
+so what is no linear is the measured remainder. Tables are kept by device, threads, dtype, versions and our code in
+the cache folder and shared by all studies. The sum leaves out what modules do to each other; a slope through "as
+dense", fitted to the trials of a study, corrects for it (see `Timing.calibrated`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from filelock import FileLock
+from torch import Tensor, nn
+
+from rankfront.methods import DENSE_OPTION, Factors, InputError, Option, Site, Weight, source_behind
+from rankfront.methods.layers import LAYERS
+from rankfront.methods.prepacked import prepacked
+from rankfront.objectives import make_objective
+from rankfront.objectives.latency import Run, Timed
+from rankfront.search.atomic import read_checked, write_checked
+from rankfront.search.factors.store import FactorStore
+from rankfront.search.plain import plain
+
+PHASES = ("prefill", "decode")
+COLD = 2**25  # bytes of weights gone through before the same copy comes again
+COPIES = 64
+ROUNDS = 15
+WHOLE_RUNS = 5
+LEAST_FIGURE, MOST_FIGURE = 1e-9, 1e4  # of seconds of a call, and of ratios of two: a guess, beyond which clocks err
+LEAST = 2e-4  # seconds of one round, at least: below, the clock and the interpreter are what is timed
+
+Seconds = dict[str, float]  # phase -> seconds
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a study knows of its options' latency.
+
+    Attributes:
+        sites: site name -> option label, dense among them -> seconds by phase of what runs there.
+        whole: seconds by phase of the dense model.
+        slope: by which predicted savings are multiplied.
+    """
+
+    sites: Mapping[str, Mapping[str, Seconds]]
+    whole: Seconds
+    slope: float = 1.0
+
+    def seconds(self, objective: Timed, site: str, option: Option) -> float | None:
+        """What counts for the objective of one site's seconds; None where they are not known."""
+        found = self.sites.get(site, {}).get(option.label)
+        return None if found is None else objective.of(Run(**found))
+
+    def ratio(self, objective: Timed, options: Mapping[str, Option]) -> float | None:
+        """The objective's predicted value, as a ratio to dense; None where an option was not timed."""
+        more = 0.0
+        for site, option in options.items():
+            if option != DENSE_OPTION:
+                ours, dense = (self.seconds(objective, site, each) for each in (option, DENSE_OPTION))
+                if ours is None or dense is None:
+                    return None
+                more += ours - dense
+        return 1.0 + self.slope * more / objective.of(Run(**self.whole))
+
+    def calibrated(self, objective: Timed, trials: Sequence[tuple[Mapping[str, Option], float]]) -> Calibrated:
+        """What it predicts beside what trials (options, measured ratio) gave."""
+        known = [(self.ratio(objective, options), measured) for options, measured in trials if any_treated(options)]
+        pairs = np.array([(p, m) for p, m in known if p is not None]).reshape(-1, 2) - 1.0
+        doubt = float(np.mean(pairs[:, 0] ** 2)) if len(pairs) else 1.0
+        slope = float((pairs[:, 0] @ pairs[:, 1] + doubt) / (pairs[:, 0] @ pairs[:, 0] + doubt)) if doubt else 1.0
+        errors = np.abs(slope * pairs[:, 0] - pairs[:, 1])
+        median, worst = (float(np.median(errors)), float(errors.max())) if len(errors) else (np.nan, np.nan)
+        return Calibrated(replace(self, slope=self.slope * slope), len(pairs), median, worst)
+
+
+def any_treated(options: Mapping[str, Option]) -> bool:
+    """Whether a plan is not the dense one, which takes as long as itself."""
+    return any(option != DENSE_OPTION for option in options.values())
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A table with its slope fitted to trials, one trial's worth of doubt included.
+
+    Attributes:
+        timing: the table.
+        trials: how many it was fitted to.
+        median, worst: absolute error over these, as a fraction of dense; NaN where there are none.
+    """
+
+    timing: Timing
+    trials: int
+    median: float
+    worst: float
+
+    def figures(self) -> dict[str, float | None]:
+        """``trials``, ``slope``, ``median`` and ``worst``, plain."""
+        errors = {"median": self.median, "worst": self.worst}
+        known = {name: None if np.isnan(value) else value for name, value in errors.items()}
+        return {"trials": self.trials, "slope": self.timing.slope, **known}
+
+    def __str__(self) -> str:
+        if not self.trials:
+            return "predicted module by module, and no trial to compare with yet"
+        return (
+            f"predicted against measured over {self.trials} trials: median error {self.median:.1%} of dense, worst"
+            f" {self.worst:.1%}; whole models save {self.timing.slope:.2f} of what their modules were timed to"
+        )
+
+
+def pack(timing: Mapping[str, Mapping[str, Seconds]]) -> dict[str, dict[str, list[float]]]:
+    """``sites`` as plain data, microseconds."""
+    return {
+        site: {label: [float(f"{1e6 * found[phase]:.4g}") for phase in PHASES] for label, found in options.items()}
+        for site, options in timing.items()
+    }
+
+
+def unpack(record: Mapping[str, Any]) -> Timing:
+    """What a study keeps of one objective's table."""
+    sites = {
+        site: {label: dict(zip(PHASES, (1e-6 * t for t in times), strict=True)) for label, times in options.items()}
+        for site, options in record["sites"].items()
+    }
+    return Timing(sites, record["whole"])
+
+
+def timed_objectives(objectives: Mapping[str, dict[str, Any]]) -> dict[str, Timed]:
+    """Those of a study's objectives that are latencies."""
+    made = {name: make_objective(name, settings) for name, settings in objectives.items()}
+    timed = {name: objective for name, objective in made.items() if isinstance(objective, Timed)}
+    if len({objective.prepack for objective in timed.values()}) > 1:
+        raise InputError(f"objectives {', '.join(timed)} differ in prepack: set it for all of them, or for none")
+    return timed
+
+
+def time_sites(
+    objective: Timed,
+    wanted: Mapping[Site, Sequence[Option]],
+    outside: Collection[str],
+    dense_modules: Mapping[str, nn.Module],
+    store: FactorStore,
+    make: Callable[[Site, Option], Mapping[str, nn.Module]],
+    watches: Stopwatches,
+) -> dict[str, dict[str, Seconds]]:
+    """``sites`` of a `Timing`: every option wanted and dense, at the lengths of ``objective``.
+
+    ``make`` gives what an option runs, by module path. Sites named ``outside`` the blocks run on the last token of a
+    prompt alone. Lookups in embedding tables take no time worth counting.
+    """
+    found: dict[str, dict[str, Seconds]] = {}
+    alike: dict[tuple[Any, ...], dict[str, Seconds]] = {}  # what sites of one kind have in common: role -> seconds
+    for site, options in wanted.items():
+        found.setdefault(site.name, {})
+        prompt = 1 if site.name in outside else objective.prompt
+        weights = [weight for weight in site.weights if weight.kind != "embedding"]
+        dense = {weight.role: dense_modules[weight.path] for weight in weights}
+        kind = [(w.role, w.out_features, w.in_features, type(dense[w.role])) for w in weights]
+        for option in (DENSE_OPTION, *options):
+            seconds = alike.get((option, prompt, *kind))
+            if seconds is None:
+                factors = {} if option == DENSE_OPTION else store.factors(site, option)
+                made = partial(make, site, option)
+                seconds = alike[option, prompt, *kind] = {
+                    w.role: _weight_seconds(objective, prompt, w, dense[w.role], factors.get(w.role), made, watches)
+                    for w in weights
+                }
+            found[site.name][option.label] = {phase: sum(s[phase] for s in seconds.values()) for phase in PHASES}
+            if option == DENSE_OPTION:  # of a joint site's weights too, which may have no site of their own here
+                for weight in weights:
+                    found.setdefault(weight.path, {}).setdefault(option.label, seconds[weight.role])
+        watches.save()
+    return found
+
+
+def _weight_seconds(
+    objective: Timed,
+    prompt: int,
+    weight: Weight,
+    dense: nn.Module,
+    own: Factors | None,
+    make: Callable[[], Mapping[str, nn.Module]],
+    watches: Stopwatches,
+) -> Seconds:
+    """What runs at one weight, dense or its ``own`` factors: for ``prompt`` tokens, and for every token decoded."""
+    parameter, size = next(dense.parameters()), f"{type(dense).__name__} {weight.out_features}x{weight.in_features}"
+    found = {}
+    for phase, tokens, steps in (("prefill", prompt, 1), ("decode", 1, objective.decode)):
+        shape = (objective.batch, tokens, weight.in_features)
+        x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
+        found[phase] = steps * watches.seconds(f"dense {size}", dense, x)
+        if own is not None:
+            level = " ".join(f"{name}={value}" for name, value in sorted(own.settings.items()))
+            found[phase] *= watches.ratio(
+                f"{own.kind} {level} for {size}", lambda: dense, x, lambda: make()[weight.path]
+            )
+    return found
+
+
+def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
+    """``whole`` of a `Timing`: the dense model, median of a few runs."""
+    ids = objective.prompts(windows, next(model.parameters()).device)
+    run = objective.runner(model)
+    with prepacked(model) if objective.prepack else nullcontext():
+        run(ids)
+        runs = [run(ids) for _ in range(WHOLE_RUNS)]
+    return {phase: float(np.median([getattr(run, phase) for run in runs])) for phase in PHASES}
+
+
+class Stopwatches:
+    """Seconds of dense modules and ratios of modules to others, by what they are and by tokens, kept on disk.
+
+    ``prepack``: whether all of them run prepacked. What is on disk and is not whole, or holds a figure that no clock
+    gives, is discarded with a warning and timed anew.
+    """
+
+    def __init__(self, root: Path, device: str, dtype: torch.dtype, prepack: bool = False) -> None:
+        self.path = root / f"latency-{_machine(device, dtype)}{'-prepacked' if prepack else ''}.json"
+        self.prepack = prepack
+        self.known: dict[str, float] = self._kept()
+        self.new = False
+
+    def _kept(self) -> dict[str, float]:
+        try:
+            return _checked(read_checked(self.path))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            reason = str(error)
+            log.warning(
+                "the latency table %s is discarded (%s): its modules are timed anew", plain(self.path), plain(reason)
+            )
+            self.path.unlink(missing_ok=True)
+            return {}
+
+    def seconds(self, key: str, dense: nn.Module, x: Tensor) -> float:
+        """Those of ``dense``, which ``key`` describes, on x (batch, tokens, n)."""
+        return self._figure(key, x, lambda: timed(dense, x, self.prepack))
+
+    def ratio(self, key: str, base: Callable[[], nn.Module], x: Tensor, module: Callable[[], nn.Module]) -> float:
+        """Seconds of ``module`` over those of ``base``, which ``key`` describes; both are made where nobody knows."""
+        return self._figure(key, x, lambda: compared(module(), base(), x, self.prepack))
+
+    def _figure(self, key: str, x: Tensor, measure: Callable[[], float]) -> float:
+        name = f"{key} on {x.shape[0]}x{x.shape[1]}"
+        if name not in self.known:
+            self.known |= _checked({name: measure()})
+            self.new = True
+        return self.known[name]
+
+    def save(self) -> None:
+        """Write what is new beside what others have written meanwhile."""
+        if self.new:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_suffix(".lock")):  # two that merge at once would lose one's figures
+                write_checked(self.path, self._kept() | self.known)
+            self.new = False
+
+
+def _checked(figures: Any) -> dict[str, float]:
+    """``figures`` by name, if each can be of a clock; ValueError otherwise."""
+    if not isinstance(figures, dict):
+        raise ValueError("it is no table of figures")
+    for name, figure in figures.items():
+        if type(figure) is not float or not LEAST_FIGURE <= figure <= MOST_FIGURE:  # NaN is in no range
+            raise ValueError(f"{name!r} is {figure!r} and lies outside {LEAST_FIGURE:g} to {MOST_FIGURE:g}")
+    return figures
+
+
+def _machine(device: str, dtype: torch.dtype) -> str:
+    """A hash of what figures depend on."""
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor()} {_model_name()}"
+    )
+    code = inspect.getsource(sys.modules[__name__]) + source_behind(*(layer.__module__ for layer in LAYERS.values()))
+    parts = (name, str(torch.get_num_threads()), str(dtype), torch.__version__, transformers.__version__, code)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _model_name() -> str:
+    """What the CPU calls itself, and how many of them there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return f"{next((line for line in lines if line.startswith('model name')), platform.machine())} {os.cpu_count()}"
+
+
+@torch.inference_mode()
+def timed(module: nn.Module, x: Tensor, prepack: bool = False) -> float:
+    """Median seconds of a call, over rounds through copies whose weights come from memory."""
+    copies = _copies(module)
+    with prepacked(*copies) if prepack else nullcontext():
+        _round(copies, x)
+        return float(np.median([_round(copies, x) for _ in range(ROUNDS)]))
+
+
+@torch.inference_mode()
+def compared(module: nn.Module, dense: nn.Module, x: Tensor, prepack: bool = False) -> float:
+    """Median over rounds of ``module``'s seconds over ``dense``'s, taking turns at going first.
+
+    A module that says that it has fewer ``in_features`` than x (..., n) is given as many.
+    """
+    own = x[..., : getattr(module, "in_features", x.shape[-1])].contiguous()
+    ours, theirs = (_copies(module), own), (_copies(dense), x)
+    ratios = []
+    with prepacked(*ours[0], *theirs[0]) if prepack else nullcontext():
+        _round(*ours), _round(*theirs)
+        for turn in range(ROUNDS):
+            first, second = (ours, theirs) if turn % 2 == 0 else (theirs, ours)
+            a, b = _round(*first), _round(*second)
+            ratios.append(a / b if turn % 2 == 0 else b / a)
+    return float(np.median(ratios))
+
+
+def _copies(module: nn.Module) -> list[nn.Module]:
+    size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    count = min(COPIES, max(1, -(-COLD // max(size, 1))))
+    with torch.inference_mode(False):  # some keep what they unpack, but not of tensors whose changes nobody counts
+        return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+
+def _round(copies: Sequence[nn.Module], x: Tensor) -> float:
+    """Seconds of a call, mean over all copies, and over several times through them where that is quick."""
+    passes, spent = 0, 0.0
+    cuda = x.device.type == "cuda"
+    while spent < LEAST:
+        if cuda:
+            torch.cuda.synchronize(x.device)
+        started = time.perf_counter()
+        for module in copies:
+            module(x)
+        if cuda:
+            torch.cuda.synchronize(x.device)
+        spent += time.perf_counter() - started
+        passes += 1
+    return spent / (passes * len(copies))

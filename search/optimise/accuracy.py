@@ -1,0 +1,113 @@
+"""How well predictions made before each trial agree with what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from rankfront.search.storage.front import Row, comparable, dense_row, front_of
+
+RECENT = 16  # trials
+MIN_PREDICTIONS = 8  # fewer say nothing about a rank correlation or a median
+POOR_SPEARMAN = 0.8
+# Of log-divergence. On synthetic problems of 6 and 30 sites whose menu is off by a factor of 1.6 a site, with and
+# without interactions and 10% noise, the median over 8 to 16 trials was 0.02 to 0.25; with the menu's divergences
+# shuffled between sites and off by a factor of 7, 0.28 to 0.86 over the first 10 to 14.
+POOR_ERROR = 0.3
+FAINT = 0.02  # nats a token; of less, noise of a few thousandths decides the logarithm
+LEAST_LEFT = 0.02  # of the variance of ranks; what size leaves of less is of a few neighbours that swap places
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well the sampler's predictions, made before each trial, agree with what was measured.
+
+    Attributes:
+        trials: how many predictions there are.
+        spearman, kendall: rank correlations of predicted and measured values, over plans of all sizes.
+        at_size: Spearman's partial correlation given the size, for size alone orders plans of all sizes well; None
+            where too few trials, or nearly none of the order but what size decides, are left to tell.
+        front_error: median relative error of the predictions of front members.
+        error: median error of the log-divergence predicted of the last `RECENT` trials, measured or predicted below
+            `FAINT` counted as that.
+    """
+
+    trials: int
+    spearman: float
+    kendall: float
+    at_size: float | None
+    front_error: float
+    error: float
+
+    @property
+    def poor(self) -> bool:
+        """Whether the predictions are too poor to lean on: in their order, or in how much recent plans would hurt."""
+        wrong = self.spearman < POOR_SPEARMAN or self.error > POOR_ERROR
+        return self.trials >= MIN_PREDICTIONS and wrong
+
+    @property
+    def brief(self) -> str:
+        """The four figures that a status line has room for."""
+        at_size = "" if self.at_size is None else f" (at a size {self.at_size:.2f})"
+        front = "" if math.isnan(self.front_error) else f", front within {self.front_error:.1%}"
+        return f"Spearman {self.spearman:.2f}{at_size}, Kendall {self.kendall:.2f}{front}"
+
+    def __str__(self) -> str:
+        at_size = "not to be told" if self.at_size is None else f"{self.at_size:.3f}"
+        return (
+            f"predicted against measured over {self.trials} trials: Spearman {self.spearman:.3f}, at comparable size"
+            f" {at_size}, Kendall {self.kendall:.3f}, median error at the front {self.front_error:.1%}, of the"
+            f" log-divergence of recent trials {self.error:.2f}"
+            + (" (poor: trust the measured trials, not the predictions)" if self.poor else "")
+        )
+
+
+def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:
+    """The calibration of predictions of ``objective``; None below three predictions.
+
+    They are of values at the first rung, which is where they are compared, those of the front's plans too.
+    """
+    known = [row for row in comparable(rows, rung=0) if row.attributes.get("predicted") is not None]
+    pairs = np.array([(row.attributes["predicted"], row.values[objective]) for row in known]).reshape(-1, 2)
+    if len(pairs) < 3 or len(np.unique(pairs[:, 0])) < 2 or len(np.unique(pairs[:, 1])) < 2:
+        return None
+    front = {row.plan_key for row in front_of(rows)}
+    at_front = [abs(p / m - 1) for row, (p, m) in zip(known, pairs, strict=True) if row.plan_key in front]
+    sizes = np.array([row.attributes.get("block_parameters", math.nan) for row in known])
+    return Calibration(
+        trials=len(pairs),
+        spearman=float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
+        kendall=float(stats.kendalltau(pairs[:, 0], pairs[:, 1]).statistic),
+        at_size=_partial(pairs[:, 0], pairs[:, 1], sizes),
+        front_error=float(np.median(at_front)) if at_front else math.nan,
+        error=_recent_error(rows, pairs, objective),
+    )
+
+
+def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> float | None:
+    """Spearman's correlation of ``predicted`` and ``measured`` given ``sizes``, (T,) each: that of what is left of
+    their ranks after a regression on the ranks of the sizes."""
+    if len(sizes) < MIN_PREDICTIONS or not np.isfinite(sizes).all():
+        return None
+    ranks = np.array([stats.rankdata(values) for values in (predicted, measured, sizes)])
+    ranks -= ranks.mean(1, keepdims=True)
+    by_size = ranks[2] / max(float(ranks[2] @ ranks[2]), 1.0)
+    left = ranks[:2] - np.outer(ranks[:2] @ ranks[2], by_size)  # (2, T)
+    if ((left**2).sum(1) < LEAST_LEFT * (ranks[:2] ** 2).sum(1)).any():
+        return None
+    return float(left[0] @ left[1] / np.sqrt((left**2).sum(1).prod()))
+
+
+def _recent_error(rows: Sequence[Row], pairs: np.ndarray, objective: str) -> float:
+    """The median of |log D predicted − log D measured| over the last of ``pairs`` (T, 2) of ``objective``; NaN where
+    the dense model, which perplexities are relative to, is not measured."""
+    divergences = pairs[-RECENT:]
+    if objective == "perplexity":
+        dense = dense_row(rows, rung=0)
+        divergences = np.log(divergences / (dense.values[objective] if dense else math.nan))
+    logs = np.log(np.maximum(divergences, FAINT))
+    return float(np.median(np.abs(logs[:, 0] - logs[:, 1])))

@@ -1,0 +1,253 @@
+"""A budget that was never searched, answered from what a run has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import optuna
+import pandas as pd
+
+from rankfront.methods import InputError
+from rankfront.search.config import StudyConfig
+from rankfront.search.inputs.device import DTYPES
+from rankfront.search.inputs.model import Source, find_sites, skeleton
+from rankfront.search.measure.predictions import menu_record
+from rankfront.search.optimise.goal import Timings, menu_of, timings_of
+from rankfront.search.optimise.predictor import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places
+from rankfront.search.optimise.rankfront_sampler import ours
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.knapsack import knapsack_several
+from rankfront.search.plans.lagrangian import Descent
+from rankfront.search.plans.limits import COSTS, Figures, met
+from rankfront.search.plans.menu import Menu, stored
+from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.space import Space
+from rankfront.search.storage.front import Row, check_dense, dense_row
+
+GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
+TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
+NEARBY = (1.0, 0.98, 0.95)  # by what an integer program's plan stores: budgets for slopes, which see no other limit
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The plan expected to be best within some limits.
+
+    Attributes:
+        plan: it.
+        draws: the same as values of the study's variables.
+        predicted: the modelled objective's value there; measured where ``trial`` says so.
+        figures: `COSTS` of the plan; under its name and ``_predicted`` each latency that has a table, as the table
+            predicts it; where ``trial`` says so each latency as it was measured, under its own name.
+        trial: the trial that measured the plan already, or None.
+    """
+
+    plan: Plan
+    draws: dict[str, int]
+    predicted: float
+    figures: dict[str, float]
+    trial: int | None
+
+
+def answer(
+    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source, limits: Sequence[Constraint]
+) -> Answer:
+    """The plan of least divergence, measured or else predicted, within ``limits`` and the study's own.
+
+    It is the best of what solves the corrected menu under all limits at once, of what slopes and interactions
+    recommend nearby, and of what was measured. A latency counts as measured where the plan was, else as predicted; what
+    nothing predicts limits measured plans alone. Nothing is measured.
+
+    Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide or a table
+    predicts, or no plan meets them all.
+    """
+    space = Space(find_sites(skeleton(source)), config.space, 0)
+    beliefs, dense, timings = ignorant(study, config, rows, space)
+    menu, origin = beliefs.menu, dict(dense.plan.origin)
+    beliefs.learn(study)
+    learned = _Learned(beliefs, _figures(beliefs, space, dense, timings), list(config.objectives))
+    names = learned.figures.names
+    for limit in limits:
+        if limit.figure not in names or not limit.operator.startswith("<"):
+            raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(names)}")
+    together = [*(Constraint.parse(text) for text in config.search.where), *limits]
+    dense_plan = (0,) * len(menu.lines)
+    plans = {dense_plan: 0.0}
+    if not met(together, learned.of(dense_plan)):  # nothing is better than dense
+        doubts = dict.fromkeys(beliefs.measured, 0.0) | learned.solved(together)
+        plans = {plan: doubt for plan, doubt in doubts.items() if met(together, learned.of(plan))}
+    if not plans:
+        cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.figures.of(menu.cheapest).items())
+        wanted = " and ".join(map(str, together))
+        raise InputError(f"no plan meets {wanted}; the cheapest has {cheapest}: raise the limit")
+    best, value = learned.best(plans)
+    measured = beliefs.measured.get(best)
+    figures = learned.figures.of(best)
+    shown = {name: figures[name] for name in COSTS} | {f"{name}_predicted": figures[name] for name in timings}
+    if measured is not None:
+        shown |= {name: learned.of(best)[name] for name in timings}
+    options = menu.choices(best)
+    return Answer(Plan.of(options, origin), space.draws(options), value, shown, measured.trial if measured else None)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a run knows of plans: figures that their options decide, and what was measured of them."""
+
+    beliefs: Beliefs
+    figures: Figures
+    objectives: list[str]
+    _seen: dict[Places, dict[str, float]] = field(default_factory=dict)
+
+    def of(self, places: Sequence[int]) -> dict[str, float]:
+        """Every figure that is known of a choice: those of its options; as measured, where it was."""
+        plan = tuple(places)
+        if plan not in self._seen:
+            measured = self.beliefs.measured.get(plan)
+            values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
+            self._seen[plan] = self.figures.of(places) | values
+        return self._seen[plan]
+
+    def best(self, doubts: Mapping[Places, float]) -> tuple[Places, float]:
+        """Of plans the one of least divergence, and the modelled objective's value there: measured where the plan was,
+        else predicted. To be chosen, a prediction must be better by so many of its standard deviations."""
+        goal, measured, plans = self.beliefs.goal, self.beliefs.measured, list(doubts)
+        levels, errors = self.beliefs.levels(plans)
+        doubted = levels + np.array(list(doubts.values())) * errors
+        known = {plan: measured[plan].values[goal.quality] for plan in plans if plan in measured}
+        values = [known.get(plan, goal.loss(float(level))) for plan, level in zip(plans, doubted, strict=True)]
+        least = int(np.argmin(values))
+        return plans[least], known.get(plans[least], goal.loss(float(levels[least])))
+
+    def solved(self, limits: Sequence[Constraint]) -> dict[Places, float]:
+        """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``; how far each kind
+        flatters."""
+        menu = self.beliefs.menu
+        cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
+        upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
+        size = self.figures.size(limits)
+        budget = _budget(cheapest, dense, upper, menu.least, menu.dense) if size is None else size
+        found, bounds = self._knapsack(limits, budget / menu.dense, size)
+        if found is None:
+            return {}
+        nearby = [share * menu.size(found) for share in NEARBY] if size is None else []
+        refined = self.beliefs.refined([budget, *nearby])
+        steps = dict.fromkeys(map(tuple, refined), STEPS_FLATTER)
+        return {tuple(found): SOLUTIONS_FLATTER} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
+
+    def _knapsack(
+        self, limits: Sequence[Constraint], share: float, size: float | None
+    ) -> tuple[list[int] | None, list[Constraint]]:
+        """The menu as corrected for plans of ``share`` of the dense size, solved under all ``limits`` that options
+        decide, None where no plan meets them; and the limits that it was solved under in the end. ``size`` is what
+        they come to, where they all limit the size.
+
+        Where a latency of the solution was measured and missed its limit, the bound moves by what the table was wrong.
+        """
+        beliefs, bounds = self.beliefs, [self._tightened(limit) for limit in limits]
+        losses = beliefs.surrogate.losses(beliefs.surrogate.mean, share)
+        places = None
+        for _ in range(TRIES):
+            try:
+                places = self._least(losses, bounds, size)
+            except InputError:  # where this is the first, what was measured may still meet them
+                return places, bounds
+            predicted, known = self.figures.of(places), self.of(places)
+            if all(not limit.missed(known[limit.figure]) for limit in limits if limit.figure in predicted):
+                return places, bounds
+            bounds = [
+                replace(bound, bound=bound.bound * predicted[limit.figure] / known[limit.figure])
+                if limit.figure in self.figures.tables and limit.missed(known[limit.figure])
+                else bound
+                for limit, bound in zip(limits, bounds, strict=True)
+            ]
+        return places, bounds
+
+    def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint], size: float | None) -> list[int]:
+        """The plan of nearly least ``losses`` within ``bounds``: along multipliers where they come to ``size``, in
+        milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
+        menu = self.beliefs.menu
+        if size is None:
+            return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
+        return Descent(menu, losses).solve(size)
+
+    def _tightened(self, limit: Constraint) -> Constraint:
+        """``limit``; where the measured plan nearest below it by the table missed it, by as much lower as the table was
+        wrong about that plan."""
+        if limit.figure not in self.figures.tables:
+            return limit
+        figure, measured = limit.figure, self.beliefs.measured
+        pairs = [(self.figures.of(plan)[figure], self.of(plan)[figure]) for plan in measured]
+        predicted, value = max((pair for pair in pairs if not limit.missed(pair[0])), default=(1.0, limit.bound))
+        return replace(limit, bound=limit.bound * predicted / value) if limit.missed(value) else limit
+
+
+def _figures(beliefs: Beliefs, space: Space, dense: Row, timings: Timings) -> Figures:
+    """Those of the run's menu, its latency tables corrected by the trials."""
+    plans = [(beliefs.menu.choices(plan), found.values) for plan, found in beliefs.measured.items()]
+    tables = {
+        name: (objective, timing.calibrated(objective, [(options, v[column]) for options, v in plans]).timing)
+        for (name, (objective, timing)), column in zip(timings.items(), beliefs.goal.timed, strict=True)
+    }
+    inside = {site: place.block is not None for site, place in space.sites.items()}
+    value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
+    return Figures(beliefs.menu, inside, int(dense.attributes["parameter_count"]), value_bytes, tables)
+
+
+def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:
+    """The run's menu, a row for each (site, option), dense first: ``site``, ``option``, ``method``, the stored
+    ``parameters`` and ``bytes`` of the site, the ``divergence`` predicted before any plan was measured, in nats a
+    token, and under the name of each latency among the objectives what its table predicts of the model with that option
+    alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
+    space = Space(find_sites(skeleton(source)), config.space, 0)
+    menu, dense, timings = _known(study, config, rows, space)
+    value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
+    sites = {site.name: site for site in space.sites}
+    found = []
+    for line in menu.lines:
+        for option, divergence in zip(line.options, line.divergence, strict=True):
+            site = sites[line.site]
+            own = stored(site, option)
+            figures = {"parameters": own.parameters, "bytes": own.bytes(value_bytes), "divergence": divergence}
+            figures |= {
+                name: timing.ratio(objective, {line.site: option}) for name, (objective, timing) in timings.items()
+            }
+            found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
+    return pd.DataFrame(found)
+
+
+def ignorant(
+    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space
+) -> tuple[Beliefs, Row, Timings]:
+    """What the run's sampler believed before any trial but the dense one; that, and the latency tables.
+
+    Raises `InputError` where the run has no menu yet."""
+    menu, dense, timings = _known(study, config, rows, space)
+    return ours(menu, space, config, dense, dict(dense.plan.origin), timings).beliefs, dense, timings
+
+
+def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row, Timings]:
+    """The run's menu, its dense trial and its latency tables; `InputError` where there is none."""
+    record, dense = menu_record(study.user_attrs), dense_row(rows, rung=0)
+    if config.search.sampler != OURS:
+        raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
+    if record is None or dense is None:
+        check_dense(rows)
+        raise InputError("the run has no menu or dense trial yet: launch it first")
+    timings = timings_of(config, study.user_attrs)
+    return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense, timings
+
+
+def _budget(
+    cheapest: Mapping[str, float], dense: Mapping[str, float], limits: Sequence[Constraint], least: int, most: int
+) -> float:
+    """Stored values at which the tightest limit is met, figures taken as straight lines in stored values."""
+    budget = float(most)
+    for limit in limits:
+        low, high = cheapest[limit.figure], dense[limit.figure]
+        share = (limit.bound - low) / (high - low) if high > low else 1.0
+        budget = min(budget, least + min(max(share, 0.0), 1.0) * (most - least))
+    return budget

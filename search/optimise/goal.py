@@ -1,0 +1,154 @@
+"""What our sampler optimises: the study's objectives as functions of a plan and of its log-divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rankfront.methods import DENSE_OPTION, InputError, Option, Site
+from rankfront.objectives import make_objective
+from rankfront.objectives.latency import Timed
+from rankfront.search.config import StudyConfig
+from rankfront.search.inputs.device import DTYPES
+from rankfront.search.measure.timing import Timing, timed_objectives, unpack
+from rankfront.search.optimise.surrogate import SPREAD
+from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
+from rankfront.search.plans.plan import Plan, Prices
+from rankfront.search.plans.space import Space
+from rankfront.search.storage.front import Row, box_of
+
+Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
+NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
+QUALITY = ("divergence", "perplexity")
+SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
+SPREAD_TOKENS = 4096  # that a trial scores where a difference in loss is uncertain by the surrogate's `SPREAD`
+
+
+def quality_of(config: StudyConfig) -> str:
+    """The objective that our sampler models; `InputError` where the study has none."""
+    for name in QUALITY:
+        if name in config.objectives:
+            return name
+    raise InputError(
+        f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
+        " one of them, or choose another sampler"
+    )
+
+
+def sizes_of(config: StudyConfig, dtype: str, timings: Timings) -> list[Size]:
+    """The costs among the objectives that single options add up to: stored values, bytes, predicted times, in this
+    order. Budgets count the first; stored values where there is none."""
+    value_bytes = DTYPES[dtype].itemsize
+    counted = bool({"parameters", "block_parameters"} & config.objectives.keys())
+    found: list[Size] = [values_stored] if counted else []
+    if "bytes" in config.objectives:
+        found.append(lambda site, option: stored(site, option).bytes(value_bytes))
+    found += [partial(_nanoseconds, timing, objective) for objective, timing in timings.values()]
+    return found or [values_stored]
+
+
+def _nanoseconds(timing: Timing, objective: Timed, site: Site, option: Option) -> int:
+    """Predicted time; nothing where the dense site was not timed either, so that no option gains any."""
+    ours, dense = (timing.seconds(objective, site.name, each) for each in (option, DENSE_OPTION))
+    if ours is None:
+        return 0 if dense is None else NEVER
+    return round(1e9 * ours)
+
+
+def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype: str, timings: Timings) -> Menu:
+    """The menu of a study. Under latencies nothing is on it that takes no less time than dense by any of them."""
+
+    def faster(site: Site, option: Option) -> bool:
+        pairs = [
+            (timing.seconds(objective, site.name, option), timing.seconds(objective, site.name, DENSE_OPTION))
+            for objective, timing in timings.values()
+        ]
+        return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
+
+    sizes = sizes_of(config, dtype, timings)
+    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), sizes, faster)
+
+
+def timings_of(config: StudyConfig, known: Mapping[str, Any]) -> Timings:
+    """The latency tables that a study's attributes hold, with the objectives that they are of."""
+    found = known.get("timing", {}).get("timing", {})
+    objectives = timed_objectives(config.objectives)
+    return {name: (objective, unpack(found[name])) for name, objective in objectives.items() if name in found}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the search wants, as numbers for each plan.
+
+    Attributes:
+        loss: log-divergence of a plan -> value of the quality objective.
+        log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
+        costs: options by site -> values of the objectives that the plan alone decides, by position.
+        timed: position -> a latency among the objectives, and its table.
+        spread: standard deviation of a measured divergence, in nats, where a trial scores `SPREAD_TOKENS` tokens.
+        dense: value of the quality objective for the dense model, at the first rung.
+        quality: position of the quality objective.
+        perplexity: position of a perplexity beside a divergence that is modelled, and the dense model's; else None.
+        count: of objectives, d.
+        unit: values (N, d) -> the same in units of the box that hypervolume is measured in.
+        excess: values (N, d) -> how far they miss the study's limits, (N,); 0 where they meet them.
+    """
+
+    loss: Callable[[float], float]
+    log_divergence: Callable[[float, float], float]
+    costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
+    dense: float
+    quality: int
+    count: int
+    unit: Callable[[np.ndarray], np.ndarray]
+    excess: Callable[[np.ndarray], np.ndarray] = lambda values: np.zeros(len(values))
+    timed: Mapping[int, tuple[Timed, Timing]] = field(default_factory=dict)
+    perplexity: tuple[int, float] | None = None
+    spread: float = 0.0
+
+
+def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings: Timings | None = None) -> Goal:
+    """The objectives of a study whose dense model is measured.
+
+    Perplexity is read as divergence through its logarithm: log(perplexity / dense) is the excess loss in nats a token.
+    """
+    names = list(config.objectives)
+    quality = quality_of(config)
+    base = dense.values[quality] if quality == "perplexity" else None
+    box = box_of(config.objectives, dense)
+    objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
+    inside = {site: place.block is not None for site, place in space.sites.items()}
+    prices = Prices(inside, int(dense.attributes["parameter_count"]), DTYPES[dtype].itemsize)
+
+    def loss(log_divergence: float) -> float:
+        divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough
+        return divergence if base is None else base * math.exp(divergence)
+
+    def log_divergence(value: float, dense: float) -> float:
+        return math.log(max(value if base is None else math.log(value / dense), SMALLEST))
+
+    def costs(options: Mapping[str, Option]) -> dict[int, float]:
+        cost = prices.of(Plan.of(options))
+        found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
+        return {i: value for i, value in found.items() if value is not None}
+
+    limits = [Constraint.parse(text) for text in config.search.where]
+
+    def excess(values: np.ndarray) -> np.ndarray:
+        columns = [[limit.missed(float(v)) for v in values[:, names.index(limit.figure)]] for limit in limits]
+        return np.array(columns).sum(0) if limits else np.zeros(len(values))
+
+    timed = {names.index(name): found for name, found in (timings or {}).items()}
+    place = names.index(quality)
+    beside = quality != "perplexity" and "perplexity" in names
+    other = (names.index("perplexity"), dense.values["perplexity"]) if beside else None
+    spread = 0.0 if base is None else SPREAD  # a divergence is of whole distributions: no token is drawn from them
+    return Goal(
+        loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed, other, spread
+    )

@@ -1,0 +1,110 @@
+"""What a search measures before its sampler proposes: the menu, plans of its predicted front, anchors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import moocore
+import numpy as np
+import optuna
+from optuna.trial import FixedTrial
+
+from rankfront.methods import InputError
+from rankfront.search.measure.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs
+from rankfront.search.measure.trial import Job, Record
+from rankfront.search.optimise.predictor import Beliefs
+from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.space import Anchor, Space
+
+# Kept fractions of the treated weights at which the predicted front is measured, where no mark is nearby: where they
+# are few of those that an objective counts, marks are far apart. The plan at the centre, or as near to it as limits
+# allow, comes first: slopes around it say of every site what it does in a compressed model, and the others are solved
+# for by that.
+WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+CENTRE = 0.6
+NEARBY = 0.05  # kept fraction
+
+
+class MenuJobs:
+    """The jobs that a study's menu is measured in. Their records are attributes of the study.
+
+    Args:
+        study: where the records are.
+        space: what the menu is of.
+        source: ``search.menu``.
+    """
+
+    def __init__(self, study: optuna.Study, space: Space, source: str) -> None:
+        self.study = study
+        self.space = space
+        self.source = source
+        self.running: set[int] = set()
+
+    def missing(self) -> list[Job]:
+        """Those without a record, as far as is known: the first job decides how many there are."""
+        known = self.study.user_attrs
+        plans = self._plans(known.get("menu 0"))
+        return [Job("menu", part, plan) for part, plan in enumerate(plans) if f"menu {part}" not in known]
+
+    def next(self) -> Job | None:
+        """The next of those that neither have a record nor run; it runs from now on."""
+        job = next((job for job in self.missing() if job.number not in self.running), None)
+        if job is not None:
+            self.running.add(job.number)
+        return job
+
+    def finish(self, part: int, record: Record) -> None:
+        """Keep what a job measured; `InputError` where it failed."""
+        self.running.discard(part)
+        if "failure" in record:
+            advice = "give a trial more memory, or set" if "lost" in record else "set"
+            raise InputError(
+                f"the menu could not be made by {self.source!r} ({record['failure']}): {advice} search.menu to another"
+            )
+        first = self.study.user_attrs.get("menu 0", record if part == 0 else None)
+        self.study.set_user_attr(f"menu {part}", record | {"jobs": len(self._plans(first))})
+
+    def _plans(self, first: Record | None) -> list[Plan]:
+        """The plan of each job: dense, but where a group is probed, which the ``first`` job's record decides on."""
+        plans = [Plan(())] * menu_jobs(self.source, len(self.space.choices))
+        if self.source == GROUPED and first is not None:
+            plans += group_plans(self.space.bands(GROUP_BANDS), self.space.wanted(), first["predictions"])
+        return plans
+
+
+def opening_budgets(marks: Iterable[float], dense: float) -> list[float]:
+    """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: the ``marks`` down to
+    the least of `WARM_START`, or where all are smaller every one of them, and what of it has no mark `NEARBY`."""
+    every = sorted(marks, reverse=True)
+    opened = [mark for mark in every if mark >= math.floor(WARM_START[-1] * dense)] or every
+    lonely = [keep for keep in WARM_START if all(abs(mark / dense - keep) > NEARBY for mark in opened)]
+    return sorted([*opened, *(keep * dense for keep in lonely)], reverse=True)
+
+
+def warm_start(beliefs: Beliefs, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, dict[str, int]]]:
+    """(label, draws) of the front that the menu and slopes so far predict, at ``budgets`` in stored values, every cost
+    weighed alike: of what may meet the study's limits."""
+    even = beliefs.menu.even
+    solved = beliefs.solver(menu=even)
+    for budget in budgets:
+        if budget >= even.least:
+            chosen = even.choices(solved.solve(budget))
+            if beliefs.may_meet(chosen):
+                yield f"keep={budget / even.dense:.3g}", space.draws(chosen)
+
+
+def centre_first(budgets: Iterable[float], dense: float) -> list[float]:
+    """``budgets`` by how far they are from `CENTRE`."""
+    return sorted(budgets, key=lambda budget: abs(budget / dense - CENTRE))
+
+
+def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:
+    """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as."""
+    anchors = space.anchors(fractions)
+    draws = (FixedTrial(space.anchor_parameters(anchor)) for anchor in anchors)
+    found = [menu.places(space.suggest(trial, {}).by_site) for trial in draws]
+    known = np.array([(*menu.costs(places), menu.divergence(places)) for places in found if places is not None])
+    kept = iter(moocore.is_nondominated(known, keep_weakly=False))
+    return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]

@@ -1,0 +1,345 @@
+"""Our sampler: correct the menu by what was measured, solve again where it pays most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import moocore
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.search.config import StudyConfig
+from rankfront.search.optimise.budgets import marks_of
+from rankfront.search.optimise.goal import Timings, make_goal
+from rankfront.search.optimise.predictor import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places, rung_of
+from rankfront.search.optimise.samplers import is_void
+from rankfront.search.optimise.surrogate import Coefficients
+from rankfront.search.optimise.taylor import Local
+from rankfront.search.plans.lines import fitted, savings
+from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.space import Single, Space
+from rankfront.search.storage.front import Row
+
+BUDGETS = 24  # budgets at which the corrected menu is solved for each proposal
+STEPS = 100  # random steps, at most, before the space is taken to be exhausted
+PARTNERS = 24  # sites looked at to make up for a switched one
+SWITCHES = 64  # budget-preserving level switches tried for each proposal
+NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
+MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
+STEPS_AFTER_SLOPES = (1, 2)  # proposals measured after a pass, in turn: the first of them from the newest slopes
+GLOBAL_EVERY = 4  # one of the others in so many is global
+# Budgets around a centre's: how far, relative to it, and how many. Steps that store much less than their centre hurt
+# more than slopes say: what their switches do adds up, where those of a step at the same size in part cancel.
+STRETCH, NEIGHBOURS = 0.04, 4
+NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
+WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
+EASINGS = (0.0, 1.0, 2.0)  # standard deviations better, until something is predicted to gain
+SLACK = 0.01  # kept fraction that a better plan may store more for a front member not to be worth refining
+SAME = 0.03  # log-divergence by which plans may differ through noise
+
+
+class RankfrontSampler(BaseSampler):
+    """Proposes plans by solving again what every measured trial corrects.
+
+    Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
+    candidates are steps downhill from their centres, at round kept fractions around them, then solutions of the
+    corrected menu at many of those beside them, and now and then those of a posterior sample of its coefficients, or
+    switches of levels within front members that keep their budget. Where plans cost several things at once, such as
+    values and bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured
+    or are running are never proposed again.
+
+    Args:
+        beliefs: what is known of the plans, shared with whoever asks for predictions.
+        seed: of everything random here.
+    """
+
+    def __init__(self, beliefs: Beliefs, seed: int) -> None:
+        self.beliefs = beliefs
+        self.menu, self.options, self.goal = beliefs.menu, beliefs.options, beliefs.goal
+        self.random = np.random.default_rng(seed)
+
+    # -- Optuna's interface
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {site: IntDistribution(0, len(found) - 1) for site, found in self.options.items()}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self.beliefs.learn(study)
+        everything = study.get_trials(deepcopy=False)
+        others = [t for t in everything if t.number != trial.number and not is_void(t.user_attrs)]
+        tried = {self._key(t.params) for t in others if t.params}
+        by_site = self.menu.choices(self._propose(tried, self._mode(trial.number, everything)))
+        return {
+            site: list(found).index(by_site[site]) if site in by_site else 0 for site, found in self.options.items()
+        }
+
+    def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
+        """Without slopes the global modes in turn; with them, a step downhill from the newest, then from any of them or
+        a solution of the corrected menu, and now and then a global one."""
+        proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
+        passes = [t for t in trials if "slopes" in t.user_attrs]
+        if not passes or not self.beliefs.locals:
+            return MODES[len(proposed) % len(MODES)]
+        since = [sum(_follows(t, one) for t in proposed) for one in passes]  # those asked while it ran do not know it
+        if not since[-1]:
+            return "newest"
+        others = len(proposed) - sum(later < earlier for earlier, later in pairwise([*since, 0]))
+        return MODES[others // GLOBAL_EVERY % len(MODES)] if others % GLOBAL_EVERY == GLOBAL_EVERY - 1 else "any"
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return 0  # a variable that the menu does not know stays dense
+
+    def _key(self, params: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(self.beliefs.plan_of(params) or ())
+
+    def slopes_due(self, study: optuna.Study) -> int | None:
+        """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
+
+        After `STEPS_AFTER_SLOPES` proposals: of the front members without slopes, the one where most is to gain,
+        by its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at
+        marks first, for steps end there.
+        """
+        self.beliefs.learn(study)
+        trials = study.get_trials(deepcopy=False)
+        asked = [t for t in trials if "slopes_of" in t.user_attrs and not is_void(t.user_attrs)]
+        last = max((t.number for t in asked), default=-1)
+        if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
+            return None
+        since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
+        if since < STEPS_AFTER_SLOPES[len(asked) % len(STEPS_AFTER_SLOPES)]:
+            return None
+        front = sorted(self.beliefs.front(), key=self.menu.size)
+        done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
+        stored = np.array([self.menu.least, *map(self.menu.size, front), self.menu.dense]) / self.menu.dense
+        centres = np.array([self.menu.size(local.plan) for local in self.beliefs.locals])
+        at_marks = self._at_marks({tuple(plan): 0.0 for plan in front})
+        best: tuple[bool, float, int] | None = None
+        levels = np.array([self.beliefs.measured[tuple(plan)].level for plan in front])
+        for i, plan in enumerate(front, start=1):
+            found = self.beliefs.measured[tuple(plan)]
+            if (levels[stored[1:-1] <= stored[i] + SLACK] < found.level - SAME).any():
+                continue  # for hardly more storage there is something better
+            inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
+            nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
+            gap = min(stored[i + 1] - stored[i - 1], WIDEST)
+            gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
+            rank = tuple(plan) in at_marks, gain, found.trial
+            if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
+                best = rank
+        return None if best is None else best[2]
+
+    # -- proposing
+
+    def _propose(self, tried: set[Places], mode: str) -> list[int]:
+        """The best of what is solved for at marks and was not tried, else at any budget, else of random steps away."""
+        coefficients = self.beliefs.surrogate.sample() if mode == "sample" else self.beliefs.surrogate.mean
+        for doubts in self._candidates(mode, coefficients):
+            fresh = {candidate: doubt for candidate, doubt in doubts.items() if candidate not in tried}
+            if fresh:
+                return self._best(fresh, coefficients)
+        candidates = list(doubts)
+        for _ in range(STEPS):
+            candidates = [tuple(self._step(list(candidate))) for candidate in candidates]
+            fresh = {candidate: STEPS_FLATTER for candidate in candidates if candidate not in tried}
+            if fresh:
+                return self._best(fresh, coefficients)
+        return list(candidates[0])  # the space is exhausted, which the driver notices
+
+    def _candidates(self, mode: str, coefficients: Coefficients) -> Iterator[dict[Places, float]]:
+        """Plans to choose a proposal from, and should all of them be tried, others: the standard deviations by which
+        each may be worse than predicted."""
+        costs = self.menu.count
+        priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
+        steps: list[list[int]] = []
+        if mode == "newest":
+            steps = self._downhill(self.beliefs.locals[-1:], priced)
+            yield self._at_marks(_doubted(steps, []))
+            yield _doubted(steps, [])
+        if mode in ("newest", "any"):
+            steps = self._downhill(self.beliefs.locals[-CENTRES:], priced)
+        front, switches = self.beliefs.front(), []
+        if front and (mode == "switch" or self.beliefs.poor):
+            switches = self._switches(front, coefficients, priced)
+        solutions = self._solutions(coefficients, priced, marked=True) + switches
+        yield self._at_marks(_doubted(steps, solutions))
+        yield _doubted(steps, solutions)
+        yield _doubted(steps, self._solutions(coefficients, priced) + switches)
+
+    def _best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> list[int]:
+        """The one that gains most by prediction; where none does, that would if predictions were too dark.
+
+        Those smaller than anything measured are not doubted: there is nothing that they would have to be better than.
+        """
+        plans, doubts = list(candidates), np.array(list(candidates.values()))
+        least = min(map(self.menu.size, self.beliefs.measured), default=0) - SLACK * self.menu.dense
+        doubts[[self.menu.size(plan) < least for plan in plans]] = 0.0
+        for easing in EASINGS:
+            values = self._values(plans, coefficients, doubts - easing)
+            gains = self._gains(values)
+            if gains.max() > 0:
+                return list(plans[int(gains.argmax())])
+        return list(plans[int(self._behind(values).argmin())])
+
+    def _solutions(self, coefficients: Coefficients, priced: Menu, marked: bool = False) -> list[list[int]]:
+        """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to marks."""
+        solved = self.beliefs.solver(coefficients, priced)
+        shift = self.random.uniform()
+        budgets = priced.least + (np.arange(BUDGETS) + shift) / BUDGETS * (priced.dense - priced.least)
+        return [solved.solve(budget) for budget in (self._marked(budgets) if marked else budgets)]
+
+    def _downhill(self, centres: Sequence[Local], priced: Menu) -> list[list[int]]:
+        """The slopes of ``centres``, solved at budgets around each."""
+        found = []
+        for local in centres:
+            shares = np.array([1.0, *(1 + STRETCH * self.random.uniform(-1, 1, NEIGHBOURS))])
+            found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares), priced)
+        return found
+
+    @cached_property
+    def marks(self) -> np.ndarray:
+        """Of this study, found once: neither costs nor limits change."""
+        return marks_of(self.beliefs)
+
+    def _marked(self, budgets: np.ndarray) -> list[float]:
+        """``budgets`` moved to the nearest mark, each once."""
+        if not len(self.marks):
+            return list(map(float, budgets))
+        return sorted({float(self.marks[np.abs(self.marks - budget).argmin()]) for budget in budgets})
+
+    def _at_marks(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
+        """Those of ``candidates`` that use up what a mark allows: cautious steps up stop short of it."""
+        sizes = {c: self.menu.size(c) for c in candidates}
+        unused = {c: self.marks[self.marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
+        return {c: doubt for c, doubt in candidates.items() if unused[c] < SLACK * self.menu.dense}
+
+    def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
+        """Front members with one site moved to another option and a second one moved to stay within the budget."""
+        found = []
+        losses_of: dict[int, list[np.ndarray]] = {}  # by the front member that they hold around
+        for _ in range(SWITCHES):
+            member = int(self.random.integers(len(front)))
+            plan, budget = list(front[member]), priced.size(front[member])
+            if member not in losses_of:
+                share = self.menu.size(plan) / self.menu.dense
+                losses_of[member] = self.beliefs.surrogate.losses(coefficients, share)
+            losses = losses_of[member]
+            plan = self._step(plan)
+            over = priced.size(plan) - budget
+            best: tuple[float, int, int] | None = None
+            for i in map(int, self.random.permutation(len(plan))[:PARTNERS]):
+                line = priced.lines[i]
+                if any(plan[rival] for rival in priced.rivals[i]):
+                    continue
+                enough = np.flatnonzero(line.sizes[plan[i]] - line.sizes >= over)
+                if len(enough):
+                    place = int(enough[losses[i][enough].argmin()])
+                    change = float(losses[i][place] - losses[i][plan[i]])
+                    if place != plan[i] and (best is None or change < best[0]):
+                        best = (change, i, place)
+            if best is not None:
+                plan[best[1]] = best[2]
+            if priced.size(plan) <= budget:
+                found.append(plan)
+        return found
+
+    def _step(self, plan: list[int]) -> list[int]:
+        """``plan`` with one site at another of its options, and its rivals at dense."""
+        site = int(self.random.integers(len(plan)))
+        count = len(self.menu.lines[site].options)
+        plan[site] = (plan[site] + int(self.random.integers(1, max(count, 2)))) % count
+        if plan[site]:
+            for rival in self.menu.rivals[site]:
+                plan[rival] = 0
+        return plan
+
+    def _gains(self, values: np.ndarray) -> np.ndarray:
+        """Gain in hypervolume over the measured front, in units of the box, of plans with objectives ``values``
+        (N, d), (N,); -1 where limits are missed."""
+        points, front, ones = self.goal.unit(values), self._front(), np.ones(self.goal.count)
+        before = moocore.hypervolume(front, ref=ones) if len(front) else 0.0
+        gains = np.array([moocore.hypervolume(np.vstack([front, point]), ref=ones) - before for point in points])
+        gains[self.goal.excess(values) > 0] = -1.0
+        return gains
+
+    def _behind(self, values: np.ndarray) -> np.ndarray:
+        """How far plans with objectives ``values`` (N, d) are from a gain, (N,): from meeting the limits where none
+        does, else from what the front dominates least, in every objective at once."""
+        points, front, excess = self.goal.unit(values), self._front(), self.goal.excess(values)
+        if excess.min() > 0:
+            return excess
+        depth = (points[:, None, :] - front[None, :, :]).min(2).max(1) if len(front) else points.max(1)
+        behind: np.ndarray = depth + np.where(excess > 0, 1e6, 0.0)
+        return behind
+
+    def _front(self) -> np.ndarray:
+        """The non-dominated of the measured plans that meet the limits, in units of the box."""
+        measured = self.goal.unit(self.beliefs.met())
+        return measured[moocore.is_nondominated(measured)] if len(measured) else measured
+
+    def _values(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: np.ndarray) -> np.ndarray:
+        """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
+        worse by the median error; the logarithm of a perplexity beside divergence rises in proportion to it; what
+        nothing predicts is a line in what each method saves, fitted to the trials."""
+        logs, errors = self.beliefs.levels(candidates, coefficients)
+        logs = logs + doubts * errors
+        values = np.full((len(candidates), self.goal.count), np.nan)
+        for row, candidate in enumerate(candidates):
+            values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
+            for column, value in self.goal.costs(self.menu.choices(candidate)).items():
+                values[row, column] = value
+        for column, (objective, timing) in self.goal.timed.items():
+            trials = [(self.menu.choices(plan), known.values[column]) for plan, known in self.beliefs.measured.items()]
+            table = timing.calibrated(objective, trials)
+            ratios = [table.timing.ratio(objective, self.menu.choices(candidate)) for candidate in candidates]
+            doubt = 0.0 if np.isnan(table.median) else table.median
+            values[:, column] = [np.nan if ratio is None else ratio + doubt for ratio in ratios]
+        if self.goal.perplexity is not None:
+            column, dense = self.goal.perplexity
+            values[:, column] = dense * np.exp(np.minimum(self.beliefs.excess_rate(column, dense) * np.exp(logs), 100))
+        unknown = np.isnan(values).any(0)
+        if unknown.any():
+            plans = list(self.beliefs.measured)
+            known = np.array([found.values for found in self.beliefs.measured.values()]).reshape(-1, self.goal.count)
+            values[:, unknown] = fitted(
+                savings(self.menu.even, plans), known[:, unknown], savings(self.menu.even, candidates)
+            )
+        return values
+
+
+def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:
+    """Whether ``trial`` began after another was finished."""
+    begun, ended = trial.datetime_start, measured.datetime_complete
+    return begun is not None and ended is not None and begun >= ended
+
+
+def _doubted(steps: Sequence[list[int]], solutions: Sequence[list[int]]) -> dict[Places, float]:
+    """Each plan once, and how far its kind flatters."""
+    return {tuple(c): SOLUTIONS_FLATTER for c in solutions} | {tuple(c): STEPS_FLATTER for c in steps}
+
+
+def ours(
+    menu: Menu,
+    space: Space,
+    config: StudyConfig,
+    dense: Row,
+    origin: Mapping[str, str],
+    timings: Timings | None = None,
+) -> RankfrontSampler:
+    """Our sampler for a study whose menu and dense model are measured."""
+    places = {site.name: place for site, place in space.sites.items()}
+    kinds = [places[line.site].kind for line in menu.lines]
+    blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
+    options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
+    goal = make_goal(config, space, dense, origin["dtype"], timings)
+    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed, space.disjoint)
+    return RankfrontSampler(beliefs, config.search.seed)

@@ -1,0 +1,1 @@
+"""What a study hands over: exports, checks of them, tables and the report page."""

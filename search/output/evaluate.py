@@ -1,0 +1,70 @@
+"""Evaluate one model, dense or exported: perplexity, parameters, latency."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from rankfront.methods import prepack
+from rankfront.objectives import score
+from rankfront.objectives.latency import generate
+from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype
+from rankfront.search.inputs.model import (
+    check_length,
+    check_tokens,
+    count_bytes,
+    count_parameters,
+    learned_positions,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+from rankfront.search.inputs.text import Split, cut
+
+PROMPT, DECODE, ROUNDS = 128, 16, 5  # tokens, tokens, repetitions of the timing
+
+
+def evaluate(
+    name: str,
+    text: str,
+    windows: int,
+    length: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    prepacked: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Perplexity on ``windows`` windows of ``text``, stored parameters, and absolute speed on this machine.
+
+    ``prepacked``: with weights in the order that a CPU reads fastest, see `prepack`. ``trust_remote_code`` lets Python
+    code that comes with the model run.
+
+    Speeds are medians of `ROUNDS` runs after one warm-up; absolute figures compare only within one machine.
+    Raises `InputError` for an unknown model or text, or a text too short.
+    """
+    source = resolve(name, trust_remote_code)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]
+    model = load_model(source, DTYPES[dtype], device)
+    check_length(model, length, "--length")
+    check_tokens(model, {"evaluate": tokens})
+    stored = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
+    if prepacked:
+        prepack(model)
+    scores = score(model, tokens)
+    positions = learned_positions(model) or PROMPT + DECODE
+    prompt = tokens.flatten()[: max(1, min(PROMPT, positions - DECODE))][None].to(device)
+    generate(model, prompt, 1)
+    runs = [generate(model, prompt, DECODE) for _ in range(ROUNDS)]
+    return {
+        "model": name,
+        "text": text,
+        "tokens": scores.tokens,
+        "perplexity": scores.perplexity,
+        **stored,
+        "dtype": dtype,
+        "device": device,
+        "prefill_tokens_per_second": prompt.numel() / median(run.prefill for run in runs),
+        "decode_ms_per_token": 1000 * median(run.decode for run in runs) / DECODE,
+    }

@@ -1,0 +1,314 @@
+"""Allocators: (menu, budget) -> plan. Every one meets its budget exactly or below, never above."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, gcd
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from rankfront.methods import InputError
+from rankfront.search.plans.menu import TINY, Line, Menu
+from rankfront.search.plans.regions import Merged
+
+MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
+REPAIRS = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
+Places = list[int]
+
+
+def check_budget(menu: Menu, budget: float) -> None:
+    """Raise `InputError` where nothing on the menu fits ``budget`` stored values."""
+    if budget < menu.least:
+        raise InputError(
+            f"a budget of {budget:,.0f} is below the {menu.least:,} that every site at its cheapest option"
+            " stores: raise the budget, or offer lower levels in space.keep"
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every budget's optimum at once, from one dynamic program over units of storage.
+
+    Attributes:
+        menu: what was solved.
+        merged: its regions, each as one line.
+        unit: stored values per column.
+        loss: the least predicted divergence within u units, (U + 1,), infinite where nothing fits.
+        picks: the choice taken in each region for each budget, (regions, U + 1).
+    """
+
+    menu: Menu
+    merged: tuple[Merged, ...]
+    unit: int
+    loss: np.ndarray
+    picks: np.ndarray
+
+    def solve(self, budget: float) -> Places:
+        """The optimum within ``budget`` stored values; `InputError` where nothing fits."""
+        check_budget(self.menu, budget)
+        # Costs are rounded up to the grid, and so would be dense: its own budget is the last column.
+        last = len(self.loss) - 1
+        column = last if budget >= self.menu.dense else min(int(budget // self.unit), last)
+        if not np.isfinite(self.loss[column]):  # rounding costs up to the grid can lose the very cheapest plans
+            return list(self.menu.cheapest)
+        places = [0] * len(self.menu.lines)
+        for region, picks in zip(reversed(self.merged), self.picks[::-1], strict=True):
+            choice = int(picks[column])
+            column -= ceil(int(region.costs[choice]) / self.unit)
+            for member, place in zip(region.members, region.places[choice], strict=True):
+                places[member] = int(place)
+        return places
+
+
+def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
+    """Multi-choice knapsack for every budget by dynamic programming, over regions of sites that share no weight.
+
+    f_i(u) = min_k f_{i−1}(u − c_ik) + d_ik. Exact where no two sites share a weight and the costs' greatest common
+    divisor allows at most `MAX_UNITS` columns; else costs are rounded up, so that plans stay within budget, and a
+    region offers a limited number of combined choices (`Region.merge`). ``losses`` replace the menu's divergences,
+    line by line.
+    """
+    used = [line.divergence for line in menu.lines] if losses is None else losses
+    exact = gcd(*(int(cost) for line in menu.lines for cost in line.sizes))
+    unit = exact * ceil(menu.dense / (exact * MAX_UNITS))
+    merged = tuple(
+        region.merge([menu.lines[i].sizes for i in region.members], [used[i] for i in region.members], unit)
+        for region in menu.regions
+    )
+    columns = sum(ceil(int(region.costs.max()) / unit) for region in merged) + 1
+    loss = np.zeros(columns)
+    picks = np.zeros((len(merged), columns), dtype=np.int16)
+    for number, region in enumerate(merged):
+        best = np.full(columns, np.inf)
+        for choice, (cost, value) in enumerate(zip(region.costs, region.losses, strict=True)):
+            shift = ceil(int(cost) / unit)
+            candidate = loss[: columns - shift] + value
+            better = candidate < best[shift:]
+            best[shift:][better] = candidate[better]
+            picks[number, shift:][better] = choice
+        loss = best
+    return Sweep(menu, merged, unit, loss, picks)
+
+
+def knapsack(menu: Menu, budget: float) -> Places:
+    """The least predicted divergence within ``budget`` stored values, by `sweep`."""
+    return sweep(menu).solve(budget)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit beside stored values: bytes, predicted latency.
+
+    Attributes:
+        costs: of every option, line by line, dense's 0 where they are changes; infinite ones are never taken.
+        most: what the costs of a plan may come to, each weight counted once.
+    """
+
+    costs: Sequence[np.ndarray]
+    most: float
+
+    def room(self, menu: Menu) -> float:
+        """What is left of it with every site dense."""
+        alone = (cost[0] for line, cost in zip(menu.lines, self.costs, strict=True) if not line.weights)
+        return self.most - float(sum(alone))
+
+    @property
+    def changes(self) -> np.ndarray:
+        """What each option costs more than dense, all lines in a row."""
+        return np.concatenate([cost - cost[0] for cost in self.costs])
+
+
+def knapsack_several(
+    menu: Menu,
+    budget: float,
+    others: Sequence[Budget] = (),
+    losses: Sequence[np.ndarray] | None = None,
+    gap: float = 0.0,
+) -> Places:
+    """The least predicted divergence within ``budget`` stored values, infinite or not, and all ``others``, by HiGHS.
+
+    Exact where ``gap`` is 0, else at most that much worse, relative to the optimum. ``losses`` replace the menu's
+    divergences, line by line; infinite ones are never taken. Raises `InputError` where no plan meets all budgets.
+    """
+    sizes = [len(line.options) for line in menu.lines]
+    starts = np.cumsum([0, *sizes])[:-1]
+    budgets = [Budget([line.sizes for line in menu.lines], budget), *others]
+    changes = np.array([each.changes for each in budgets], dtype=float)  # (budgets, options)
+    room = np.array([each.room(menu) for each in budgets])
+    loss = np.concatenate([line.divergence for line in menu.lines] if losses is None else losses)
+    offered = np.isfinite(loss) & np.isfinite(changes).all(0)
+    changes, loss = np.where(offered, changes, 0.0), np.where(offered, loss, 0.0)
+    tighter = room.copy()
+    for attempt in range(REPAIRS):
+        constraints = [*_one_each(menu), LinearConstraint(changes, -np.inf, tighter)]
+        with _silent():
+            found = milp(
+                loss,
+                constraints=constraints,
+                integrality=np.ones(len(loss), dtype=int),
+                bounds=Bounds(0, offered.astype(float)),
+                # Presolving takes longer than the rest where near is enough.
+                options={"mip_rel_gap": gap, "presolve": gap == 0},
+            )
+        if found.x is None:
+            break
+        places = [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
+        over = changes[:, starts + places].sum(1) - room
+        if (over <= 0).all():
+            return places
+        tighter -= 2**attempt * np.maximum(over, 0)  # the solver's tolerance let it through
+    wanted = ", ".join(f"{each.most:,.6g}" for each in budgets if np.isfinite(each.most))
+    raise InputError(f"no plan meets the budgets {wanted} together: raise one, or offer lower levels in space.keep")
+
+
+def _one_each(menu: Menu) -> list[LinearConstraint]:
+    """One option a line, and at most one treatment a weight."""
+    sizes = [len(line.options) for line in menu.lines]
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    total = len(rows)
+    constraints = [LinearConstraint(csr_array((np.ones(total), (rows, np.arange(total)))), 1, 1)]
+    treated = np.concatenate([np.arange(size) > 0 for size in sizes])
+    for weight in dict.fromkeys(weight for line in menu.lines for weight in line.weights):
+        claiming = np.array([weight in line.claims for line in menu.lines])
+        constraints.append(LinearConstraint((claiming[rows] & treated).astype(float)[None], -np.inf, 1))
+    return constraints
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within, what C code prints is dropped: HiGHS 1.12 prints now and then though told not to (its issue 2783)."""
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _cheapest_from(line: Line, keep: float) -> int:
+    """The best option of ``line`` that stores at most ``keep`` of dense; the cheapest where none does."""
+    allowed = np.flatnonzero(line.sizes <= keep * line.sizes[0])
+    if not len(allowed):
+        return int(line.sizes.argmin())
+    largest = line.sizes[allowed].max()
+    best = allowed[line.sizes[allowed] == largest]
+    return int(best[line.divergence[best].argmin()])
+
+
+def _rule(menu: Menu, choose: Callable[[Line], int]) -> Places:
+    """``choose`` for every line of a cover: single sites first, and joint ones where they take no weight of theirs."""
+    places = [0] * len(menu.lines)
+    covered: set[str] = set()
+    for i in sorted(range(len(menu.lines)), key=lambda i: len(menu.lines[i].claims)):
+        line = menu.lines[i]
+        if len(line.options) > 1 and covered.isdisjoint(line.claims):
+            covered.update(line.claims)
+            places[i] = choose(line)
+    return places
+
+
+def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places]) -> Places:
+    """The plan of ``rule`` at the knob in [0, 1] that stores the most within ``budget``; plans grow with the knob."""
+    check_budget(menu, budget)
+    low, high = 0.0, 1.0
+    if menu.size(rule(high)) <= budget:
+        return rule(high)
+    best = rule(low)
+    if menu.size(best) > budget:
+        best = list(menu.cheapest)
+    for _ in range(60):
+        middle = (low + high) / 2
+        places = rule(middle)
+        if menu.size(places) <= budget:
+            best, low = places, middle
+        else:
+            high = middle
+    return best
+
+
+def uniform(menu: Menu, budget: float) -> Places:
+    """The same kept fraction everywhere, as large as the budget allows."""
+    return _largest_within(menu, budget, lambda keep: _rule(menu, lambda line: _cheapest_from(line, keep)))
+
+
+def tolerance(menu: Menu, budget: float) -> Places:
+    """One bound on predicted error for every site, as small as the budget allows (PGSVD, 2510.05544).
+
+    Each site takes its cheapest option within the bound. With the spectrum's predictions, the relative squared
+    error in the method's metric, this is the paper's uniform tolerance, and TRP's energy rule (1812.02402) with
+    energy 1 − bound.
+    """
+    highest = max(float(line.divergence.max()) for line in menu.lines)
+
+    def within(line: Line, knob: float) -> int:
+        bound = highest * 1e-9**knob  # a larger knob allows less error and stores more
+        allowed = np.flatnonzero(line.divergence <= bound)
+        return int(allowed[line.sizes[allowed].argmin()])
+
+    return _largest_within(menu, budget, lambda knob: _rule(menu, lambda line: 0 if knob >= 1 else within(line, knob)))
+
+
+def value(menu: Menu, budget: float) -> Places:
+    """One threshold on what a component is worth, for every site: TRP's value rule (1812.02402).
+
+    TRP drops the components with σ_i below a threshold. Levels differ by several components, and other families have
+    none, so what counts is the divergence that a level saves over the next cheaper one by the share of the site's
+    storage that it adds; a site keeps the levels worth the threshold.
+    """
+    curves = {line.site: _worth(line) for line in menu.lines}
+    worths = np.concatenate([worth for _, worth in curves.values()])
+    highest = 2 * float(worths.max(initial=TINY))
+
+    def above(line: Line, knob: float) -> int:
+        options, worth = curves[line.site]
+        kept = np.flatnonzero(worth >= highest * 1e-12**knob)
+        return int(options[kept[-1] + 1] if len(kept) else options[0])
+
+    return _largest_within(menu, budget, lambda knob: _rule(menu, lambda line: 0 if knob >= 1 else above(line, knob)))
+
+
+def _worth(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """(the K options that nothing cheaper beats, by rising cost; what each saves over the one before, (K − 1,))."""
+    by_cost = np.lexsort((line.divergence, line.sizes))
+    least = np.minimum.accumulate(line.divergence[by_cost])
+    options = by_cost[np.append(True, least[1:] < least[:-1])]
+    saved, added = -np.diff(line.divergence[options]), np.diff(line.sizes[options])
+    return options, saved * line.sizes[0] / added
+
+
+def sensitivity(menu: Menu, budget: float) -> Places:
+    """ASVD's search (2312.05821): every option of every site sorted by its measured effect alone; go down the sorted
+    list and take what hurts least, until the budget is met.
+
+    Options are visited by rising divergence; a site moves to an option when it stores less than what it has.
+    """
+    check_budget(menu, budget)
+    places = [0] * len(menu.lines)
+    stored = menu.dense
+    effects = [(float(d), i, k) for i, line in enumerate(menu.lines) for k, d in enumerate(line.divergence) if k]
+    for _, i, k in sorted(effects):
+        if stored <= budget:
+            break
+        saved = int(menu.lines[i].sizes[places[i]] - menu.lines[i].sizes[k])
+        if saved > 0 and not any(places[rival] for rival in menu.rivals[i]):
+            places[i] = k
+            stored -= saved
+    return places if stored <= budget else list(menu.cheapest)
+
+
+Allocator = Callable[[Menu, float], Places]  # the menu, a budget of stored values
+ALLOCATORS: Mapping[str, Allocator] = {
+    "uniform": uniform,
+    "tolerance": tolerance,
+    "value": value,
+    "sensitivity": sensitivity,
+    "knapsack": knapsack,
+    "knapsack_several": knapsack_several,
+}

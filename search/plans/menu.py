@@ -1,0 +1,260 @@
+"""The menu: the table (site, option) -> size and predicted divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from rankfront.methods import DENSE_OPTION, Option, Site, Storage, get_method
+from rankfront.search.plans.regions import Region, regions_of
+
+TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
+GRAINS = 50_000  # of the whole size where several costs are weighed against each other
+Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
+
+
+@dataclass(frozen=True)
+class Line:
+    """Everything one site may take, dense first, then by falling cost.
+
+    Attributes:
+        site: its name.
+        options: K of them.
+        sizes: stored values, or bytes, of each, (K,) integers.
+        divergence: predicted divergence of each alone, (K,), nats a token; 0 for dense.
+        weights: what the site claims where it treats several weights jointly; empty where it is one weight.
+        more: further costs of each, (K,) integers each, such as bytes beside stored values.
+    """
+
+    site: str
+    options: tuple[Option, ...]
+    sizes: np.ndarray
+    divergence: np.ndarray
+    weights: tuple[str, ...] = ()
+    more: tuple[np.ndarray, ...] = ()
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """Every cost of each option, the size first, (costs, K)."""
+        return np.array([self.sizes, *self.more])
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """The weights of the site, by the names of their own sites."""
+        return self.weights or (self.site,)
+
+
+@dataclass(frozen=True)
+class Menu:
+    """One line per site that may be treated; what is outside them is not counted here.
+
+    A choice, ``places``, is an index into each line's options. Lines that share weights are rivals: of those at most
+    one is treated, and the others stand at dense, index 0, whatever becomes of their weights. Every weight that a
+    joint line claims has a line of its own, if only with dense on it; ValueError otherwise. ``cosines`` say how far
+    what two lines do to the output coincides: 1 where it is the same thing twice, 0 where divergences simply add up.
+    """
+
+    lines: tuple[Line, ...]
+    cosines: np.ndarray | None = None  # of what lines do to the output, (lines, lines); None where nobody measured
+
+    def __post_init__(self) -> None:
+        alone = {line.site for line in self.lines if not line.weights}
+        missing = {weight for line in self.lines for weight in line.claims} - alone
+        if missing:
+            raise ValueError(f"{min(missing)!r} is claimed by a joint line and has no line of its own: add one")
+
+    @cached_property
+    def dense(self) -> int:
+        """Size with every site dense, each weight once."""
+        return int(sum(line.sizes[0] for line in self.lines if not line.weights))
+
+    @property
+    def count(self) -> int:
+        """How many costs every option has, the size among them."""
+        return 1 + (len(self.lines[0].more) if self.lines else 0)
+
+    def weighed(self, weights: Sequence[float]) -> Menu:
+        """The menu whose size is Σ_j w_j cost_j / cost_j(dense), in `GRAINS` of its whole; ``weights`` (`count`,).
+
+        What is solved under it at some budget is a point of the front of all costs, and of divergence.
+        """
+        if self.count == 1:
+            return self
+        share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs([0] * len(self.lines)), 1)
+        lines = tuple(
+            replace(line, sizes=np.ceil(GRAINS * np.minimum(share @ line.costs, 1)).astype(int), more=())
+            for line in self.lines
+        )
+        menu = replace(self, lines=lines)
+        menu.__dict__.update(regions=self.regions, rivals=self.rivals)  # found once
+        return menu
+
+    @cached_property
+    def even(self) -> Menu:
+        """All costs weighed alike."""
+        return self.weighed([1.0] * self.count)
+
+    def costs(self, places: Sequence[int]) -> list[int]:
+        """Every cost of the choice ``places``, the size first."""
+        total = np.zeros(self.count, dtype=int)
+        for line, place in zip(self.lines, places, strict=True):
+            total += line.costs[:, place] - line.costs[:, 0] * bool(line.weights)
+        return [int(cost) for cost in total]
+
+    @cached_property
+    def _sites(self) -> frozenset[str]:
+        return frozenset(line.site for line in self.lines)
+
+    @cached_property
+    def _place_of(self) -> list[dict[Option, int]]:
+        """For each line, where its options stand."""
+        return [{option: place for place, option in enumerate(line.options)} for line in self.lines]
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """Lines grouped by the weights that they share."""
+        return regions_of([line.claims for line in self.lines])
+
+    @cached_property
+    def rivals(self) -> tuple[tuple[int, ...], ...]:
+        """For each line, the other lines that share a weight with it."""
+        by_weight: dict[str, list[int]] = {}
+        for number, line in enumerate(self.lines):
+            for weight in line.claims:
+                by_weight.setdefault(weight, []).append(number)
+        shared = [{other for weight in line.claims for other in by_weight[weight]} for line in self.lines]
+        return tuple(tuple(sorted(others - {number})) for number, others in enumerate(shared))
+
+    @cached_property
+    def least(self) -> int:
+        """Size of the cheapest choice."""
+        return self.size(self.cheapest)
+
+    @cached_property
+    def cheapest(self) -> list[int]:
+        """The choice that stores least."""
+        places = [0] * len(self.lines)
+        for region in self.regions:
+            for number, place in region.cheapest([self.lines[i].sizes for i in region.members]).items():
+                places[number] = place
+        return places
+
+    def compatible(self, places: Sequence[int]) -> bool:
+        """Whether no weight is treated twice."""
+        return not any(place and any(places[other] for other in self.rivals[i]) for i, place in enumerate(places))
+
+    def size(self, places: Sequence[int]) -> int:
+        """Size of the choice ``places``."""
+        saved = sum(line.sizes[0] - line.sizes[k] for line, k in zip(self.lines, places, strict=True) if k)
+        return self.dense - int(saved)
+
+    def divergence(self, places: Sequence[int]) -> float:
+        """Predicted divergence of ``places``, taken as additive."""
+        return float(sum(line.divergence[place] for line, place in zip(self.lines, places, strict=True)))
+
+    def choices(self, places: Sequence[int]) -> dict[str, Option]:
+        """Site name -> option."""
+        return {line.site: line.options[place] for line, place in zip(self.lines, places, strict=True)}
+
+    def places(self, option_of: Mapping[str, Option]) -> list[int] | None:
+        """Where a plan's options stand in the lines; None where a treatment is not on the menu."""
+        if any(option != DENSE_OPTION for site, option in option_of.items() if site not in self._sites):
+            return None
+        found = []
+        for line, place_of in zip(self.lines, self._place_of, strict=True):
+            place = place_of.get(option_of.get(line.site, DENSE_OPTION))
+            if place is None:
+                return None
+            found.append(place)
+        return found
+
+
+Size = Callable[[Site, Option], int]  # what budgets count, of an option or dense
+
+
+def stored(site: Site, option: Option) -> Storage:
+    """What an option stores at a site, or dense, with the site's biases: an option that drops them saves them."""
+    own = site.storage if option == DENSE_OPTION else get_method(option.method).storage(site, option)
+    return own + site.biases
+
+
+def values_stored(site: Site, option: Option) -> int:
+    """Numbers, however many bits each has."""
+    return stored(site, option).parameters
+
+
+def make_menu(
+    wanted: Mapping[Site, Iterable[Option]],
+    predictions: Predictions,
+    cosines: Mapping[str, Any] | None = None,
+    sizes: Sequence[Size] = (values_stored,),
+    offered: Callable[[Site, Option], bool] = lambda site, option: True,
+) -> Menu:
+    """The menu of ``wanted`` under ``predictions``; predictions never fall as an option gets cheaper.
+
+    Within a method, a level that stores less cannot be better: predictions are made monotone by a running
+    maximum from the largest level down. ``sizes`` are the costs, what budgets count first. Options without a
+    prediction, by no cost cheaper than dense, or not ``offered`` are left out. A weight that only a joint site treats
+    has a line of its own with dense on it. ``cosines`` is what `pack` made.
+    """
+    lines: list[Line] = []
+    for site, options in wanted.items():
+        known = predictions.get(site.name, {})
+        dense = _costs(site, DENSE_OPTION, sizes)
+        by_method: dict[str, list[tuple[tuple[int, ...], Option, float]]] = {}
+        for option in options:
+            if np.isfinite(known.get(option.label, np.nan)):
+                own = _costs(site, option, sizes)
+                if any(a < b for a, b in zip(own, dense, strict=True)) and offered(site, option):
+                    by_method.setdefault(option.method, []).append((own, option, max(known[option.label], TINY)))
+        entries: list[tuple[tuple[int, ...], Option, float]] = []
+        for found in by_method.values():
+            worst = 0.0
+            for own, option, divergence in sorted(found, key=lambda entry: -entry[0][0]):
+                worst = max(worst, divergence)
+                entries.append((own, option, worst))
+        if entries:
+            entries.sort(key=lambda entry: (-entry[0][0], entry[2], entry[1].label))
+            entries.insert(0, (dense, DENSE_OPTION, 0.0))
+            costs, chosen, divergences = zip(*entries, strict=True)
+            weights = tuple(weight.path for weight in site.weights) if len(site.weights) > 1 else ()
+            first, *more = np.array(costs).T
+            lines.append(Line(site.name, chosen, first, np.array(divergences), weights, tuple(more)))
+    alone = {line.site for line in lines}
+    joint = {w.path: w for site in wanted if len(site.weights) > 1 for w in site.weights if w.path not in alone}
+    claimed = {weight for line in lines for weight in line.weights}
+    single = {path: Site(path, (weight,)) for path, weight in joint.items() if path in claimed}
+    lines += [_dense_line(path, _costs(site, DENSE_OPTION, sizes)) for path, site in single.items()]
+    return Menu(tuple(lines), None if cosines is None else _unpack(cosines, [line.site for line in lines]))
+
+
+def _costs(site: Site, option: Option, sizes: Sequence[Size]) -> tuple[int, ...]:
+    """Every cost of an option; what saves biases on top of all its weights stores no less than nothing here."""
+    return tuple(max(size(site, option), 0) for size in sizes)
+
+
+def pack(sites: Sequence[str], cosines: np.ndarray) -> dict[str, Any]:
+    """A symmetric matrix (S, S) as plain data: the rows above the diagonal, in thousandths."""
+    rows = [[round(1000 * float(value)) for value in row[i + 1 :]] for i, row in enumerate(cosines)]
+    return {"sites": list(sites), "thousandths": rows}
+
+
+def _unpack(packed: Mapping[str, Any], sites: Sequence[str]) -> np.ndarray:
+    """What `pack` packed, for ``sites`` in their order; 0 between sites that it does not know."""
+    place = {site: i for i, site in enumerate(packed["sites"])}
+    whole = np.zeros((len(place) + 1, len(place) + 1))  # the last row serves unknown sites
+    for i, row in enumerate(packed["thousandths"]):
+        whole[i, i + 1 : i + 1 + len(row)] = np.array(row) / 1000
+    at = [place.get(site, -1) for site in sites]
+    found: np.ndarray = (whole + whole.T)[np.ix_(at, at)]
+    np.fill_diagonal(found, 1.0)
+    return found
+
+
+def _dense_line(path: str, costs: Sequence[int]) -> Line:
+    first, *more = (np.array([cost]) for cost in costs)
+    return Line(path, (DENSE_OPTION,), first, np.zeros(1), (), tuple(more))

@@ -1,0 +1,1 @@
+"""Carrying a study out: what runs when, in this process or on Ray workers."""

@@ -1,0 +1,71 @@
+"""What a worker's death or a shortage of memory took is measured again: a few times in this launch, and by the next."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import optuna
+
+from rankfront.methods import DENSE
+from rankfront.search.measure.trial import Job
+from rankfront.search.optimise.continuation import PATH
+from rankfront.search.optimise.samplers import is_void
+from rankfront.search.storage.front import retried
+
+ATTEMPTS = 3  # at a job in one launch, guess: a passing shortage passes, a job that is too large costs two more workers
+MAX_LOST = 3  # jobs in succession whose workers died at every attempt, guess: then it is not the jobs
+MEASURED = ("failure", "lost", "seconds", "predicted", "plan", "plan_key")  # what a trial gets after it was queued
+
+
+class Retries:
+    """Jobs of one launch that are due once more."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Job] = []
+        self.attempts: Counter[tuple[str, int]] = Counter()
+        self.dead: set[tuple[str, int]] = set()  # whose workers died at every attempt, since anything was measured
+
+    def next(self) -> Job | None:
+        """The next of them, those of the dense model first."""
+        job = min(self.waiting, key=lambda job: len(job.plan.choices) > 0, default=None)
+        if job is not None:
+            self.waiting.remove(job)
+        return job
+
+    def again(self, job: Job) -> bool:
+        """Whether ``job``, which was lost, is measured again: it waits from now on."""
+        self.attempts[job.kind, job.number] += 1
+        if self._spent(job):
+            return False
+        self.waiting.append(job)
+        return True
+
+    def hopeless(self, job: Job) -> bool:
+        """Whether the worker that died at ``job`` is one too many: it is not the plans that kill them."""
+        if self._spent(job):
+            self.dead.add((job.kind, job.number))
+        return len(self.dead) >= MAX_LOST
+
+    def measured(self) -> None:
+        """A job was measured: what died before died of its plan."""
+        self.dead.clear()
+
+    def _spent(self, job: Job) -> bool:
+        return self.attempts[job.kind, job.number] >= ATTEMPTS
+
+
+def requeue(study: optuna.Study) -> None:
+    """Queue again the trials and slopes that an earlier launch lost for good, and a dense model that failed.
+
+    What is queued names in ``again`` the trial that it repeats, which counts no more. A path goes on without the slopes
+    that it ended at.
+    """
+    trials = study.get_trials(deepcopy=False)
+    repeated = retried(trials)
+    for trial in trials:
+        known = trial.user_attrs
+        failed = "failure" in known and not is_void(known)
+        dense = known.get("anchor") == DENSE and not known.get("rung")
+        if failed and (dense or "lost" in known) and trial.number not in repeated and PATH not in known:
+            kept = {key: value for key, value in known.items() if key not in MEASURED}
+            study.enqueue_trial(trial.params, user_attrs=kept | {"again": trial.number})

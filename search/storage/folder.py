@@ -1,0 +1,249 @@
+"""The run folder: one study's files. Optuna's storage holds the trials; here lie its definition and its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rankfront.methods import InputError
+from rankfront.search.atomic import write_whole
+from rankfront.search.config import StudyConfig, definition_of, make_config, moved
+from rankfront.search.storage.urls import (
+    ANY_FILE,
+    checked,
+    create_file,
+    masked,
+    never_used,
+    opening,
+    parse_url,
+    read_only,
+    sqlite_file,
+    to_write,
+    without_password,
+)
+
+VERSION = 1
+STUDY_NAME = "rankfront"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What defines the trials of a run.
+
+    Attributes:
+        config: the validated study, with the limits of its last launch.
+        resolved: what ``auto`` and the texts came to: dtype, device, fingerprint of the weights, token hashes.
+    """
+
+    config: StudyConfig
+    resolved: dict[str, str]
+
+
+class Run:
+    """A folder that holds one study."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path / "study.json"
+        self.database = path / "study.db"
+        self.own_text_file = path / "self.safetensors"
+
+    def definition(self) -> Definition:
+        """What the run was launched with; `InputError` where the folder is no run or its file is corrupt."""
+        if not self.file.is_file():
+            raise InputError(
+                f"{str(self.path)!r} is not a run folder (no study.json): name one that `rankfront launch` made"
+            )
+        try:
+            data = json.loads(self.file.read_text(encoding="utf-8"))
+            config, resolved, version = data["config"], data["resolved"], data["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
+        if version != VERSION:
+            raise InputError(
+                f"{self.file} has version {version}, this rankfront reads {VERSION}: launch into a new folder"
+            )
+        try:
+            return Definition(make_config(config), resolved)
+        except InputError as error:
+            raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
+
+    def remembered(self, config: StudyConfig) -> StudyConfig:
+        """``config`` with the absolute paths of the first launch for relative ones that name nothing from here."""
+        if not self.file.exists():
+            return config
+        before, now = (known.model_dump(mode="json") for known in (self.definition().config, config))
+        return make_config(now | {key: moved(before[key], now[key]) for key in ("model", "data")})
+
+    def identity(self) -> str:
+        """What sets this run apart from others in a storage that they share."""
+        return str(json.loads(self.file.read_text(encoding="utf-8"))["id"])
+
+    def define(self, config: StudyConfig, resolved: dict[str, str]) -> None:
+        """Write the definition, or check it against the one that is there.
+
+        Limits may differ between launches, and a storage may be reached otherwise or move with what it holds; any other
+        difference raises `InputError` naming it.
+        """
+        if self.file.exists():
+            before = self.definition()
+            now = definition_of(config)
+            _refuse_changes(self.path, moved(now, definition_of(before.config)), now)  # earlier ones had relative paths
+            self._refuse_move(before.config.search.storage, config)
+            known = {key: value for key, value in resolved.items() if key in before.resolved}  # not what is new since
+            _refuse_changes(self.path, before.resolved, known)
+        self.path.mkdir(parents=True, exist_ok=True)
+        identity = self.identity() if self.file.exists() else uuid.uuid4().hex
+        data = {"version": VERSION, "id": identity, "config": config.model_dump(mode="json"), "resolved": resolved}
+        text = json.dumps(data, indent=1)
+        staging = self.file.with_suffix(".partial")
+        staging.unlink(missing_ok=True)
+        secret = config.search.storage is not None and parse_url(config.search.storage).password is not None
+        with open(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666), "w") as file:
+            file.write(text + "\n")
+        staging.replace(self.file)
+
+    def keep_own_text(self, ids: dict[str, Tensor]) -> None:
+        """Write the model's own texts, seed -> token ids (N,): what it samples is not the same on every machine."""
+        write_whole(self.own_text_file, save({seed: text.contiguous() for seed, text in ids.items()}))
+
+    def own_text(self) -> dict[str, Tensor]:
+        """What `keep_own_text` wrote, none where it did not. Raises `InputError` where the file is corrupt."""
+        if not (self.file.is_file() and self.own_text_file.is_file()):
+            return {}
+        try:
+            ids: dict[str, Tensor] = load_file(self.own_text_file)
+            return ids
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.own_text_file} is corrupt ({error}): restore it, or remove it to sample the text again"
+            ) from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for one launcher; `InputError` where another holds it. Freed by any kind of death."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"run {str(self.path)!r} is a file: name a folder, new or of an earlier launch")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InputError(
+                    f"run {str(self.path)!r} is being launched by process {holder}: wait for it, stop it, or use --run"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def study(self, config: StudyConfig, write: bool = False) -> optuna.Study:
+        """The Optuna study: in the run folder's SQLite file, or at the study's own storage URL.
+
+        To read, nothing is made or written, and there are no trials before the first launch. With ``write``, under the
+        run's lock, what is not there yet is made.
+        """
+        if config.search.storage is None:
+            return self._own(len(config.objectives), write)
+        url, shown = self._url(config.search.storage), repr(masked(config.search.storage))
+        file = sqlite_file(url, self.path)
+        if file is not None and not file.exists() and not write:
+            raise InputError(f"the study's storage {shown} does not exist: restore it, or launch the study")
+        connect = partial(read_only, file) if file is not None and not write else None
+        name = f"{STUDY_NAME}-{self.identity()}"
+        with opening(shown, url):
+            storage = checked(url, shown, connect, write, self._guard())
+            try:
+                return optuna.load_study(study_name=name, storage=storage)
+            except KeyError:
+                if not write:
+                    raise InputError(f"the study's storage {shown} does not hold this run: launch it first") from None
+            return optuna.create_study(
+                study_name=name, storage=storage, directions=["minimize"] * len(config.objectives)
+            )
+
+    def _own(self, objectives: int, write: bool) -> optuna.Study:
+        """The study in the run folder."""
+        file, shown = self.database, repr(str(self.database))
+        if not write and not file.exists():
+            return optuna.create_study(directions=["minimize"] * objectives)
+        with opening(shown):
+            if write and (not file.exists() or never_used(file)):
+                create_file(file, STUDY_NAME, objectives)
+            connect = partial(to_write if write else read_only, file)
+            storage = checked(ANY_FILE, shown, connect, False, self._guard())
+            return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+
+    def _url(self, text: str) -> str:
+        """The storage URL ``text``; a relative SQLite file lies in the run folder."""
+        url, file = parse_url(text), sqlite_file(text, self.path.absolute())
+        if file is None:
+            return text
+        before = Path(str(url.database))  # where earlier versions had it: in the folder they were started in
+        if before.exists() and not file.exists():
+            raise InputError(
+                f"the study's storage {text!r} is {str(file)!r}, for it is relative to the run folder, and there is"
+                f" {str(before.absolute())!r}: move it there, or write its absolute path"
+            )
+        return url.set(database=str(file)).render_as_string(hide_password=False)
+
+    def _guard(self) -> Callable[[], None]:
+        """Raises `InputError` from when on the run's files are gone or replaced: writing to a database that was opened
+        goes on without an error, and all of it is lost."""
+        opened = {path: path.stat().st_ino for path in (self.file, self.database) if path.exists()}
+
+        def guard() -> None:
+            if not all(path.exists() and path.stat().st_ino == number for path, number in opened.items()):
+                raise InputError(
+                    f"run {str(self.path)!r} was deleted or replaced while it was being launched: nothing that is"
+                    " measured can be kept; restore it, or launch again to begin anew"
+                )
+
+        return guard
+
+    def _refuse_move(self, before: str | None, config: StudyConfig) -> None:
+        """`InputError` where the study's storage is another one than ``before``, which does not hold the run."""
+        now = config.search.storage
+        if without_password(before) == without_password(now):
+            return
+        try:
+            if now is None:
+                raise InputError("no storage")
+            self.study(config)
+        except InputError as error:
+            old, new = (json.dumps(None if url is None else masked(url)) for url in (before, now))
+            raise InputError(
+                f"run {str(self.path)!r} was begun with search.storage = {old} and the study now has {new}, which does"
+                f" not hold it ({error}): change it back, move the database, or use --run for a new folder"
+            ) from error
+
+
+def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, old, new in _differences(before, now):
+        raise InputError(
+            f"run {str(path)!r} was begun with {key} = {json.dumps(old)} and the study now has {json.dumps(new)}:"
+            " its trials would not compare; change it back, or use --run for a new folder"
+        )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif before != now:
+        yield key, before, now

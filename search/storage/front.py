@@ -1,0 +1,283 @@
+"""The front: rows of a study, the non-dominated ones of a rung, hypervolume, knee."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import moocore
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.methods import InputError, check_choice
+from rankfront.objectives import make_objective
+from rankfront.search.optimise.samplers import is_void
+from rankfront.search.plans.plan import Plan
+
+Settings = Mapping[str, dict[str, Any]]
+DENSE_KEY = Plan(()).key
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial, flat. ``values`` follow the study's objectives; ``report`` is measured on the report split;
+    ``within`` says whether it meets the study's own limits, ``retried`` whether another trial measures it again."""
+
+    number: int
+    state: str
+    origin: str
+    plan_json: str | None
+    plan_key: str | None
+    values: dict[str, float] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    failure: str | None = None
+    within: bool = True
+    retried: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether the trial counts against the limit: complete, or failed by itself."""
+        failed = self.state == "failed" and not is_void({"failure": self.failure}) and not self.retried
+        return self.state == "complete" or failed
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its plan leaves every site dense."""
+        return self.plan_key == DENSE_KEY
+
+    @property
+    def rung(self) -> int:
+        """The fidelity that it was measured at, 0 the cheapest."""
+        return int(self.attributes.get("rung", 0))
+
+    @cached_property
+    def plan(self) -> Plan:
+        if self.plan_json is None:
+            why = self.failure or "it was stopped before one was chosen"
+            raise InputError(f"trial {self.number} has no plan ({why}): name another")
+        return Plan.from_json(self.plan_json, f"the plan of trial {self.number}")
+
+    def figure(self, name: str) -> float:
+        """An objective's value, or another measured figure such as ``block_parameters``."""
+        found = self.values.get(name, self.attributes.get(name, self.attributes.get("notes", {}).get(name)))
+        if not isinstance(found, int | float):
+            figures = {**self.attributes.get("notes", {}), **self.attributes, **self.values}
+            check_choice("figure", name, sorted(k for k, v in figures.items() if isinstance(v, int | float)))
+        return float(found)
+
+
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.PRUNED: "repeated",
+}
+OWN_COLUMNS = ("origin", "plan", "plan_key", "failure", "anchor")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: a storage makes an object for every parameter of every trial, all of which stay, and
+    collections as they come took half the time of reading them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@uncollected()
+def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
+    """Every trial of a study, in order; proposals that had been measured before, and slopes, are left out."""
+    reports = study.user_attrs
+    trials = study.get_trials(deepcopy=False)
+    again = retried(trials)
+    return [
+        _row(trial, objectives, reports.get(f"report {trial.number}"), trial.number in again)
+        for trial in trials
+        if trial.state != TrialState.PRUNED and "slopes_of" not in trial.user_attrs
+    ]
+
+
+def retried(trials: Iterable[FrozenTrial]) -> set[int]:
+    """Numbers of the trials that others measure again, or did."""
+    known = (trial.user_attrs for trial in trials if "again" in trial.user_attrs)
+    return {attributes["again"] for attributes in known if not is_void(attributes)}
+
+
+def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None, again: bool) -> Row:
+    attributes = trial.user_attrs
+    complete = trial.state == TrialState.COMPLETE
+    origin = attributes.get("origin", "")
+    return Row(
+        number=trial.number,
+        state=STATES[trial.state],
+        origin=f"{origin}: {attributes['anchor']}" if "anchor" in attributes else origin,
+        plan_json=attributes.get("plan"),
+        plan_key=attributes.get("plan_key"),
+        values=dict(zip(objectives, trial.values, strict=True)) if complete else {},
+        attributes={key: value for key, value in attributes.items() if key not in OWN_COLUMNS},
+        report=report,
+        failure=attributes.get("failure"),
+        within=all(excess <= 0 for excess in trial.constraints.values()),
+        retried=again,
+    )
+
+
+def tokens_of(study: optuna.Study) -> int:
+    """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward ones."""
+    known = study.user_attrs
+    menu = sum(record["tokens"] for name, record in known.items() if name.startswith("menu "))
+    return int(menu + sum(trial.user_attrs.get("tokens", 0) for trial in study.get_trials(deepcopy=False)))
+
+
+def _matrix(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([list(row.values.values()) for row in rows], dtype=float)
+
+
+def comparable(rows: Iterable[Row], rung: int | None = None) -> list[Row]:
+    """The complete rows of ``rung``, by default of that at which the front stands: like is compared with like."""
+    rows = list(rows)
+    rung = front_rung(rows) if rung is None else rung
+    return [row for row in rows if row.state == "complete" and row.rung == rung]
+
+
+def front_rung(rows: Sequence[Row]) -> int:
+    """The rung at which the front stands: from the first up, as long as the next covers the front below it.
+
+    It does where the dense model is complete there, and of the members below each was measured or failed by itself,
+    and one at least is complete.
+    """
+    rung = 0
+    while _covers(rows, rung + 1):
+        rung += 1
+    return rung
+
+
+def _covers(rows: Sequence[Row], rung: int) -> bool:
+    known = {row.plan_key: row.state for row in rows if row.rung == rung and row.counts}
+    if known.get(DENSE_KEY) != "complete":
+        return False
+    states = [known.get(row.plan_key) for row in compressed_front(rows, rung - 1)]
+    return None not in states and "complete" in states
+
+
+def compressed_front(rows: Sequence[Row], rung: int) -> list[Row]:
+    """The compressed members of the front at ``rung`` that meet the study's limits, or all where none does."""
+    members = [row for row in front_of(rows, rung) if not row.is_dense]
+    return [row for row in members if row.within] or members
+
+
+def front_of(rows: Iterable[Row], rung: int | None = None) -> list[Row]:
+    """The comparable rows that no other dominates, best in the first objective first. Every objective is minimised.
+
+    Two latencies closer than the larger of their spreads count as equal, so that noise does not fill the front. As that
+    is not transitive, rows are taken in order of their values: one joins unless a member is as good in everything, and
+    puts out the members that it is as good as. Where nothing has a spread, this is the Pareto front, equals once.
+    """
+    measured = sorted(comparable(rows, rung), key=lambda row: list(row.values.values()))
+    if not measured:
+        return []
+    values, spreads = _matrix(measured), np.array([_spreads(row) for row in measured])
+    members: list[int] = []
+    for number in range(len(measured)):
+        apart = np.maximum(spreads[members], spreads[number])
+        if not (values[members] <= values[number] + apart).all(1).any():
+            kept = ~(values[number] <= values[members] + apart).all(1)
+            members = [*(member for member, stays in zip(members, kept, strict=True) if stays), number]
+    return [measured[number] for number in members]
+
+
+def _spreads(row: Row) -> list[float]:
+    """Of every objective, as it was measured; 0 for what the plan decides."""
+    notes = row.attributes.get("notes", {})
+    return [float(notes.get(f"{name}_spread", 0.0)) for name in row.values]
+
+
+def dense_row(rows: Iterable[Row], rung: int | None = None) -> Row | None:
+    """The complete row that measured the dense model at ``rung``, by default where the front stands."""
+    return next((row for row in comparable(rows, rung) if row.is_dense), None)
+
+
+def check_dense(rows: Iterable[Row]) -> None:
+    """Raise `InputError` with the reason where the dense model was tried, last of all, and could not be measured."""
+    tried = [row for row in rows if row.is_dense and row.rung == 0 and row.counts]
+    if tried and tried[-1].state == "failed":
+        raise InputError(f"the dense model could not be measured ({tried[-1].failure}): launch the study again")
+
+
+@dataclass(frozen=True)
+class Box:
+    """What the hypervolume is measured in: every axis runs from its ideal (0) to its reference (1).
+
+    ``logarithmic`` axes run evenly in the logarithm of the value: twice the excess loss is twice as far.
+    """
+
+    ideal: dict[str, float]
+    reference: dict[str, float]
+    logarithmic: frozenset[str] = frozenset()
+
+    def scale(self, rows: Sequence[Row]) -> np.ndarray:
+        """Rows as points (N, d) in units of the box."""
+        return self.unit(_matrix(rows))
+
+    def unit(self, values: np.ndarray) -> np.ndarray:
+        """Objective values (N, d), in the order of the axes, in units of the box; better than ideal counts as ideal."""
+        corners = np.array([list(self.ideal.values()), list(self.reference.values())])  # (2, d)
+        both = np.vstack([corners, np.asarray(values, dtype=float).reshape(-1, corners.shape[1])])
+        for axis, name in enumerate(self.ideal):
+            if name in self.logarithmic:
+                both[:, axis] = np.log(both[:, axis])
+        scaled: np.ndarray = np.maximum((both[2:] - both[0]) / (both[1] - both[0]), 0.0)
+        return scaled
+
+
+def box_of(objectives: Settings, dense: Row) -> Box:
+    """The box that the objectives state for this dense model."""
+    made = {name: make_objective(name, settings) for name, settings in objectives.items()}
+    corners = {name: objective.box(dense.values[name]) for name, objective in made.items()}
+    return Box(
+        {name: low for name, (low, _) in corners.items()},
+        {name: high for name, (_, high) in corners.items()},
+        frozenset(name for name, objective in made.items() if objective.logarithmic),
+    )
+
+
+def hypervolume(rows: Sequence[Row], box: Box) -> float:
+    """The share of the box that ``rows`` dominate, in [0, 1]; exact, by moocore. Points outside count nothing."""
+    if not rows:
+        return 0.0
+    points = box.scale(rows)
+    return float(moocore.hypervolume(points, ref=np.ones(points.shape[1])))
+
+
+def knee(rows: Sequence[Row], box: Box) -> Row:
+    """The row nearest to the ideal corner of the box, in Euclidean distance after scaling."""
+    if not rows:
+        raise InputError("no trial is complete, so there is no knee: launch the study first")
+    return rows[int(np.argmin(np.linalg.norm(box.scale(rows), axis=1)))]
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """One flat row per trial: nested records become columns such as ``seconds.apply``."""
+    front = {row.number for row in front_of(rows)}
+    records = []
+    for row in rows:
+        record = asdict(row) | {"pareto": row.number in front}
+        flat = {key: record[key] for key in ("number", "state", "origin", "pareto", "failure", "plan_key")}
+        flat |= {key: value for key, value in row.attributes.items() if not isinstance(value, dict)} | row.values
+        for name in ("seconds", "notes"):
+            flat |= {f"{name}.{key}": value for key, value in row.attributes.get(name, {}).items()}
+        flat |= {f"report.{key}": value for key, value in (row.report or {}).items() if not isinstance(value, dict)}
+        records.append(flat)
+    return pd.DataFrame.from_records(records)
