@@ -1,9 +1,11 @@
 """What is installed, under which names, and which way imports point."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,11 @@ def test_the_packages_list_is_what_lies_on_disk():
     """`packages` is kept by hand: every folder with an ``__init__.py`` is in it, under ``rankfront``."""
     on_disk = {path.parent.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/__init__.py")}
     on_disk = {path for path in on_disk if not set(path.parts) & {"build", "dist", "tests"}}
-    names = {"rankfront." + ".".join(path.parts) for path in on_disk}
+    names = {"rankfront", *("rankfront." + ".".join(path.parts) for path in on_disk)}
     setuptools = PROJECT["tool"]["setuptools"]
     assert set(setuptools["packages"]) == names >= {f"rankfront.{folder}" for folder in FOLDERS}
-    assert setuptools["package-dir"] == {f"rankfront.{folder}": folder for folder in FOLDERS}
+    assert setuptools["package-dir"] == {"rankfront": ".", **{f"rankfront.{folder}": folder for folder in FOLDERS}}
+    assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]  # all that the wheel takes from the root
 
 
 @pytest.mark.parametrize(("folder", "depth"), [("methods", 1), ("objectives", 1), ("search", 2)])
@@ -90,6 +93,23 @@ def test_only_the_configuration_imports_pydantic():
         if any(name.split(".")[0].startswith("pydantic") for name in imported(path))
     }
     assert users == {"search/config.py"}
+
+
+def test_every_package_has_a_lower_cap_and_those_whose_insides_are_used_an_upper_one():
+    """A dependency's range says what it is tested from; private names, and tables, may change with any version."""
+    ranges = dict(re.match(r"([\w-]+)(?:\[\w+])?(.*)", each).groups() for each in PROJECT["project"]["dependencies"])
+    assert all(found.startswith(">=") for found in ranges.values())
+    assert {name for name, found in ranges.items() if ",<" in found} == {"torch", "transformers", "optuna", "ray"}
+
+
+def test_the_package_offers_the_study_and_its_version():
+    import rankfront
+    from rankfront.search.study import Study
+
+    assert rankfront.Study is Study
+    assert rankfront.__version__ == metadata.version("rankfront")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = rankfront.nothing
 
 
 def test_the_command_exists():

@@ -6,9 +6,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import rankfront
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("methods", "objectives", "search")
@@ -32,9 +35,8 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, source / name)
+    for name in ("__init__.py", "py.typed", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
     (found,) = folder.glob("rankfront-*.whl")
     return found
@@ -53,8 +55,22 @@ def test_the_wheel_holds_the_packages_and_nothing_generic(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rankfront"}
     for package in PACKAGES:
-        on_disk = {path.name for path in (ROOT / package).glob("*.py")}
-        assert {Path(name).name for name in names if name.startswith(f"rankfront/{package}/")} == on_disk
+        on_disk = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+        on_disk |= {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.json")}
+        assert {name.partition("/")[2] for name in names if name.startswith(f"rankfront/{package}/")} == on_disk
+    assert {name for name in names if name.count("/") == 1 and name.startswith("rankfront/")} == {
+        "rankfront/__init__.py",
+        "rankfront/py.typed",
+    }
+
+
+def test_it_brings_the_licence_and_says_what_it_is(installed):
+    (folder,) = installed.glob("rankfront-*.dist-info")
+    assert (folder / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    (found,) = metadata.distributions(name="rankfront", path=[str(installed)])
+    assert found.version == rankfront.__version__
+    assert found.metadata["License-Expression"] == "Apache-2.0"
+    assert "Typing :: Typed" in found.metadata.get_all("Classifier")
 
 
 RUN = """
