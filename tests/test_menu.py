@@ -1,7 +1,6 @@
 """The menu: what every option of every site costs, and is predicted to hurt."""
 
 import itertools
-import json
 import math
 
 import common
@@ -10,7 +9,7 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
 from rankfront.search.measure.predictions import probe_options, scaled_predictions, spectrum_predictions
-from rankfront.search.plans.menu import TINY, make_menu, pack, values_stored
+from rankfront.search.plans.menu import TINY, make_menu, values_stored
 
 GRID = Grid((0.2, 0.4, 0.6, 0.8), 2)
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
@@ -181,58 +180,6 @@ def test_a_treated_site_off_the_menu_has_no_place():
     menu = make_menu(WANTED, random_predictions(0))
     assert menu.places({"lm_head": DENSE_OPTION}) == [0, 0, 0]
     assert menu.places({"lm_head": Option.of("svd", rank=2)}) is None
-
-
-# -- cosines
-
-
-def random_cosines(seed, count):
-    """Those of random directions: symmetric, ones on the diagonal, of either sign."""
-    vectors = np.random.default_rng(seed).normal(size=(count, 3))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors @ vectors.T
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_cosines_come_back_to_the_thousandth(seed):
-    """Through plain data, as the storage keeps it."""
-    cosines = random_cosines(seed, len(SHAPES))
-    packed = json.loads(json.dumps(pack(list(SHAPES), cosines)))
-    found = make_menu(WANTED, random_predictions(0), packed).cosines
-    assert np.abs(found - cosines).max() <= 1 / 2000 + 1e-12
-    assert np.array_equal(found, found.T)
-    assert (np.diag(found) == 1).all()
-
-
-def test_many_cosines_come_back_packed_in_half_the_numbers():
-    sites = [f"site {number}" for number in range(30)]
-    cosines = random_cosines(0, 30)
-    packed = pack(sites, cosines)
-    assert sum(map(len, packed["thousandths"])) == 30 * 29 // 2
-    wanted = {Site(name, (Weight("weight", name, 24, 40),)): [Option.of("svd", rank=4)] for name in sites}
-    predictions = {name: {"svd rank=4": 0.1} for name in sites}
-    assert np.abs(make_menu(wanted, predictions, packed).cosines - cosines).max() <= 1 / 2000 + 1e-12
-
-
-def test_cosines_follow_the_lines_whatever_order_they_were_packed_in():
-    """A site on the menu of which no cosine is known coincides with nothing; one that is not on it is left out."""
-    cosines = random_cosines(1, 4)
-    packed = pack(["square", "elsewhere", "wide", "nowhere"], cosines)
-    menu = make_menu(WANTED, random_predictions(0), packed)
-    assert [line.site for line in menu.lines] == ["wide", "tall", "square"]
-    expected = np.eye(3)
-    expected[0, 2] = expected[2, 0] = cosines[0, 2]
-    assert menu.cosines == pytest.approx(expected, abs=1 / 2000)
-    assert (menu.cosines[1] == [0, 1, 0]).all()
-
-
-def test_two_sites_that_are_unknown_do_not_coincide_with_each_other():
-    menu = make_menu(WANTED, random_predictions(0), pack(["wide"], np.ones((1, 1))))
-    assert np.array_equal(menu.cosines, np.eye(3))
-
-
-def test_a_menu_without_cosines_has_none():
-    assert make_menu(WANTED, random_predictions(0)).cosines is None
 
 
 # -- predictions

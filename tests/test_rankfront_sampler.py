@@ -731,7 +731,7 @@ def test_slopes_around_a_plan_that_stores_nothing_are_solved_for_any_budget():
     assert menu.size(plans[0]) == 0
     measure_slopes(problem, study, 0)
     sampler.beliefs.learn(study)
-    found = sampler.beliefs.refined([0.5 * menu.dense])
+    found = sampler.beliefs.nearby([0.5 * menu.dense])
     assert found
     assert all(0 < menu.size(plan) <= 0.5 * menu.dense for plan in found)
     assert all(menu.size(plan) == 0 for plan in sampler.beliefs.downhill(sampler.beliefs.locals[0], [1.0]))

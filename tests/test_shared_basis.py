@@ -183,7 +183,7 @@ def test_the_menu_adds_up_what_all_weights_do(worlds, method):
     """½ E[(Σ_i g_iᵀ Δ_i x_i)²], gradients of the one drawn loss at every weight: slow, from whole matrices."""
     world = worlds("llama", method)
     model, windows = world.resident.model, common.tokens(3, 16)
-    found = quadratic_divergence(model, windows, world.wanted, world.resident.store, 5).divergence
+    found = quadratic_divergence(model, windows, world.wanted, world.resident.store, 5)
     for site, options in world.wanted.items():
         for option in options:
             factors = world.resident.store.factors(site, option)

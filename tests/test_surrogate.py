@@ -253,14 +253,14 @@ def test_the_jacobian_is_that_of_finite_differences():
     surrogate, plans = make_surrogate(), random_plans(15, 0)
     surrogate.fit(plans, truth(plans, 0.5, 1.2, true_factors()))
     at = surrogate.mean
-    values = np.array([*at.theta, at.trust, at.offset, at.slope])
+    values = np.array([*at.theta, at.offset, at.slope])
 
     def predicted(changed):
-        return surrogate.explained(plans, Coefficients(changed[-2], changed[-1], changed[-3], changed[:-3]))
+        return surrogate.explained(plans, Coefficients(changed[-2], changed[-1], changed[:-2]))
 
     jacobian = surrogate._jacobian(at)
     assert jacobian.shape == (len(plans), len(values))
-    assert values.size == SITES * len(METHODS) + 3
+    assert values.size == SITES * len(METHODS) + 2
     for column in range(len(values)):
         step = np.zeros(len(values))
         step[column] = 1e-5

@@ -1,24 +1,21 @@
-"""Predicted divergence of every option, and how options of different sites add up, from one forward and one backward
-pass: the Fisher quadratic.
+"""Predicted divergence of every option alone, from one forward and one backward pass: the Fisher quadratic.
 
-    d(plan) = ½ (1/N) Σ_t (Σ_i δ_ti(o_i))²,    δ_ti(o) = g_tiᵀ (W_i − Ŵ_i) x_ti,
+    d_i(o) = ½ (1/N) Σ_t δ_ti(o)²,    δ_ti(o) = g_tiᵀ (W_i − Ŵ_i) x_ti,
 
 with x_ti the input of site i's weight at token t and g_ti the gradient of Σ −log p(y) with respect to its output, the
 labels y drawn from the model itself. E[g gᵀ] over such labels is the Fisher information, which is the Hessian of
-KL(dense ‖ compressed) at zero, so d is the second-order divergence, tokens taken as independent. Its diagonal, one
-site alone, is predicted for every option; for what two sites do together the cosine of their δ is kept, a mean over
-a few levels. For nested factors gᵀ Ŵ_r x is a running sum over components: all levels in one pass. What a joint
-treatment does is, to first order or exactly, what a change of one of its weights would do: its site's anchor.
+KL(dense ‖ compressed) at zero, so d is the second-order divergence, tokens taken as independent. For nested factors
+gᵀ Ŵ_r x is a running sum over components: all levels in one pass. What a joint treatment does is, to first order or
+exactly, what a change of one of its weights would do: its site's anchor.
 
 Sources: the Fisher as Hessian of KL, Martens (1412.1193) section 9.2; gradient scores of singular values in the manner
-of ZS-SVD; the quadratic form over whole options, and between sites, is ours.
+of ZS-SVD; the quadratic form over whole options is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,31 +27,15 @@ from rankfront.search.factors.store import FactorStore
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
 PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
-LEVELS = 5  # options of each site, from the cheapest to the dearest, at which cosines are taken
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """What one pass predicts.
-
-    Attributes:
-        divergence: site name -> option label -> nats a token, alone.
-        sites: the names of S sites, in order.
-        cosines: of what they do to the output at the same tokens, (S, S), ones on the diagonal.
-    """
-
-    divergence: dict[str, dict[str, float]]
-    sites: list[str]
-    cosines: Tensor
 
 
 def quadratic_divergence(
     model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: FactorStore, seed: int
-) -> Quadratic:
-    """The predictions for every option wanted, from ``windows`` (W, L) through the dense ``model``."""
+) -> dict[str, dict[str, float]]:
+    """Site name -> option label -> nats a token, for every option wanted, from ``windows`` (W, L) through the dense
+    ``model``."""
     generator = torch.Generator().manual_seed(seed)
     scored = [_Scored(site, options, store) for site, options in wanted.items()]
-    products = torch.zeros(LEVELS, len(scored), len(scored))
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with differentiated(model, [hook for s in scored for hook in s.hooks()]):
         for start in range(0, len(windows), step):
@@ -63,14 +44,7 @@ def quadratic_divergence(
             drawn_loss(logits, generator).backward()
             for s in scored:
                 s.settle()
-            if scored:
-                moved = torch.stack([s.moved for s in scored], dim=1)  # (levels, sites, tokens)
-                products += (moved @ moved.mT).cpu()
-    return Quadratic(
-        {s.site.name: {label: total / windows.numel() for label, total in s.totals.items()} for s in scored},
-        [s.site.name for s in scored],
-        _cosines(products),
-    )
+    return {s.site.name: {label: total / windows.numel() for label, total in s.totals.items()} for s in scored}
 
 
 @contextmanager
@@ -101,26 +75,14 @@ def arriving(inputs: tuple[Tensor, ...]) -> Tensor:
     return x.flatten(0, -2) if x.is_floating_point() else x.flatten()
 
 
-def _cosines(products: Tensor) -> Tensor:
-    """The mean over levels of p_ij / √(p_ii p_jj) for ``products`` (levels, S, S)."""
-    norms = products.diagonal(dim1=1, dim2=2).sqrt()  # (levels, S)
-    scale = norms[:, :, None] * norms[:, None, :]
-    cosines = torch.where(scale > 0, products / scale, 0).mean(0)
-    return cosines.fill_diagonal_(1.0)
-
-
 class _Scored:
-    """One site under the pass: sums over tokens for every option, and δ at a few levels of the tokens just seen."""
+    """One site under the pass: sums over tokens for every option."""
 
     def __init__(self, site: Site, options: Sequence[Option], store: FactorStore) -> None:
         self.site = site
         self.options = options
         self.store = store
         self.totals = {option.label: 0.0 for option in options}
-        by_cost = sorted(options, key=lambda o: (get_method(o.method).storage(site, o).parameters, o.label))
-        last = len(by_cost) - 1
-        self.levels = [by_cost[round(last * level / (LEVELS - 1))].label for level in range(LEVELS)]
-        self.moved = torch.zeros(0)
         self._arrived: list[dict[str, Tensor]] = []  # δ of every part for every option, of the tokens just seen
 
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
@@ -146,11 +108,10 @@ class _Scored:
 
     def settle(self) -> None:
         """After a backward pass: the parts' δ add up to the site's."""
-        moved = {label: torch.stack([part[label] for part in self._arrived]).sum(0) for label in self.totals}
-        self._arrived = []
-        for label, value in moved.items():
-            self.totals[label] += 0.5 * float(value.square().sum())
-        self.moved = torch.stack([moved[label] for label in self.levels])  # (levels, tokens)
+        arrived, self._arrived = self._arrived, []
+        for label in self.totals:
+            moved = torch.stack([part[label] for part in arrived]).sum(0)  # (tokens,)
+            self.totals[label] += 0.5 * float(moved.square().sum())
 
 
 def products(

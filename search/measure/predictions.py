@@ -24,7 +24,7 @@ from rankfront.methods import Option, Site, get_method
 from rankfront.objectives import score, teach
 from rankfront.search.factors.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
-from rankfront.search.plans.menu import TINY, Predictions, pack
+from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
 
 MENU_TOKENS = 2048  # of the search split, for the gradient's predictions
@@ -108,8 +108,7 @@ def predict(
     source: str,
     seed: int,
 ) -> dict[str, Any]:
-    """``predictions``, site name -> option label -> predicted divergence, from ``source``; the ``tokens`` that took;
-    from the gradient, ``cosines`` beside them (see `menu.pack`).
+    """``predictions``, site name -> option label -> predicted divergence, from ``source``; the ``tokens`` that took.
 
     ``model`` is dense, ``apply`` makes it dense but for one option, ``windows`` (W, L) are of the search split.
     """
@@ -117,9 +116,7 @@ def predict(
     if source in ("gradient", GROUPED):
         used = windows[: max(1, MENU_TOKENS // length)]
         found = quadratic_divergence(model, used, wanted, store, seed)
-        record = {"predictions": found.divergence, "tokens": PASS_TOKENS * used.numel()}
-        # Probes of groups hold what their sites do together, and cosines on top of that predict worse.
-        return record if source == GROUPED else record | {"cosines": pack(found.sites, found.cosines.numpy())}
+        return {"predictions": found, "tokens": PASS_TOKENS * used.numel()}
     spectrum = spectrum_predictions(wanted, store)
     if source == "spectrum":
         return {"predictions": spectrum, "tokens": 0}

@@ -20,7 +20,7 @@ from rankfront.search.optimise.rankfront_sampler import ours
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.knapsack import knapsack_several
-from rankfront.search.plans.lagrangian import Descent
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.limits import COSTS, Figures, met
 from rankfront.search.plans.menu import Menu, stored
 from rankfront.search.plans.plan import Plan
@@ -57,7 +57,7 @@ def answer(
 ) -> Answer:
     """The plan of least divergence, measured or else predicted, within ``limits`` and the study's own.
 
-    It is the best of what solves the corrected menu under all limits at once, of what slopes and interactions
+    It is the best of what solves the corrected menu under all limits at once, of what slopes
     recommend nearby, and of what was measured. A latency counts as measured where the plan was, else as predicted; what
     nothing predicts limits measured plans alone. Nothing is measured.
 
@@ -134,8 +134,7 @@ class _Learned:
         if found is None:
             return {}
         nearby = [share * menu.size(found) for share in NEARBY] if size is None else []
-        refined = self.beliefs.refined([budget, *nearby])
-        steps = dict.fromkeys(map(tuple, refined), STEPS_FLATTER)
+        steps = dict.fromkeys(map(tuple, self.beliefs.nearby([budget, *nearby])), STEPS_FLATTER)
         return {tuple(found): SOLUTIONS_FLATTER} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
 
     def _knapsack(
@@ -172,7 +171,7 @@ class _Learned:
         menu = self.beliefs.menu
         if size is None:
             return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
-        return Descent(menu, losses).solve(size)
+        return Lagrangian(menu, losses).solve(size)
 
     def _tightened(self, limit: Constraint) -> Constraint:
         """``limit``; where the measured plan nearest below it by the table missed it, by as much lower as the table was

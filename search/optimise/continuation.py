@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial
 from rankfront.search.optimise.predictor import Beliefs
 from rankfront.search.optimise.samplers import is_void
 from rankfront.search.optimise.taylor import Local, Trust
-from rankfront.search.plans.lagrangian import Descent
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Space
 
@@ -77,7 +77,7 @@ def _mean(values: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
 def next_plan(path: Sequence[Local], menu: Menu, size: float) -> list[int]:
     """The plan of ``size`` in the menu's that slopes along ``path`` promise to lose least; `InputError` where nothing
     is as small."""
-    return Descent(menu, pooled(path).losses(Trust())).solve(size)
+    return Lagrangian(menu, pooled(path).losses(Trust())).solve(size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype:
         return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
 
     sizes = sizes_of(config, dtype, timings)
-    return make_menu(space.wanted(), record["predictions"], record.get("cosines"), sizes, faster)
+    return make_menu(space.wanted(), record["predictions"], sizes, faster)
 
 
 def timings_of(config: StudyConfig, known: Mapping[str, Any]) -> Timings:

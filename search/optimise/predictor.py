@@ -21,7 +21,7 @@ from rankfront.search.optimise.neighbours import Neighbours
 from rankfront.search.optimise.surrogate import Coefficients, Surrogate
 from rankfront.search.optimise.taylor import EARLIER_TOKENS, Local, Trust, learn_trusts, surest
 from rankfront.search.plans.knapsack import sweep
-from rankfront.search.plans.lagrangian import Descent
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
 
 SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation: what is believed before any trial
@@ -70,9 +70,9 @@ def rung_of(trial: FrozenTrial) -> int:
 class _Banded:
     """The corrected menu where what options hurt depends on the size of the plan: solved for bands of it."""
 
-    def __init__(self, surrogate: Surrogate, used: Coefficients, priced: Menu, coupling: np.ndarray | None) -> None:
-        self.surrogate, self.used, self.priced, self.coupling = surrogate, used, priced, coupling
-        self._solved: dict[int, Descent] = {}
+    def __init__(self, surrogate: Surrogate, used: Coefficients, priced: Menu) -> None:
+        self.surrogate, self.used, self.priced = surrogate, used, priced
+        self._solved: dict[int, Lagrangian] = {}
 
     def solve(self, budget: float) -> list[int]:
         """By the losses of the nearest of `BANDS` shares of the dense size; where costs are weighed otherwise, the size
@@ -85,10 +85,10 @@ class _Banded:
                 break
         return places
 
-    def _band(self, band: int) -> Descent:
+    def _band(self, band: int) -> Lagrangian:
         if band not in self._solved:
             losses = self.surrogate.losses(self.used, band / BANDS)
-            self._solved[band] = Descent(self.priced, losses, self.coupling)
+            self._solved[band] = Lagrangian(self.priced, losses)
         return self._solved[band]
 
 
@@ -315,11 +315,9 @@ class Beliefs:
         ``menu`` is ours with its costs weighed otherwise; budgets are in its size.
         """
         used, priced = coefficients or self.surrogate.mean, menu or self.menu
-        coupling = self.surrogate.coupling(used)
         if self.surrogate.contexts:
-            return _Banded(self.surrogate, used, priced, coupling)
-        losses = self.surrogate.losses(used)
-        return sweep(priced, losses) if coupling is None else Descent(priced, losses, coupling)
+            return _Banded(self.surrogate, used, priced)
+        return sweep(priced, self.surrogate.losses(used))
 
     def downhill(self, local: Local, budgets: Sequence[float], menu: Menu | None = None) -> list[list[int]]:
         """The slopes of ``local``, solved at ``budgets`` in the size of ``menu`` (ours), by steps of `LENGTHS`."""
@@ -330,22 +328,16 @@ class Beliefs:
         within = [min(max(budget, priced.least), priced.dense) for budget in budgets]
         return [solved[place].solve(budget) for place in chosen for budget in within]
 
-    def refined(self, budgets: Sequence[float]) -> list[list[int]]:
-        """What a knapsack of the corrected losses does not find near ``budgets`` of stored values: plans whose sites
-        interact, where the menu has cosines, and steps downhill from the centres nearest to the first of them."""
-        found = []
-        if self.surrogate.coupling(self.surrogate.mean) is not None:
-            solved = self.solver()
-            found += [solved.solve(max(budget, self.menu.least)) for budget in budgets]
-        for local in sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))[:NEAREST]:
-            found += self.downhill(local, budgets)
-        return found
+    def nearby(self, budgets: Sequence[float]) -> list[list[int]]:
+        """Steps downhill to ``budgets`` of stored values from the centres nearest to the first of them."""
+        by_distance = sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))
+        return [plan for local in by_distance[:NEAREST] for plan in self.downhill(local, budgets)]
 
 
-def cautious(local: Local, trust: Trust, menu: Menu) -> tuple[list[Descent], list[list[int]], np.ndarray]:
+def cautious(local: Local, trust: Trust, menu: Menu) -> tuple[list[Lagrangian], list[list[int]], np.ndarray]:
     """The slopes of ``local`` under each of `CAUTIONS`: what solves them, the step at the centre's own size, and the
     share of the centre's divergence that it promises by that caution."""
-    solved = [Descent(menu, local.losses(trust, caution)) for caution in CAUTIONS]
+    solved = [Lagrangian(menu, local.losses(trust, caution)) for caution in CAUTIONS]
     own = max(menu.size(local.plan), menu.least)
     steps = [one.solve(own) for one in solved]
     a, b = local.sums(np.array(steps))

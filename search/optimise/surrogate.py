@@ -1,15 +1,15 @@
 """What the search believes of a plan's divergence: the menu as prior, corrected by every measured trial.
 
     log D(plan) = a + c · log S(plan) + residual(plan),    measured with noise
-    S(plan) = Σ_i e_i + ρ/2 Σ_{i≠j} C_ij √(2 e_i) √(2 e_j),    e_i = d_i(o_i) f_i(o_i) exp(θ_i(o_i))
+    S(plan) = Σ_i d_i(o_i) f_i(o_i) exp(θ_i(o_i))
 
 d is the menu's prediction for each site alone; f what slopes around plans of about this size make of it (see
-`context`); θ corrects one (site, method), and is shared in part by the sites of a kind and of a block; C are the menu's
-cosines between sites and ρ how far they are believed; a and c let divergences add up faster or slower than linearly,
-which they do as plans get cheaper; the residual leans on measured plans that share many options, the more the worse the
-rest explains what was measured. Noise is of the logarithm and of nats: near dense a few thousandths of a nat are most
-of what is measured, and say little. All coefficients are Gaussian a priori, so fitting is a Gauss-Newton iteration of
-ridge regressions in the space of trials, and a posterior sample costs one more solve.
+`context`); θ corrects one (site, method), and is shared in part by the sites of a kind and of a block; a and c let
+divergences add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured
+plans that share many options, the more the worse the rest explains what was measured. Noise is of the logarithm and of
+nats: near dense a few thousandths of a nat are most of what is measured, and say little. All coefficients are Gaussian
+a priori, so fitting is a Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample
+costs one more solve.
 
 Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
 linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).
@@ -31,21 +31,18 @@ from rankfront.search.plans.menu import TINY, Menu
 # prediction around measured single-site divergences on smollm2-135m (0.56).
 SITE, KIND, BLOCK, METHOD = 0.4, 0.3, 0.2, 0.3
 OFFSET, SLOPE = 1.0, 0.3  # of a around 0 and of c around 1
-TRUST, TRUST_MEAN = 0.2, 0.5  # of ρ: cosines are estimated from few tokens, and believing all of them overfits
 NOISE = 0.05  # of a measurement, in log-divergence: what neither terms nor neighbours can explain
 SPREAD = 0.004  # of a measurement, in nats a token: the error of a difference in loss over about 4,000 tokens
 RESIDUALS = (0.1, 0.03, 0.3, 1.0)  # of what neighbours can; which of them the evidence decides, the first a priori
-LEAST_SHARE = 0.1  # of what sites do alone that is left where they cancel; ρ C need not be positive definite
 ITERATIONS = 6
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """One setting of the model: ``offset`` a, ``slope`` c, ``trust`` ρ, and θ by (line, method), (F,)."""
+    """One setting of the model: ``offset`` a, ``slope`` c, and θ by (line, method), (F,)."""
 
     offset: float
     slope: float
-    trust: float
     theta: np.ndarray
 
 
@@ -83,12 +80,11 @@ class Surrogate:
         self.noise = np.zeros(0)  # standard deviation of each of them
         self._near = np.zeros((0, 0))  # how much measured plans are alike
         self.residual = RESIDUALS[0]  # standard deviation of what neighbours explain
-        self._cosines = None if menu.cosines is None else menu.cosines - np.eye(len(menu.lines))
-        self.mean = self._unpack(np.zeros(len(self.features) + 3))
+        self.mean = self._unpack(np.zeros(len(self.features) + 2))
 
     @staticmethod
     def _prior(kinds: list[str], blocks: list[int], features: list[tuple[int, str]]) -> csr_array:
-        """R (F + 3, P), prior covariance R Rᵀ: a column for each independent effect; the last rows are ρ, a, c."""
+        """R (F + 2, P), prior covariance R Rᵀ: a column for each independent effect; the last rows are a and c."""
         size = len(features)
         groups: list[tuple[float, list[object]]] = [
             (SITE / np.sqrt(2), [line for line, _ in features]),
@@ -100,11 +96,11 @@ class Surrogate:
         columns = []
         for scale, labels in groups:
             names = list(dict.fromkeys(labels))
-            block = np.zeros((size + 3, len(names)))
+            block = np.zeros((size + 2, len(names)))
             block[np.arange(size), [names.index(label) for label in labels]] = scale
             columns.append(block)
-        ends = np.zeros((size + 3, 3))
-        ends[[size, size + 1, size + 2], [0, 1, 2]] = TRUST, OFFSET, SLOPE
+        ends = np.zeros((size + 2, 2))
+        ends[[size, size + 1], [0, 1]] = OFFSET, SLOPE
         return csr_array(np.hstack([*columns, ends]))
 
     # -- prediction
@@ -135,26 +131,11 @@ class Surrogate:
     def _count(self) -> int:
         return len(self.features)
 
-    def coupling(self, coefficients: Coefficients) -> np.ndarray | None:
-        """ρ C without its diagonal, (lines, lines), for an allocator; None where the menu has no cosines."""
-        return None if self._cosines is None else coefficients.trust * self._cosines
-
     def explained(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
         """a + c log S for plans (T, lines) given as places in the menu, (T,)."""
         used = coefficients or self.mean
-        terms = self._terms(plans, used)
-        logs: np.ndarray = np.log(self._sums(terms, used.trust) + TINY)
+        logs: np.ndarray = np.log(self._terms(plans, used).sum(1) + TINY)
         return used.offset + used.slope * logs
-
-    def _sums(self, terms: np.ndarray, trust: float) -> np.ndarray:
-        """S for the e_i of each plan, (T, lines) to (T,); never less than `LEAST_SHARE` of their sum."""
-        added: np.ndarray = terms.sum(1)
-        if self._cosines is None:
-            return added
-        roots = np.sqrt(2 * terms)
-        together: np.ndarray = added + 0.5 * trust * ((roots @ self._cosines) * roots).sum(1)
-        least: np.ndarray = np.maximum(together, LEAST_SHARE * added)
-        return least
 
     def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
         """Log-divergence of plans (T, lines), residuals of measured neighbours included, (T,)."""
@@ -199,8 +180,7 @@ class Surrogate:
     def _linearised(self, at: Coefficients) -> tuple[np.ndarray, np.ndarray]:
         """What was measured, less what the prior's mean predicts by the tangent at ``at``, (T,); its covariance."""
         jacobian = self._jacobian(at)
-        prior = np.array([*np.zeros(len(at.theta)), TRUST_MEAN, 0.0, 1.0])
-        moved = np.array([*at.theta, at.trust, at.offset, at.slope]) - prior
+        moved = np.array([*at.theta, at.offset, at.slope - 1.0])
         gap = self._observed - self.explained(self._plans, at) + jacobian @ moved
         reach = jacobian @ self._root
         return gap, reach @ reach.T + self._unexplained
@@ -234,21 +214,17 @@ class Surrogate:
         return self._unpack(self._root @ effects)
 
     def _unpack(self, values: np.ndarray) -> Coefficients:
-        trust = min(max(TRUST_MEAN + values[-3], 0.0), 1.0)
-        return Coefficients(float(values[-2]), float(max(1.0 + values[-1], 0.1)), float(trust), values[:-3])
+        return Coefficients(float(values[-2]), float(max(1.0 + values[-1], 0.1)), values[:-2])
 
     def _jacobian(self, at: Coefficients) -> np.ndarray:
-        """∂ log D / ∂ (θ, ρ, a, c) for the measured plans, (T, F + 3)."""
+        """∂ log D / ∂ (θ, a, c) for the measured plans, (T, F + 2)."""
         terms = self._terms(self._plans, at)  # (T, lines)
-        sums = self._sums(terms, at.trust) + TINY
-        roots = np.sqrt(2 * terms)
-        pulls = np.zeros_like(roots) if self._cosines is None else roots @ self._cosines  # (T, lines)
-        moved = at.slope * (terms + 0.5 * at.trust * roots * pulls) / sums[:, None]  # ∂ log D / ∂ θ_i
-        jacobian = np.zeros((len(terms), len(self.features) + 3))
+        sums = terms.sum(1) + TINY
+        moved = at.slope * terms / sums[:, None]  # ∂ log D / ∂ θ_i
+        jacobian = np.zeros((len(terms), len(self.features) + 2))
         chosen = self._feature[self._lines, self._plans]  # (T, lines): no two lines have a feature in common
         rows, lines = np.nonzero(chosen >= 0)
         jacobian[rows, chosen[rows, lines]] = moved[rows, lines]
-        jacobian[:, -3] = at.slope * 0.5 * (roots * pulls).sum(1) / sums
         jacobian[:, -2] = 1.0
         jacobian[:, -1] = np.log(sums)
         return jacobian

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -54,12 +53,10 @@ class Menu:
 
     A choice, ``places``, is an index into each line's options. Lines that share weights are rivals: of those at most
     one is treated, and the others stand at dense, index 0, whatever becomes of their weights. Every weight that a
-    joint line claims has a line of its own, if only with dense on it; ValueError otherwise. ``cosines`` say how far
-    what two lines do to the output coincides: 1 where it is the same thing twice, 0 where divergences simply add up.
+    joint line claims has a line of its own, if only with dense on it; ValueError otherwise.
     """
 
     lines: tuple[Line, ...]
-    cosines: np.ndarray | None = None  # of what lines do to the output, (lines, lines); None where nobody measured
 
     def __post_init__(self) -> None:
         alone = {line.site for line in self.lines if not line.weights}
@@ -190,7 +187,6 @@ def values_stored(site: Site, option: Option) -> int:
 def make_menu(
     wanted: Mapping[Site, Iterable[Option]],
     predictions: Predictions,
-    cosines: Mapping[str, Any] | None = None,
     sizes: Sequence[Size] = (values_stored,),
     offered: Callable[[Site, Option], bool] = lambda site, option: True,
 ) -> Menu:
@@ -199,7 +195,7 @@ def make_menu(
     Within a method, a level that stores less cannot be better: predictions are made monotone by a running
     maximum from the largest level down. ``sizes`` are the costs, what budgets count first. Options without a
     prediction, by no cost cheaper than dense, or not ``offered`` are left out. A weight that only a joint site treats
-    has a line of its own with dense on it. ``cosines`` is what `pack` made.
+    has a line of its own with dense on it.
     """
     lines: list[Line] = []
     for site, options in wanted.items():
@@ -229,30 +225,12 @@ def make_menu(
     claimed = {weight for line in lines for weight in line.weights}
     single = {path: Site(path, (weight,)) for path, weight in joint.items() if path in claimed}
     lines += [_dense_line(path, _costs(site, DENSE_OPTION, sizes)) for path, site in single.items()]
-    return Menu(tuple(lines), None if cosines is None else _unpack(cosines, [line.site for line in lines]))
+    return Menu(tuple(lines))
 
 
 def _costs(site: Site, option: Option, sizes: Sequence[Size]) -> tuple[int, ...]:
     """Every cost of an option; what saves biases on top of all its weights stores no less than nothing here."""
     return tuple(max(size(site, option), 0) for size in sizes)
-
-
-def pack(sites: Sequence[str], cosines: np.ndarray) -> dict[str, Any]:
-    """A symmetric matrix (S, S) as plain data: the rows above the diagonal, in thousandths."""
-    rows = [[round(1000 * float(value)) for value in row[i + 1 :]] for i, row in enumerate(cosines)]
-    return {"sites": list(sites), "thousandths": rows}
-
-
-def _unpack(packed: Mapping[str, Any], sites: Sequence[str]) -> np.ndarray:
-    """What `pack` packed, for ``sites`` in their order; 0 between sites that it does not know."""
-    place = {site: i for i, site in enumerate(packed["sites"])}
-    whole = np.zeros((len(place) + 1, len(place) + 1))  # the last row serves unknown sites
-    for i, row in enumerate(packed["thousandths"]):
-        whole[i, i + 1 : i + 1 + len(row)] = np.array(row) / 1000
-    at = [place.get(site, -1) for site in sites]
-    found: np.ndarray = (whole + whole.T)[np.ix_(at, at)]
-    np.fill_diagonal(found, 1.0)
-    return found
 
 
 def _dense_line(path: str, costs: Sequence[int]) -> Line:
