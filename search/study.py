@@ -40,6 +40,7 @@ from rankfront.search.optimise.answer import Answer, answer, menu_frame
 from rankfront.search.optimise.goal import quality_of, timings_of
 from rankfront.search.optimise.halving import carried
 from rankfront.search.optimise.samplers import OURS
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.export import Format, Refit, Verified, export
 from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
 from rankfront.search.plans.limits import COSTS
@@ -96,16 +97,19 @@ class Study:
 
     config: StudyConfig
     run: Run
+    tuning: Tuning
 
     def __init__(
         self,
         config: StudyConfig | Mapping[str, Any] | str | Path,
         run: str | Path | None = None,
         overrides: Sequence[str] = (),
+        tuning: Tuning = DEFAULT,
     ) -> None:
         """From a study file, a dictionary of the same shape or a validated config; ``overrides`` are KEY=VALUE.
 
-        The run folder is ``runs/<study file's name>`` unless named. Raises `InputError` where something is invalid.
+        The run folder is ``runs/<study file's name>`` unless named. ``tuning`` is for studies of our sampler; it is
+        not kept with the run. Raises `InputError` where something is invalid.
         """
         if isinstance(config, StudyConfig):
             config = config.model_dump(mode="json")
@@ -114,6 +118,7 @@ class Study:
         else:
             self.config, name = load_config(Path(config), overrides), Path(config).stem
         self.run = Run(Path(run).expanduser() if run is not None else RUNS / name)
+        self.tuning = tuning
 
     @classmethod
     def open(cls, run: str | Path) -> Study:
@@ -388,7 +393,9 @@ class Study:
         self.run.define(self.config, resolved)
         storage = self._optuna(write=True)
         try:
-            driver = Driver(storage, self.config, space, setup.origin(), display.search, report, stop, only)
+            driver = Driver(
+                storage, self.config, space, setup.origin(), display.search, report, stop, only, self.tuning
+            )
             if rebuild or not driver.done:
                 self._measure_all(driver, self._prepared(setup, space, progress, display, rebuild), display, address)
         finally:

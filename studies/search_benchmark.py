@@ -294,6 +294,12 @@ ONCE = {  # at any budget
 }
 
 
+def hypervolume(dense: float, perplexity: Mapping[float, float]) -> float:
+    """Of (log perplexity excess over ``dense``, kept fraction) within [0, ln 10] x [0, 1], as a share."""
+    points = [[max(math.log(value / dense), 0.0) / math.log(10), keep] for keep, value in perplexity.items()]
+    return float(moocore.hypervolume(np.array([*points, [0.0, 1.0]]), ref=np.ones(2)))
+
+
 def report(bench: Bench, found: Found) -> dict[str, object]:
     """The row's best plans at every fraction of the grid, on the report split."""
     windows = bench.setup.tokens["report"]
@@ -303,12 +309,10 @@ def report(bench: Bench, found: Found) -> dict[str, object]:
     for keep, plan in found.plans.items():
         bench.resident.apply(plan)
         perplexity[keep] = score(bench.resident.model, windows).perplexity
-    points = np.array([[max(math.log(value / dense), 0.0) / math.log(10), keep] for keep, value in perplexity.items()])
-    volume = float(moocore.hypervolume(np.vstack([points, [0.0, 1.0]]), ref=np.ones(2)))
     return {
         "dense": dense,
         "perplexity": {str(keep): value for keep, value in perplexity.items()},
-        "hypervolume": volume,
+        "hypervolume": hypervolume(dense, perplexity),
         "tokens": found.tokens,
         "overhead": found.overhead,
         "spearman": found.spearman,

@@ -26,6 +26,7 @@ from rankfront.objectives import score
 from rankfront.search import Plan
 from rankfront.search.optimise.predictor import cautious
 from rankfront.search.optimise.taylor import Local, Trust
+from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu import Menu
 
 KEPT = (0.8, 0.6, 0.4)
@@ -84,7 +85,7 @@ def loss(bench: Bench, plan: Plan) -> float:
 
 def steps(menu: Menu, local: Local, excess: float) -> Iterator[tuple[float, list[int]]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
-    _, plans, promised = cautious(replace(local, divergence=excess), Trust(), menu)
+    _, plans, promised = cautious(replace(local, divergence=excess), Trust(), menu, np.geomspace(*Tuning().dampings))
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):
         yield float(promised[place]), plans[place]
 

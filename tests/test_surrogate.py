@@ -5,9 +5,11 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, Option
 from rankfront.search.optimise.goal import SMALLEST
-from rankfront.search.optimise.surrogate import NOISE, RESIDUALS, SPREAD, Coefficients, Surrogate
+from rankfront.search.optimise.surrogate import NOISE, SPREAD, Coefficients, Surrogate
+from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu import Line, Menu
 
+RESIDUALS = Tuning().residuals
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
 
 

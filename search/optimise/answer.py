@@ -15,7 +15,7 @@ from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import Source, find_sites, skeleton
 from rankfront.search.measure.predictions import menu_record
 from rankfront.search.optimise.goal import Timings, menu_of, timings_of
-from rankfront.search.optimise.predictor import SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places
+from rankfront.search.optimise.predictor import Beliefs, Places
 from rankfront.search.optimise.rankfront_sampler import ours
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.constraint import Constraint
@@ -133,9 +133,11 @@ class _Learned:
         found, bounds = self._knapsack(limits, budget / menu.dense, size)
         if found is None:
             return {}
-        nearby = [share * menu.size(found) for share in NEARBY] if size is None else []
-        steps = dict.fromkeys(map(tuple, self.beliefs.nearby([budget, *nearby])), STEPS_FLATTER)
-        return {tuple(found): SOLUTIONS_FLATTER} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
+        worse, nearby = self.beliefs.tuning, [share * menu.size(found) for share in NEARBY] if size is None else []
+        steps = dict.fromkeys(map(tuple, self.beliefs.nearby([budget, *nearby])), worse.steps_worse)
+        return {tuple(found): worse.solutions_worse} | {
+            plan: d for plan, d in steps.items() if met(bounds, self.of(plan))
+        }
 
     def _knapsack(
         self, limits: Sequence[Constraint], share: float, size: float | None

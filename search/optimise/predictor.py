@@ -20,25 +20,12 @@ from rankfront.search.optimise.goal import SPREAD_TOKENS, Goal
 from rankfront.search.optimise.neighbours import Neighbours
 from rankfront.search.optimise.surrogate import Coefficients, Surrogate
 from rankfront.search.optimise.taylor import EARLIER_TOKENS, Local, Trust, learn_trusts, surest
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
 
-SURROGATE_ERROR = 0.15  # of a predicted log-divergence, standard deviation: what is believed before any trial
-PRIOR_TRIALS = 8  # that the prior counts for
 DEVIATION = 1.48  # of a Gaussian, in median absolute errors
-# Shares of a centre's divergence that steps downhill are solved to save. Longer ones promise more and keep less: the
-# best of all lengths promised 0.08 to 0.34 around plans of the menu and kept 0.11 to 0.25 (studies/results/steps.md);
-# around plans that are such steps already, less.
-LENGTHS = (0.02, 0.05, 0.1, 0.18, 0.3)
-CAUTIONS = np.geomspace(0.5, 16, 16)  # multiples of κ, among which those are found
-# Standard deviations by which the best of many turns out worse than predicted, means of tens of trials on smollm2-135m:
-# solutions of the corrected menu, and steps along slopes.
-SOLUTIONS_FLATTER, STEPS_FLATTER = 1.5, 0.5
-CENTRES = 4  # slopes that steps are taken from at once
-BANDS = 10  # shares of the dense size that plans are solved for each by itself, where slopes say what depends on it
-ROUNDS = 3  # of solving for a budget whose plan turns out of another band
-NEAREST = 2  # slopes that an answer steps from: slopes hold nearby, and solving around one takes a while
 Places = tuple[int, ...]  # a plan as places in the menu, to look up by
 
 
@@ -75,19 +62,20 @@ class _Banded:
         self._solved: dict[int, Lagrangian] = {}
 
     def solve(self, budget: float) -> list[int]:
-        """By the losses of the nearest of `BANDS` shares of the dense size; where costs are weighed otherwise, the size
-        of a plan is known once it is solved for, so that it is solved for again."""
+        """By the losses of the nearest of `bands` shares of the dense size; where costs are weighed otherwise, the
+        size of a plan is known once it is solved for, so that it is solved for again."""
+        bands = self.surrogate.tuning.bands
         share, places = budget / self.priced.dense, list(self.priced.cheapest)
-        for _ in range(ROUNDS):
-            places = self._band(round(share * BANDS)).solve(budget)
+        for _ in range(self.surrogate.tuning.band_rounds):
+            places = self._band(round(share * bands)).solve(budget)
             before, share = share, self.surrogate.menu.size(places) / self.surrogate.menu.dense
-            if round(before * BANDS) == round(share * BANDS):
+            if round(before * bands) == round(share * bands):
                 break
         return places
 
     def _band(self, band: int) -> Lagrangian:
         if band not in self._solved:
-            losses = self.surrogate.losses(self.used, band / BANDS)
+            losses = self.surrogate.losses(self.used, band / self.surrogate.tuning.bands)
             self._solved[band] = Lagrangian(self.priced, losses)
         return self._solved[band]
 
@@ -102,6 +90,7 @@ class Beliefs:
         goal: the objectives.
         seed: of posterior samples.
         disjoint: options by site as a trial drew them -> those of the plan, which treats no weight twice.
+        tuning: constants of all of this.
     """
 
     def __init__(
@@ -113,17 +102,19 @@ class Beliefs:
         goal: Goal,
         seed: int,
         disjoint: Callable[[Mapping[str, Option]], Mapping[str, Option]] = dict,
+        tuning: Tuning = DEFAULT,
     ) -> None:
+        self.tuning = tuning
         self.disjoint = disjoint
         self.menu = menu
         self.options = options
         self.goal = goal
-        self.surrogate = Surrogate(menu, kinds, blocks, seed)
+        self.surrogate = Surrogate(menu, kinds, blocks, seed, tuning)
         self.measured: dict[Places, Measured] = {}
         self.locals: list[Local] = []
         self.trusts: list[Trust] = []  # of each of them
-        self.neighbours: Neighbours | None = None  # None before anything is measured
-        self.error = SURROGATE_ERROR  # of the surrogate's predictions, as recent trials showed it
+        self.neighbours: Neighbours | None = None  # None before anything is measured, or where they are off
+        self.error = tuning.prior_error  # of the surrogate's predictions, as recent trials showed it
         self.poor = False  # whether that is too much to lean on them
         self._fitted = 0
         self._plans: dict[int, list[int] | None] = {}  # by trial; a finished one never changes
@@ -178,9 +169,10 @@ class Beliefs:
             self.surrogate.fit(plans, levels, spreads)
             self._doubt()
             self.trusts = learn_trusts(self.locals, plans, np.exp(levels))
-            predicted, errors = self._uncorrected(plans)
-            # What noise made large is no surer for it.
-            self.neighbours = Neighbours(plans, levels, errors, spreads / np.exp(np.minimum(levels, predicted)))
+            if self.tuning.neighbours:
+                predicted, errors = self._uncorrected(plans)
+                # What noise made large is no surer for it.
+                self.neighbours = Neighbours(plans, levels, errors, spreads / np.exp(np.minimum(levels, predicted)))
         self._fitted = len(finished)
 
     def _doubt(self) -> None:
@@ -188,10 +180,10 @@ class Beliefs:
 
         By the rule of `Calibration.poor`, though of the surrogate alone: slopes do not make it better.
         """
-        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < SURROGATE_ERROR])[-RECENT:]
+        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < self.tuning.prior_error])[-RECENT:]
         median = float(np.median(missed)) if len(missed) else 0.0
         self.poor = len(missed) >= MIN_PREDICTIONS and median > POOR_ERROR
-        variances = [SURROGATE_ERROR**2] * PRIOR_TRIALS + [(DEVIATION * median) ** 2] * len(missed)
+        variances = [self.tuning.prior_error**2] * self.tuning.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
         self.error = math.sqrt(sum(variances) / len(variances))
 
     def _local(self, trial: FrozenTrial) -> Local | None:
@@ -275,7 +267,7 @@ class Beliefs:
         near, errors = surest(self.locals, places, self.trusts)
         weight = self.error**2 / (self.error**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
-        return mixed, np.minimum(self.error * np.sqrt(1 - weight), SURROGATE_ERROR)
+        return mixed, np.minimum(self.error * np.sqrt(1 - weight), self.tuning.prior_error)
 
     def excess_rate(self, column: int, dense: float) -> float:
         """Nats by which the loss rises for each nat of divergence, with the perplexity of objective ``column``: the
@@ -320,10 +312,12 @@ class Beliefs:
         return sweep(priced, self.surrogate.losses(used))
 
     def downhill(self, local: Local, budgets: Sequence[float], menu: Menu | None = None) -> list[list[int]]:
-        """The slopes of ``local``, solved at ``budgets`` in the size of ``menu`` (ours), by steps of `LENGTHS`."""
+        """The slopes of ``local``, solved at ``budgets`` in the size of ``menu`` (ours), by steps of `lengths`."""
         priced = menu or self.menu
-        solved, _, promised = cautious(local, self.trusts[self.locals.index(local)], priced)
-        reached = [np.flatnonzero(promised >= length) for length in LENGTHS]  # the last is the most cautious
+        solved, _, promised = cautious(
+            local, self.trusts[self.locals.index(local)], priced, np.geomspace(*self.tuning.dampings)
+        )
+        reached = [np.flatnonzero(promised >= length) for length in self.tuning.lengths]  # the last: the shortest step
         chosen = dict.fromkeys(int(places[-1]) for places in reached if len(places)) or {0: None}
         within = [min(max(budget, priced.least), priced.dense) for budget in budgets]
         return [solved[place].solve(budget) for place in chosen for budget in within]
@@ -331,14 +325,16 @@ class Beliefs:
     def nearby(self, budgets: Sequence[float]) -> list[list[int]]:
         """Steps downhill to ``budgets`` of stored values from the centres nearest to the first of them."""
         by_distance = sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))
-        return [plan for local in by_distance[:NEAREST] for plan in self.downhill(local, budgets)]
+        return [plan for local in by_distance[: self.tuning.nearest] for plan in self.downhill(local, budgets)]
 
 
-def cautious(local: Local, trust: Trust, menu: Menu) -> tuple[list[Lagrangian], list[list[int]], np.ndarray]:
-    """The slopes of ``local`` under each of `CAUTIONS`: what solves them, the step at the centre's own size, and the
+def cautious(
+    local: Local, trust: Trust, menu: Menu, dampings: np.ndarray
+) -> tuple[list[Lagrangian], list[list[int]], np.ndarray]:
+    """The slopes of ``local`` under each of ``dampings``: what solves them, the step at the centre's own size, and the
     share of the centre's divergence that it promises by that caution."""
-    solved = [Lagrangian(menu, local.losses(trust, caution)) for caution in CAUTIONS]
+    solved = [Lagrangian(menu, local.losses(trust, caution)) for caution in dampings]
     own = max(menu.size(local.plan), menu.least)
     steps = [one.solve(own) for one in solved]
     a, b = local.sums(np.array(steps))
-    return solved, steps, -(trust.first * a + CAUTIONS * trust.second * b) / local.divergence
+    return solved, steps, -(trust.first * a + dampings * trust.second * b) / local.divergence

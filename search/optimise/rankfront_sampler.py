@@ -17,31 +17,17 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.search.config import StudyConfig
 from rankfront.search.optimise.budgets import marks_of
 from rankfront.search.optimise.goal import Timings, make_goal
-from rankfront.search.optimise.predictor import CENTRES, SOLUTIONS_FLATTER, STEPS_FLATTER, Beliefs, Places, rung_of
+from rankfront.search.optimise.predictor import Beliefs, Places, rung_of
 from rankfront.search.optimise.samplers import is_void
 from rankfront.search.optimise.surrogate import Coefficients
 from rankfront.search.optimise.taylor import Local
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Single, Space
 from rankfront.search.storage.front import Row
 
-BUDGETS = 24  # budgets at which the corrected menu is solved for each proposal
-STEPS = 100  # random steps, at most, before the space is taken to be exhausted
-PARTNERS = 24  # sites looked at to make up for a switched one
-SWITCHES = 64  # budget-preserving level switches tried for each proposal
 NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
-MODES = ("solve", "sample", "solve", "switch")  # what global proposals are drawn from, in turn
-STEPS_AFTER_SLOPES = (1, 2)  # proposals measured after a pass, in turn: the first of them from the newest slopes
-GLOBAL_EVERY = 4  # one of the others in so many is global
-# Budgets around a centre's: how far, relative to it, and how many. Steps that store much less than their centre hurt
-# more than slopes say: what their switches do adds up, where those of a step at the same size in part cancel.
-STRETCH, NEIGHBOURS = 0.04, 4
-NEARBY = 0.06  # kept fraction within which slopes count as measured nearby
-WIDEST = 0.1  # kept fraction; a wider gap between front members says no more about what is to gain
-EASINGS = (0.0, 1.0, 2.0)  # standard deviations better, until something is predicted to gain
-SLACK = 0.01  # kept fraction that a better plan may store more for a front member not to be worth refining
-SAME = 0.03  # log-divergence by which plans may differ through noise
 
 
 class RankfrontSampler(BaseSampler):
@@ -61,6 +47,7 @@ class RankfrontSampler(BaseSampler):
 
     def __init__(self, beliefs: Beliefs, seed: int) -> None:
         self.beliefs = beliefs
+        self.tuning = beliefs.tuning
         self.menu, self.options, self.goal = beliefs.menu, beliefs.options, beliefs.goal
         self.random = np.random.default_rng(seed)
 
@@ -84,15 +71,16 @@ class RankfrontSampler(BaseSampler):
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
         """Without slopes the global modes in turn; with them, a step downhill from the newest, then from any of them or
         a solution of the corrected menu, and now and then a global one."""
+        modes, every = self.tuning.modes, self.tuning.global_every
         proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
         passes = [t for t in trials if "slopes" in t.user_attrs]
         if not passes or not self.beliefs.locals:
-            return MODES[len(proposed) % len(MODES)]
+            return modes[len(proposed) % len(modes)]
         since = [sum(_follows(t, one) for t in proposed) for one in passes]  # those asked while it ran do not know it
         if not since[-1]:
             return "newest"
         others = len(proposed) - sum(later < earlier for earlier, later in pairwise([*since, 0]))
-        return MODES[others // GLOBAL_EVERY % len(MODES)] if others % GLOBAL_EVERY == GLOBAL_EVERY - 1 else "any"
+        return modes[others // every % len(modes)] if others % every == every - 1 else "any"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -105,7 +93,7 @@ class RankfrontSampler(BaseSampler):
     def slopes_due(self, study: optuna.Study) -> int | None:
         """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
 
-        After `STEPS_AFTER_SLOPES` proposals: of the front members without slopes, the one where most is to gain,
+        After `Tuning.steps_after_slopes` proposals: of the front members without slopes, the one where most is to gain,
         by its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at
         marks first, for steps end there.
         """
@@ -116,7 +104,8 @@ class RankfrontSampler(BaseSampler):
         if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
             return None
         since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
-        if since < STEPS_AFTER_SLOPES[len(asked) % len(STEPS_AFTER_SLOPES)]:
+        enough = self.tuning.steps_after_slopes
+        if since < enough[len(asked) % len(enough)]:
             return None
         front = sorted(self.beliefs.front(), key=self.menu.size)
         done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
@@ -127,11 +116,11 @@ class RankfrontSampler(BaseSampler):
         levels = np.array([self.beliefs.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
             found = self.beliefs.measured[tuple(plan)]
-            if (levels[stored[1:-1] <= stored[i] + SLACK] < found.level - SAME).any():
+            if (levels[stored[1:-1] <= stored[i] + self.tuning.slack] < found.level - self.tuning.same).any():
                 continue  # for hardly more storage there is something better
             inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
-            nearby = int((np.abs(centres / self.menu.dense - stored[i]) < NEARBY).sum())
-            gap = min(stored[i + 1] - stored[i - 1], WIDEST)
+            nearby = int((np.abs(centres / self.menu.dense - stored[i]) < self.tuning.near_slopes).sum())
+            gap = min(stored[i + 1] - stored[i - 1], self.tuning.widest_gap)
             gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
             rank = tuple(plan) in at_marks, gain, found.trial
             if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
@@ -148,9 +137,9 @@ class RankfrontSampler(BaseSampler):
             if fresh:
                 return self._best(fresh, coefficients)
         candidates = list(doubts)
-        for _ in range(STEPS):
+        for _ in range(self.tuning.random_steps):
             candidates = [tuple(self._step(list(candidate))) for candidate in candidates]
-            fresh = {candidate: STEPS_FLATTER for candidate in candidates if candidate not in tried}
+            fresh = {candidate: self.tuning.steps_worse for candidate in candidates if candidate not in tried}
             if fresh:
                 return self._best(fresh, coefficients)
         return list(candidates[0])  # the space is exhausted, which the driver notices
@@ -163,17 +152,22 @@ class RankfrontSampler(BaseSampler):
         steps: list[list[int]] = []
         if mode == "newest":
             steps = self._downhill(self.beliefs.locals[-1:], priced)
-            yield self._at_marks(_doubted(steps, []))
-            yield _doubted(steps, [])
+            yield self._at_marks(self._doubted(steps, []))
+            yield self._doubted(steps, [])
         if mode in ("newest", "any"):
-            steps = self._downhill(self.beliefs.locals[-CENTRES:], priced)
+            steps = self._downhill(self.beliefs.locals[-self.tuning.references :], priced)
         front, switches = self.beliefs.front(), []
         if front and (mode == "switch" or self.beliefs.poor):
             switches = self._switches(front, coefficients, priced)
         solutions = self._solutions(coefficients, priced, marked=True) + switches
-        yield self._at_marks(_doubted(steps, solutions))
-        yield _doubted(steps, solutions)
-        yield _doubted(steps, self._solutions(coefficients, priced) + switches)
+        yield self._at_marks(self._doubted(steps, solutions))
+        yield self._doubted(steps, solutions)
+        yield self._doubted(steps, self._solutions(coefficients, priced) + switches)
+
+    def _doubted(self, steps: Sequence[list[int]], solutions: Sequence[list[int]]) -> dict[Places, float]:
+        """Each plan once, and the standard deviations by which its kind turns out worse than predicted."""
+        worse = self.tuning
+        return {tuple(c): worse.solutions_worse for c in solutions} | {tuple(c): worse.steps_worse for c in steps}
 
     def _best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> list[int]:
         """The one that gains most by prediction; where none does, that would if predictions were too dark.
@@ -181,9 +175,9 @@ class RankfrontSampler(BaseSampler):
         Those smaller than anything measured are not doubted: there is nothing that they would have to be better than.
         """
         plans, doubts = list(candidates), np.array(list(candidates.values()))
-        least = min(map(self.menu.size, self.beliefs.measured), default=0) - SLACK * self.menu.dense
+        least = min(map(self.menu.size, self.beliefs.measured), default=0) - self.tuning.slack * self.menu.dense
         doubts[[self.menu.size(plan) < least for plan in plans]] = 0.0
-        for easing in EASINGS:
+        for easing in self.tuning.easings:
             values = self._values(plans, coefficients, doubts - easing)
             gains = self._gains(values)
             if gains.max() > 0:
@@ -192,16 +186,17 @@ class RankfrontSampler(BaseSampler):
 
     def _solutions(self, coefficients: Coefficients, priced: Menu, marked: bool = False) -> list[list[int]]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to marks."""
-        solved = self.beliefs.solver(coefficients, priced)
+        solved, count = self.beliefs.solver(coefficients, priced), self.tuning.solutions
         shift = self.random.uniform()
-        budgets = priced.least + (np.arange(BUDGETS) + shift) / BUDGETS * (priced.dense - priced.least)
+        budgets = priced.least + (np.arange(count) + shift) / count * (priced.dense - priced.least)
         return [solved.solve(budget) for budget in (self._marked(budgets) if marked else budgets)]
 
     def _downhill(self, centres: Sequence[Local], priced: Menu) -> list[list[int]]:
         """The slopes of ``centres``, solved at budgets around each."""
         found = []
         for local in centres:
-            shares = np.array([1.0, *(1 + STRETCH * self.random.uniform(-1, 1, NEIGHBOURS))])
+            moved = self.tuning.stretch * self.random.uniform(-1, 1, self.tuning.around)
+            shares = np.array([1.0, *(1 + moved)])
             found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares), priced)
         return found
 
@@ -220,13 +215,13 @@ class RankfrontSampler(BaseSampler):
         """Those of ``candidates`` that use up what a mark allows: cautious steps up stop short of it."""
         sizes = {c: self.menu.size(c) for c in candidates}
         unused = {c: self.marks[self.marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
-        return {c: doubt for c, doubt in candidates.items() if unused[c] < SLACK * self.menu.dense}
+        return {c: doubt for c, doubt in candidates.items() if unused[c] < self.tuning.slack * self.menu.dense}
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
         found = []
         losses_of: dict[int, list[np.ndarray]] = {}  # by the front member that they hold around
-        for _ in range(SWITCHES):
+        for _ in range(self.tuning.switches):
             member = int(self.random.integers(len(front)))
             plan, budget = list(front[member]), priced.size(front[member])
             if member not in losses_of:
@@ -236,7 +231,7 @@ class RankfrontSampler(BaseSampler):
             plan = self._step(plan)
             over = priced.size(plan) - budget
             best: tuple[float, int, int] | None = None
-            for i in map(int, self.random.permutation(len(plan))[:PARTNERS]):
+            for i in map(int, self.random.permutation(len(plan))[: self.tuning.partners]):
                 line = priced.lines[i]
                 if any(plan[rival] for rival in priced.rivals[i]):
                     continue
@@ -322,11 +317,6 @@ def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:
     return begun is not None and ended is not None and begun >= ended
 
 
-def _doubted(steps: Sequence[list[int]], solutions: Sequence[list[int]]) -> dict[Places, float]:
-    """Each plan once, and how far its kind flatters."""
-    return {tuple(c): SOLUTIONS_FLATTER for c in solutions} | {tuple(c): STEPS_FLATTER for c in steps}
-
-
 def ours(
     menu: Menu,
     space: Space,
@@ -334,6 +324,7 @@ def ours(
     dense: Row,
     origin: Mapping[str, str],
     timings: Timings | None = None,
+    tuning: Tuning = DEFAULT,
 ) -> RankfrontSampler:
     """Our sampler for a study whose menu and dense model are measured."""
     places = {site.name: place for site, place in space.sites.items()}
@@ -341,5 +332,5 @@ def ours(
     blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
     options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
     goal = make_goal(config, space, dense, origin["dtype"], timings)
-    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed, space.disjoint)
+    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed, space.disjoint, tuning)
     return RankfrontSampler(beliefs, config.search.seed)

@@ -25,6 +25,7 @@ from scipy.sparse import csr_array
 
 from rankfront.search.optimise.context import Context, factors_at
 from rankfront.search.optimise.neighbours import alike
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import TINY, Menu
 
 # Standard deviations of the prior, in log-divergence. The single-site ones follow the spread of the gradient
@@ -33,7 +34,6 @@ SITE, KIND, BLOCK, METHOD = 0.4, 0.3, 0.2, 0.3
 OFFSET, SLOPE = 1.0, 0.3  # of a around 0 and of c around 1
 NOISE = 0.05  # of a measurement, in log-divergence: what neither terms nor neighbours can explain
 SPREAD = 0.004  # of a measurement, in nats a token: the error of a difference in loss over about 4,000 tokens
-RESIDUALS = (0.1, 0.03, 0.3, 1.0)  # of what neighbours can; which of them the evidence decides, the first a priori
 ITERATIONS = 6
 
 
@@ -54,10 +54,14 @@ class Surrogate:
         kinds: the kind of projection of each line.
         blocks: the block of each line; -1 outside.
         seed: of posterior samples.
+        tuning: its constants.
     """
 
-    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int], seed: int, tuning: Tuning = DEFAULT
+    ) -> None:
         self.menu = menu
+        self.tuning = tuning
         self.random = np.random.default_rng(seed)
         keys = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options[1:]]
         self.features = {key: place for place, key in enumerate(dict.fromkeys(keys))}
@@ -79,7 +83,7 @@ class Surrogate:
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
         self._near = np.zeros((0, 0))  # how much measured plans are alike
-        self.residual = RESIDUALS[0]  # standard deviation of what neighbours explain
+        self.residual = tuning.residuals[0]  # standard deviation of what neighbours explain
         self.mean = self._unpack(np.zeros(len(self.features) + 2))
 
     @staticmethod
@@ -162,14 +166,15 @@ class Surrogate:
         self._plans = plans
         self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
         self._near = alike(plans, plans)
-        self.residual, self.noise = RESIDUALS[0], np.hypot(NOISE, spread * np.exp(-self._observed))
+        self.residual, self.noise = self.tuning.residuals[0], np.hypot(NOISE, spread * np.exp(-self._observed))
         expected = self.explained(plans, self._map(np.zeros(self._root.shape[1]), self._observed))
         self.noise = np.hypot(NOISE, spread * np.exp(-np.minimum(self._observed, expected)))
         fitted = {}
-        for self.residual in RESIDUALS:
+        for residual in self.tuning.residuals:
+            self.residual = residual
             mean = self._map(np.zeros(self._root.shape[1]), self._observed)
-            fitted[self.residual] = self._evidence(mean), mean
-        self.residual = max(RESIDUALS, key=lambda residual: fitted[residual][0])
+            fitted[residual] = self._evidence(mean), mean
+        self.residual = max(self.tuning.residuals, key=lambda residual: fitted[residual][0])
         self.mean = fitted[self.residual][1]
 
     def _evidence(self, mean: Coefficients) -> float:

@@ -26,6 +26,7 @@ from rankfront.search.optimise.opening import MenuJobs, anchors_to_beat, centre_
 from rankfront.search.optimise.predictor import Beliefs, rung_of
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, ours
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS, is_void, make_sampler
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.plan import Plan
@@ -82,8 +83,10 @@ class Driver:
         report: bool = True,
         stop: Stop | None = None,
         only: int | None = None,
+        tuning: Tuning = DEFAULT,
     ) -> None:
         self.study = study
+        self.tuning = tuning
         self.config = config
         self.ours = config.search.sampler == OURS
         if self.ours:
@@ -198,7 +201,7 @@ class Driver:
                 f"search.menu = {self.config.search.menu!r} predicts no option of this space{faster}: use another"
                 " source or sampler, or other methods"
             )
-        self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings)
+        self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings, self.tuning)
         self.study.sampler = sampler
         self._open(sampler)
         self._enqueue_anchors(anchors_to_beat(self.menu, self.space, self.config.search.anchors))
@@ -342,6 +345,8 @@ class Driver:
 
     def _goes_on(self, sampler: RankfrontSampler) -> bool:
         """Queue the next stop of a path, if one is due; whether it is."""
+        if not self.tuning.paths:
+            return False
         if self.paths is None:
             self.paths = Paths(self.study, self.space, sampler.beliefs, _budgets(sampler), self._enqueue)
         return self.paths.advance(self.tokens, self._passes, self._readable, self._unreserved, self.ladder.tokens[0])

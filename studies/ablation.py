@@ -1,0 +1,220 @@
+"""What each mechanism of our search earns: each switched off in turn, on two spaces, at two budgets of tokens.
+
+    python studies/ablation.py TEXT [--budgets 100000,300000] [--seeds 0,1] [--rows a,b] [--spaces a,b] [--threads 1]
+
+TEXT is split and plans are compared as in `search_benchmark.py`: at each kept fraction the measured plan that is best
+on the search split, measured on the report split. "Everything" is the search as it is; "lean" lacks all that the other
+rows leave out but neighbours. Finished cells are kept in studies/results/ablation.jsonl, one line each, and never measured
+again: stop it at any time and start it again. What a cell measured serves every other cell that measures the same:
+searches of one seed begin alike. The page studies/results/ablation.md is written anew after every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
+from rich.console import Console
+from search_benchmark import GRID, JOINT, hypervolume, settings
+
+from rankfront.methods import InputError
+from rankfront.objectives import score
+from rankfront.search import Plan, Study
+from rankfront.search.measure.trial import Job, Record, Resident, Setup
+from rankfront.search.optimise.tuning import Tuning
+
+EVERYTHING = "everything"
+SPACES: dict[str, Sequence[str]] = {"default": JOINT, "svd-llm": ("svd-llm",)}
+SHOWN = (0.8, 0.7, 0.6, 0.5)
+OFF: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what it changes in `Tuning`, in the study
+    "no paths": ({"paths": False}, {}),
+    "no posterior samples": ({"modes": ("solve", "solve", "solve", "switch")}, {}),
+    "no switches": ({"modes": ("solve", "sample", "solve", "solve"), "switches": 0}, {}),
+    "no easings": ({"easings": (0.0,)}, {}),
+    "no residual process": ({"residuals": (0.0,)}, {}),
+    "no neighbours": ({"neighbours": False}, {}),
+    "no anchors but dense": ({}, {"search.anchors": []}),
+}
+LEAN = {"paths": False, "modes": ("solve",), "switches": 0, "easings": (0.0,), "residuals": (0.0,)}
+ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    EVERYTHING: ({}, {}),
+    "lean": (LEAN, {"search.anchors": []}),
+    **OFF,
+    "two fidelities": ({}, {"search.rungs": [2048, 8192]}),  # added: one is what everybody has
+}
+
+
+class Remembering:
+    """In the place of a study's resident model: measures no job twice, and times what lies between jobs.
+
+    Attributes:
+        driver: seconds between jobs, which is what asking and telling take.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.known: dict[str, Record] = {cell["job"]: cell["record"] for cell in read_cells(file)}
+        self.driver = 0.0
+
+    def __call__(self, setup: Setup) -> Remembering:
+        self.setup, self.resident = setup, None
+        self.driver, self.left = 0.0, time.perf_counter()
+        return self
+
+    resident: Resident | None = None
+
+    def run(self, job: Job) -> Record:
+        self.driver += time.perf_counter() - self.left
+        search, number = self.setup.config.search, 0 if job.kind == "trial" else job.number
+        where = [*self.setup.config.space.methods, search.rungs, search.seed]
+        record = self.once(json.dumps([*where, job.kind, number, job.plan.key, job.rung, job.tokens]), job)
+        self.left = time.perf_counter()
+        return record
+
+    def once(self, key: str, job: Job) -> Record:
+        if key not in self.known:
+            record = self._model().run(job)
+            if "failure" in record:
+                return record
+            self._keep(key, record)
+        return copy.deepcopy(self.known[key])
+
+    def perplexity(self, plan: Plan) -> float:
+        """On the report split."""
+        key = json.dumps(["report", plan.key])
+        if key not in self.known:
+            model = self._model()
+            model.apply(plan)
+            self._keep(key, {"perplexity": score(model.model, self.setup.tokens["report"]).perplexity})
+        return float(self.known[key]["perplexity"])
+
+    def _model(self) -> Resident:
+        if self.resident is None:
+            self.resident = Resident(self.setup)
+        return self.resident
+
+    def _keep(self, key: str, record: Record) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        keep_cells(self.file, [{"job": key, "record": record}])
+        self.known[key] = record
+
+
+def measure(memory: Remembering, text: str, space: str, row: str, budget: int, seed: int) -> Cell:
+    """One search, and its plans on the report split."""
+    tuned, changed = ROWS[row]
+    changed = {"space.methods": SPACES[space], "search.seed": seed, "search.tokens": budget, **changed}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
+    run = RESULTS / "runs" / f"ablation-{space}-{row}-{budget}-{seed}".replace(" ", "-")
+    study = Study(settings(text, torch.get_num_threads()), run, overrides, replace(Tuning(), **tuned))
+    shutil.rmtree(run, ignore_errors=True)  # of a cell that was stopped: what it measured is remembered
+    with patch("rankfront.search.study.Resident", memory):
+        study.launch(Console(quiet=True), report=False)
+    plans: dict[float, Plan] = {}
+    for keep in GRID:
+        with suppress(InputError):  # nothing is as small
+            plans[keep] = study.best(f"block_parameters<={keep}").plan
+    memory.setup = study.setup()
+    dense = memory.perplexity(Plan(()))
+    found = {keep: memory.perplexity(plan) for keep, plan in plans.items()}
+    return {
+        "space": space,
+        "row": row,
+        "budget": budget,
+        "seed": seed,
+        "hypervolume": hypervolume(dense, found),
+        "perplexity": {str(keep): value for keep, value in found.items()},
+        "tokens": study.tokens(),
+        "trials": sum(trial.state == "complete" for trial in study.rows()),
+        "driver": memory.driver,
+    }
+
+
+def table(cells: Sequence[Cell]) -> Iterator[str]:
+    """Rows of one space and budget: medians over seeds, and differences to everything at the same seed."""
+    head = ["row", "seeds", "hypervolume", "against everything", *(f"ppl at {keep}" for keep in SHOWN), "trials"]
+    head += ["driver, s"]
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join('---' for _ in head)} |"
+    whole = {cell["seed"]: cell["hypervolume"] for cell in cells if cell["row"] == EVERYTHING}
+    for row in ROWS:
+        own = [cell for cell in cells if cell["row"] == row]
+        if own:
+            volumes = [cell["hypervolume"] for cell in own]
+            gaps = [cell["hypervolume"] - whole[cell["seed"]] for cell in own if cell["seed"] in whole]
+            at = [[c["perplexity"].get(str(keep), math.inf) for c in own] for keep in SHOWN]
+            shown = [f"{median(values):.1f}" for values in at]
+            against = ", ".join(f"{gap:+.4f}" for gap in gaps)
+            seconds = median(cell["driver"] for cell in own)
+            spread = f" ({min(volumes):.4f} to {max(volumes):.4f})" if len(volumes) > 1 else ""
+            entries = [row, str(len(own)), f"{median(volumes):.4f}{spread}", against, *shown]
+            entries += [f"{median(cell['trials'] for cell in own):.0f}", f"{seconds:.1f}"]
+            yield f"| {' | '.join(entries)} |"
+
+
+PAGE = """# What each mechanism of our search earns
+
+SmolLM2-135M-Instruct, WikiText-2 validation text; rows are said at the top of `studies/ablation.py`. Perplexities are
+medians over seeds on the report split, of the measured plan that is best on the search split within the kept fraction;
+"against everything" is the difference in hypervolume to the whole search, seed by seed. Seconds of the driver are what
+asking and telling took in all.
+
+{tables}
+
+Command: `python studies/ablation.py TEXT --threads 1`
+
+{sources}
+"""
+
+
+def write(cells: Sequence[Cell]) -> None:
+    """The page of all cells."""
+    groups = sorted({(cell["budget"], cell["space"]) for cell in cells})
+    tables = []
+    for budget, space in groups:
+        own = [cell for cell in cells if (cell["budget"], cell["space"]) == (budget, space)]
+        tables += [f"## {budget:,} tokens, {space} space", "", *table(own), ""]
+    made = sources(cells, lambda cell: f"{cell['space']} {cell['row']} {cell['budget']:,} seed {cell['seed']}")
+    page = PAGE.format(tables="\n".join(tables).strip(), sources=made)
+    (RESULTS / "ablation.md").write_text(page, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--spaces", default=",".join(SPACES))
+    parser.add_argument("--budgets", default="100000,300000")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    file = RESULTS / "ablation.jsonl"
+    memory = Remembering(RESULTS / "runs" / "ablation.jsonl")
+    cells = read_cells(file)
+    order = [asked.budgets.split(","), asked.seeds.split(","), asked.rows.split(","), asked.spaces.split(",")]
+    for budget, seed, row, space in product(*order):
+        key = {"space": space, "row": row, "budget": int(budget), "seed": int(seed)}
+        if not any(key.items() <= cell.items() for cell in cells):
+            cell = measure(memory, asked.text, space, row, int(budget), int(seed)) | {"from": provenance()}
+            cells.append(cell)
+            keep_cells(file, [cell])
+            write(cells)
+            print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
