@@ -4,9 +4,9 @@
 
 TEXT is split and plans are compared as in `search_benchmark.py`: at each kept fraction the measured plan that is best
 on the search split, measured on the report split. "Everything" is the search as it is; "lean" lacks all that the other
-rows leave out but neighbours. Finished cells are kept in studies/results/ablation.jsonl, one line each, and never measured
-again: stop it at any time and start it again. What a cell measured serves every other cell that measures the same:
-searches of one seed begin alike. The page studies/results/ablation.md is written anew after every cell.
+rows leave out but neighbours. Finished cells are kept in studies/results/ablation.jsonl, one line each, and never
+measured again: stop it at any time and start it again. What a cell measured serves every other cell that measures the
+same: searches of one seed begin alike. The page studies/results/ablation.md is written anew after every cell.
 """
 
 from __future__ import annotations
