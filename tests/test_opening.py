@@ -14,8 +14,8 @@ from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.answer import ignorant
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import CENTRE, WARM_START, centre_first, opening_budgets
-from rankfront.search.optimise.predictor import BANDS
 from rankfront.search.optimise.samplers import OURS
+from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.space import Space
 from rankfront.search.study import Study
 
@@ -151,9 +151,9 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
         if keep * even.dense >= even.least:
             plan = solver.solve(keep * even.dense)
             share = beliefs.menu.size(plan) / beliefs.menu.dense
-            apart.append(abs(share - keep) > 1 / BANDS)
-            settled = solver._band(round(share * BANDS)).solve(keep * even.dense)
-            assert abs(beliefs.menu.size(settled) / beliefs.menu.dense - share) <= 1 / BANDS
+            apart.append(abs(share - keep) > 1 / Tuning().bands)
+            settled = solver._band(round(share * Tuning().bands)).solve(keep * even.dense)
+            assert abs(beliefs.menu.size(settled) / beliefs.menu.dense - share) <= 1 / Tuning().bands
     assert any(apart)
 
 
