@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test check catalogue clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	mkdir -p .typecheck && ln -sfn .. .typecheck/rankfront
 	$(BIN)/mypy
+
+catalogue: $(VENV)/.installed
+	$(BIN)/python -c "from rankfront.methods._registry import write_catalogue; write_catalogue()"
 
 clean:
 	rm -rf $(VENV) .typecheck build *.egg-info

@@ -1,8 +1,13 @@
-"""Methods: tensors in, tensors out. Importing this package registers every method, and the loader of exports."""
+"""Methods: tensors in, tensors out.
+
+A method's file, and torch with it, is imported when the method is used. Importing this package makes transformers load
+exports: `checkpoint` is imported as soon as transformers' quantizers are.
+"""
 
 import importlib
-import pkgutil
+from typing import TYPE_CHECKING, Any
 
+from rankfront.methods._door import open_door
 from rankfront.methods._errors import InputError, check_choice, nearest, shown
 from rankfront.methods._method import (
     DENSE,
@@ -15,18 +20,19 @@ from rankfront.methods._method import (
     Prepared,
     Site,
     Weight,
-    get_method,
-    method_names,
     register,
     source_behind,
     source_of,
 )
-from rankfront.methods._statistics import Statistics, narrow_outputs
+from rankfront.methods._registry import describe_methods, get_method, method_names
 from rankfront.methods._storage import Cost, Storage
 from rankfront.methods._taxonomy import FAMILIES
-from rankfront.methods._unpacked import Unpacked
-from rankfront.methods._weighting import Gram
-from rankfront.methods.prepacked import prepack, undo_prepack
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from rankfront.methods._statistics import Statistics, narrow_outputs
+    from rankfront.methods._unpacked import Unpacked
+    from rankfront.methods._weighting import Gram
+    from rankfront.methods.prepacked import prepack, undo_prepack
 
 __all__ = [
     "DENSE",
@@ -47,6 +53,7 @@ __all__ = [
     "Unpacked",
     "Weight",
     "check_choice",
+    "describe_methods",
     "get_method",
     "method_names",
     "narrow_outputs",
@@ -59,5 +66,20 @@ __all__ = [
     "undo_prepack",
 ]
 
-for _module in pkgutil.iter_modules(__path__):  # a new method is a new file: nothing to add here
-    importlib.import_module(f"{__name__}.{_module.name}")
+NEED_TORCH = {  # name -> the file that has it
+    "Gram": "_weighting",
+    "Statistics": "_statistics",
+    "Unpacked": "_unpacked",
+    "narrow_outputs": "_statistics",
+    "prepack": "prepacked",
+    "undo_prepack": "prepacked",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{NEED_TORCH[name]}"), name)
+
+
+open_door()

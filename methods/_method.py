@@ -1,4 +1,4 @@
-"""What a method is: sites, levels, options, the Method protocol and the registry."""
+"""What a method is: sites, levels, options, the Method protocol and how a file registers one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
-from torch import Tensor
-
-from rankfront.methods._errors import InputError, check_choice
-from rankfront.methods._statistics import Statistics
+from rankfront.methods._errors import InputError
 from rankfront.methods._storage import Storage, dense_storage
+
+if TYPE_CHECKING:  # whoever names sites, options or levels need not wait for torch
+    from torch import Tensor
+
+    from rankfront.methods._statistics import Statistics
 
 Value = int | float | str
 DENSE = "dense"
@@ -163,7 +165,7 @@ class Factors:
     """A compressed weight as it is stored and run.
 
     Attributes:
-        kind: the key of the module in `layers.LAYERS`.
+        kind: the key of the module in `layers.layers`.
         tensors: its parameters by name.
         settings: what the module's shapes follow from beside (m, n), e.g. ``{"rank": 64}``.
         storage: what exactly it stores.
@@ -181,7 +183,7 @@ def plain_factors(weight: Tensor, storage: Storage, bias: Tensor | None = None) 
     return Factors("plain", tensors, {"rows": weight.shape[0], "columns": weight.shape[1]}, storage)
 
 
-Prepared = dict[str, Tensor]
+Prepared: TypeAlias = "dict[str, Tensor]"
 Level = TypeVar("Level")
 
 
@@ -300,29 +302,18 @@ def stepped(grid: Grid, full: int, step: int) -> dict[float, int]:
     return {keep: min(max(step * round(keep * full / step), step), largest) for keep in grid.keep if largest}
 
 
-_METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {}  # of the files that were imported; `_registry` imports what it is asked for
 
 
 def register(method: Method) -> Method:
     """Add a method under its name; raises ValueError where the name is taken."""
-    if method.name in _METHODS:
+    if method.name in METHODS:
         raise ValueError(f"a method named {method.name!r} is already registered: choose another name")
-    _METHODS[method.name] = method
+    METHODS[method.name] = method
     return method
 
 
-def method_names() -> list[str]:
-    """Every registered name, in order of registration; `dense` is an option everywhere and not among them."""
-    return list(_METHODS)
-
-
-def get_method(name: str) -> Method:
-    """The method called ``name``; `InputError` names the known ones and the nearest."""
-    check_choice("method", name, _METHODS)
-    return _METHODS[name]
-
-
-APART = ("_method", "_errors", "_storage", "_taxonomy")  # shared files that no factors depend on
+APART = ("_method", "_registry", "_errors", "_storage", "_taxonomy")  # shared files that no factors depend on
 
 
 def source_of(method: Method) -> str:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._sparse import pack_mask, unpack_mask
-from rankfront.methods._storage import row_support_bits
-from rankfront.methods._support import BYTE, index_width, pack, packed_bits, unpack
+from rankfront.methods._storage import BYTE, index_width, packed_bits, row_support_bits
+from rankfront.methods._support import pack, unpack
 
 
 def dense_of(values: Tensor, columns: Tensor, width: int) -> Tensor:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rankfront.methods._support import index_width, packed_bits
-
 INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do, so that a mask is never free
+BYTE = 8  # bits
+
+
+def packed_bits(count: int, width: int) -> int:
+    """Bits on disk of ``count`` whole numbers of ``width`` bits each: whole bytes."""
+    return -(-count * width // BYTE) * BYTE
+
+
+def index_width(length: int) -> int:
+    """Bits of an index below ``length``: ⌈log₂ length⌉, at least 1."""
+    return max(1, (length - 1).bit_length())
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BYTE = 8
-
-
-def packed_bits(count: int, width: int) -> int:
-    """Bits on disk of ``count`` whole numbers of ``width`` bits each: whole bytes."""
-    return -(-count * width // BYTE) * BYTE
-
-
-def index_width(length: int) -> int:
-    """Bits of an index below ``length``: ⌈log₂ length⌉, at least 1."""
-    return max(1, (length - 1).bit_length())
+from rankfront.methods._storage import BYTE
 
 
 def pack(numbers: Tensor, width: int) -> Tensor:

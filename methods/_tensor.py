@@ -22,7 +22,7 @@ from rankfront.methods._method import (
 )
 from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Unweighted, Weighting
-from rankfront.methods.layers import LAYERS, matrix_of
+from rankfront.methods.layers import layers, matrix_of
 from rankfront.methods.layers_tensor import Network
 
 
@@ -86,7 +86,7 @@ class TensorFormat(Fitted):
 
     def factors(self, tensors: Mapping[str, Tensor]) -> Factors:
         """The layer's tensors among ``tensors``, with the sizes of their indices."""
-        network = cast(type[Network], LAYERS[self.kind])
+        network = cast(type[Network], layers()[self.kind])
         own = {name: tensors[name] for name in network.indices}
         storage = Storage(sum(tensor.numel() for tensor in own.values()))
         return Factors(self.kind, own, network.settings(own), storage)

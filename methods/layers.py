@@ -6,8 +6,12 @@ a dense matrix rebuilt ahead. Floating tensors are parameters, which gradients r
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -52,7 +56,7 @@ class Attached(Protocol):
         """Called whenever the module is put in place under ``parent``."""
 
 
-LAYERS: dict[str, type[Factored]] = {}
+_LAYERS: dict[str, type[Factored]] = {}
 Layer = TypeVar("Layer", bound=type)
 
 
@@ -60,10 +64,19 @@ def layer(kind: str) -> Callable[[Layer], Layer]:
     """A decorator: the class is what factors of ``kind`` run as."""
 
     def registered(cls: Layer) -> Layer:
-        LAYERS[kind] = cast(type[Factored], cls)
+        _LAYERS[kind] = cast(type[Factored], cls)
         return cls
 
     return registered
+
+
+@cache
+def layers() -> dict[str, type[Factored]]:
+    """Kind -> class of every module, the files that define them imported."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name.startswith("layers_"):
+            importlib.import_module(f"{__package__}.{module.name}")
+    return _LAYERS
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:
@@ -128,9 +141,9 @@ def replacement(
     dense: nn.Module, kind: str, tensors: Mapping[str, Tensor], settings: Settings | None = None
 ) -> nn.Module:
     """The module that runs ``tensors`` in the place of ``dense``, keeping its bias unless they bring their own."""
-    check_choice("layer kind", kind, LAYERS)
+    check_choice("layer kind", kind, layers())
     own = {name: tensor for name, tensor in tensors.items() if name != "bias"}
-    return LAYERS[kind].build(dense, own, tensors.get("bias", getattr(dense, "bias", None)), settings or {})
+    return layers()[kind].build(dense, own, tensors.get("bias", getattr(dense, "bias", None)), settings or {})
 
 
 def empty_replacement(dense: nn.Module, kind: str, settings: Settings) -> nn.Module:
@@ -139,11 +152,11 @@ def empty_replacement(dense: nn.Module, kind: str, settings: Settings) -> nn.Mod
     Raises `InputError` where ``settings``, which may be a stranger's, make no such layer, or one that holds more than
     `MOST` of the dense weight: before anything is allocated.
     """
-    check_choice("layer kind", kind, LAYERS)
+    check_choice("layer kind", kind, layers())
     weight = weight_of(dense)
     rows, columns = weight.shape
     try:
-        shapes = LAYERS[kind].shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
+        shapes = layers()[kind].shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
         return replacement(dense, kind, _empty_tensors(shapes, weight), settings)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{kind} {dict(settings)} fits no weight {rows} x {columns}: {error}") from error

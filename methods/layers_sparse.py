@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods._sparse import SparseRows, scatter_rows
-from rankfront.methods._support import packed_bits
+from rankfront.methods._storage import packed_bits
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 

@@ -9,7 +9,8 @@ import pywt
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._support import BYTE, index_width, packed_bits, unpack
+from rankfront.methods._storage import BYTE, index_width, packed_bits
+from rankfront.methods._support import unpack
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 BANDS = ("ll", "hl", "lh", "hh")  # outputs' band, inputs' band; those of the low inputs first

@@ -26,12 +26,12 @@ from rankfront.methods._method import (
     Option,
     Prepared,
     Site,
-    get_method,
     not_one_linear,
     register,
     whole_level,
 )
 from rankfront.methods._metric import WHITENING
+from rankfront.methods._registry import get_method
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_low_rank_storage
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Grid, Site, Weight, get_method
-from rankfront.methods.layers import LAYERS, empty_replacement, matrix_of, replacement
+from rankfront.methods.layers import empty_replacement, layers, matrix_of, replacement
 from rankfront.methods.layers_tensor import Network
 from rankfront.search.measure.trial import Resident
 from rankfront.search.output.export import export
@@ -309,7 +309,7 @@ def test_what_loading_fills_has_the_shapes_of_the_factors(name, shape, dtype):
     for option in walked(name, shape):
         prepared = prepare(name, make_weight(shape), make_sample(shape), option)
         factors = get_method(name).truncate(prepared, option)["weight"]
-        assert factors.kind in LAYERS
+        assert factors.kind in layers()
         empty = empty_replacement(dense, factors.kind, factors.settings).state_dict()
         held = {key: (t.shape, dtype if t.is_floating_point() else t.dtype) for key, t in factors.tensors.items()}
         assert {key: (t.shape, t.dtype) for key, t in empty.items() if key != "bias"} == held

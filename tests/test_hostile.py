@@ -17,7 +17,7 @@ from launching import measured
 
 from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.checkpoint import CONFIG_VERSION, RankfrontConfig, RankfrontQuantizer
-from rankfront.methods.layers import LAYERS, LITTLE
+from rankfront.methods.layers import LITTLE, layers
 from rankfront.search.config import make_config
 from rankfront.search.inputs.model import count_bytes, find_sites, load_model, resolve
 from rankfront.search.output.export import export
@@ -129,7 +129,7 @@ SETTINGS = (
     "block", "seed", "scale", "modes", "terms",
 )  # fmt: skip
 specs = st.fixed_dictionaries(
-    {"kind": st.one_of(st.sampled_from([*LAYERS]), junk)},
+    {"kind": st.one_of(st.sampled_from([*layers()]), junk)},
     optional={name: st.one_of(whole, scalars) for name in SETTINGS},
 )
 configurations = st.fixed_dictionaries(

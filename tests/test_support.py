@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rankfront.methods._scatter import columns_of, dense_of, packed_columns, support_bytes
-from rankfront.methods._support import index_width, pack, packed_bits, seeded_support, unpack
+from rankfront.methods._storage import index_width, packed_bits
+from rankfront.methods._support import pack, seeded_support, unpack
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 11, 16])

@@ -36,7 +36,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Factors, InputError, Option, Site, Weight, source_behind
-from rankfront.methods.layers import LAYERS
+from rankfront.methods.layers import layers
 from rankfront.methods.prepacked import prepacked
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
@@ -296,7 +296,7 @@ def _machine(device: str, dtype: torch.dtype) -> str:
     name = (
         torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor()} {_model_name()}"
     )
-    code = inspect.getsource(sys.modules[__name__]) + source_behind(*(layer.__module__ for layer in LAYERS.values()))
+    code = inspect.getsource(sys.modules[__name__]) + source_behind(*(layer.__module__ for layer in layers().values()))
     parts = (name, str(torch.get_num_threads()), str(dtype), torch.__version__, transformers.__version__, code)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
