@@ -29,6 +29,7 @@ from statistics import median
 import moocore
 import numpy as np
 import torch
+from allocators import sensitivity, tolerance, uniform, value
 from common import RESULTS, keep_cells, provenance, read_cells, sources
 from rich.console import Console
 
@@ -51,7 +52,7 @@ from rankfront.search.optimise.context import context_of
 from rankfront.search.optimise.opening import CENTRE
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import Local
-from rankfront.search.plans.knapsack import knapsack, sensitivity, sweep, tolerance, uniform, value
+from rankfront.search.plans.knapsack import knapsack, sweep
 from rankfront.search.plans.menu import Menu, Predictions, make_menu
 
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
