@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,20 @@ class Sample:
         norms = self.g.norm(dim=1)
         low, high = norms.quantile(0.125), norms.quantile(0.875)
         return torch.stack([g for g, norm in zip(self.g, norms, strict=True) if low <= norm <= high])
+
+
+_PREPARED: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+
+
+def prepared_once(
+    name: str, site: Site, weight: Tensor, sample: Sample, options: Sequence[Option]
+) -> dict[str, Tensor]:
+    """What the method prepares of ``weight``, worked out once by process: laws ask for the same few again and again."""
+    raw = [each.contiguous().view(torch.uint8).numpy().tobytes() for each in (weight, sample.x, sample.g)]
+    key = (name, site, tuple(options), weight.dtype, *raw)
+    if key not in _PREPARED:
+        _PREPARED[key] = get_method(name).prepare(site, {"weight": weight}, {"weight": sample.statistics()}, options)
+    return {part: tensor.clone() for part, tensor in _PREPARED[key].items()}
 
 
 @dataclass(frozen=True)

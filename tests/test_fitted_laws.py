@@ -9,8 +9,17 @@ import pytest
 import torch
 from common import random_plan, save_folder
 from launching import make_run, measured, small_data, verify_here
-from rows import FITTED_ROWS
-from test_method_laws import DTYPES, KEEPS, SAMPLES, make_sample, make_weight, modules
+from rows import FITTED_ROWS, prepared_once
+from test_method_laws import (
+    DTYPES,
+    KEEPS,
+    SAMPLES,
+    each_number,
+    each_singular,
+    make_sample,
+    make_weight,
+    modules,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -45,8 +54,7 @@ def walked(name, shape):
 
 
 def prepare(name, weight, sample, option):
-    site = common.linear_site(*weight.shape)
-    return get_method(name).prepare(site, {"weight": weight}, {"weight": sample.statistics()}, [option])
+    return prepared_once(name, common.linear_site(*weight.shape), weight, sample, [option])
 
 
 def rebuilt(name, prepared, option, shape):
@@ -107,7 +115,9 @@ def test_factors_are_finite_and_multiply_to_the_weights_shape(name, shape, dtype
 def test_preparing_twice_gives_the_same(name, shape):
     weight = make_weight(shape)
     for option in walked(name, shape):
-        first, second = (prepare(name, weight, make_sample(shape), option) for _ in range(2))
+        first = prepare(name, weight, make_sample(shape), option)
+        statistics, site = make_sample(shape).statistics(), common.linear_site(*shape)
+        second = get_method(name).prepare(site, {"weight": weight}, {"weight": statistics}, [option])
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -125,8 +135,7 @@ def test_preparing_leaves_its_inputs_alone(name):
 
 
 @each_case
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("kind", [*SAMPLES, "zero"])
+@each_number
 def test_exact_level_reproduces_the_weight(name, shape, dtype, kind):
     exact = FITTED_ROWS[name].exact(name, *shape)
     if exact is None:
@@ -174,8 +183,7 @@ def test_more_levels_help(name, shape, kind):
 
 
 @each_case
-@pytest.mark.parametrize("kind", [*SAMPLES, "zero"])
-@pytest.mark.parametrize("special", ["zero", "rank one", "tiny", "huge"])
+@each_singular
 def test_singular_weights_give_finite_factors(name, shape, kind, special):
     m, n = shape
     weight = {

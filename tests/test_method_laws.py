@@ -6,7 +6,7 @@ import math
 import common
 import pytest
 import torch
-from rows import FITTED_ROWS, JOINT_METHODS, METHOD_ROWS, SHARED_METHODS, Sample
+from rows import FITTED_ROWS, JOINT_METHODS, METHOD_ROWS, SHARED_METHODS, Sample, prepared_once
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +22,16 @@ each_method = pytest.mark.parametrize("name", METHOD_ROWS)
 each_gridded = pytest.mark.parametrize("name", [name for name, row in METHOD_ROWS.items() if row.gridded])
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 each_sample = pytest.mark.parametrize("kind", SAMPLES)
+each_number = pytest.mark.parametrize(  # every kind of sample in fp32, every dtype with a plain one
+    ("dtype", "kind"),
+    [(torch.float32, kind) for kind in (*SAMPLES, "zero")] + [(dtype, "plain") for dtype in DTYPES[1:]],
+    ids=lambda each: str(each).removeprefix("torch."),
+)
+each_singular = pytest.mark.parametrize(  # every special weight with a plain sample, every kind of sample with one
+    ("special", "kind"),
+    [(special, "plain") for special in ("zero", "rank one", "tiny", "huge")]
+    + [("rank one", kind) for kind in (*SAMPLES[1:], "zero")],
+)
 KEEPS = (0.05, 0.2, 0.35, 0.5, 0.7, 0.9, 0.999)
 
 
@@ -51,11 +61,8 @@ def make_sample(shape, kind="plain", seed=1):
 
 
 def prepare(name, weight, sample, options=None):
-    method = get_method(name)
     ladder = METHOD_ROWS[name].ladder(name, *weight.shape) if options is None else options
-    return method.prepare(
-        METHOD_ROWS[name].site(*weight.shape), {"weight": weight}, {"weight": sample.statistics()}, ladder
-    )
+    return prepared_once(name, METHOD_ROWS[name].site(*weight.shape), weight, sample, ladder)
 
 
 def rebuilt(name, prepared, option):
@@ -119,8 +126,9 @@ def test_factors_have_the_shape_of_the_weight(name, shape, dtype):
 @each_method
 @each_shape
 def test_preparing_twice_gives_the_same(name, shape):
-    weight = make_weight(shape)
-    first, second = (prepare(name, weight, make_sample(shape)) for _ in range(2))
+    weight, statistics, site = make_weight(shape), make_sample(shape).statistics(), METHOD_ROWS[name].site(*shape)
+    first = prepare(name, weight, make_sample(shape))
+    second = get_method(name).prepare(site, {"weight": weight}, {"weight": statistics}, ladder_of(name, weight))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -139,8 +147,7 @@ def test_preparing_leaves_its_inputs_alone(name):
 
 @each_method
 @each_shape
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("kind", [*SAMPLES, "zero"])
+@each_number
 def test_full_level_reproduces_the_weight(name, shape, dtype, kind):
     weight = make_weight(shape, dtype)
     prepared = prepare(name, weight, make_sample(shape, kind))
@@ -234,8 +241,7 @@ def test_zero_statistics_fall_to_plain_svd(name, shape):
 
 @each_method
 @each_shape
-@pytest.mark.parametrize("kind", [*SAMPLES, "zero"])
-@pytest.mark.parametrize("special", ["zero", "rank one", "tiny", "huge"])
+@each_singular
 def test_singular_weights_give_finite_factors(name, shape, kind, special):
     m, n = shape
     weight = {
