@@ -27,11 +27,11 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
-from rankfront.search.inputs.model import BUNDLED
-from rankfront.search.inputs.text import PYDOC, SELF, SPLITS, Split, own_text_seed
+from rankfront.search.names import BUNDLED
 from rankfront.search.optimise.halving import rung_windows
 from rankfront.search.optimise.samplers import SAMPLERS
 from rankfront.search.plans.constraint import Constraint
+from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed
 from rankfront.search.storage.urls import parse_url
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds

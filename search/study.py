@@ -33,7 +33,6 @@ from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.text import cut, hash_tokens, scattered
 from rankfront.search.measure.control import front_warning
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
-from rankfront.search.measure.timing import Calibrated, timed_objectives
 from rankfront.search.measure.trial import Resident, Setup, make_space, prepare_store
 from rankfront.search.optimise import accuracy
 from rankfront.search.optimise.answer import Answer, answer, menu_frame
@@ -43,6 +42,7 @@ from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.export import Format, Refit, Verified, export
 from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
+from rankfront.search.plans.latency_table import Calibrated, timed_objectives
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Prices
 from rankfront.search.plans.reach import check_reachable

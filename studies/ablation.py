@@ -34,8 +34,9 @@ from search_benchmark import GRID, JOINT, hypervolume, settings
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.measure.trial import Job, Record, Resident, Setup
+from rankfront.search.measure.trial import Resident, Setup
 from rankfront.search.optimise.tuning import Tuning
+from rankfront.search.plans.job import Job, Record
 
 EVERYTHING = "everything"
 SPACES: dict[str, Sequence[str]] = {"default": JOINT, "svd-llm": ("svd-llm",)}

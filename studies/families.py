@@ -27,8 +27,9 @@ from rankfront.objectives import Clock, score, teach
 from rankfront.objectives.latency import Latency
 from rankfront.search import Plan, Study
 from rankfront.search.inputs.model import load_tokenizer
-from rankfront.search.inputs.text import Split, cut
+from rankfront.search.inputs.text import cut
 from rankfront.search.measure.trial import Resident, make_space, prepare_store
+from rankfront.search.splits import Split
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -50,8 +50,9 @@ from rankfront.objectives.parameters import Parameters  # noqa: E402
 from rankfront.search.__main__ import run as command_line  # noqa: E402
 from rankfront.search.inputs import model as models  # noqa: E402
 from rankfront.search.measure.timing import Stopwatches  # noqa: E402
-from rankfront.search.measure.trial import Job, Resident  # noqa: E402
+from rankfront.search.measure.trial import Resident  # noqa: E402
 from rankfront.search.output.export import export  # noqa: E402
+from rankfront.search.plans.job import Job  # noqa: E402
 from rankfront.search.plans.plan import Plan  # noqa: E402
 from rankfront.search.study import Study  # noqa: E402
 

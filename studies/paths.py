@@ -19,10 +19,10 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 from steps import loss
 
 from rankfront.search import Plan
-from rankfront.search.measure.slopes import PASSES
 from rankfront.search.optimise.continuation import START, STEP, next_plan, stops
 from rankfront.search.plans.knapsack import knapsack
 from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.slope_cost import PASSES
 
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5)
 TOKENS = (1024, 2048, 4096)

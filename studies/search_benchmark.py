@@ -36,24 +36,18 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.measure.predictions import (
-    GROUP_BANDS,
-    PROBE_FRACTIONS,
-    group_plans,
-    measure_probes,
-    menu_record,
-    probe_options,
-    scaled_predictions,
-    spectrum_predictions,
-)
-from rankfront.search.measure.slopes import PASSES, SLOPE_TOKENS, measure_slopes
-from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.measure.predictions import measure_probes, scaled_predictions, spectrum_predictions
+from rankfront.search.measure.slopes import measure_slopes
+from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.context import context_of
 from rankfront.search.optimise.opening import CENTRE
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import Local
+from rankfront.search.plans.job import Job
 from rankfront.search.plans.knapsack import knapsack, sweep
 from rankfront.search.plans.menu import Menu, Predictions, make_menu
+from rankfront.search.plans.menu_jobs import GROUP_BANDS, PROBE_FRACTIONS, group_plans, menu_record, probe_options
+from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS
 
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rankfront.methods import DENSE_OPTION, Option, Site, Weight
-from rankfront.search.inputs.model import Place, find_sites
+from rankfront.search.inputs.model import find_sites
+from rankfront.search.names import Place
 from rankfront.search.plans.plan import Plan
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, POSITIONS = 96, 32, 48, 2, 64

@@ -21,7 +21,8 @@ import psutil
 from common import study_data
 from rich.console import Console
 
-from rankfront.search.measure.trial import Job, Resident, make_space
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.driver import Driver
 from rankfront.search.storage.front import Row

@@ -19,7 +19,8 @@ from rankfront.search.atomic import HOST, write_checked
 from rankfront.search.inputs import model
 from rankfront.search.measure import timing
 from rankfront.search.measure.timing import Stopwatches
-from rankfront.search.measure.trial import Job, Resident, prepare_store
+from rankfront.search.measure.trial import Resident, prepare_store
+from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
-from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.measure.trial import Resident
 from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.job import Job
 from rankfront.search.storage.front import Row, box_of, hypervolume
 
 CONTEXT = 12

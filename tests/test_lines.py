@@ -6,10 +6,10 @@ from common import save_folder
 from launching import make_run, small_data
 from test_figures import disjoint_plan, value
 
-from rankfront.search.measure.predictions import menu_record
 from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.plans.lines import fitted, savings
+from rankfront.search.plans.menu_jobs import menu_record
 
 
 def test_one_slope_for_each_method_is_found():

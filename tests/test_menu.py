@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
-from rankfront.search.measure.predictions import probe_options, scaled_predictions, spectrum_predictions
+from rankfront.search.measure.predictions import scaled_predictions, spectrum_predictions
 from rankfront.search.plans.menu import TINY, make_menu, values_stored
+from rankfront.search.plans.menu_jobs import probe_options
 
 GRID = Grid((0.2, 0.4, 0.6, 0.8), 2)
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}

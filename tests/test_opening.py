@@ -9,13 +9,13 @@ from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
 from rankfront.search.inputs.model import find_sites, resolve, skeleton
-from rankfront.search.measure.predictions import menu_record
 from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.answer import ignorant
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import CENTRE, WARM_START, centre_first, opening_budgets
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import Tuning
+from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.space import Space
 from rankfront.search.study import Study
 

@@ -7,17 +7,17 @@ from launching import make_run, quiet, small_data, values_of
 
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
-from rankfront.search.measure.predictions import (
+from rankfront.search.measure.predictions import PROBE_TOKENS
+from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.menu_jobs import (
     GROUP_BANDS,
     GROUP_KEEP,
-    PROBE_TOKENS,
     WORST_RATIO,
     group_plans,
     menu_record,
     scaled_by_group,
 )
-from rankfront.search.measure.trial import Resident, make_space
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Interrupted, Study
 

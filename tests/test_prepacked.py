@@ -15,8 +15,10 @@ from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.methods.prepacked import Prepacked, prepacked
 from rankfront.objectives import Clock, make_objective
 from rankfront.search.measure import timing
-from rankfront.search.measure.timing import Stopwatches, timed_objectives
-from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.measure.timing import Stopwatches
+from rankfront.search.measure.trial import Resident
+from rankfront.search.plans.job import Job
+from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 

@@ -14,8 +14,6 @@ from optuna.trial import TrialState
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
-from rankfront.search.measure.predictions import menu_jobs, menu_record
-from rankfront.search.measure.slopes import PASSES
 from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.budgets import ROUND
@@ -29,6 +27,8 @@ from rankfront.search.optimise.taylor import Trust
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.menu import Line, Menu
+from rankfront.search.plans.menu_jobs import menu_jobs, menu_record
+from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.run.driver import Driver
 from rankfront.search.storage.front import Row
 from rankfront.search.study import Interrupted, Study

@@ -9,7 +9,8 @@ from rankfront.methods import InputError
 from rankfront.search.inputs import own_text as sampled
 from rankfront.search.inputs.model import load_tokenizer, resolve
 from rankfront.search.inputs.own_text import OwnText, Script, chat_script, degenerate, draw, plain_script
-from rankfront.search.inputs.text import Split, cut, hash_tokens
+from rankfront.search.inputs.text import cut, hash_tokens
+from rankfront.search.splits import Split
 from rankfront.search.study import Study
 
 TEMPLATE = "{% for m in messages %}U{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"

@@ -8,8 +8,8 @@ from optuna.distributions import IntDistribution
 
 from rankfront.methods import InputError
 from rankfront.search.config import make_config
-from rankfront.search.measure.predictions import menu_record
 from rankfront.search.optimise.samplers import OURS, SAMPLERS, make_sampler
+from rankfront.search.plans.menu_jobs import menu_record
 
 # Three anchors, then four of the sampler's own; ours measures the plan at the centre of the menu's front before two of
 # them, and the rest of it after.

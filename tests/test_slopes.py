@@ -13,7 +13,8 @@ from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import score, teach
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.model import find_sites
-from rankfront.search.measure.slopes import OWN_LABELS, PASSES, SLOPE_TOKENS, measure_slopes, slope_tokens
+from rankfront.search.measure.slopes import measure_slopes
+from rankfront.search.plans.slope_cost import OWN_LABELS, PASSES, SLOPE_TOKENS, slope_tokens
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
 NAMES = ("llama", "gpt2")

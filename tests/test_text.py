@@ -10,7 +10,8 @@ import torch
 from launching import quiet
 
 from rankfront.methods import InputError
-from rankfront.search.inputs.text import Split, cut, hash_tokens, read_text, scattered, tokenize
+from rankfront.search.inputs.text import cut, hash_tokens, read_text, scattered, tokenize
+from rankfront.search.splits import Split
 from rankfront.search.study import Study
 
 LENGTH = 16

@@ -14,10 +14,12 @@ from rankfront.methods import DENSE_OPTION, InputError, Option, Unpacked
 from rankfront.objectives.latency import Latency, LatencyDecode, LatencyPrefill
 from rankfront.search import Plan, Study
 from rankfront.search.measure import timing
-from rankfront.search.measure.timing import Stopwatches, Timing, compared, pack, timed, unpack
-from rankfront.search.measure.trial import Job, Resident
+from rankfront.search.measure.timing import Stopwatches, compared, timed
+from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.goal import menu_of, sizes_of, timings_of
 from rankfront.search.output.tables import menu_table
+from rankfront.search.plans.job import Job
+from rankfront.search.plans.latency_table import Timing, pack, unpack
 from rankfront.search.run import driver
 
 SMALL = {"prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}

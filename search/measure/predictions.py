@@ -1,14 +1,6 @@
-"""Where the menu's predictions come from: the gradient, the spectrum, or either scaled by measured probes.
+"""Where the menu's predictions come from: the gradient, the spectrum, or the spectrum scaled by measured probes.
 
-A source is measured in jobs, and each job's record is kept with the study. Source ``grouped``, the default, is the
-gradient's (see `gradient`), then one probe of each group of sites (kind of projection x band of depth): its sites
-compressed together to about `GROUP_KEEP`, all else dense. The measured divergence over the predicted one scales the
-predictions of the group,
-
-    d'_i(o) = d_i(o) · KL(group) / Σ_{j in group} d_j(o_j),
-
-for a quadratic around the dense model misjudges large steps alike in sites that are alike: through the softmax of
-attention above all. One probe a site at a large step is what LEMS does; probes of whole groups are ours.
+A source is measured in jobs, and each job's record is kept with the study (see `plans.menu_jobs`).
 """
 
 from __future__ import annotations
@@ -25,78 +17,10 @@ from rankfront.objectives import score, teach
 from rankfront.search.factors.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.plans.menu import TINY, Predictions
-from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.menu_jobs import GROUPED, PROBE_FRACTIONS, probe_options
 
 MENU_TOKENS = 2048  # of the search split, for the gradient's predictions
 PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
-PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them and an interruption loses little
-PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
-GROUPED = "grouped"
-GROUP_BANDS, GROUP_KEEP = 3, 0.5  # bands of depth of the grouped source, and the fraction its sites are probed at
-WIDER = 0.25  # than that fraction, what may be probed: a small step would say nothing of large ones
-WORST_RATIO = 30.0  # of a measured to a predicted divergence, either way: beyond, one of the two is not to be believed
-
-
-def menu_jobs(source: str, sites: int) -> int:
-    """How many jobs a menu of ``sites`` from ``source`` is measured in, before any probes of groups."""
-    return min(PROBE_JOBS, sites) if source in PROBE_FRACTIONS else 1
-
-
-def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The menu that a study's attributes hold, the records of its jobs as one; None while any is missing.
-
-    Attribute ``menu 0`` and so on hold a record each, with the number of them all under ``jobs``.
-    """
-    jobs = known["menu 0"]["jobs"] if "menu 0" in known else 1
-    parts = [known[name] for number in range(jobs) if (name := f"menu {number}") in known]
-    if len(parts) < jobs:
-        return None
-    merged = dict(parts[0])
-    for part in parts[1:]:
-        merged["tokens"] += part["tokens"]
-        merged["seconds"] = {k: v + part["seconds"].get(k, 0.0) for k, v in merged["seconds"].items()}
-        if "probed" in part:
-            merged["predictions"] = scaled_by_group(merged["predictions"], part["probed"], part["divergence"])
-        else:
-            merged["predictions"] = merged["predictions"] | part["predictions"]
-    return merged
-
-
-def group_plans(
-    groups: Iterable[Sequence[Site]], wanted: Mapping[Site, Sequence[Option]], predictions: Predictions
-) -> list[Plan]:
-    """What the grouped source probes: each group's sites at the option nearest `GROUP_KEEP` of their storage, of the
-    method with the least predicted divergence there. Groups of which nothing is predicted are left out."""
-    plans = []
-    for sites in groups:
-        near = probe_options({site: wanted[site] for site in sites if site in wanted}, (GROUP_KEEP,))
-        chosen = {}
-        for site, options in near.items():
-            known = predictions.get(site.name, {})
-            predicted = [o for o in options if o.label in known and _share(site, o) < 1]
-            predicted = [o for o in predicted if _share(site, o) <= GROUP_KEEP + WIDER] or predicted
-            if predicted:
-                chosen[site.name] = min(predicted, key=lambda option: known[option.label])
-        if chosen:
-            plans.append(Plan.of(chosen))
-    return plans
-
-
-def _share(site: Site, option: Option) -> float:
-    """What it stores of the dense site, in numbers: one that only rounds them stores them all."""
-    return get_method(option.method).storage(site, option).parameters / site.storage.parameters
-
-
-def scaled_by_group(
-    predictions: Predictions, probed: Mapping[str, str], divergence: float | None
-) -> dict[str, Mapping[str, float]]:
-    """``predictions`` with those of the ``probed`` sites (name -> label) scaled to what was measured of them together;
-    None where that was not finite."""
-    predicted = max(sum(predictions[site][label] for site, label in probed.items()), TINY)
-    ratio = WORST_RATIO if divergence is None else max(divergence, TINY) / predicted
-    ratio = min(max(ratio, 1 / WORST_RATIO), WORST_RATIO)
-    scaled = {site: {label: ratio * value for label, value in predictions[site].items()} for site in probed}
-    return {**predictions, **scaled}
 
 
 def predict(
@@ -151,22 +75,6 @@ def spectrum_predictions(wanted: Mapping[Site, Iterable[Option]], store: FactorS
             tail = get_method(option.method).error(prepared, option)
             result.setdefault(site.name, {})[option.label] = tail / max(whole, TINY)
     return result
-
-
-def probe_options(wanted: Mapping[Site, Iterable[Option]], fractions: Sequence[float]) -> dict[Site, list[Option]]:
-    """The options to probe at each site: per method, those nearest to ``fractions`` of its dense storage."""
-    chosen: dict[Site, list[Option]] = {}
-    for site, options in wanted.items():
-        by_method: dict[str, list[Option]] = {}
-        for option in options:
-            by_method.setdefault(option.method, []).append(option)
-        picked = {
-            min(found, key=lambda o: abs(_share(site, o) - fraction))
-            for found in by_method.values()
-            for fraction in fractions
-        }
-        chosen[site] = sorted(picked, key=lambda option: option.label)
-    return chosen
 
 
 def scaled_predictions(spectrum: Predictions, probes: Predictions) -> dict[str, dict[str, float]]:

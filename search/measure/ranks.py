@@ -21,8 +21,8 @@ from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.objectives.latency import Latency, Timed
 from rankfront.search.config import FINEST
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.inputs.model import Place
 from rankfront.search.measure.timing import Stopwatches
+from rankfront.search.names import Place
 
 MULTIPLES = (FINEST, 16, 32, 64)
 GAIN = 0.01  # of the time; for less than that no coarser grid is worth its larger ranks

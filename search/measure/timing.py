@@ -1,15 +1,9 @@
-"""The latency table: what each option's modules take on this device, timed once, and what plans are predicted to take.
+"""The stopwatch that fills the latency table: what each option's modules take on this device, timed once.
 
 A module is timed as it runs, with its own factors, for the tokens of a prefill and for those of a decoding step, in
 turns with the dense module that it replaces and over enough copies of both that the weights come from memory, as they
-do in a model. Its seconds are the median ratio times the dense module's. With T the seconds of the whole dense model
-and t_w those of its weight w,
-
-    T(plan) = T + Σ_{w treated} (t_w(option) − t_w(dense)),
-
-so what is no linear is the measured remainder. Tables are kept by device, threads, dtype, versions and our code in
-the cache folder and shared by all studies. The sum leaves out what modules do to each other; a slope through "as
-dense", fitted to the trials of a study, corrects for it (see `Timing.calibrated`).
+do in a model. Its seconds are the median ratio times the dense module's. Figures are kept by device, threads, dtype,
+versions and our code in the cache folder and shared by all studies. What is predicted of them is `plans.latency_table`.
 """
 
 from __future__ import annotations
@@ -24,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,16 +28,15 @@ import transformers
 from filelock import FileLock
 from torch import Tensor, nn
 
-from rankfront.methods import DENSE_OPTION, Factors, InputError, Option, Site, Weight, source_behind
+from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight, source_behind
 from rankfront.methods.layers import layers
 from rankfront.methods.prepacked import prepacked
-from rankfront.objectives import make_objective
-from rankfront.objectives.latency import Run, Timed
+from rankfront.objectives.latency import Timed
 from rankfront.search.atomic import read_checked, write_checked
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.plain import plain
+from rankfront.search.plans.latency_table import PHASES, Seconds
 
-PHASES = ("prefill", "decode")
 COLD = 2**25  # bytes of weights gone through before the same copy comes again
 COPIES = 64
 ROUNDS = 15
@@ -52,110 +44,7 @@ WHOLE_RUNS = 5
 LEAST_FIGURE, MOST_FIGURE = 1e-9, 1e4  # of seconds of a call, and of ratios of two: a guess, beyond which clocks err
 LEAST = 2e-4  # seconds of one round, at least: below, the clock and the interpreter are what is timed
 
-Seconds = dict[str, float]  # phase -> seconds
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a study knows of its options' latency.
-
-    Attributes:
-        sites: site name -> option label, dense among them -> seconds by phase of what runs there.
-        whole: seconds by phase of the dense model.
-        slope: by which predicted savings are multiplied.
-    """
-
-    sites: Mapping[str, Mapping[str, Seconds]]
-    whole: Seconds
-    slope: float = 1.0
-
-    def seconds(self, objective: Timed, site: str, option: Option) -> float | None:
-        """What counts for the objective of one site's seconds; None where they are not known."""
-        found = self.sites.get(site, {}).get(option.label)
-        return None if found is None else objective.of(Run(**found))
-
-    def ratio(self, objective: Timed, options: Mapping[str, Option]) -> float | None:
-        """The objective's predicted value, as a ratio to dense; None where an option was not timed."""
-        more = 0.0
-        for site, option in options.items():
-            if option != DENSE_OPTION:
-                ours, dense = (self.seconds(objective, site, each) for each in (option, DENSE_OPTION))
-                if ours is None or dense is None:
-                    return None
-                more += ours - dense
-        return 1.0 + self.slope * more / objective.of(Run(**self.whole))
-
-    def calibrated(self, objective: Timed, trials: Sequence[tuple[Mapping[str, Option], float]]) -> Calibrated:
-        """What it predicts beside what trials (options, measured ratio) gave."""
-        known = [(self.ratio(objective, options), measured) for options, measured in trials if any_treated(options)]
-        pairs = np.array([(p, m) for p, m in known if p is not None]).reshape(-1, 2) - 1.0
-        doubt = float(np.mean(pairs[:, 0] ** 2)) if len(pairs) else 1.0
-        slope = float((pairs[:, 0] @ pairs[:, 1] + doubt) / (pairs[:, 0] @ pairs[:, 0] + doubt)) if doubt else 1.0
-        errors = np.abs(slope * pairs[:, 0] - pairs[:, 1])
-        median, worst = (float(np.median(errors)), float(errors.max())) if len(errors) else (np.nan, np.nan)
-        return Calibrated(replace(self, slope=self.slope * slope), len(pairs), median, worst)
-
-
-def any_treated(options: Mapping[str, Option]) -> bool:
-    """Whether a plan is not the dense one, which takes as long as itself."""
-    return any(option != DENSE_OPTION for option in options.values())
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A table with its slope fitted to trials, one trial's worth of doubt included.
-
-    Attributes:
-        timing: the table.
-        trials: how many it was fitted to.
-        median, worst: absolute error over these, as a fraction of dense; NaN where there are none.
-    """
-
-    timing: Timing
-    trials: int
-    median: float
-    worst: float
-
-    def figures(self) -> dict[str, float | None]:
-        """``trials``, ``slope``, ``median`` and ``worst``, plain."""
-        errors = {"median": self.median, "worst": self.worst}
-        known = {name: None if np.isnan(value) else value for name, value in errors.items()}
-        return {"trials": self.trials, "slope": self.timing.slope, **known}
-
-    def __str__(self) -> str:
-        if not self.trials:
-            return "predicted module by module, and no trial to compare with yet"
-        return (
-            f"predicted against measured over {self.trials} trials: median error {self.median:.1%} of dense, worst"
-            f" {self.worst:.1%}; whole models save {self.timing.slope:.2f} of what their modules were timed to"
-        )
-
-
-def pack(timing: Mapping[str, Mapping[str, Seconds]]) -> dict[str, dict[str, list[float]]]:
-    """``sites`` as plain data, microseconds."""
-    return {
-        site: {label: [float(f"{1e6 * found[phase]:.4g}") for phase in PHASES] for label, found in options.items()}
-        for site, options in timing.items()
-    }
-
-
-def unpack(record: Mapping[str, Any]) -> Timing:
-    """What a study keeps of one objective's table."""
-    sites = {
-        site: {label: dict(zip(PHASES, (1e-6 * t for t in times), strict=True)) for label, times in options.items()}
-        for site, options in record["sites"].items()
-    }
-    return Timing(sites, record["whole"])
-
-
-def timed_objectives(objectives: Mapping[str, dict[str, Any]]) -> dict[str, Timed]:
-    """Those of a study's objectives that are latencies."""
-    made = {name: make_objective(name, settings) for name, settings in objectives.items()}
-    timed = {name: objective for name, objective in made.items() if isinstance(objective, Timed)}
-    if len({objective.prepack for objective in timed.values()}) > 1:
-        raise InputError(f"objectives {', '.join(timed)} differ in prepack: set it for all of them, or for none")
-    return timed
 
 
 def time_sites(

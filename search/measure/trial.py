@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from rankfront.search.factors.calibration import calibrate, shared_inputs
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
 from rankfront.search.inputs.model import (
-    Place,
     Source,
     check_length,
     check_tokens,
@@ -40,17 +39,21 @@ from rankfront.search.inputs.model import (
 from rankfront.search.inputs.text import GOLDEN, hash_tokens
 from rankfront.search.measure.control import continuations
 from rankfront.search.measure.joining import join_faster
-from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS, menu_jobs, predict
+from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS, predict
 from rankfront.search.measure.refit import refitted
-from rankfront.search.measure.slopes import PASSES, measure_slopes
-from rankfront.search.measure.timing import Stopwatches, pack, time_sites, time_whole, timed_objectives
+from rankfront.search.measure.slopes import measure_slopes
+from rankfront.search.measure.timing import Stopwatches, time_sites, time_whole
+from rankfront.search.names import Place
 from rankfront.search.optimise.goal import quality_of
 from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.job import Job, Record
+from rankfront.search.plans.latency_table import pack, timed_objectives
+from rankfront.search.plans.menu_jobs import menu_jobs
 from rankfront.search.plans.plan import Plan, check_disjoint, check_option, cost_of
+from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.plans.space import Single, Space
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,6 @@ class Setup:
             "calibration": calibration,
             "dtype": self.dtype,
         }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, the
-    menu, the slopes around a plan, of so many ``tokens``, or the latency table."""
-
-    kind: Literal["trial", "report", "menu", "slopes", "timing"]
-    number: int
-    plan: Plan
-    rung: int = 0
-    tokens: int = 0
 
 
 def make_space(setup: Setup) -> Space:

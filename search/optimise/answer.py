@@ -11,9 +11,8 @@ import pandas as pd
 
 from rankfront.methods import InputError
 from rankfront.search.config import StudyConfig
-from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import Source, find_sites, skeleton
-from rankfront.search.measure.predictions import menu_record
+from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.goal import Timings, menu_of, timings_of
 from rankfront.search.optimise.predictor import Beliefs, Places
 from rankfront.search.optimise.rankfront_sampler import ours
@@ -23,6 +22,7 @@ from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.limits import COSTS, Figures, met
 from rankfront.search.plans.menu import Menu, stored
+from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row, check_dense, dense_row
@@ -194,7 +194,7 @@ def _figures(beliefs: Beliefs, space: Space, dense: Row, timings: Timings) -> Fi
         for (name, (objective, timing)), column in zip(timings.items(), beliefs.goal.timed, strict=True)
     }
     inside = {site: place.block is not None for site, place in space.sites.items()}
-    value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
+    value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
     return Figures(beliefs.menu, inside, int(dense.attributes["parameter_count"]), value_bytes, tables)
 
 
@@ -205,7 +205,7 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
     alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
     space = Space(find_sites(skeleton(source)), config.space, 0)
     menu, dense, timings = _known(study, config, rows, space)
-    value_bytes = DTYPES[dict(dense.plan.origin)["dtype"]].itemsize
+    value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
     sites = {site.name: site for site in space.sites}
     found = []
     for line in menu.lines:

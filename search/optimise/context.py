@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankfront.search.measure.slopes import OWN_LABELS
 from rankfront.search.optimise.taylor import SECOND, Local
 from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.slope_cost import OWN_LABELS
 
 SPREAD = 0.5  # τ, of a factor around 1
 MODEL, BEND = 0.5, 0.25  # of a predicted harm, and of κ b: what even exact slopes would miss of them, deviations

@@ -14,10 +14,10 @@ from rankfront.methods import DENSE_OPTION, InputError, Option, Site
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Timed
 from rankfront.search.config import StudyConfig
-from rankfront.search.inputs.device import DTYPES
-from rankfront.search.measure.timing import Timing, timed_objectives, unpack
+from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.surrogate import SPREAD
 from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.latency_table import Timing, timed_objectives, unpack
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plans.plan import Plan, Prices
 from rankfront.search.plans.space import Space
@@ -44,7 +44,7 @@ def quality_of(config: StudyConfig) -> str:
 def sizes_of(config: StudyConfig, dtype: str, timings: Timings) -> list[Size]:
     """The costs among the objectives that single options add up to: stored values, bytes, predicted times, in this
     order. Budgets count the first; stored values where there is none."""
-    value_bytes = DTYPES[dtype].itemsize
+    value_bytes = VALUE_BYTES[dtype]
     counted = bool({"parameters", "block_parameters"} & config.objectives.keys())
     found: list[Size] = [values_stored] if counted else []
     if "bytes" in config.objectives:
@@ -124,7 +124,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
     box = box_of(config.objectives, dense)
     objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
     inside = {site: place.block is not None for site, place in space.sites.items()}
-    prices = Prices(inside, int(dense.attributes["parameter_count"]), DTYPES[dtype].itemsize)
+    prices = Prices(inside, int(dense.attributes["parameter_count"]), VALUE_BYTES[dtype])
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough

@@ -11,10 +11,10 @@ import optuna
 from optuna.trial import FixedTrial
 
 from rankfront.methods import InputError
-from rankfront.search.measure.predictions import GROUP_BANDS, GROUPED, group_plans, menu_jobs
-from rankfront.search.measure.trial import Job, Record
 from rankfront.search.optimise.predictor import Beliefs
+from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.menu_jobs import GROUP_BANDS, GROUPED, group_plans, menu_jobs
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Anchor, Space
 

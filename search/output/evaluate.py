@@ -19,7 +19,8 @@ from rankfront.search.inputs.model import (
     load_tokenizer,
     resolve,
 )
-from rankfront.search.inputs.text import Split, cut
+from rankfront.search.inputs.text import cut
+from rankfront.search.splits import Split
 
 PROMPT, DECODE, ROUNDS = 128, 16, 5  # tokens, tokens, repetitions of the timing
 

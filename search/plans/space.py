@@ -12,7 +12,7 @@ import optuna
 
 from rankfront.methods import DENSE, DENSE_OPTION, InputError, Option, Site, get_method
 from rankfront.search.config import SpaceConfig
-from rankfront.search.inputs.model import Place
+from rankfront.search.names import Place
 from rankfront.search.plans.plan import Plan
 
 DENSE_KEEP = 1.0

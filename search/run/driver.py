@@ -14,10 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import DENSE, InputError
 from rankfront.search.config import StudyConfig
-from rankfront.search.measure.predictions import menu_record
-from rankfront.search.measure.slopes import PASSES, SLOPE_TOKENS, slope_tokens
-from rankfront.search.measure.timing import timed_objectives
-from rankfront.search.measure.trial import Job, Record
 from rankfront.search.optimise.accuracy import Calibration, calibration
 from rankfront.search.optimise.continuation import Paths
 from rankfront.search.optimise.goal import menu_of, quality_of, timings_of
@@ -28,8 +24,12 @@ from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, ours
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS, is_void, make_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
+from rankfront.search.plans.job import Job, Record
+from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries, requeue
 from rankfront.search.storage.checked import ASKED, asked_again

@@ -7,9 +7,9 @@ from collections import Counter
 import optuna
 
 from rankfront.methods import DENSE
-from rankfront.search.measure.trial import Job
 from rankfront.search.optimise.continuation import PATH
 from rankfront.search.optimise.samplers import is_void
+from rankfront.search.plans.job import Job
 from rankfront.search.storage.front import retried
 
 ATTEMPTS = 3  # at a job in one launch, guess: a passing shortage passes, a job that is too large costs two more workers

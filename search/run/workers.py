@@ -29,7 +29,8 @@ from ray.tune.search import Searcher
 from rankfront.methods import InputError
 from rankfront.search.config import ResourcesConfig
 from rankfront.search.inputs.device import out_of_memory, set_threads
-from rankfront.search.measure.trial import Job, Record, Resident, Setup
+from rankfront.search.measure.trial import Resident, Setup
+from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.driver import Driver
 

