@@ -6,21 +6,24 @@ import json
 import math
 import signal
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 
+import rankfront
 from rankfront.methods import InputError
-from rankfront.search.inputs.device import out_of_memory
-from rankfront.search.optimise.answer import Answer
-from rankfront.search.output.export import ExportError, Format, Refit
+from rankfront.search.choices import Format, Refit
+from rankfront.search.errors import ExportError, GaveUp, Interrupted
 from rankfront.search.plain import literal, plain
-from rankfront.search.run.driver import GaveUp
-from rankfront.search.storage.front import Row
-from rankfront.search.study import Interrupted, Study
+
+if TYPE_CHECKING:  # each command imports what it needs
+    from rich.console import Console
+
+    from rankfront.search.optimise.answer import Answer
+    from rankfront.search.storage.front import Row
+    from rankfront.search.study import Study
 
 app = typer.Typer(
     add_completion=False,
@@ -29,8 +32,6 @@ app = typer.Typer(
     help=__doc__,
 )
 UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer keeps it
-terminal = Console(stderr=True)
-output = Console(width=None if sys.stdout.isatty() else 160)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
@@ -38,6 +39,37 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="let Pyth
 WhereOption = Annotated[
     list[str] | None, typer.Option("--where", help="a limit, such as 'parameters<=0.8'; repeatable")
 ]
+
+
+@cache
+def terminal() -> Console:
+    """Where progress and remarks go."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@cache
+def output() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"rankfront {rankfront.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _say(console: Console, text: object) -> None:
@@ -58,7 +90,9 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-@app.command()
+@app.command(
+    epilog="Example: rankfront launch studies/demo.toml --set search.trials=12",
+)
 def launch(
     study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="the study file")],
     run: Annotated[Path | None, typer.Option(help="run folder; runs/<study file's name> by default")] = None,
@@ -70,28 +104,34 @@ def launch(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="factor everything again")] = False,
 ) -> None:
     """Run a study, or go on with it where an earlier launch stopped."""
+    from rankfront.search.study import Study
+
     limits = {"trials": trials, "time": None if time is None else json.dumps(time), "workers": workers}
     settings = [*(overrides or []), *(f"search.{k}={v}" for k, v in limits.items() if v is not None)]
     found = Study(study, run, settings)
-    found.launch(terminal, address, rebuild)
+    found.launch(terminal(), address, rebuild)
     _print_front(found, [])
 
 
-@app.command()
+@app.command(
+    epilog="Example: rankfront solve runs/demo 'parameters<=0.85'",
+)
 def solve(
     run: RunArgument,
     limits: Annotated[list[str], typer.Argument(metavar="LIMIT...", help="such as 'block_parameters<=0.73'")],
     measure: Annotated[bool, typer.Option(help="measure the plan as one more trial")] = True,
 ) -> None:
     """Answer a budget that was never searched, from what the run has learned."""
+    from rankfront.search.study import Study
+
     study = Study.open(run)
     if not measure:
         _print_json(answer_json(study.answer(*limits)))
         return
-    row = study.solve(*limits, console=terminal)
+    row = study.solve(*limits, console=terminal())
     values = ", ".join(f"{name} {value:.4g}" for name, value in row.values.items())
     kept = row.attributes["block_parameters"]
-    _say(output, f"trial {row.number} ({row.origin}): {values}, block_parameters {kept:.4g}")
+    _say(output(), f"trial {row.number} ({row.origin}): {values}, block_parameters {kept:.4g}")
 
 
 def answer_json(found: Answer) -> dict[str, Any]:
@@ -104,7 +144,9 @@ def answer_json(found: Answer) -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(
+    epilog="Example: rankfront front runs/demo --where 'parameters<=0.9' --html report.html",
+)
 def front(
     run: RunArgument,
     as_json: JsonOption = False,
@@ -113,17 +155,19 @@ def front(
     where: WhereOption = None,
 ) -> None:
     """Show the Pareto front of a run."""
+    from rankfront.search.study import Study
+
     study = Study.open(run)
     if csv is not None:
         csv = csv.expanduser()
         study.frame().to_csv(csv, index=False)
-        _say(terminal, f"wrote {csv}")
+        _say(terminal(), f"wrote {csv}")
     if html is not None:
         html = html.expanduser()
         from rankfront.search.output.report import write_report
 
         write_report(study, html)
-        _say(terminal, f"wrote {html}")
+        _say(terminal(), f"wrote {html}")
     if as_json:
         from rankfront.search.output.tables import front_json
 
@@ -137,34 +181,34 @@ def _print_front(study: Study, where: list[str]) -> None:
 
     damaged = study.damages()
     if damaged:
-        output.print(
+        output().print(
             f"damaged, and left out until the study is launched again, which measures them anew: {', '.join(damaged)}",
             soft_wrap=True,
         )
     rows = study.front(*where)
-    output.print(front_table(study, rows))
+    output().print(front_table(study, rows))
     box = study.box()
     corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
-    _say(output, f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)")
+    _say(output(), f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)")
     calibration = study.calibration()
     if calibration is not None:
-        _say(output, calibration)
+        _say(output(), calibration)
     for name, calibrated in study.latency().items():
-        _say(output, f"{name}, {calibrated}")
+        _say(output(), f"{name}, {calibrated}")
     unmade = study.latency_failure()
     if unmade is not None:
-        _say(output, f"the latency table could not be made ({unmade}): launch the study again")
+        _say(output(), f"the latency table could not be made ({unmade}): launch the study again")
     failed = [row for row in study.rows() if row.state == "failed" and row.counts]
     if failed:
-        _say(output, f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}")
+        _say(output(), f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}")
     warning = study.warning(rows)
     if warning is not None:
-        _say(output, warning)
+        _say(output(), warning)
     if any(row.report is None for row in rows):
-        _say(output, "some members have no report perplexity yet: launch the study again to measure it")
+        _say(output(), "some members have no report perplexity yet: launch the study again to measure it")
 
 
-@app.command()
+@app.command(epilog="Example: rankfront menu runs/demo --csv menu.csv")
 def menu(
     run: RunArgument,
     as_json: JsonOption = False,
@@ -172,19 +216,20 @@ def menu(
 ) -> None:
     """Show what each option of each site stores and is predicted to hurt."""
     from rankfront.search.output.tables import menu_table
+    from rankfront.search.study import Study
 
     frame = Study.open(run).menu()
     if csv is not None:
         csv = csv.expanduser()
         frame.to_csv(csv, index=False)
-        _say(terminal, f"wrote {csv}")
+        _say(terminal(), f"wrote {csv}")
     if as_json:
         _print_json(frame.to_dict("records"))
     elif csv is None:
-        output.print(menu_table(frame))
+        output().print(menu_table(frame))
 
 
-@app.command()
+@app.command(epilog="Example: rankfront show runs/demo 3")
 def show(
     run: RunArgument,
     trial: Annotated[int, typer.Argument(help="its number")],
@@ -192,16 +237,17 @@ def show(
 ) -> None:
     """Show a trial's plan, site by site."""
     from rankfront.search.output.tables import plan_json, plan_table
+    from rankfront.search.study import Study
 
     study = Study.open(run)
     plan = plan_json(study, study.trial(trial))
     if as_json:
         _print_json(plan)
     else:
-        output.print(plan_table(plan))
+        output().print(plan_table(plan))
 
 
-@app.command("export")
+@app.command("export", epilog="Example: rankfront export runs/demo --out exported/demo --max-parameters 0.95")
 def export_command(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="the new folder")],
@@ -215,6 +261,8 @@ def export_command(
     refit: Annotated[Refit | None, typer.Option(help="fit factors again to the compressed model before them")] = None,
 ) -> None:
     """Write a trial's model to a folder: of those that meet the limits, the best in the first objective."""
+    from rankfront.search.study import Study
+
     limits = {"parameters": max_parameters, "latency": max_latency, "perplexity": max_perplexity}
     constraints = [
         *(where or []),
@@ -222,17 +270,17 @@ def export_command(
     ]
     study = Study.open(run)
     row = _pick(study, trial, constraints, knee)
-    with terminal.status(f"exporting trial {row.number} ..."):
+    with terminal().status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
     where_to = out.resolve() if out.is_symlink() else out
     _say(
-        terminal,
+        terminal(),
         f"trial {row.number} ({row.origin}) is in {where_to}: {verified.parameters:,} stored values in"
         f" {verified.bytes / 1e6:,.1f} MB, perplexity {verified.perplexity:.4g} on the search split after reloading in"
         " a fresh process",
     )
     if verified.warning is not None:
-        terminal.print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
+        terminal().print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _pick(study: Study, trial: int | None, constraints: list[str], knee: bool) -> Row:
@@ -248,7 +296,7 @@ def _pick(study: Study, trial: int | None, constraints: list[str], knee: bool) -
     return study.knee(*constraints) if knee else study.best(*constraints)
 
 
-@app.command("evaluate")
+@app.command("evaluate", epilog="Example: rankfront evaluate exported/demo --text pydoc --windows 8")
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="a bundled name, a hub id, a folder (dense or exported), a .gguf file")],
     text: Annotated[str, typer.Option(help="pydoc, a text file, or hub:NAME/CONFIG:SPLIT")] = "pydoc",
@@ -266,22 +314,22 @@ def evaluate_command(
         _print_json(found)
     else:
         for name, value in found.items():
-            _say(output, f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
+            _say(output(), f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
 
 
-@app.command()
+@app.command(epilog="Example: rankfront methods --model smollm2-135m")
 def methods(
     model: Annotated[str | None, typer.Option(help="say of each kind of its sites why a method refuses it")] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List every method in its place in the taxonomy, with its geometry, metric, what it needs, and its paper."""
-    from rankfront.search.output.tables import methods_json, methods_table
+    from rankfront.search.output.taxonomy import methods_json, methods_table
 
     if as_json:
         _print_json(methods_json(model, trust_remote_code))
     else:
-        output.print(methods_table(model, trust_remote_code))
+        output().print(methods_table(model, trust_remote_code))
 
 
 def _fail(message: str, code: int) -> int:
@@ -301,9 +349,11 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see --help)", 2)
     except (Interrupted, typer.Abort, KeyboardInterrupt) as error:
         return _fail(f"{str(error) or 'stopped'}; run the same command again to go on", 1)
-    except (ExportError, GaveUp, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ExportError, GaveUp, OSError, MemoryError) as error:
         return _fail(str(error), 1)
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch's among them
+        from rankfront.search.inputs.device import out_of_memory
+
         if not out_of_memory(error):
             raise
         return _fail(str(error), 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rich.text import Text
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a command that fails need not wait for it
+    from rich.text import Text
 
 
 def plain(text: object) -> str:
@@ -12,4 +15,6 @@ def plain(text: object) -> str:
 
 def literal(text: object) -> Text:
     """`plain` text that rich shows as it is: brackets are no markup, ``:names:`` are no emoji."""
+    from rich.text import Text
+
     return Text(plain(text))

@@ -17,7 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from rankfront.methods import InputError
+from rankfront.search.choices import Format, Refit
 from rankfront.search.config import StudyConfig, load_config, make_config
+from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype, set_threads
 from rankfront.search.inputs.model import (
     Source,
@@ -40,7 +42,7 @@ from rankfront.search.optimise.goal import quality_of, timings_of
 from rankfront.search.optimise.halving import carried
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
-from rankfront.search.output.export import Format, Refit, Verified, export
+from rankfront.search.output.export import Verified, export
 from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
 from rankfront.search.plans.latency_table import Calibrated, timed_objectives
 from rankfront.search.plans.limits import COSTS
@@ -77,10 +79,6 @@ def _interrupts(stop: Stop) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM during a launch: everything finished is kept."""
 
 
 @dataclass

@@ -14,8 +14,9 @@ from optuna.trial import TrialState
 
 from rankfront.methods import FAMILIES, method_names
 from rankfront.search.__main__ import run
+from rankfront.search.errors import Interrupted
 from rankfront.search.plans.plan import Plan
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 TRIALS = 7
 

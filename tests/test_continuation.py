@@ -8,6 +8,7 @@ from launching import check_whole, make_run, quiet, small_data
 from test_allocate import random_menu
 from test_opening import beliefs_of
 
+from rankfront.search.errors import Interrupted
 from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.optimise.budgets import marks_of
 from rankfront.search.optimise.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
@@ -15,7 +16,7 @@ from rankfront.search.optimise.opening import opening_budgets
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS
 from rankfront.search.optimise.taylor import Local
 from rankfront.search.plans.knapsack import sweep
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 LINES, OPTIONS = 12, 5
 

@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rankfront.methods import InputError
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.search.__main__ import run
+from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import count_parameters
 from rankfront.search.measure.trial import Resident
 from rankfront.search.output import export as module
-from rankfront.search.output.export import ExportError, export
+from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.storage.front import Row
 from rankfront.search.study import Study

@@ -7,12 +7,13 @@ import pytest
 from launching import again, make_driver, make_run, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
+from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.halving import pareto_order, rung_windows
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS
 from rankfront.search.plans.plan import Plan
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 LENGTH, WINDOWS, RUNGS, REDUCTION, TRIALS = 32, 10, (32, 64, 128), 3, 25  # the rungs read 7 windows, 3 are spare
 DENSE = Plan(()).key

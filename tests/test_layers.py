@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
-LEAVES = {"config", "names", "splits", "plain", "atomic"}  # modules beside the packages that every package may import
+# modules beside the packages that every package may import
+LEAVES = {"config", "names", "splits", "choices", "errors", "plain", "atomic"}
 BELOW = {  # package -> the packages that it may import
     "inputs": set(),
     "factors": {"inputs"},

@@ -7,6 +7,7 @@ from launching import make_run, quiet, small_data, values_of
 
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
+from rankfront.search.errors import Interrupted
 from rankfront.search.measure.predictions import PROBE_TOKENS
 from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.optimise.samplers import OURS
@@ -19,7 +20,7 @@ from rankfront.search.plans.menu_jobs import (
     scaled_by_group,
 )
 from rankfront.search.plans.plan import Plan
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 PREDICTIONS = {"q": {"svd 1": 0.4, "svd 2": 0.1}, "k": {"svd 1": 0.2}, "v": {"svd 1": 0.3}}
 PROBED = {"q": "svd 2", "k": "svd 1"}

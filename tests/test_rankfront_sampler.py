@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
+from rankfront.search.errors import Interrupted
 from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.budgets import ROUND
@@ -31,7 +32,7 @@ from rankfront.search.plans.menu_jobs import menu_jobs, menu_record
 from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.run.driver import Driver
 from rankfront.search.storage.front import Row
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 KINDS, TRIALS = ("attention", "mlp"), 40
 TUNING = Tuning()

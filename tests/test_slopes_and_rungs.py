@@ -5,10 +5,11 @@ from launching import again, make_run, quiet
 from test_fidelity import DENSE, make_data
 from test_rankfront_sampler import Problem, make_driver, measure_slopes
 
+from rankfront.search.errors import Interrupted
 from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.run.driver import Driver
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 
 def test_slopes_are_not_measured_again_around_a_promoted_plan():

@@ -10,8 +10,9 @@ from common import study_data
 from rich.console import Console
 
 from rankfront.methods import InputError
+from rankfront.search.errors import Interrupted
 from rankfront.search.measure.trial import Resident
-from rankfront.search.study import Interrupted, Study
+from rankfront.search.study import Study
 
 TRIALS = 10
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,8 @@ from rankfront.methods import DENSE_OPTION, InputError, Storage, get_method
 from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
+from rankfront.search.choices import Format, Refit
+from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import load_tokenizer, quiet, staged
 from rankfront.search.measure.control import PROMPTS, Report, warning
 from rankfront.search.measure.joining import separate
@@ -29,18 +31,12 @@ from rankfront.search.measure.trial import Resident, Setup
 from rankfront.search.output import verify
 from rankfront.search.storage.front import Row
 
-Format = Literal["factored", "dense"]
-Refit = Literal["none", "sequential"]
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
 
 
 REFIT_NOTE = (
     "Its factors were refitted to what the compressed model before them makes; the trial's figures are without.\n"
 )
-
-
-class ExportError(Exception):
-    """The export could not be written or did not verify. Nothing is left behind."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from rankfront.methods import DENSE, DENSE_OPTION, FAMILIES, InputError, Site, get_method, method_names
+from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
-from rankfront.search.inputs.model import find_sites, resolve, skeleton
+from rankfront.search.inputs.model import find_sites, skeleton
 from rankfront.search.measure.control import PROMPTS
 from rankfront.search.plain import literal
 from rankfront.search.plans.constraint import Constraint, holding
@@ -148,72 +148,4 @@ def menu_table(frame: pd.DataFrame) -> Table:
         table.add_row(
             literal(row["site"]), literal(row["option"]), *figures, *(f"{row[name]:.4f}" for name in latencies)
         )
-    return table
-
-
-DENSE_ROW: dict[str, Any] = {
-    "name": DENSE,
-    "paper": "",
-    "family": "dense",
-    "geometry": "all of the space",
-    "metric": "none",
-    "formula": "Ŵ = W, an option of every site without being named",
-    "needs": [],
-    "nested": True,
-}
-
-
-def methods_json(model: str | None = None, trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """The documented shape of ``rankfront methods --json``: by family, in the order of the taxonomy.
-
-    With a ``model``, ``refuses`` says of every kind of site that it has why the method cannot treat it, or null.
-    """
-    order = list(FAMILIES)
-    methods = sorted((get_method(name) for name in method_names()), key=lambda method: order.index(method.family))
-    found = [
-        DENSE_ROW,
-        *(
-            {
-                "name": method.name,
-                "paper": method.paper,
-                "family": method.family,
-                "geometry": method.geometry,
-                "metric": method.metric,
-                "formula": method.formula,
-                "needs": list(method.needs),
-                "nested": method.nested,
-            }
-            for method in methods
-        ),
-    ]
-    if model is None:
-        return found
-    kinds: dict[str, Site] = {}
-    for site, place in find_sites(skeleton(resolve(model, trust_remote_code))).items():
-        kinds.setdefault(place.kind, site)
-    refusals = [dict.fromkeys(kinds), *({kind: m.refuses(site) for kind, site in kinds.items()} for m in methods)]
-    return [row | {"refuses": refused} for row, refused in zip(found, refusals, strict=True)]
-
-
-def methods_table(model: str | None = None, trust_remote_code: bool = False) -> Table:
-    """The taxonomy as a rich table: every family, and under it its methods with a line of geometry each."""
-    table = Table(title="methods", title_justify="left")
-    names = ("name", "geometry", "metric", "needs", "paper")
-    for name in names:
-        table.add_column(name, no_wrap=name == "name")
-    if model is not None:
-        table.add_column(literal(f"sites of {model}"), justify="right")
-    family = None
-    for method in methods_json(model, trust_remote_code):
-        if method["family"] != family:
-            family = method["family"]
-            table.add_section()
-            if family in FAMILIES:
-                table.add_row(f"[bold]{family}", f"[bold]{FAMILIES[family]}")
-        method["needs"] = ", ".join(method["needs"]) or "-"
-        cells = [method[name] for name in names]
-        if model is not None:
-            treated = [kind for kind, reason in method["refuses"].items() if reason is None]
-            cells.append(f"{len(treated)} of {len(method['refuses'])} kinds")
-        table.add_row(*cells)
     return table

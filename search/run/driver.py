@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import DENSE, InputError
 from rankfront.search.config import StudyConfig
+from rankfront.search.errors import GaveUp
 from rankfront.search.optimise.accuracy import Calibration, calibration
 from rankfront.search.optimise.continuation import Paths
 from rankfront.search.optimise.goal import menu_of, quality_of, timings_of
@@ -574,7 +575,3 @@ class Driver:
 def _budgets(sampler: RankfrontSampler) -> list[float]:
     """Sizes at which a study opens, and at which its paths are measured."""
     return opening_budgets(sampler.marks, sampler.menu.even.dense)
-
-
-class GaveUp(Exception):
-    """Memory is short or workers die, and nothing is left to go on with: no fault of the user's input."""
