@@ -99,7 +99,10 @@ def launch(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as search.trials=6")] = None,
     trials: Annotated[int | None, typer.Option(help="trials in all")] = None,
     time: Annotated[str | None, typer.Option(help="how long to search, such as 20m")] = None,
-    workers: Annotated[int | None, typer.Option(help="trials at once; 0 runs in this process, without Ray")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="trials at once; by default one for each device; 0 is without Ray"),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="an existing Ray cluster, such as auto or 10.0.0.1:6379")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="factor everything again")] = False,
 ) -> None:

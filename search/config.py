@@ -251,6 +251,8 @@ class SearchConfig(Strict):
     plan starts at the first, one in ``reduction`` goes on from each to the next, and in the end the front goes as high
     as half of the limits can pay; empty, every trial reads the whole search split. ``where`` are limits on objectives,
     such as ``block_parameters<=0.8``, that the search keeps to: plans beyond them are measured only to learn from.
+    ``workers`` are trials at once, in a Ray actor each; 0 runs them in this process. By default there is one for every
+    device that trials run on, and a single device needs no actor.
     ``refit`` is what is done to members of the front before they are measured on the report split once more, and by
     default to what is exported.
     """
@@ -261,7 +263,7 @@ class SearchConfig(Strict):
     time: Annotated[float, BeforeValidator(parse_duration)] | None = None
     tokens: Count | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generators take
-    workers: Annotated[int, Field(ge=0, le=MOST_AT_ONCE)] = 1
+    workers: Annotated[int, Field(ge=0, le=MOST_AT_ONCE)] | None = None
     groups: CountOrZero = 4
     untie: CountOrZero = 0
     anchors: tuple[float, ...] = (0.9, 0.7, 0.5)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.search.choices import Format, Refit
-from rankfront.search.config import StudyConfig, load_config, make_config
+from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config
 from rankfront.search.errors import Interrupted
-from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype, set_threads
+from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype, set_threads
 from rankfront.search.inputs.model import (
     Source,
     cache_folder,
@@ -301,7 +301,7 @@ class Study:
         earlier = self.run.definition().resolved if self.run.file.exists() else {}
         device = pick_device(earlier.get("device", self.config.model.device))
         search = self.config.search
-        if device.startswith("cuda") and search.workers > 1 and search.resources.gpu == 0:
+        if device.startswith("cuda") and (search.workers or 0) > 1 and search.resources.gpu == 0:
             raise InputError(
                 f"search.workers is {search.workers} on {device} and search.resources.gpu is 0: say what share of a GPU"
                 " a trial takes, such as 0.5"
@@ -389,15 +389,28 @@ class Study:
         if drawn.keys() != known:
             self.run.keep_own_text(drawn)
         self.run.define(self.config, resolved)
+        placed = self._placed(setup.device, address)
         storage = self._optuna(write=True)
         try:
-            driver = Driver(
-                storage, self.config, space, setup.origin(), display.search, report, stop, only, self.tuning
-            )
+            driver = Driver(storage, placed, space, setup.origin(), display.search, report, stop, only, self.tuning)
             if rebuild or not driver.done:
-                self._measure_all(driver, self._prepared(setup, space, progress, display, rebuild), display, address)
+                prepared = self._prepared(setup, space, progress, display, rebuild)
+                self._measure_all(driver, prepared, placed.search, display, address)
         finally:
             close(storage)
+
+    def _placed(self, device: str, address: str | None) -> StudyConfig:
+        """The configuration with a number of workers: one for each device unless it says how many, none for a single
+        device that needs no cluster, and a whole GPU for each where it does not say how much."""
+        search = self.config.search
+        if search.workers is not None:
+            return self.config
+        devices = count_devices(device)
+        workers = devices if devices > 1 or address is not None else 0
+        share = search.resources.gpu or float(device.startswith("cuda") and workers > 0)
+        resources = search.resources.model_copy(update={"gpu": share})
+        search = search.model_copy(update={"workers": workers, "resources": resources})
+        return self.config.model_copy(update={"search": search})
 
     def _prepared(self, setup: Setup, space: Space, progress: Progress, display: Display, rebuild: bool) -> Setup:
         """``setup`` once every factor that can be made is in the store."""
@@ -405,12 +418,13 @@ class Study:
         display.unmade(store)
         return replace(setup, unmade=store.unmade)
 
-    def _measure_all(self, driver: Driver, setup: Setup, display: Display, address: str | None) -> None:
-        limits = self.config.search
+    def _measure_all(
+        self, driver: Driver, setup: Setup, limits: SearchConfig, display: Display, address: str | None
+    ) -> None:
         display.search(driver)
         driver.begin()
         try:
-            if limits.workers == 0:
+            if not limits.workers:
                 resident = Resident(setup)
                 while not driver.done:
                     job = driver.next()

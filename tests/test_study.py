@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from common import study_data
+from launching import make_run, small_data
 from rich.console import Console
 
 from rankfront.methods import InputError
@@ -270,3 +271,41 @@ def test_divergence_of_the_dense_model_is_zero(model_folder, text_file, tmp_path
     assert dense.values["divergence"] == pytest.approx(0, abs=1e-6)
     assert other.values["divergence"] > dense.values["divergence"]
     assert other.values["bytes"] < dense.values["bytes"]
+
+
+# -- how many workers there are where nobody says
+
+
+@pytest.fixture
+def unplaced(model_folder, text_file):
+    data = small_data(model_folder, text_file, trials=2)
+    del data["search"]["workers"]
+    return data
+
+
+def test_one_device_runs_trials_in_this_process(unplaced, tmp_path, monkeypatch):
+    monkeypatch.setattr("rankfront.search.run.workers.run", lambda *_: pytest.fail("a cluster for one device"))
+    study = make_run(unplaced, tmp_path / "run")
+    assert sum(row.state == "complete" for row in study.rows()) == 2
+    assert Study.open(tmp_path / "run").config.search.workers is None  # another machine may have more
+
+
+@pytest.mark.parametrize(("devices", "address", "wanted"), [(2, None, 2), (1, "auto", 1)])
+def test_several_devices_or_a_cluster_get_an_actor_each(unplaced, tmp_path, monkeypatch, devices, address, wanted):
+    asked = []
+    monkeypatch.setattr("rankfront.search.study.count_devices", lambda device: devices)
+    monkeypatch.setattr("rankfront.search.run.workers.run", lambda *given: asked.append(given[2:]))
+    Study(unplaced, tmp_path / "run").launch(quiet(), address)
+    ((workers, resources, where),) = asked
+    assert (workers, resources.gpu, where) == (wanted, 0, address)
+
+
+def test_a_run_that_was_defined_with_a_worker_goes_on(unplaced, tmp_path):
+    """1 was the default once, and is in the definition of those runs."""
+    study = make_run(unplaced, tmp_path / "run")
+    definition = json.loads(study.run.file.read_text(encoding="utf-8"))
+    definition["config"]["search"]["workers"] = 1
+    study.run.file.write_text(json.dumps(definition), encoding="utf-8")
+    unplaced["search"]["trials"] = 3
+    longer = make_run(unplaced, tmp_path / "run")
+    assert sum(row.state == "complete" for row in longer.rows()) == 3

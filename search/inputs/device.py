@@ -26,6 +26,11 @@ def pick_device(device: str) -> str:
     return device
 
 
+def count_devices(device: str) -> int:
+    """How many devices trials may run on that are told to run on ``device``: every GPU where that names none."""
+    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+
+
 def pick_dtype(dtype: str, device: str) -> str:
     """The evaluation dtype. ``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
     if dtype != "auto":

@@ -134,7 +134,7 @@ class Driver:
     def _ladder(self) -> Ladder:
         search = self.config.search
         tokens = [(part.stop - part.start) * self.config.data.length for part in self.config.rung_windows()]
-        lessons = [max(search.workers, 1) * own if "divergence" in self.config.objectives else 0 for own in tokens]
+        lessons = [max(search.workers or 0, 1) * own if "divergence" in self.config.objectives else 0 for own in tokens]
         limit = np.array([search.trials, math.inf if search.tokens is None else search.tokens], dtype=float)
         return Ladder(self.study, tokens, search.reduction, limit, lessons)
 
