@@ -39,7 +39,7 @@ from rankfront.search.measure.trial import Resident, Setup, make_space, prepare_
 from rankfront.search.optimise import accuracy
 from rankfront.search.optimise.answer import Answer, answer, menu_frame
 from rankfront.search.optimise.goal import quality_of, timings_of
-from rankfront.search.optimise.halving import carried
+from rankfront.search.optimise.halving import promotion_of
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.export import Verified, export
@@ -267,7 +267,7 @@ class Study:
                 number = storage.get_trials(deepcopy=False)[-1].number
                 close(storage)
         rows = self.rows()
-        if carried(rows, number) is not None:
+        if promotion_of(rows, number) is not None:
             trials = sum(row.counts for row in rows) + max(len(self.config.search.rungs), 1)
             limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
             search = self.config.search.model_copy(update=limits)

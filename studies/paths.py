@@ -57,8 +57,8 @@ def main() -> None:
 
 def path(bench: Bench, menu: Menu, tokens: int) -> Iterator[tuple[Plan, int]]:
     """The plans on a path at each of `SHOWN`, and the tokens spent until there."""
-    length, marks = bench.setup.config.data.length, [keep * menu.dense for keep in SHOWN]
-    sizes = stops(START * menu.dense, marks, STEP * menu.dense)
+    length, targets = bench.setup.config.data.length, [keep * menu.dense for keep in SHOWN]
+    sizes = stops(START * menu.dense, targets, STEP * menu.dense)
     unread = bench.setup.tokens["search"][TRIAL_TOKENS // length :]
     generator = torch.Generator().manual_seed(0)
     plan, slopes = Plan.of(menu.choices(knapsack(menu, sizes[0]))), []
@@ -66,7 +66,7 @@ def path(bench: Bench, menu: Menu, tokens: int) -> Iterator[tuple[Plan, int]]:
         windows = unread[torch.randperm(len(unread), generator=generator)[: tokens // length]]
         slopes.append(bench.slopes(menu, plan, windows, stop))
         plan = Plan.of(menu.choices(next_plan(slopes, menu, size)))
-        if size in marks:
+        if size in targets:
             yield plan, PASSES["perplexity"] * tokens * stop
 
 

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial
 
 from rankfront.search import Study
 from rankfront.search.inputs.model import find_sites, skeleton
-from rankfront.search.optimise.answer import ignorant
+from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.space import Space
 
@@ -62,16 +62,16 @@ def line(run: str) -> str:
     storage = study._optuna()
     space = Space(find_sites(skeleton(study.source)), study.config.space, 0)
     trials = storage.get_trials(deepcopy=False)
-    beliefs, _, _ = ignorant(storage, study._settled, study.rows(), space)
+    predictor, _, _ = prior_predictor(storage, study._settled, study.rows(), space)
     missed: list[list[float]] = [[], []]
     scores: list[list[float]] = [[], []]
     for trial in trials:
-        plan = beliefs.plan_of(trial.params)
+        plan = predictor.plan_of(trial.params)
         if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
             continue
-        beliefs.learn(Past(trials[: trial.number]))
-        level = beliefs.goal.log_divergence(trial.values[beliefs.goal.quality], beliefs.goal.dense)
-        for kind, found in enumerate((beliefs._uncorrected(np.array([plan])), beliefs.levels([plan]))):
+        predictor.learn(Past(trials[: trial.number]))
+        level = predictor.goal.log_divergence(trial.values[predictor.goal.quality], predictor.goal.dense)
+        for kind, found in enumerate((predictor._uncorrected(np.array([plan])), predictor.levels([plan]))):
             (predicted,), (claimed,) = found
             missed[kind].append(abs(level - predicted))
             scores[kind].append((level - predicted) / claimed)

@@ -39,10 +39,10 @@ from rankfront.search import Plan, Study
 from rankfront.search.measure.predictions import measure_probes, scaled_predictions, spectrum_predictions
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.measure.trial import Resident
-from rankfront.search.optimise.context import context_of
-from rankfront.search.optimise.opening import CENTRE
+from rankfront.search.optimise.corrections import corrections_of
+from rankfront.search.optimise.opening import REFERENCE
 from rankfront.search.optimise.surrogate import Surrogate
-from rankfront.search.optimise.taylor import Local
+from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.knapsack import knapsack, sweep
 from rankfront.search.plans.menu import Menu, Predictions, make_menu
@@ -114,7 +114,7 @@ class Bench:
         found.tokens += tokens
         return probes
 
-    def slopes(self, menu: Menu, plan: Plan, windows: torch.Tensor, seed: int) -> Local:
+    def slopes(self, menu: Menu, plan: Plan, windows: torch.Tensor, seed: int) -> TaylorModel:
         """Slopes of the negative log-likelihood around ``plan``, measured on ``windows``."""
         resident = self.resident
         resident.apply(plan)
@@ -129,7 +129,7 @@ class Bench:
         for line, place in zip(pairs, places, strict=True):
             line[place] = 0.0
         first, second = ([line[:, column] for line in pairs] for column in (0, 1))
-        return Local(0, np.array(places), 1.0, first, second, windows.numel())
+        return TaylorModel(0, np.array(places), 1.0, first, second, windows.numel())
 
     def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
         """Allocate at every fraction of the grid."""
@@ -179,17 +179,17 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
 
 
 def context_row(bench: Bench, budget: int, seed: int) -> Found:
-    """Our menu corrected by slopes around its own plan at `CENTRE`, and a knapsack, nothing more."""
+    """Our menu corrected by slopes around its own plan at `REFERENCE`, and a knapsack, nothing more."""
     found = menu_row(grouped=True)(bench, budget, seed)
-    menu, centre = found.menu, Plan.of(found.menu.choices(knapsack(found.menu, CENTRE * found.menu.dense)))
-    bench.resident.apply(centre)
+    menu, reference = found.menu, Plan.of(found.menu.choices(knapsack(found.menu, REFERENCE * found.menu.dense)))
+    bench.resident.apply(reference)
     windows = bench.resident.spare(1, SLOPE_TOKENS)
     found.tokens += PASSES["perplexity"] * windows.numel()
-    local = bench.slopes(menu, centre, windows, seed)
+    taylor = bench.slopes(menu, reference, windows, seed)
     begun = time.perf_counter()
     surrogate = Surrogate(menu, [""] * len(menu.lines), [0] * len(menu.lines), seed)  # no trial teaches it
-    context = context_of(local, menu, surrogate.features)
-    surrogate.contexts = [context] if context is not None else []
+    context = corrections_of(taylor, menu, surrogate.features)
+    surrogate.corrections = [context] if context is not None else []
     for keep in GRID:
         solved = sweep(menu, surrogate.losses(surrogate.mean, keep))
         found.plans[keep] = Plan.of(menu.choices(solved.solve(keep * menu.dense)))

@@ -5,7 +5,7 @@
 Around three plans of the menu + knapsack row of studies/search_benchmark.py (svd-llm and dense, keep 0.8, 0.6 and 0.4)
 slopes of the negative log-likelihood are measured on tokens of the search split that no trial reads, in whole windows
 of 512 or in shorter pieces. Steps of several lengths, at the plan's own size, are measured on the windows that trials
-read: what each promised, by the trust that is believed before anything is measured and the caution that it was solved
+read: what each promised, by the scaling that is believed before anything is measured and the damping that it was solved
 with, and what it kept of that, both as shares of the plan's excess over dense in nats. The page goes to
 studies/results/steps.md.
 """
@@ -24,8 +24,8 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
-from rankfront.search.optimise.predictor import cautious
-from rankfront.search.optimise.taylor import Local, Trust
+from rankfront.search.optimise.predictor import damped
+from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu import Menu
 
@@ -60,11 +60,11 @@ def main() -> None:
         plan = found.plans[keep]
         excess = loss(bench, plan) - dense
         for length, tokens in product(PIECES, TOKENS):
-            local = bench.slopes(found.menu, plan, drawn(unread, length)[: tokens // length], 0)
+            taylor = bench.slopes(found.menu, plan, drawn(unread, length)[: tokens // length], 0)
             cells = []
-            for promised, step in steps(found.menu, local, excess):
+            for promised, step in steps(found.menu, taylor, excess):
                 kept = 1 - (loss(bench, Plan.of(found.menu.choices(step))) - dense) / excess
-                moved = int((np.array(step) != local.places).sum())
+                moved = int((np.array(step) != taylor.places).sum())
                 cells.append(f"{moved}: {promised:.2f}, {kept:.2f}")
             lines.append(f"| {keep:g} | {excess:.3f} | {length} | {tokens:,} | {'; '.join(cells)} |")
             print(lines[-1], flush=True)
@@ -83,9 +83,9 @@ def loss(bench: Bench, plan: Plan) -> float:
     return math.log(score(bench.resident.model, bench.resident.windows(0)).perplexity)
 
 
-def steps(menu: Menu, local: Local, excess: float) -> Iterator[tuple[float, list[int]]]:
+def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, list[int]]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
-    _, plans, promised = cautious(replace(local, divergence=excess), Trust(), menu, np.geomspace(*Tuning().dampings))
+    _, plans, promised = damped(replace(taylor, divergence=excess), Scaling(), menu, np.geomspace(*Tuning().dampings))
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):
         yield float(promised[place]), plans[place]
 

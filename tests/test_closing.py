@@ -1,4 +1,4 @@
-"""Where the front stands among the rungs, and how a search lifts it in the end."""
+"""Where the front stands among the rungs, and how a search promotes it in the end."""
 
 import itertools
 
@@ -93,7 +93,7 @@ def limited(model_folder, text_file, sampler, **search):
 
 
 def test_limits_decide_what_goes_up(model_folder, text_file, tmp_path):
-    """Plans beyond them stay where they are, and the front is lifted as without limits."""
+    """Plans beyond them stay where they are, and the front is promoted higher as without limits."""
     study = make_run(limited(model_folder, text_file, "random", trials=32, where=[LIMIT]), tmp_path / "run")
     above = [row for row in study.rows() if row.rung and row.plan_key not in (DENSE, None)]
     assert above
@@ -107,7 +107,7 @@ def test_limits_decide_what_goes_up(model_folder, text_file, tmp_path):
     [({"trials": 7}, 0), ({"trials": 500, "tokens": 300}, 0), ({"trials": 500, "tokens": 3200}, TOP)],
 )
 def test_the_limits_hold(model_folder, text_file, tmp_path, limit, expected):
-    """Where they are too tight to lift the front it stands lower, but it is whole."""
+    """Where they are too tight to promote the front it stands lower, but it is whole."""
     study = make_run(limited(model_folder, text_file, "random", **limit), tmp_path / "run")
     assert len(complete(study)) <= limit["trials"]
     assert study.tokens() <= limit.get("tokens", np.inf)
@@ -131,7 +131,7 @@ def test_no_closing_after_the_time_has_run_out(model_folder, text_file, tmp_path
 
 
 def test_an_exhausted_search_is_closed(model_folder, text_file, tmp_path):
-    """Every plan of a small space was measured: what is left lifts the front, and then the study is done."""
+    """Every plan of a small space was measured: what is left promotes the front, and then the study is done."""
     data = limited(model_folder, text_file, "random", trials=200, groups=1)
     data["space"] |= {"methods": ["svd"], "keep": [0.5], "include": ["*down_proj", "*up_proj"]}
     study = make_run(data, tmp_path / "run")

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from launching import check_whole, make_run, quiet, small_data
 from test_allocate import random_menu
-from test_opening import beliefs_of
+from test_opening import predictor_of
 
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.trial import Resident, make_space
-from rankfront.search.optimise.budgets import marks_of
+from rankfront.search.optimise.budgets import target_budgets
 from rankfront.search.optimise.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
 from rankfront.search.optimise.opening import opening_budgets
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS
-from rankfront.search.optimise.taylor import Local
+from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.study import Study
 
@@ -26,7 +26,7 @@ def make_local(seed, tokens, places=None):
     places = random.integers(OPTIONS, size=LINES) if places is None else places
     first, second = random.normal(0, 0.02, (LINES, OPTIONS)), random.exponential(0.004, (LINES, OPTIONS))
     first[np.arange(LINES), places] = second[np.arange(LINES), places] = 0.0
-    return Local(seed, np.array(places), np.nan, list(first), list(second), tokens)
+    return TaylorModel(seed, np.array(places), np.nan, list(first), list(second), tokens)
 
 
 def test_stops_fall_by_short_steps_and_meet_the_marks():
@@ -49,12 +49,12 @@ def test_pooled_slopes_are_the_weighted_mean_by_the_book(tokens):
     for i, place in enumerate(path[-1].places):
         for option in range(OPTIONS):
             above = below = own = count = 0.0
-            for age, local in enumerate(reversed(path)):
+            for age, taylor in enumerate(reversed(path)):
                 weight = fading**age
-                above += weight * (local.first[i][option] - local.first[i][place])
+                above += weight * (taylor.first[i][option] - taylor.first[i][place])
                 below += weight
-                if weight and local.places[i] == place:
-                    own += weight * local.second[i][option]
+                if weight and taylor.places[i] == place:
+                    own += weight * taylor.second[i][option]
                     count += weight
             assert found.first[i][option] == pytest.approx(above / below)
             assert found.second[i][option] == pytest.approx(own / count)
@@ -73,7 +73,7 @@ def test_where_effects_add_up_the_path_is_the_knapsack_s_at_every_stop(seed):
     places, path = solved.solve(sizes[0]), []
     for size in sizes[1:]:
         first = [line.divergence - line.divergence[place] for line, place in zip(menu.lines, places, strict=True)]
-        path.append(Local(0, np.array(places), np.nan, first, [np.zeros_like(a) for a in first], 2048))
+        path.append(TaylorModel(0, np.array(places), np.nan, first, [np.zeros_like(a) for a in first], 2048))
         places = next_plan(path, menu, size)
         assert menu.size(places) <= size
         assert menu.divergence(places) <= menu.divergence(solved.solve(size)) + 0.003 * span
@@ -104,31 +104,31 @@ def stops_of(study):
     return found
 
 
-def sizes_of(study, beliefs):
+def sizes_of(study, predictor):
     """Where its paths stop."""
-    marks = opening_budgets(marks_of(beliefs), beliefs.menu.even.dense)
-    return Paths(study._optuna(), make_space(study.setup()), beliefs, marks, None).sizes
+    targets = opening_budgets(target_budgets(predictor), predictor.menu.even.dense)
+    return Paths(study._optuna(), make_space(study.setup()), predictor, targets, None).sizes
 
 
 def check_paths(study):
     """The laws of paths: each stop's plan is what slopes before it promise, within its size; what is measured there is
     that plan; a later path reads more."""
-    beliefs, trials = beliefs_of(study), study._optuna().trials
-    even, expected = beliefs.menu.even, sizes_of(study, beliefs)
+    predictor, trials = predictor_of(study), study._optuna().trials
+    even, expected = predictor.menu.even, sizes_of(study, predictor)
     found = stops_of(study)
     for number, path in found.items():
-        slopes, sizes = beliefs.along(path), []
+        slopes, sizes = predictor.along(path), []
         for i, stop in enumerate(path):
-            plan = beliefs.plan_of(stop.params)
+            plan = predictor.plan_of(stop.params)
             sizes.append(even.size(plan))
             if i:
                 assert plan == next_plan(slopes[:i], even, expected[i])
             assert sizes[-1] <= expected[i]
-            centre = stop.user_attrs["slopes_of"]
-            if centre is not None:
-                assert trials[centre].params == stop.params
-                assert trials[centre].user_attrs["origin"] == "path"
-                assert trials[centre].user_attrs["anchor"].startswith(f"{number}, keep=")
+            reference = stop.user_attrs["slopes_of"]
+            if reference is not None:
+                assert trials[reference].params == stop.params
+                assert trials[reference].user_attrs["origin"] == "path"
+                assert trials[reference].user_attrs["anchor"].startswith(f"{number}, keep=")
         assert sizes == sorted(sizes, reverse=True)
         assert len({stop.user_attrs["slope_tokens"] for stop in path}) == 1
     read = [path[0].user_attrs["slope_tokens"] for path in found.values()]
@@ -145,12 +145,12 @@ def test_a_study_goes_paths_and_measures_their_marks(data, tmp_path):
     assert len(found) >= 2
     whole = [len(path) for path in found.values()]
     assert whole[0] == max(whole) >= 6
-    marks = [trial.user_attrs["slopes_of"] for trial in found[1]]
-    assert marks[0] is None
-    assert sum(mark is not None for mark in marks) == 3  # 0.9, 0.8, 0.7
-    assert marks[-1] is not None
+    targets = [trial.user_attrs["slopes_of"] for trial in found[1]]
+    assert targets[0] is None
+    assert sum(target is not None for target in targets) == 3  # 0.9, 0.8, 0.7
+    assert targets[-1] is not None
     rows = {row.number: row for row in study.rows()}
-    measured = [rows[mark].attributes["block_parameters"] for mark in marks if mark in rows]
+    measured = [rows[target].attributes["block_parameters"] for target in targets if target in rows]
     assert END - 0.06 <= min(measured) <= END
 
 
@@ -191,9 +191,9 @@ def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, s
     assert len(path) >= 6
     states = {t.number: t for t in study._optuna().trials}
     for stop in path:
-        centre = stop.user_attrs["slopes_of"]
-        if centre is not None and states[centre].user_attrs.get("failure") == INTERRUPTED:
-            again = [t for t in states.values() if t.user_attrs.get("anchor") == states[centre].user_attrs["anchor"]]
+        reference = stop.user_attrs["slopes_of"]
+        if reference is not None and states[reference].user_attrs.get("failure") == INTERRUPTED:
+            again = [t for t in states.values() if t.user_attrs.get("anchor") == states[reference].user_attrs["anchor"]]
             assert any(t.state.name in ("COMPLETE", "PRUNED") and t.params == stop.params for t in again)
 
 

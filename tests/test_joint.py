@@ -17,7 +17,7 @@ from rankfront.search.inputs.model import find_sites, load_model, weights_at
 from rankfront.search.measure import trial
 from rankfront.search.measure.trial import Resident, make_space
 from rankfront.search.optimise.answer import _known
-from rankfront.search.optimise.rankfront_sampler import ours
+from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.output.export import _multiply_out, export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -367,10 +367,10 @@ def test_the_search_believes_the_plans_that_were_measured(model_folder, text_fil
     storage, rows = study._optuna(), {row.number: row for row in study.rows()}
     space = make_space(study.setup())
     menu, dense, timings = _known(storage, study.config, list(rows.values()), space)
-    beliefs = ours(menu, space, study.config, dense, dict(dense.plan.origin), timings).beliefs
-    beliefs.learn(storage)
-    assert {rows[known.trial].origin.partition(":")[0] for known in beliefs.measured.values()} >= {"anchor", "menu"}
-    for places, known in beliefs.measured.items():
+    predictor = make_rankfront_sampler(menu, space, study.config, dense, dict(dense.plan.origin), timings).predictor
+    predictor.learn(storage)
+    assert {rows[known.trial].origin.partition(":")[0] for known in predictor.measured.values()} >= {"anchor", "menu"}
+    for places, known in predictor.measured.items():
         assert menu.compatible(places)
         assert Plan.of(menu.choices(places)).key == rows[known.trial].plan_key
     for budget in np.linspace(menu.least / menu.dense + 0.01, 0.9, 9):

@@ -1,4 +1,4 @@
-"""What our sampler's studies measure before it proposes: a plan at the menu's centre, slopes, the front by them."""
+"""What our sampler's studies measure before it proposes: a plan at the menu's reference, slopes, the front by them."""
 
 import math
 from dataclasses import replace
@@ -10,9 +10,9 @@ from test_rankfront_sampler import make_driver
 
 from rankfront.search.inputs.model import find_sites, resolve, skeleton
 from rankfront.search.measure.trial import Resident
-from rankfront.search.optimise.answer import ignorant
+from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.budgets import ROUND
-from rankfront.search.optimise.opening import CENTRE, WARM_START, centre_first, opening_budgets
+from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu_jobs import menu_record
@@ -39,48 +39,48 @@ def opening(study):
     return origins
 
 
-def beliefs_of(study):
+def predictor_of(study):
     """What a run taught."""
     storage, source = study._optuna(), resolve(study.config.model.name)
     space = Space(find_sites(skeleton(source)), study.config.space, 0)
-    beliefs, _, _ = ignorant(storage, study.config, study.rows(), space)
-    beliefs.learn(storage)
-    return beliefs
+    predictor, _, _ = prior_predictor(storage, study.config, study.rows(), space)
+    predictor.learn(storage)
+    return predictor
 
 
 def test_slopes_around_the_centre_come_before_the_front(data, tmp_path):
     study = make_run(data, tmp_path / "run")
-    dense, centre, slopes, *front = opening(study)
+    dense, reference, slopes, *front = opening(study)
     front = [origin for origin in front if origin != "slopes"]  # those before the first proposal
-    assert [dense, centre, slopes] == ["anchor: dense", "menu: centre", "slopes"]
+    assert [dense, reference, slopes] == ["anchor: dense", "menu: centre", "slopes"]
     assert front
     assert front == [origin for origin in FRONT if origin in front]
     row = next(row for row in study.rows() if row.origin == "menu: centre")
-    assert row.attributes["block_parameters"] <= CENTRE
+    assert row.attributes["block_parameters"] <= REFERENCE
 
 
 def test_slopes_change_what_the_front_is(data, tmp_path, monkeypatch):
-    """The same study without contexts measures another front. Of divergence: a random model's perplexity may fall."""
+    """Without corrections a study measures another front. Of divergence: a random model's perplexity may fall."""
     data["objectives"] = {"divergence": {}, "block_parameters": {}}
     data["space"]["keep"] = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     fronts = []
     for name in ("with", "without"):
         study = make_run(data, tmp_path / name)
         fronts.append({row.origin: row.plan_key for row in study.rows() if row.origin in FRONT})
-        monkeypatch.setattr("rankfront.search.optimise.predictor.context_of", lambda *_: None)
+        monkeypatch.setattr("rankfront.search.optimise.predictor.corrections_of", lambda *_: None)
     assert fronts[0] != fronts[1]
 
 
 def test_without_tokens_for_slopes_the_menu_s_own_front_is_measured(data, tmp_path):
-    """The plan at the centre is not measured twice where slopes change nothing."""
+    """The plan at the reference is not measured twice where slopes change nothing."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
     menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
-    # Dense and the centre take two of five; slopes and a trial after them would take four.
+    # Dense and the reference take two of five; slopes and a trial after them would take four.
     data["search"]["tokens"] = menu + 5 * trial
     study = make_run(data, tmp_path / "run")
     assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
-    dense, centre, *front = opening(study)
-    assert (dense, centre) == ("anchor: dense", "menu: centre")
+    dense, reference, *front = opening(study)
+    assert (dense, reference) == ("anchor: dense", "menu: centre")
     assert front == [origin for origin in FRONT if origin in front]
     assert len(front) >= 2
     keys = [row.plan_key for row in study.rows() if row.state == "complete"]
@@ -122,9 +122,9 @@ def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     monkeypatch.setattr("rankfront.search.run.driver.SLOPE_TOKENS", 16)
     monkeypatch.setattr("rankfront.search.run.driver.slope_tokens", lambda spent, quality: 10**6)
     driver = make_driver(Study(data))
-    (trial,) = driver.ladder.tokens
+    (trial,) = driver.halving.tokens
     for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
-        driver.ladder = replace(driver.ladder, limit=np.array([100.0, left]))
+        driver.halving = replace(driver.halving, limit=np.array([100.0, left]))
         assert driver._slope_tokens == expected
 
 
@@ -143,17 +143,17 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
     data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}}
     data["space"] = {"methods": ["svd-llm", "gptq-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
     study = make_run(data, tmp_path / "run")
-    beliefs = beliefs_of(study)
-    assert beliefs.surrogate.contexts
-    even, solver = beliefs.menu.even, beliefs.solver(menu=beliefs.menu.even)
+    predictor = predictor_of(study)
+    assert predictor.surrogate.corrections
+    even, solver = predictor.menu.even, predictor.solver(menu=predictor.menu.even)
     apart = []
     for keep in WARM_START:
         if keep * even.dense >= even.least:
             plan = solver.solve(keep * even.dense)
-            share = beliefs.menu.size(plan) / beliefs.menu.dense
+            share = predictor.menu.size(plan) / predictor.menu.dense
             apart.append(abs(share - keep) > 1 / Tuning().bands)
             settled = solver._band(round(share * Tuning().bands)).solve(keep * even.dense)
-            assert abs(beliefs.menu.size(settled) / beliefs.menu.dense - share) <= 1 / Tuning().bands
+            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 1 / Tuning().bands
     assert any(apart)
 
 
@@ -169,7 +169,7 @@ def test_the_front_is_measured_at_round_fractions_of_what_is_searched(data, tmp_
         keep = float(origin.rpartition("=")[2])
         assert figures["block_parameters"] <= keep + 0.001
         if keep not in WARM_START:  # what stands between round fractions that are far apart
-            round_ones.append(min(mark - share for mark in ROUND if mark >= share - 1e-9))
+            round_ones.append(min(target - share for target in ROUND if target >= share - 1e-9))
     assert len(round_ones) >= 3
     assert max(round_ones) < 0.03  # the options are few
     assert sorted(shares, reverse=True) == shares
@@ -177,7 +177,7 @@ def test_the_front_is_measured_at_round_fractions_of_what_is_searched(data, tmp_
 
 @pytest.mark.parametrize("most", [0.38, 0.55, 0.73])
 def test_what_a_limit_allows_is_opened_and_slopes_measured_below_it(data, tmp_path, most):
-    """Above the centre, and below it, where the centre is what the limit leaves; below all that is opened otherwise."""
+    """Above the reference plan, and below it, where it is what the limit leaves; below all that is opened otherwise."""
     data["search"]["where"] = [f"block_parameters<={most}"]
     data["space"]["keep"] = [0.2, 0.3, 0.4, 0.6, 0.8]
     study = make_run(data, tmp_path / "run")
@@ -185,7 +185,7 @@ def test_what_a_limit_allows_is_opened_and_slopes_measured_below_it(data, tmp_pa
     shares = [row.attributes["block_parameters"] for row in opened]
     assert max(shares) <= most
     assert opened[0].origin == "menu: centre"
-    assert abs(shares[0] - min(most, CENTRE)) < 0.03
+    assert abs(shares[0] - min(most, REFERENCE)) < 0.03
     assert most - max(shares) < 0.03
     assert opening(study)[2] == "slopes"
 
@@ -197,7 +197,7 @@ def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatc
     assert any(row.origin == OURS for row in study.rows())
     monkeypatch.setattr("rankfront.search.optimise.opening.WARM_START", (0.87, 0.66, 0.43))
     monkeypatch.setattr(
-        "rankfront.search.run.driver.opening_budgets", lambda marks, dense: [0.87 * dense, 0.66 * dense]
+        "rankfront.search.run.driver.opening_budgets", lambda targets, dense: [0.87 * dense, 0.66 * dense]
     )
     longer = again(study, trials=14)
     longer.launch(quiet())
@@ -207,8 +207,8 @@ def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatc
 def test_budgets_of_the_opening():
     """Marks, all of them where none is as large as usual, and what lies far from them."""
     assert opening_budgets([], 1000) == [1000 * keep for keep in WARM_START]
-    marks = [int(1000 * keep) for keep in WARM_START]
-    assert opening_budgets([100, 300, *marks], 1000) == marks
+    targets = [int(1000 * keep) for keep in WARM_START]
+    assert opening_budgets([100, 300, *targets], 1000) == targets
     assert opening_budgets([100, 399, 420, 637, 777, 930], 1000) == [930, 777, 700, 637, 500, 420]
     assert opening_budgets([200, 377], 1000)[-2:] == [377, 200]
-    assert centre_first([900, 637, 400, 300], 1000) == [637, 400, 300, 900]
+    assert reference_first([900, 637, 400, 300], 1000) == [637, 400, 300, 900]

@@ -20,11 +20,11 @@ from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.goal import Goal, make_goal
 from rankfront.search.optimise.neighbours import NOISE
-from rankfront.search.optimise.opening import CENTRE, WARM_START, anchors_to_beat
-from rankfront.search.optimise.predictor import Beliefs
+from rankfront.search.optimise.opening import REFERENCE, WARM_START, anchors_to_beat
+from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS
-from rankfront.search.optimise.taylor import Trust
+from rankfront.search.optimise.taylor import Scaling
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.menu import Line, Menu
@@ -120,7 +120,7 @@ class Problem:
 
     def sampler(self, seed):
         kinds, blocks = zip(*((KINDS[site % 2], site // 2) for site in range(self.sites)), strict=True)
-        return RankfrontSampler(Beliefs(self.menu, self.options, kinds, blocks, self.goal, seed), seed)
+        return RankfrontSampler(Predictor(self.menu, self.options, kinds, blocks, self.goal, seed), seed)
 
     def ask(self, study):
         """A running trial, and the plan it was given."""
@@ -231,7 +231,7 @@ def test_trials_of_other_samplers_are_learned_from():
     assert tuple(after[0]) not in set(map(tuple, before))
     unseen = [list(np.random.default_rng(seed).integers(1, problem.levels, problem.sites)) for seed in range(30)]
     truth = np.log([problem.values(plan)[0] for plan in unseen])
-    known = np.log([sampler.beliefs.predict(problem.menu.choices(plan)) for plan in unseen])
+    known = np.log([sampler.predictor.predict(problem.menu.choices(plan)) for plan in unseen])
     assert np.abs(known - truth).mean() < 0.5 * np.abs(np.log([*map(problem.menu.divergence, unseen)]) - truth).mean()
 
 
@@ -260,7 +260,7 @@ def test_switches_keep_the_budget():
     random = np.random.default_rng(0)
     for _ in range(5):
         member = [int(place) for place in random.integers(0, problem.levels, problem.sites)]
-        switched = sampler._switches([member], sampler.beliefs.surrogate.mean, problem.menu)
+        switched = sampler._switches([member], sampler.predictor.surrogate.mean, problem.menu)
         assert switched
         assert all(problem.menu.size(plan) <= problem.menu.size(member) for plan in switched)
 
@@ -268,10 +268,10 @@ def test_switches_keep_the_budget():
 def test_what_it_predicts():
     problem = Problem()
     sampler, menu = problem.sampler(0), problem.menu
-    assert sampler.beliefs.predict({}) == problem.goal.dense
+    assert sampler.predictor.predict({}) == problem.goal.dense
     plan = menu.choices([1] * len(menu.lines))
-    assert sampler.beliefs.predict(plan) == pytest.approx(menu.divergence([1] * len(menu.lines)), rel=1e-6)
-    assert sampler.beliefs.predict(plan | {menu.lines[0].site: Option.of("svd", rank=99)}) is None
+    assert sampler.predictor.predict(plan) == pytest.approx(menu.divergence([1] * len(menu.lines)), rel=1e-6)
+    assert sampler.predictor.predict(plan | {menu.lines[0].site: Option.of("svd", rank=99)}) is None
 
 
 class Both(Problem):
@@ -296,7 +296,7 @@ def test_perplexity_follows_from_the_divergence_beside_it():
     sampler = problem.sampler(0)
     problem.run(problem.study(sampler), 12)
     plans = [[place] * problem.sites for place in range(1, problem.levels)]
-    divergence, _, perplexity = sampler._values(plans, sampler.beliefs.surrogate.mean, np.zeros(len(plans))).T
+    divergence, _, perplexity = sampler._values(plans, sampler.predictor.surrogate.mean, np.zeros(len(plans))).T
     np.testing.assert_allclose(perplexity, 30 * np.exp(1.3 * divergence), rtol=1e-6)
     assert (np.diff(perplexity) > 0).all()
 
@@ -324,13 +324,13 @@ def predictions_of(problem, trials):
             study.enqueue_trial(dict(zip(problem.options, solved.solve(keep * problem.menu.dense), strict=True)))
     for number in range(trials):
         trial, plan = problem.ask(study)
-        sampler.beliefs.learn(study)
-        predicted = sampler.beliefs.predict(problem.menu.choices(plan))
+        sampler.predictor.learn(study)
+        predicted = sampler.predictor.predict(problem.menu.choices(plan))
         problem.tell(study, trial, plan)
         values = dict(zip(("divergence", "parameters"), study.get_trials()[number].values, strict=True))
         attributes = {"predicted": predicted, "block_parameters": values["parameters"]}
         rows.append(Row(number, "complete", OURS, "{}", str(number), values, attributes))
-    sampler.beliefs.learn(study)
+    sampler.predictor.learn(study)
     return rows, sampler
 
 
@@ -343,7 +343,7 @@ def test_a_menu_that_knows_nothing_is_called_poor():
         found = calibration(rows, "divergence")
         assert found.spearman > 0.75
         assert found.error > 0.25
-        called.append(found.poor and sampler.beliefs.poor and sampler.beliefs.error > 1.5 * TUNING.prior_error)
+        called.append(found.poor and sampler.predictor.poor and sampler.predictor.error > 1.5 * TUNING.prior_error)
     assert sum(called) >= 3
 
 
@@ -352,8 +352,8 @@ def test_a_menu_that_knows_nothing_is_called_poor():
 def test_a_menu_that_is_off_by_half_is_not(settings, seed):
     rows, sampler = predictions_of(Problem(sites=30, levels=8, seed=seed, **settings), 14)
     assert not calibration(rows, "divergence").poor
-    assert not sampler.beliefs.poor
-    assert sampler.beliefs.error < 2 * TUNING.prior_error
+    assert not sampler.predictor.poor
+    assert sampler.predictor.error < 2 * TUNING.prior_error
 
 
 def test_where_predictions_are_poor_slopes_weigh_more():
@@ -363,16 +363,19 @@ def test_where_predictions_are_poor_slopes_weigh_more():
     study = problem.study(optuna.samplers.RandomSampler(0))
     plans = problem.run(study, 4)
     measure_slopes(problem, study, 3)
-    beliefs = sampler.beliefs
-    beliefs.learn(study)
-    beliefs.neighbours = None  # they correct what both say
+    predictor = sampler.predictor
+    predictor.learn(study)
+    predictor.neighbours = None  # they correct what both say
     near = [[*plans[3][:site], (plans[3][site] + 1) % problem.levels, *plans[3][site + 1 :]] for site in range(6)]
     places = np.array(near)
-    slopes, surrogate = beliefs.locals[0].predict(places, beliefs.trusts[0])[0], beliefs.surrogate.predict(places)
+    slopes, surrogate = (
+        predictor.taylor_models[0].predict(places, predictor.scalings[0])[0],
+        predictor.surrogate.predict(places),
+    )
     gaps = {}
-    for beliefs.error in (0.05, TUNING.prior_error, 1.0):
-        levels, deviations = beliefs.levels(near)
-        gaps[beliefs.error] = np.abs(levels - slopes)
+    for predictor.error in (0.05, TUNING.prior_error, 1.0):
+        levels, deviations = predictor.levels(near)
+        gaps[predictor.error] = np.abs(levels - slopes)
         assert (deviations <= TUNING.prior_error).all()
     assert (gaps[1.0] < gaps[TUNING.prior_error]).all()
     assert (gaps[TUNING.prior_error] < gaps[0.05]).all()
@@ -385,20 +388,20 @@ def test_what_was_missed_of_one_plan_is_expected_of_its_neighbours():
     sampler = problem.sampler(0)
     study = problem.study(sampler)
     around(problem, sampler, 0.6, study)
-    beliefs, (local,) = sampler.beliefs, sampler.beliefs.locals
-    step = beliefs.downhill(local, [0.45 * problem.menu.dense])[-1]
-    moved = np.flatnonzero(np.array(step) != local.places)
+    predictor, (taylor,) = sampler.predictor, sampler.predictor.taylor_models
+    step = predictor.downhill(taylor, [0.45 * problem.menu.dense])[-1]
+    moved = np.flatnonzero(np.array(step) != taylor.places)
     assert len(moved) >= 6
     likes = [
-        [int(local.places[i]) if i in kept else place for i, place in enumerate(step)]
+        [int(taylor.places[i]) if i in kept else place for i, place in enumerate(step)]
         for kept in (moved[:2], moved[-2:])
     ]
     truth = np.log([problem.values(plan)[0] for plan in likes])
     study.enqueue_trial(dict(zip(problem.options, step, strict=True)))
     problem.run(study, 1)
-    beliefs.learn(study)
-    corrected, surer = beliefs.levels(likes)
-    plain, unsure = beliefs._uncorrected(np.array(likes))
+    predictor.learn(study)
+    corrected, surer = predictor.levels(likes)
+    plain, unsure = predictor._uncorrected(np.array(likes))
     assert (np.abs(corrected - truth) < 0.6 * np.abs(plain - truth)).all()
     assert (surer < unsure).all()
 
@@ -408,12 +411,12 @@ def test_what_noise_may_have_made_is_not_expected_of_neighbours(spread):
     """The spread of a measurement counts, over the lesser of what was measured and predicted."""
     problem = Problem(sites=30, levels=8, interaction=3.0)
     study = problem.study(optuna.samplers.RandomSampler(0))
-    plans, beliefs = np.array(problem.run(study, 10)), problem.sampler(0).beliefs
-    beliefs.goal = replace(problem.goal, spread=spread)
-    beliefs.learn(study)
-    predicted, errors = beliefs._uncorrected(plans)
-    levels = [beliefs.measured[tuple(map(int, plan))].level for plan in plans]
-    noise = np.diag(beliefs.neighbours._covariance) - errors**2
+    plans, predictor = np.array(problem.run(study, 10)), problem.sampler(0).predictor
+    predictor.goal = replace(problem.goal, spread=spread)
+    predictor.learn(study)
+    predicted, errors = predictor._uncorrected(plans)
+    levels = [predictor.measured[tuple(map(int, plan))].level for plan in plans]
+    noise = np.diag(predictor.neighbours._covariance) - errors**2
     assert noise == pytest.approx(NOISE**2 + (spread / np.exp(np.minimum(levels, predicted))) ** 2)
 
 
@@ -423,7 +426,7 @@ def around(problem, sampler, keep, study=None):
     study.enqueue_trial(dict(zip(problem.options, solved.solve(keep * problem.menu.dense), strict=True)))
     problem.run(study, 1)
     measure_slopes(problem, study, 0)
-    sampler.beliefs.learn(study)
+    sampler.predictor.learn(study)
     return solved
 
 
@@ -432,33 +435,35 @@ def test_solutions_are_doubted_more_than_steps():
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
     around(problem, sampler, 0.8)
-    steps = set(next(sampler._candidates("newest", sampler.beliefs.surrogate.mean)))
-    both = next(sampler._candidates("any", sampler.beliefs.surrogate.mean))
+    steps = set(next(sampler._candidates("newest", sampler.predictor.surrogate.mean)))
+    both = next(sampler._candidates("any", sampler.predictor.surrogate.mean))
     assert steps
     assert {both[plan] for plan in steps & both.keys()} == {TUNING.steps_worse}
-    assert {doubt for plan, doubt in both.items() if plan not in steps} == {TUNING.solutions_worse}
+    assert {worse for plan, worse in both.items() if plan not in steps} == {TUNING.solutions_worse}
     step = next(iter(steps))
     other = (*step[1:], step[0])
-    sampler._values = lambda plans, coefficients, doubts: np.array([[0.1 * np.exp(0.15 * d), 0.5] for d in doubts])
-    mean = sampler.beliefs.surrogate.mean
+    sampler._values = lambda plans, coefficients, pessimism: np.array(
+        [[0.1 * np.exp(0.15 * d), 0.5] for d in pessimism]
+    )
+    mean = sampler.predictor.surrogate.mean
     assert sampler._best({other: TUNING.solutions_worse, step: TUNING.steps_worse}, mean) == list(step)
 
 
 def test_what_is_smaller_than_anything_measured_is_not_doubted():
-    """It would be new on the front for any value within the box, which doubts would take it out of."""
+    """It would be new on the front for any value within the box, which pessimism would take it out of."""
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
     around(problem, sampler, 0.95)
-    ((known, size),) = sampler.beliefs.met()
-    plan = next(iter(sampler.beliefs.measured))
+    ((known, size),) = sampler.predictor.met()
+    plan = next(iter(sampler.predictor.measured))
     small, alike = tuple(problem.menu.cheapest), (*plan[1:], plan[0])
     values = {small: (0.9 * 0.5, 0.1), alike: (0.99 * known, size)}  # the first a tenth within the box
-    sampler._values = lambda plans, coefficients, doubts: np.array(
-        [[values[plan][0] * np.exp(0.15 * d), values[plan][1]] for plan, d in zip(plans, doubts, strict=True)]
+    sampler._values = lambda plans, coefficients, pessimism: np.array(
+        [[values[plan][0] * np.exp(0.15 * d), values[plan][1]] for plan, d in zip(plans, pessimism, strict=True)]
     )
-    candidates, mean = {small: TUNING.solutions_worse, alike: 0.0}, sampler.beliefs.surrogate.mean
+    candidates, mean = {small: TUNING.solutions_worse, alike: 0.0}, sampler.predictor.surrogate.mean
     assert sampler._best(candidates, mean) == list(small)
-    sampler.beliefs.measured[small] = replace(sampler.beliefs.measured[plan], values=[1.0, 0.1])
+    sampler.predictor.measured[small] = replace(sampler.predictor.measured[plan], values=[1.0, 0.1])
     assert sampler._best(candidates, mean) == list(alike)
 
 
@@ -467,16 +472,16 @@ def test_where_nothing_gains_what_may_gain_is_proposed():
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
     around(problem, sampler, 0.95)
-    (known,) = sampler.beliefs.met()
+    (known,) = sampler.predictor.met()
     near, far = (1,) * 30, (2,) * 30
     logs = {near: np.log(known[0]) + 0.05, far: np.log(4 * 0.5)}  # a little above the front; four times the box
-    sampler._values = lambda plans, coefficients, doubts: np.array(
+    sampler._values = lambda plans, coefficients, pessimism: np.array(
         [
             [np.exp(logs[plan] + 0.1 * d), known[1] if plan == near else 0.1]
-            for plan, d in zip(plans, doubts, strict=True)
+            for plan, d in zip(plans, pessimism, strict=True)
         ]
     )
-    assert sampler._best({far: 0.0, near: 0.0}, sampler.beliefs.surrogate.mean) == list(near)
+    assert sampler._best({far: 0.0, near: 0.0}, sampler.predictor.surrogate.mean) == list(near)
 
 
 def test_steps_have_several_lengths():
@@ -484,15 +489,15 @@ def test_steps_have_several_lengths():
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
     around(problem, sampler, 0.6)
-    (local,), random = sampler.beliefs.locals, np.random.default_rng(0)
-    first = [random.normal(0, 0.03 * local.divergence, problem.levels) for _ in local.first]
-    second = [random.exponential(0.004 * local.divergence, problem.levels) for _ in local.first]
-    for a, b, place in zip(first, second, local.places, strict=True):
+    (taylor,), random = sampler.predictor.taylor_models, np.random.default_rng(0)
+    first = [random.normal(0, 0.03 * taylor.divergence, problem.levels) for _ in taylor.first]
+    second = [random.exponential(0.004 * taylor.divergence, problem.levels) for _ in taylor.first]
+    for a, b, place in zip(first, second, taylor.places, strict=True):
         a[place] = b[place] = 0.0
-    curved = replace(local, first=first, second=second)
-    sampler.beliefs.locals, sampler.beliefs.trusts = [curved], [Trust()]
-    found = sampler.beliefs.downhill(curved, [problem.menu.size(local.plan)])
-    moved = [int((np.array(plan) != local.places).sum()) for plan in found]
+    curved = replace(taylor, first=first, second=second)
+    sampler.predictor.taylor_models, sampler.predictor.scalings = [curved], [Scaling()]
+    found = sampler.predictor.downhill(curved, [problem.menu.size(taylor.plan)])
+    moved = [int((np.array(plan) != taylor.places).sum()) for plan in found]
     assert moved == sorted(moved)
     assert len(set(moved)) >= 3
 
@@ -502,15 +507,15 @@ def test_steps_end_at_round_kept_fractions():
     problem = Problem(sites=30, levels=8)
     sampler, menu = problem.sampler(0), problem.menu
     budgets = np.array([0.83, 0.78, 0.42, 0.999, 0.93]) * menu.dense
-    assert sampler._marked(budgets) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)], abs=1)
+    assert sampler._to_targets(budgets) == pytest.approx([share * menu.dense for share in (0.4, 0.8, 0.95)], abs=1)
     full, idle = (tuple(sweep(menu).solve(share * menu.dense)) for share in (0.7, 0.67))
-    assert sampler._at_marks({full: 1.5, idle: 0.5, (0,) * 30: 0.5}) == {full: 1.5}
+    assert sampler._at_targets({full: 1.5, idle: 0.5, (0,) * 30: 0.5}) == {full: 1.5}
     around(problem, sampler, 0.79)
-    for mode, marks in (("newest", {0.8}), ("any", set(ROUND))):
-        sizes = [menu.size(c) / menu.dense for c in next(sampler._candidates(mode, sampler.beliefs.surrogate.mean))]
+    for mode, targets in (("newest", {0.8}), ("any", set(ROUND))):
+        sizes = [menu.size(c) / menu.dense for c in next(sampler._candidates(mode, sampler.predictor.surrogate.mean))]
         assert sizes
-        assert {min(mark for mark in ROUND if mark >= size) for size in sizes} <= marks
-        assert all(min(mark - size for mark in ROUND if mark >= size) < TUNING.slack for size in sizes)
+        assert {min(target for target in ROUND if target >= size) for size in sizes} <= targets
+        assert all(min(target - size for target in ROUND if target >= size) < TUNING.slack for size in sizes)
 
 
 def test_once_plans_at_marks_are_tried_others_are_proposed():
@@ -518,11 +523,11 @@ def test_once_plans_at_marks_are_tried_others_are_proposed():
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
     around(problem, sampler, 0.8)
-    at_marks = set()
-    for doubts in list(sampler._candidates("newest", sampler.beliefs.surrogate.mean))[:-1]:
-        at_marks |= doubts.keys()
+    at_targets = set()
+    for pessimism in list(sampler._candidates("newest", sampler.predictor.surrogate.mean))[:-1]:
+        at_targets |= pessimism.keys()
     sampler._step = None  # which would fail
-    assert tuple(sampler._propose(at_marks, "newest")) not in at_marks
+    assert tuple(sampler._propose(at_targets, "newest")) not in at_targets
 
 
 @pytest.mark.parametrize("limit", [0.637, 0.5, 0.75])
@@ -531,9 +536,9 @@ def test_a_limit_of_the_study_is_a_mark(limit):
     problem = Problem(sites=30, levels=8)
     menu, sampler = problem.menu, problem.sampler(0)
     goal = replace(problem.goal, excess=lambda values: np.maximum(values[:, 1] - limit, 0.0))
-    sampler.beliefs.goal = sampler.goal = goal
-    *below, most = sampler.marks / menu.dense
-    expected = [mark for mark in sorted(ROUND) if menu.least / menu.dense <= mark < limit - TUNING.slack]
+    sampler.predictor.goal = sampler.goal = goal
+    *below, most = sampler.targets / menu.dense
+    expected = [target for target in sorted(ROUND) if menu.least / menu.dense <= target < limit - TUNING.slack]
     assert below[: len(expected)] == pytest.approx(expected, abs=1 / menu.dense)
     assert limit - TUNING.slack < most <= limit
 
@@ -547,10 +552,10 @@ def test_limits_that_no_cheap_plan_meets_leave_the_marks(low, high, expected):
     def missed(values):
         return np.maximum(values[:, 1] - high, 0) + np.maximum(low - values[:, 1], 0)
 
-    sampler.beliefs.goal = replace(problem.goal, excess=missed)
-    assert expected - TUNING.slack < sampler.marks[-1] / problem.menu.dense <= expected
-    if low < 1:  # nor is there a mark below the lower one
-        assert low <= sampler.marks[0] / problem.menu.dense
+    sampler.predictor.goal = replace(problem.goal, excess=missed)
+    assert expected - TUNING.slack < sampler.targets[-1] / problem.menu.dense <= expected
+    if low < 1:  # nor is there a target below the lower one
+        assert low <= sampler.targets[0] / problem.menu.dense
 
 
 def test_marks_are_fractions_of_what_is_searched():
@@ -561,10 +566,10 @@ def test_marks_are_fractions_of_what_is_searched():
     def costs(options):
         return {1: 0.2 + 0.8 * menu.size(menu.places(options)) / menu.dense}
 
-    sampler.beliefs.goal = replace(problem.goal, costs=costs)
-    kept = 0.2 + 0.8 * sampler.marks / menu.dense
+    sampler.predictor.goal = replace(problem.goal, costs=costs)
+    kept = 0.2 + 0.8 * sampler.targets / menu.dense
     assert kept == pytest.approx(
-        [mark for mark in sorted(ROUND) if mark >= 0.2 + 0.8 * menu.least / menu.dense], abs=1e-3
+        [target for target in sorted(ROUND) if target >= 0.2 + 0.8 * menu.least / menu.dense], abs=1e-3
     )
 
 
@@ -573,16 +578,16 @@ def test_global_proposals_end_at_marks_too(mode):
     problem = Problem(sites=30, levels=8)
     sampler, menu = problem.sampler(0), problem.menu
     problem.run(problem.study(sampler), 10)
-    sizes = [menu.size(plan) / menu.dense for plan in next(sampler._candidates(mode, sampler.beliefs.surrogate.mean))]
-    assert len({min(mark for mark in ROUND if mark >= size - 1e-9) for size in sizes}) >= 4
-    assert all(min(mark - size for mark in ROUND if mark >= size - 1e-9) < TUNING.slack for size in sizes)
+    sizes = [menu.size(plan) / menu.dense for plan in next(sampler._candidates(mode, sampler.predictor.surrogate.mean))]
+    assert len({min(target for target in ROUND if target >= size - 1e-9) for size in sizes}) >= 4
+    assert all(min(target - size for target in ROUND if target >= size - 1e-9) < TUNING.slack for size in sizes)
 
 
 def test_where_several_costs_count_budgets_are_free():
     problem = Problem(bytes=True)
     sampler = problem.sampler(0)
-    assert sampler._marked(np.array([123.0, 77.0])) == [123.0, 77.0]
-    assert sampler._at_marks({(0,) * 6: 0.5}) == {}
+    assert sampler._to_targets(np.array([123.0, 77.0])) == [123.0, 77.0]
+    assert sampler._at_targets({(0,) * 6: 0.5}) == {}
 
 
 def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates(monkeypatch):
@@ -593,27 +598,27 @@ def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates(monke
     switches = RankfrontSampler._switches
     monkeypatch.setattr(RankfrontSampler, "_switches", lambda self, *known: asked.append(1) or switches(self, *known))
     for poor in (False, True):
-        sampler.beliefs.poor = poor
+        sampler.predictor.poor = poor
         asked.clear()
         for mode in ("solve", "sample", "switch"):
             sampler._propose(set(), mode)
         assert len(asked) == (3 if poor else 1)
     monkeypatch.setattr(RankfrontSampler, "_switches", lambda self, *known: [[3, 2, 1, 0, 1, 2]])
-    *_, last = sampler._candidates("solve", sampler.beliefs.surrogate.mean)
+    *_, last = sampler._candidates("solve", sampler.predictor.surrogate.mean)
     assert (3, 2, 1, 0, 1, 2) in last
 
 
 def test_near_dense_measurements_are_as_uncertain_as_their_tokens_leave_them():
     problem = Problem()
     sampler = problem.sampler(0)
-    sampler.beliefs.goal = replace(problem.goal, spread=0.004)
+    sampler.predictor.goal = replace(problem.goal, spread=0.004)
     study = problem.study(sampler)
     for tokens in (4096, 16384):
         trial, plan = problem.ask(study)
         trial.set_user_attr("fidelity", tokens)
         problem.tell(study, trial, plan)
-    sampler.beliefs.learn(study)
-    assert [found.spread for found in sampler.beliefs.measured.values()] == pytest.approx([0.004, 0.002])
+    sampler.predictor.learn(study)
+    assert [found.spread for found in sampler.predictor.measured.values()] == pytest.approx([0.004, 0.002])
 
 
 # -- sites that share weights, and slopes
@@ -642,7 +647,7 @@ class Overlap(Problem):
 
     def sampler(self, seed):
         kinds, blocks = zip(*((KINDS[line % 2], line // 2) for line in range(len(self.menu.lines))), strict=True)
-        return RankfrontSampler(Beliefs(self.menu, self.options, kinds, blocks, self.goal, seed), seed)
+        return RankfrontSampler(Predictor(self.menu, self.options, kinds, blocks, self.goal, seed), seed)
 
     def best(self):
         every = itertools.product(*(range(len(found)) for found in self.options.values()))
@@ -673,14 +678,14 @@ def measure_slopes(problem, study, number):
 
 def run_with_slopes(problem, study, sampler, trials, pending=1):
     """Slopes wherever the sampler wants them, as the driver has it; the plans that were proposed."""
-    plans, centres = [], []
+    plans, references = [], []
     while len(plans) < trials:
         number = sampler.slopes_due(study)
         if number is not None:
             measure_slopes(problem, study, number)
-            centres.append(number)
+            references.append(number)
         plans += problem.run(study, pending, pending)
-    return plans, centres
+    return plans, references
 
 
 @pytest.mark.parametrize("pending", [1, 4])
@@ -701,9 +706,9 @@ def test_with_slopes_too(seed, pending):
     problem = Overlap(seed=seed, sites=4)
     sampler = problem.sampler(0)
     study = problem.study(sampler)
-    plans, centres = run_with_slopes(problem, study, sampler, TRIALS, pending)
-    assert len(centres) >= 2
-    assert any(any(plan_of(study, problem, number)[problem.sites :]) for number in centres)
+    plans, references = run_with_slopes(problem, study, sampler, TRIALS, pending)
+    assert len(references) >= 2
+    assert any(any(plan_of(study, problem, number)[problem.sites :]) for number in references)
     assert all(problem.menu.compatible(plan) for plan in plans)
     assert len({tuple(plan) for plan in plans}) == len(plans)
     assert problem.share(plans) >= 0.93 * problem.best()
@@ -714,11 +719,13 @@ def test_slopes_are_measured_around_front_members_each_once(name):
     problem, least = PROBLEMS[name]
     sampler = problem.sampler(0)
     study = problem.study(sampler)
-    plans, centres = run_with_slopes(problem, study, sampler, TRIALS)
-    assert len(centres) >= 3
-    assert len(set(centres)) == len(centres)
-    assert all(sampler.beliefs.measured[tuple(plan_of(study, problem, number))].trial == number for number in centres)
-    assert len(sampler.beliefs.locals) == len(centres)
+    plans, references = run_with_slopes(problem, study, sampler, TRIALS)
+    assert len(references) >= 3
+    assert len(set(references)) == len(references)
+    assert all(
+        sampler.predictor.measured[tuple(plan_of(study, problem, number))].trial == number for number in references
+    )
+    assert len(sampler.predictor.taylor_models) == len(references)
     assert len({tuple(plan) for plan in plans}) == len(plans)
     assert problem.share(plans) >= least * problem.best()
 
@@ -733,11 +740,11 @@ def test_slopes_around_a_plan_that_stores_nothing_are_solved_for_any_budget():
     plans = problem.run(study, 4)
     assert menu.size(plans[0]) == 0
     measure_slopes(problem, study, 0)
-    sampler.beliefs.learn(study)
-    found = sampler.beliefs.nearby([0.5 * menu.dense])
+    sampler.predictor.learn(study)
+    found = sampler.predictor.nearby([0.5 * menu.dense])
     assert found
     assert all(0 < menu.size(plan) <= 0.5 * menu.dense for plan in found)
-    assert all(menu.size(plan) == 0 for plan in sampler.beliefs.downhill(sampler.beliefs.locals[0], [1.0]))
+    assert all(menu.size(plan) == 0 for plan in sampler.predictor.downhill(sampler.predictor.taylor_models[0], [1.0]))
 
 
 def test_exact_slopes_teach_more_than_a_measurement():
@@ -750,13 +757,13 @@ def test_exact_slopes_teach_more_than_a_measurement():
         plans = problem.run(study, 4)
         if slopes:
             measure_slopes(problem, study, 3)
-        sampler.beliefs.learn(study)
+        sampler.predictor.learn(study)
         switches = itertools.product(range(problem.sites), range(problem.levels))
         near = [[*plans[3][:site], place, *plans[3][site + 1 :]] for site, place in switches]
         near = [plan for plan in near if plan not in plans]
         truth = np.log([problem.values(plan)[0] for plan in near])
         errors[slopes] = np.abs(
-            np.log([sampler.beliefs.predict(problem.menu.choices(plan)) for plan in near]) - truth
+            np.log([sampler.predictor.predict(problem.menu.choices(plan)) for plan in near]) - truth
         ).mean()
     assert errors[True] < 0.5 * errors[False]
 
@@ -813,7 +820,7 @@ def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path)
     menu = [row for row in rows if row.origin.startswith("menu")]
     first, *others = menu
     assert first.origin == "menu: centre"
-    assert first.attributes["block_parameters"] <= CENTRE
+    assert first.attributes["block_parameters"] <= REFERENCE
     assert all(row.origin.startswith("menu: keep=") for row in others)
     assert len(others) >= 2
     for row in others:  # the budget is kept
@@ -832,9 +839,9 @@ def check_slopes(study):
     assert {trial.state for trial in done} == {TrialState.PRUNED}
     assert not {trial.number for trial in done} & {row.number for row in study.rows()}
     rows = {row.number: row for row in study.rows()}
-    centres = [rows[trial.user_attrs["slopes_of"]] for trial in done]
-    assert {row.state for row in centres} == {"complete"}
-    assert len({row.plan_key for row in centres}) == len(centres)
+    references = [rows[trial.user_attrs["slopes_of"]] for trial in done]
+    assert {row.state for row in references} == {"complete"}
+    assert len({row.plan_key for row in references}) == len(references)
     everything = {trial.number: trial for trial in study._optuna().get_trials()}
     variables = {variable.name: variable for variable in make_space(study.setup()).variables}
     for trial in done:

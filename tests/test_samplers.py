@@ -11,8 +11,8 @@ from rankfront.search.config import make_config
 from rankfront.search.optimise.samplers import OURS, SAMPLERS, make_sampler
 from rankfront.search.plans.menu_jobs import menu_record
 
-# Three anchors, then four of the sampler's own; ours measures the plan at the centre of the menu's front before two of
-# them, and the rest of it after.
+# Three anchors, then four of the sampler's own; ours measures the menu's reference plan before two of them, and the
+# rest of its front after.
 TRIALS = 7
 
 
@@ -22,13 +22,13 @@ def test_a_sampler_finishes_a_study_and_goes_on(model_folder, text_file, tmp_pat
     check_whole(study, {}, TRIALS)
     dense, *anchors = ["anchor: dense", "anchor: svd keep=0.6", "anchor: svd-llm keep=0.6"]
     origins = [row.origin for row in study.rows() if row.state == "complete"]
-    own, centre = [], []
+    own, reference = [], []
     if sampler == OURS:
-        own, centre = [origin for origin in origins if origin.startswith("menu: keep=")], ["menu: centre"]
+        own, reference = [origin for origin in origins if origin.startswith("menu: keep=")], ["menu: centre"]
         anchors = [anchor for anchor in anchors if anchor in origins]  # those that may be better than another
         assert own
         assert anchors
-    assert origins == ([dense, *centre, *anchors, *own] + [sampler] * TRIALS)[:TRIALS]
+    assert origins == ([dense, *reference, *anchors, *own] + [sampler] * TRIALS)[:TRIALS]
     before = values_of(study)
     longer = again(study, trials=TRIALS + 2)
     longer.launch()

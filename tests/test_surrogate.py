@@ -274,7 +274,7 @@ def test_the_jacobian_is_that_of_finite_differences():
 
 
 def test_it_leans_on_neighbours_where_the_menu_is_no_guide():
-    """With the truth it trusts the terms; where divergence follows no site at all, the measured neighbours."""
+    """With the truth it scalings the terms; where divergence follows no site at all, the measured neighbours."""
     plans = random_plans(40, 0)
     told, untold = make_surrogate(), make_surrogate()
     told.fit(plans, truth(plans, 0.3, 1.1, true_factors()))

@@ -157,8 +157,10 @@ def test_a_table_made_on_resuming_is_used(data, counted, tmp_path, monkeypatch):
         broken.setattr("rankfront.search.measure.trial.time_sites", lambda *arguments: 1 / 0)
         make_run(data, tmp_path / "run")
     seen = []
-    real = driver.ours
-    monkeypatch.setattr(driver, "ours", lambda *arguments: seen.append(arguments[-1]) or real(*arguments))
+    real = driver.make_rankfront_sampler
+    monkeypatch.setattr(
+        driver, "make_rankfront_sampler", lambda *arguments: seen.append(arguments[5]) or real(*arguments)
+    )
     Study(data | {"search": data["search"] | {"trials": 12}}, tmp_path / "run").launch(quiet())
     assert [list(timings) for timings in seen] == [["latency"]]
 

@@ -14,8 +14,8 @@ from rankfront.search.config import StudyConfig
 from rankfront.search.inputs.model import Source, find_sites, skeleton
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.goal import Timings, menu_of, timings_of
-from rankfront.search.optimise.predictor import Beliefs, Places
-from rankfront.search.optimise.rankfront_sampler import ours
+from rankfront.search.optimise.predictor import Places, Predictor
+from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.knapsack import knapsack_several
@@ -65,10 +65,10 @@ def answer(
     predicts, or no plan meets them all.
     """
     space = Space(find_sites(skeleton(source)), config.space, 0)
-    beliefs, dense, timings = ignorant(study, config, rows, space)
-    menu, origin = beliefs.menu, dict(dense.plan.origin)
-    beliefs.learn(study)
-    learned = _Learned(beliefs, _figures(beliefs, space, dense, timings), list(config.objectives))
+    predictor, dense, timings = prior_predictor(study, config, rows, space)
+    menu, origin = predictor.menu, dict(dense.plan.origin)
+    predictor.learn(study)
+    learned = _Learned(predictor, _figures(predictor, space, dense, timings), list(config.objectives))
     names = learned.figures.names
     for limit in limits:
         if limit.figure not in names or not limit.operator.startswith("<"):
@@ -77,14 +77,14 @@ def answer(
     dense_plan = (0,) * len(menu.lines)
     plans = {dense_plan: 0.0}
     if not met(together, learned.of(dense_plan)):  # nothing is better than dense
-        doubts = dict.fromkeys(beliefs.measured, 0.0) | learned.solved(together)
-        plans = {plan: doubt for plan, doubt in doubts.items() if met(together, learned.of(plan))}
+        pessimism = dict.fromkeys(predictor.measured, 0.0) | learned.solved(together)
+        plans = {plan: worse for plan, worse in pessimism.items() if met(together, learned.of(plan))}
     if not plans:
         cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.figures.of(menu.cheapest).items())
         wanted = " and ".join(map(str, together))
         raise InputError(f"no plan meets {wanted}; the cheapest has {cheapest}: raise the limit")
     best, value = learned.best(plans)
-    measured = beliefs.measured.get(best)
+    measured = predictor.measured.get(best)
     figures = learned.figures.of(best)
     shown = {name: figures[name] for name in COSTS} | {f"{name}_predicted": figures[name] for name in timings}
     if measured is not None:
@@ -97,7 +97,7 @@ def answer(
 class _Learned:
     """What a run knows of plans: figures that their options decide, and what was measured of them."""
 
-    beliefs: Beliefs
+    predictor: Predictor
     figures: Figures
     objectives: list[str]
     _seen: dict[Places, dict[str, float]] = field(default_factory=dict)
@@ -106,26 +106,26 @@ class _Learned:
         """Every figure that is known of a choice: those of its options; as measured, where it was."""
         plan = tuple(places)
         if plan not in self._seen:
-            measured = self.beliefs.measured.get(plan)
+            measured = self.predictor.measured.get(plan)
             values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
             self._seen[plan] = self.figures.of(places) | values
         return self._seen[plan]
 
-    def best(self, doubts: Mapping[Places, float]) -> tuple[Places, float]:
+    def best(self, pessimism: Mapping[Places, float]) -> tuple[Places, float]:
         """Of plans the one of least divergence, and the modelled objective's value there: measured where the plan was,
         else predicted. To be chosen, a prediction must be better by so many of its standard deviations."""
-        goal, measured, plans = self.beliefs.goal, self.beliefs.measured, list(doubts)
-        levels, errors = self.beliefs.levels(plans)
-        doubted = levels + np.array(list(doubts.values())) * errors
+        goal, measured, plans = self.predictor.goal, self.predictor.measured, list(pessimism)
+        levels, errors = self.predictor.levels(plans)
+        pessimistic = levels + np.array(list(pessimism.values())) * errors
         known = {plan: measured[plan].values[goal.quality] for plan in plans if plan in measured}
-        values = [known.get(plan, goal.loss(float(level))) for plan, level in zip(plans, doubted, strict=True)]
+        values = [known.get(plan, goal.loss(float(level))) for plan, level in zip(plans, pessimistic, strict=True)]
         least = int(np.argmin(values))
         return plans[least], known.get(plans[least], goal.loss(float(levels[least])))
 
     def solved(self, limits: Sequence[Constraint]) -> dict[Places, float]:
-        """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``; how far each kind
-        flatters."""
-        menu = self.beliefs.menu
+        """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``; by how many
+        standard deviations each kind turns out worse than predicted."""
+        menu = self.predictor.menu
         cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
         upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
         size = self.figures.size(limits)
@@ -133,8 +133,8 @@ class _Learned:
         found, bounds = self._knapsack(limits, budget / menu.dense, size)
         if found is None:
             return {}
-        worse, nearby = self.beliefs.tuning, [share * menu.size(found) for share in NEARBY] if size is None else []
-        steps = dict.fromkeys(map(tuple, self.beliefs.nearby([budget, *nearby])), worse.steps_worse)
+        worse, nearby = self.predictor.tuning, [share * menu.size(found) for share in NEARBY] if size is None else []
+        steps = dict.fromkeys(map(tuple, self.predictor.nearby([budget, *nearby])), worse.steps_worse)
         return {tuple(found): worse.solutions_worse} | {
             plan: d for plan, d in steps.items() if met(bounds, self.of(plan))
         }
@@ -148,8 +148,8 @@ class _Learned:
 
         Where a latency of the solution was measured and missed its limit, the bound moves by what the table was wrong.
         """
-        beliefs, bounds = self.beliefs, [self._tightened(limit) for limit in limits]
-        losses = beliefs.surrogate.losses(beliefs.surrogate.mean, share)
+        predictor, bounds = self.predictor, [self._tightened(limit) for limit in limits]
+        losses = predictor.surrogate.losses(predictor.surrogate.mean, share)
         places = None
         for _ in range(TRIES):
             try:
@@ -170,7 +170,7 @@ class _Learned:
     def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint], size: float | None) -> list[int]:
         """The plan of nearly least ``losses`` within ``bounds``: along multipliers where they come to ``size``, in
         milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
-        menu = self.beliefs.menu
+        menu = self.predictor.menu
         if size is None:
             return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
         return Lagrangian(menu, losses).solve(size)
@@ -180,22 +180,22 @@ class _Learned:
         wrong about that plan."""
         if limit.figure not in self.figures.tables:
             return limit
-        figure, measured = limit.figure, self.beliefs.measured
+        figure, measured = limit.figure, self.predictor.measured
         pairs = [(self.figures.of(plan)[figure], self.of(plan)[figure]) for plan in measured]
         predicted, value = max((pair for pair in pairs if not limit.missed(pair[0])), default=(1.0, limit.bound))
         return replace(limit, bound=limit.bound * predicted / value) if limit.missed(value) else limit
 
 
-def _figures(beliefs: Beliefs, space: Space, dense: Row, timings: Timings) -> Figures:
+def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -> Figures:
     """Those of the run's menu, its latency tables corrected by the trials."""
-    plans = [(beliefs.menu.choices(plan), found.values) for plan, found in beliefs.measured.items()]
+    plans = [(predictor.menu.choices(plan), found.values) for plan, found in predictor.measured.items()]
     tables = {
         name: (objective, timing.calibrated(objective, [(options, v[column]) for options, v in plans]).timing)
-        for (name, (objective, timing)), column in zip(timings.items(), beliefs.goal.timed, strict=True)
+        for (name, (objective, timing)), column in zip(timings.items(), predictor.goal.timed, strict=True)
     }
     inside = {site: place.block is not None for site, place in space.sites.items()}
     value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
-    return Figures(beliefs.menu, inside, int(dense.attributes["parameter_count"]), value_bytes, tables)
+    return Figures(predictor.menu, inside, int(dense.attributes["parameter_count"]), value_bytes, tables)
 
 
 def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:
@@ -220,14 +220,18 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
     return pd.DataFrame(found)
 
 
-def ignorant(
+def prior_predictor(
     study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space
-) -> tuple[Beliefs, Row, Timings]:
-    """What the run's sampler believed before any trial but the dense one; that, and the latency tables.
+) -> tuple[Predictor, Row, Timings]:
+    """The predictor as it was before any trial but the dense one; the dense trial, and the latency tables.
 
     Raises `InputError` where the run has no menu yet."""
     menu, dense, timings = _known(study, config, rows, space)
-    return ours(menu, space, config, dense, dict(dense.plan.origin), timings).beliefs, dense, timings
+    return (
+        make_rankfront_sampler(menu, space, config, dense, dict(dense.plan.origin), timings).predictor,
+        dense,
+        timings,
+    )
 
 
 def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row, Timings]:

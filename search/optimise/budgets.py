@@ -1,11 +1,11 @@
-"""Marks: the budgets that steps are solved at. A plan that stores a little less than what a limit will ask for wastes
+"""Target budgets, which plans are solved for. A plan that stores a little less than what a limit will ask for wastes
 what is between, so these are round kept fractions, and the most that the study's own limits allow."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rankfront.search.optimise.predictor import Beliefs, Solver
+from rankfront.search.optimise.predictor import Predictor, Solver
 from rankfront.search.plans.knapsack import sweep
 
 ROUND = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # of the dense model's
@@ -13,26 +13,26 @@ TRIES, BISECTIONS = 32, 8  # budgets at which limits are looked for, and halving
 ROUNDING = 1e-6  # stored values
 
 
-def marks_of(beliefs: Beliefs) -> np.ndarray:
+def target_budgets(predictor: Predictor) -> np.ndarray:
     """Budgets in the menu's size, rising: `ROUND` fractions of the first objective that options decide, and what the
     limits allow; none where several costs are weighed anew each time."""
-    menu = beliefs.menu
+    menu = predictor.menu
     if menu.count > 1:
         return np.zeros(0)
-    budgets = np.floor(_budgets(beliefs) + ROUNDING)
+    budgets = np.floor(_budgets(predictor) + ROUNDING)
     found = {float(budget) for budget in budgets if menu.least <= budget <= menu.dense}
     ends = [0] * len(menu.lines), menu.cheapest
-    if not all(beliefs.may_meet(menu.choices(end)) for end in ends):
+    if not all(predictor.may_meet(menu.choices(end)) for end in ends):
         solved = sweep(menu)
-        most = _most(beliefs, solved)
-        within = {budget for budget in found if beliefs.may_meet(menu.choices(solved.solve(budget)))}
+        most = _most(predictor, solved)
+        within = {budget for budget in found if predictor.may_meet(menu.choices(solved.solve(budget)))}
         found = {budget for budget in within if budget <= most} | ({most} if most < menu.dense else set()) or found
     return np.array(sorted(found))
 
 
-def _budgets(beliefs: Beliefs) -> np.ndarray:
+def _budgets(predictor: Predictor) -> np.ndarray:
     """Sizes at which the objective is at `ROUND` fractions of the dense model's: it is a straight line in the size."""
-    menu, costs = beliefs.menu, beliefs.goal.costs
+    menu, costs = predictor.menu, predictor.goal.costs
     dense, cheapest = costs(menu.choices([0] * len(menu.lines))), costs(menu.choices(menu.cheapest))
     column = min((column for column in dense if dense[column] > cheapest[column]), default=None)
     if column is None:
@@ -43,22 +43,22 @@ def _budgets(beliefs: Beliefs) -> np.ndarray:
     return budgets
 
 
-def _most(beliefs: Beliefs, solved: Solver) -> float:
+def _most(predictor: Predictor, solved: Solver) -> float:
     """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
     is none."""
-    menu = beliefs.menu
-    if beliefs.may_meet(menu.choices([0] * len(menu.lines))):
+    menu = predictor.menu
+    if predictor.may_meet(menu.choices([0] * len(menu.lines))):
         return float(menu.dense)
     most, above = np.inf, float(menu.dense)
     for budget in np.linspace(menu.dense, menu.least, TRIES):
         plan = solved.solve(float(budget))
-        if beliefs.may_meet(menu.choices(plan)):
+        if predictor.may_meet(menu.choices(plan)):
             most = float(menu.size(plan))
             break
         above = float(budget)
     for _ in range(BISECTIONS if np.isfinite(most) else 0):
         plan = solved.solve((most + above) / 2)
-        if beliefs.may_meet(menu.choices(plan)):
+        if predictor.may_meet(menu.choices(plan)):
             most = float(menu.size(plan))
         else:
             above = (most + above) / 2

@@ -1,4 +1,4 @@
-"""Continuation: down from near dense in short steps, with slopes measured anew at every stop.
+"""Continuation: from near dense to smaller plans in short steps, with slopes measured anew at every stop.
 
     p₀ = the menu's plan of size s₀,    p_{k+1} = argmin Σ_i α ā_i(o_i) + κ b̄_i(o_i)    over plans of size s_{k+1}
 
@@ -27,15 +27,15 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
-from rankfront.search.optimise.predictor import Beliefs
+from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.samplers import is_void
-from rankfront.search.optimise.taylor import Local, Trust
+from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Space
 
 START, END = 0.95, 0.7  # kept fractions
-ROUNDING = 1e-6  # stored values: a mark at `START` is rounded down too, and no stop below it
+ROUNDING = 1e-6  # stored values: a target at `START` is rounded down too, and no stop below it
 STEP = 0.025  # between stops, at most
 POOLED = 5120  # tokens that the slopes of several stops come to together
 FEWEST = 1536  # tokens of a stop; with 1,024 the plan at 0.9 is worse than the menu's (paths.md)
@@ -44,9 +44,9 @@ MORE = 2  # times the tokens of the path before, for another to be worth its own
 PATH = "path"  # origin of the plans that are measured along one, and the attribute of its stops that numbers it
 
 
-def stops(start: float, marks: Sequence[float], step: float) -> list[float]:
-    """Sizes from ``start`` down to the least of ``marks``, all of those below it among them, at most ``step`` apart."""
-    ends = [start, *sorted((mark for mark in marks if mark < start), reverse=True)]
+def stops(start: float, targets: Sequence[float], step: float) -> list[float]:
+    """Sizes from ``start`` down to the least of ``targets``, at most ``step`` apart; ``targets`` are among them."""
+    ends = [start, *sorted((target for target in targets if target < start), reverse=True)]
     found = [start]
     for high, low in pairwise(ends):
         count = math.ceil((high - low) / step - 1e-6)
@@ -54,7 +54,7 @@ def stops(start: float, marks: Sequence[float], step: float) -> list[float]:
     return found
 
 
-def pooled(path: Sequence[Local]) -> Local:
+def pooled(path: Sequence[TaylorModel]) -> TaylorModel:
     """The slopes of the last of ``path``, those of the stops before it mixed in."""
     now = path[-1]
     fading = max(1 - now.tokens / POOLED, 0.0)
@@ -74,10 +74,10 @@ def _mean(values: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     return mean
 
 
-def next_plan(path: Sequence[Local], menu: Menu, size: float) -> list[int]:
+def next_plan(path: Sequence[TaylorModel], menu: Menu, size: float) -> list[int]:
     """The plan of ``size`` in the menu's that slopes along ``path`` promise to lose least; `InputError` where nothing
     is as small."""
-    return Lagrangian(menu, pooled(path).losses(Trust())).solve(size)
+    return Lagrangian(menu, pooled(path).losses(Scaling())).solve(size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,25 +90,25 @@ class Paths:
     Attributes:
         study: where trials are queued.
         space: what they draw from.
-        beliefs: of our sampler.
-        marks: sizes at which plans on a path are measured, if they may meet the study's limits; where it ends.
+        predictor: of our sampler.
+        targets: sizes at which plans on a path are measured, if they may meet the study's limits; where it ends.
         enqueue: queues a trial by origin, label and draws, unless one of the same was measured or waits; its number.
     """
 
     study: optuna.Study
     space: Space
-    beliefs: Beliefs
-    marks: Sequence[float]
+    predictor: Predictor
+    targets: Sequence[float]
     enqueue: Callable[[str, str, Mapping[str, int]], int]
 
     @cached_property
     def sizes(self) -> list[float]:
-        """Where a path stops; nowhere without marks between `START` and `END`."""
-        even = self.beliefs.menu.even
+        """Where a path stops; nowhere without targets between `START` and `END`."""
+        even = self.predictor.menu.even
         start, least = math.floor(START * even.dense + ROUNDING), max(math.floor(END * even.dense), even.least)
-        solved = self.beliefs.solver(menu=even)
-        within = [mark for mark in self.marks if least <= mark < start]
-        reachable = [mark for mark in within if self.beliefs.may_meet(even.choices(solved.solve(mark)))]
+        solved = self.predictor.solver(menu=even)
+        within = [target for target in self.targets if least <= target < start]
+        reachable = [target for target in within if self.predictor.may_meet(even.choices(solved.solve(target)))]
         return stops(start, reachable, STEP * even.dense) if reachable else []
 
     def advance(self, spent: int, passes: int, readable: int, left: np.ndarray, trial: int) -> bool:
@@ -130,7 +130,7 @@ class Paths:
         if not on_it or len(on_it) == len(self.sizes) or any("failure" in t.user_attrs for t in on_it):
             least = max(FEWEST, MORE * tokens)
             tokens = min(int(SHARE * spent / (passes * len(self.sizes))), readable)
-            trials_on_it = 1 + sum(size in self.marks for size in self.sizes[1:])
+            trials_on_it = 1 + sum(size in self.targets for size in self.sizes[1:])
             whole = trials_on_it, passes * tokens * len(self.sizes) + trial * trials_on_it
             if tokens < least or (left < whole).any():
                 return False
@@ -141,20 +141,20 @@ class Paths:
         return True
 
     def _again(self, trials: Sequence[FrozenTrial], asked: Iterable[FrozenTrial]) -> None:
-        """Queue the plans at marks of the stops ``asked`` that were interrupted, unless they wait already."""
+        """Queue the plans at targets of the stops ``asked`` that were interrupted, unless they wait already."""
         for stop in asked:
-            centre = stop.user_attrs["slopes_of"]
-            if centre is not None and is_void(trials[centre].user_attrs):
-                self.enqueue(PATH, trials[centre].user_attrs["anchor"], stop.params)
+            reference = stop.user_attrs["slopes_of"]
+            if reference is not None and is_void(trials[reference].user_attrs):
+                self.enqueue(PATH, trials[reference].user_attrs["anchor"], stop.params)
 
     def _stop(self, number: int, tokens: int, before: Sequence[FrozenTrial]) -> None:
-        """Queue slopes at the stop after those ``before`` it, and at a mark its plan first."""
-        even, size = self.beliefs.menu.even, self.sizes[len(before)]
-        found = self.beliefs.along(before)
-        places = next_plan(found, even, size) if found else self.beliefs.solver(menu=even).solve(size)
+        """Queue slopes at the stop after those ``before`` it, and at a target its plan first."""
+        even, size = self.predictor.menu.even, self.sizes[len(before)]
+        found = self.predictor.along(before)
+        places = next_plan(found, even, size) if found else self.predictor.solver(menu=even).solve(size)
         chosen = even.choices(places)
-        draws, centre = self.space.draws(chosen), None
-        if before and size in self.marks and self.beliefs.may_meet(chosen):
-            centre = self.enqueue(PATH, f"{number}, keep={size / even.dense:.3g}", draws)
-        attributes = {"origin": "slopes", "slopes_of": centre, PATH: number, "slope_tokens": tokens}
+        draws, reference = self.space.draws(chosen), None
+        if before and size in self.targets and self.predictor.may_meet(chosen):
+            reference = self.enqueue(PATH, f"{number}, keep={size / even.dense:.3g}", draws)
+        attributes = {"origin": "slopes", "slopes_of": reference, PATH: number, "slope_tokens": tokens}
         self.study.enqueue_trial(draws, user_attrs=attributes)

@@ -25,7 +25,7 @@ from rankfront.search.optimise.samplers import is_void
 from rankfront.search.storage.front import DENSE_KEY, Row, comparable, compressed_front, dense_row, front_rung
 
 KEPT = ("origin", "anchor")  # attributes of a trial that its promotion has too
-CLOSING_SHARE = 0.5  # of the limits: the most that lifting the front may take, a plan that joins it included
+CLOSING_SHARE = 0.5  # of the limits: the most that promoting the front may take, a plan that joins it included
 
 
 def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]:
@@ -44,7 +44,7 @@ def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-class Lift(NamedTuple):
+class Promotion(NamedTuple):
     """The plan of trial ``number`` is to be measured at ``rung``; at rung 0 the trial itself, which waits."""
 
     number: int
@@ -52,28 +52,28 @@ class Lift(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """Moves a study's plans from rung to rung, by queueing the next measurement in its storage.
+class SuccessiveHalving:
+    """Asynchronous successive halving of a study's plans, by queueing the next measurement in its storage.
 
     What is spent and left is a pair (trials, tokens), as an array.
 
     Attributes:
         study: where trials are queued; trials carry ``rung``, and ``promoted``: the trial they continue.
-        tokens: what a trial at each rung runs through the model; one rung is no ladder.
+        tokens: what a trial at each rung runs through the model; with one rung nothing is promoted.
         reduction: of the compressed plans measured at a rung, one in so many goes on.
         limit: of the whole study, (trials, tokens).
-        lessons: tokens that this launch will run through the dense model at each rung for plans to be compared with.
+        teacher_tokens: what this launch will run through the dense model at each rung, for its divergences.
     """
 
     study: optuna.Study
     tokens: Sequence[int]
     reduction: int
     limit: np.ndarray
-    lessons: list[int]
+    teacher_tokens: list[int]
 
     def taught(self, rung: int) -> None:
         """A trial was measured at ``rung``, and its worker knows what the dense model predicts there."""
-        self.lessons[rung] = max(self.lessons[rung] - self.tokens[rung], 0)
+        self.teacher_tokens[rung] = max(self.teacher_tokens[rung] - self.tokens[rung], 0)
 
     # -- while the search goes on
 
@@ -99,7 +99,7 @@ class Ladder:
     def explores(self, rows: Sequence[Row], left: np.ndarray) -> bool:
         """Whether what is next in the queue, or a proposal, may be measured.
 
-        It may if the front can still be lifted afterwards, even if the plan joins it.
+        It may if the front can still be promoted afterwards, even if the plan joins it.
         """
         due = self._due(rows)
         goal = self._goal(rows, due, left, CLOSING_SHARE)
@@ -108,21 +108,21 @@ class Ladder:
         rung, source = int(known.get("rung", 0)), known.get("promoted")
         if rung and any(row.number == source and row.plan_key in due[rung] for row in rows) and rung <= goal:
             return True
-        return bool((self._cost(due, goal) + self._newcomer(rung, goal) <= left).all())
+        return bool((self._cost(due, goal) + self._entry(rung, goal) <= left).all())
 
     def reserve(self, rows: Sequence[Row], left: np.ndarray) -> np.ndarray:
-        """What is kept back to lift the front, (trials, tokens)."""
+        """What is kept back to promote the front, (trials, tokens)."""
         due = self._due(rows)
         return self._cost(due, self._goal(rows, due, left, CLOSING_SHARE))
 
     # -- in the end
 
-    def lift(self, rows: Sequence[Row], left: np.ndarray, exhausted: bool) -> Lift | None:
+    def next_promotion(self, rows: Sequence[Row], left: np.ndarray, exhausted: bool) -> Promotion | None:
         """The next plan to measure higher for the front to stand there: the lowest rung first, the dense model before
         others. None where all is done, more does not fit into ``left``, or what runs has to finish first.
 
-        What is left then is too little to go on searching, for a plan that joined the front could not be lifted; it is
-        spent as high as possible on those next in order, unless the search was ``exhausted``.
+        What is left then is too little to go on searching, for a plan that joined the front could not be promoted: it
+        is spent as high as possible on those next in order, unless the search was ``exhausted``.
         """
         due = self._due(rows)
         goal = self._goal(rows, due, left, 1.0 if exhausted else CLOSING_SHARE)
@@ -130,28 +130,28 @@ class Ladder:
         if rung is not None:
             if DENSE_KEY in due[rung]:
                 dense = dense_row(rows, rung=0)
-                return Lift(dense.number, rung) if dense else None
+                return Promotion(dense.number, rung) if dense else None
             ready = [row for row in comparable(rows, rung - 1) if row.plan_key in due[rung] and not row.is_dense]
-            return Lift(_in_order(ready)[0].number, rung) if ready else None
+            return Promotion(_in_order(ready)[0].number, rung) if ready else None
         for rung in range(goal, 0, -1) if not exhausted else ():
             known = _known(rows, rung)
             others = [row for row in comparable(rows, rung - 1) if row.within and row.plan_key not in known]
-            if others and (self._cost(due, goal) + self._newcomer(rung, goal) <= left).all():
-                return Lift(_in_order(others)[0].number, rung)
+            if others and (self._cost(due, goal) + self._entry(rung, goal) <= left).all():
+                return Promotion(_in_order(others)[0].number, rung)
         return None
 
-    def claim(self, lift: Lift) -> optuna.Trial:
-        """The running trial that measures ``lift``; whatever else is queued waits."""
-        if lift.rung and lift not in self._queued():
-            self._queue(*lift)
+    def claim(self, promotion: Promotion) -> optuna.Trial:
+        """The running trial that measures ``promotion``; whatever else is queued waits."""
+        if promotion.rung and promotion not in self._queued():
+            self._queue(*promotion)
         trial = next(
             trial
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if lift == (trial.user_attrs.get("promoted", trial.number), trial.user_attrs.get("rung", 0))
+            if promotion == (trial.user_attrs.get("promoted", trial.number), trial.user_attrs.get("rung", 0))
         )
         return claim(self.study, trial)
 
-    # -- what lifting takes
+    # -- what promoting takes
 
     def _reach(self, rows: Sequence[Row]) -> int:
         """The highest rung that plans may go to: below those at which the dense model failed."""
@@ -171,21 +171,21 @@ class Ladder:
         return due
 
     def _goal(self, rows: Sequence[Row], due: Sequence[set[str | None]], left: np.ndarray, share: float) -> int:
-        """The highest rung that the front can be lifted to with what is ``left`` and a ``share`` of the limits."""
+        """The highest rung that the front can be promoted to with what is ``left`` and a ``share`` of the limits."""
         for rung in range(self._reach(rows), 0, -1):
             cost = self._cost(due, rung)
-            if (cost <= left).all() and (cost + self._newcomer(0, rung) <= share * self.limit).all():
+            if (cost <= left).all() and (cost + self._entry(0, rung) <= share * self.limit).all():
                 return rung
         return 0
 
     def _cost(self, due: Sequence[set[str | None]], goal: int) -> np.ndarray:
         counts = np.array([len(plans) for plans in due[: goal + 1]])
-        tokens = counts @ np.array(self.tokens[: goal + 1]) + sum(self.lessons[: goal + 1])
+        tokens = counts @ np.array(self.tokens[: goal + 1]) + sum(self.teacher_tokens[: goal + 1])
         return np.array([counts.sum(), tokens])
 
-    def _newcomer(self, rung: int, goal: int) -> np.ndarray:
+    def _entry(self, rung: int, goal: int) -> np.ndarray:
         """What a plan takes that is measured at ``rung`` and goes on to ``goal``."""
-        above = sum(self.lessons[goal + 1 : rung + 1])
+        above = sum(self.teacher_tokens[goal + 1 : rung + 1])
         return np.array([max(goal - rung, 0) + 1, sum(self.tokens[rung : max(goal, rung) + 1]) + above])
 
     # -- the queue
@@ -210,18 +210,18 @@ def claim(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:
     return optuna.Trial(study, waiting._trial_id)
 
 
-def carried(rows: Sequence[Row], number: int) -> Lift | None:
+def promotion_of(rows: Sequence[Row], number: int) -> Promotion | None:
     """The next measurement of one trial's plan on its way to where the front stands without it; None at its end."""
     row = next((row for row in rows if row.number == number), None)
     if row is None:
         return None
     if row.state == "waiting":
-        return Lift(number, 0)
+        return Promotion(number, 0)
     others = [other for other in rows if other.plan_key != row.plan_key]
     for rung in range(1, max(front_rung(rows), front_rung(others)) + 1):
         if row.plan_key not in _known(rows, rung):
             below = [other for other in comparable(rows, rung - 1) if other.plan_key == row.plan_key]
-            return Lift(below[0].number, rung) if below else None
+            return Promotion(below[0].number, rung) if below else None
     return None
 
 

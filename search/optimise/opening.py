@@ -11,19 +11,19 @@ import optuna
 from optuna.trial import FixedTrial
 
 from rankfront.methods import InputError
-from rankfront.search.optimise.predictor import Beliefs
+from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.menu_jobs import GROUP_BANDS, GROUPED, group_plans, menu_jobs
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Anchor, Space
 
-# Kept fractions of the treated weights at which the predicted front is measured, where no mark is nearby: where they
-# are few of those that an objective counts, marks are far apart. The plan at the centre, or as near to it as limits
-# allow, comes first: slopes around it say of every site what it does in a compressed model, and the others are solved
-# for by that.
+# Kept fractions of the treated weights at which the predicted front is measured, where no target is nearby: where they
+# are few of those that an objective counts, targets are far apart. The reference plan, at `REFERENCE` or as near as
+# limits allow, comes first: slopes around it say of every site what it does in a compressed model, and the others are
+# solved for by that.
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-CENTRE = 0.6
+REFERENCE = 0.6
 NEARBY = 0.05  # kept fraction
 
 
@@ -74,30 +74,30 @@ class MenuJobs:
         return plans
 
 
-def opening_budgets(marks: Iterable[float], dense: float) -> list[float]:
-    """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: the ``marks`` down to
-    the least of `WARM_START`, or where all are smaller every one of them, and what of it has no mark `NEARBY`."""
-    every = sorted(marks, reverse=True)
-    opened = [mark for mark in every if mark >= math.floor(WARM_START[-1] * dense)] or every
-    lonely = [keep for keep in WARM_START if all(abs(mark / dense - keep) > NEARBY for mark in opened)]
+def opening_budgets(targets: Iterable[float], dense: float) -> list[float]:
+    """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: the ``targets`` down
+    to the least of `WARM_START`, or where all are smaller every one of them, and what of it has no target `NEARBY`."""
+    every = sorted(targets, reverse=True)
+    opened = [target for target in every if target >= math.floor(WARM_START[-1] * dense)] or every
+    lonely = [keep for keep in WARM_START if all(abs(target / dense - keep) > NEARBY for target in opened)]
     return sorted([*opened, *(keep * dense for keep in lonely)], reverse=True)
 
 
-def warm_start(beliefs: Beliefs, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, dict[str, int]]]:
+def warm_start(predictor: Predictor, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, dict[str, int]]]:
     """(label, draws) of the front that the menu and slopes so far predict, at ``budgets`` in stored values, every cost
     weighed alike: of what may meet the study's limits."""
-    even = beliefs.menu.even
-    solved = beliefs.solver(menu=even)
+    even = predictor.menu.even
+    solved = predictor.solver(menu=even)
     for budget in budgets:
         if budget >= even.least:
             chosen = even.choices(solved.solve(budget))
-            if beliefs.may_meet(chosen):
+            if predictor.may_meet(chosen):
                 yield f"keep={budget / even.dense:.3g}", space.draws(chosen)
 
 
-def centre_first(budgets: Iterable[float], dense: float) -> list[float]:
-    """``budgets`` by how far they are from `CENTRE`."""
-    return sorted(budgets, key=lambda budget: abs(budget / dense - CENTRE))
+def reference_first(budgets: Iterable[float], dense: float) -> list[float]:
+    """``budgets`` by how far they are from `REFERENCE`."""
+    return sorted(budgets, key=lambda budget: abs(budget / dense - REFERENCE))
 
 
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:

@@ -1,4 +1,4 @@
-"""What our sampler believes: measured plans, a surrogate fitted to them, slopes around some of them."""
+"""The predictor of log-divergence: a surrogate fitted to measured plans, and Taylor models around some of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import Option
 from rankfront.search.optimise.accuracy import MIN_PREDICTIONS, POOR_ERROR, RECENT
-from rankfront.search.optimise.context import Context, context_of
+from rankfront.search.optimise.corrections import Corrections, corrections_of
 from rankfront.search.optimise.goal import SPREAD_TOKENS, Goal
 from rankfront.search.optimise.neighbours import Neighbours
 from rankfront.search.optimise.surrogate import Coefficients, Surrogate
-from rankfront.search.optimise.taylor import EARLIER_TOKENS, Local, Trust, learn_trusts, surest
+from rankfront.search.optimise.taylor import EARLIER_TOKENS, Scaling, TaylorModel, learn_scalings, surest
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.lagrangian import Lagrangian
@@ -80,8 +80,8 @@ class _Banded:
         return self._solved[band]
 
 
-class Beliefs:
-    """Everything that the trials of a study taught about the plans on its menu.
+class Predictor:
+    """Predicts the log-divergence of any plan on the menu, from everything that the trials of a study measured.
 
     Args:
         menu: what each option costs and is predicted to hurt.
@@ -111,15 +111,15 @@ class Beliefs:
         self.goal = goal
         self.surrogate = Surrogate(menu, kinds, blocks, seed, tuning)
         self.measured: dict[Places, Measured] = {}
-        self.locals: list[Local] = []
-        self.trusts: list[Trust] = []  # of each of them
+        self.taylor_models: list[TaylorModel] = []
+        self.scalings: list[Scaling] = []  # of each of them
         self.neighbours: Neighbours | None = None  # None before anything is measured, or where they are off
         self.error = tuning.prior_error  # of the surrogate's predictions, as recent trials showed it
         self.poor = False  # whether that is too much to lean on them
         self._fitted = 0
         self._plans: dict[int, list[int] | None] = {}  # by trial; a finished one never changes
         self._slopes: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}  # a and b by trial
-        self._contexts: dict[int, Context | None] = {}  # what they say of the menu
+        self._corrections: dict[int, Corrections | None] = {}  # what they say of the menu
 
     # -- learning
 
@@ -162,21 +162,21 @@ class Beliefs:
         if learned:
             plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
             known = [trial for trial in finished if tuple(self._plan(trial) or ()) in self.measured]
-            found = {trial.number: local for trial in known if (local := self._local(trial)) is not None}
-            self.locals = list(found.values())
-            contexts = [self._context(number, local) for number, local in found.items()]
-            self.surrogate.contexts = [context for context in contexts if context is not None]
+            found = {trial.number: taylor for trial in known if (taylor := self._taylor_model(trial)) is not None}
+            self.taylor_models = list(found.values())
+            corrections = [self._correction(number, taylor) for number, taylor in found.items()]
+            self.surrogate.corrections = [context for context in corrections if context is not None]
             self.surrogate.fit(plans, levels, spreads)
-            self._doubt()
-            self.trusts = learn_trusts(self.locals, plans, np.exp(levels))
+            self._assess()
+            self.scalings = learn_scalings(self.taylor_models, plans, np.exp(levels))
             if self.tuning.neighbours:
                 predicted, errors = self._uncorrected(plans)
                 # What noise made large is no surer for it.
                 self.neighbours = Neighbours(plans, levels, errors, spreads / np.exp(np.minimum(levels, predicted)))
         self._fitted = len(finished)
 
-    def _doubt(self) -> None:
-        """Learn how far the surrogate is to be believed, from what it would have predicted of recent trials.
+    def _assess(self) -> None:
+        """Estimate the surrogate's error from what it would have predicted of recent trials.
 
         By the rule of `Calibration.poor`, though of the surrogate alone: slopes do not make it better.
         """
@@ -186,21 +186,23 @@ class Beliefs:
         variances = [self.tuning.prior_error**2] * self.tuning.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
         self.error = math.sqrt(sum(variances) / len(variances))
 
-    def _local(self, trial: FrozenTrial) -> Local | None:
-        """The slopes that a trial measured, or None; the divergence is NaN where their centre's is not known."""
+    def _taylor_model(self, trial: FrozenTrial) -> TaylorModel | None:
+        """The slopes that a trial measured, or None; the divergence is NaN where the reference's is not known."""
         packed = trial.user_attrs.get("slopes")
         plan = self._plan(trial)
         if packed is None or plan is None:
             return None
         if trial.number not in self._slopes:
             self._slopes[trial.number] = self._unpacked(packed, plan)
-        centre, tokens = self.measured.get(tuple(plan)), trial.user_attrs.get("slope_tokens", EARLIER_TOKENS)
-        number, divergence = (trial.number, math.nan) if centre is None else (centre.trial, math.exp(centre.level))
-        return Local(number, np.array(plan), divergence, *self._slopes[trial.number], tokens)
+        reference, tokens = self.measured.get(tuple(plan)), trial.user_attrs.get("slope_tokens", EARLIER_TOKENS)
+        number, divergence = (
+            (trial.number, math.nan) if reference is None else (reference.trial, math.exp(reference.level))
+        )
+        return TaylorModel(number, np.array(plan), divergence, *self._slopes[trial.number], tokens)
 
-    def along(self, trials: Sequence[FrozenTrial]) -> list[Local]:
+    def along(self, trials: Sequence[FrozenTrial]) -> list[TaylorModel]:
         """The slopes that ``trials`` measured, of those that did, in order; what was measured around need not be."""
-        return [local for trial in trials if (local := self._local(trial)) is not None]
+        return [taylor for trial in trials if (taylor := self._taylor_model(trial)) is not None]
 
     def _unpacked(
         self, packed: Mapping[str, Sequence[Any]], plan: Sequence[int]
@@ -225,11 +227,11 @@ class Beliefs:
             for own, line in zip(places, self.menu.lines, strict=True)
         ]
 
-    def _context(self, number: int, local: Local) -> Context | None:
+    def _correction(self, number: int, taylor: TaylorModel) -> Corrections | None:
         """What the slopes of trial ``number`` say of the menu: worked out once, for it does not depend on the level."""
-        if number not in self._contexts:
-            self._contexts[number] = context_of(local, self.menu, self.surrogate.features)
-        return self._contexts[number]
+        if number not in self._corrections:
+            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.features)
+        return self._corrections[number]
 
     # -- predicting
 
@@ -248,7 +250,7 @@ class Beliefs:
         """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
         nearby, weighted by their precision, corrected by what both missed of measured neighbours.
 
-        A poor surrogate has less weight, but no plan's deviation exceeds that believed a priori: held against all plans
+        A poor surrogate has less weight, but no plan's deviation exceeds the one a priori: held against all plans
         alike it would only hide which of them is the best.
         """
         places = np.array(plans)
@@ -264,7 +266,7 @@ class Beliefs:
     ) -> tuple[np.ndarray, np.ndarray]:
         """By surrogate and slopes alone."""
         logs = self.surrogate.predict(places, coefficients)
-        near, errors = surest(self.locals, places, self.trusts)
+        near, errors = surest(self.taylor_models, places, self.scalings)
         weight = self.error**2 / (self.error**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
         return mixed, np.minimum(self.error * np.sqrt(1 - weight), self.tuning.prior_error)
@@ -307,15 +309,15 @@ class Beliefs:
         ``menu`` is ours with its costs weighed otherwise; budgets are in its size.
         """
         used, priced = coefficients or self.surrogate.mean, menu or self.menu
-        if self.surrogate.contexts:
+        if self.surrogate.corrections:
             return _Banded(self.surrogate, used, priced)
         return sweep(priced, self.surrogate.losses(used))
 
-    def downhill(self, local: Local, budgets: Sequence[float], menu: Menu | None = None) -> list[list[int]]:
-        """The slopes of ``local``, solved at ``budgets`` in the size of ``menu`` (ours), by steps of `lengths`."""
+    def downhill(self, taylor: TaylorModel, budgets: Sequence[float], menu: Menu | None = None) -> list[list[int]]:
+        """The slopes of ``taylor``, solved at ``budgets`` in the size of ``menu`` (ours), by steps of `lengths`."""
         priced = menu or self.menu
-        solved, _, promised = cautious(
-            local, self.trusts[self.locals.index(local)], priced, np.geomspace(*self.tuning.dampings)
+        solved, _, promised = damped(
+            taylor, self.scalings[self.taylor_models.index(taylor)], priced, np.geomspace(*self.tuning.dampings)
         )
         reached = [np.flatnonzero(promised >= length) for length in self.tuning.lengths]  # the last: the shortest step
         chosen = dict.fromkeys(int(places[-1]) for places in reached if len(places)) or {0: None}
@@ -323,18 +325,18 @@ class Beliefs:
         return [solved[place].solve(budget) for place in chosen for budget in within]
 
     def nearby(self, budgets: Sequence[float]) -> list[list[int]]:
-        """Steps downhill to ``budgets`` of stored values from the centres nearest to the first of them."""
-        by_distance = sorted(self.locals, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))
-        return [plan for local in by_distance[: self.tuning.nearest] for plan in self.downhill(local, budgets)]
+        """Steps downhill to ``budgets`` of stored values from the references nearest to the first of them."""
+        by_distance = sorted(self.taylor_models, key=lambda one: abs(self.menu.size(one.plan) - budgets[0]))
+        return [plan for taylor in by_distance[: self.tuning.nearest] for plan in self.downhill(taylor, budgets)]
 
 
-def cautious(
-    local: Local, trust: Trust, menu: Menu, dampings: np.ndarray
+def damped(
+    taylor: TaylorModel, scaling: Scaling, menu: Menu, dampings: np.ndarray
 ) -> tuple[list[Lagrangian], list[list[int]], np.ndarray]:
-    """The slopes of ``local`` under each of ``dampings``: what solves them, the step at the centre's own size, and the
-    share of the centre's divergence that it promises by that caution."""
-    solved = [Lagrangian(menu, local.losses(trust, caution)) for caution in dampings]
-    own = max(menu.size(local.plan), menu.least)
+    """The slopes of ``taylor`` under each of ``dampings``: what solves them, the step at the reference's own size, and
+    the share of the reference's divergence that it promises by that damping."""
+    solved = [Lagrangian(menu, taylor.losses(scaling, damping)) for damping in dampings]
+    own = max(menu.size(taylor.plan), menu.least)
     steps = [one.solve(own) for one in solved]
-    a, b = local.sums(np.array(steps))
-    return solved, steps, -(trust.first * a + dampings * trust.second * b) / local.divergence
+    a, b = taylor.sums(np.array(steps))
+    return solved, steps, -(scaling.first * a + dampings * scaling.second * b) / taylor.divergence

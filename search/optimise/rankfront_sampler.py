@@ -15,12 +15,12 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.search.config import StudyConfig
-from rankfront.search.optimise.budgets import marks_of
+from rankfront.search.optimise.budgets import target_budgets
 from rankfront.search.optimise.goal import Timings, make_goal
-from rankfront.search.optimise.predictor import Beliefs, Places, rung_of
+from rankfront.search.optimise.predictor import Places, Predictor, rung_of
 from rankfront.search.optimise.samplers import is_void
 from rankfront.search.optimise.surrogate import Coefficients
-from rankfront.search.optimise.taylor import Local
+from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu import Menu
@@ -34,21 +34,21 @@ class RankfrontSampler(BaseSampler):
     """Proposes plans by solving again what every measured trial corrects.
 
     Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
-    candidates are steps downhill from their centres, at round kept fractions around them, then solutions of the
+    candidates are steps downhill from those reference plans, at round kept fractions around them, then solutions of the
     corrected menu at many of those beside them, and now and then those of a posterior sample of its coefficients, or
     switches of levels within front members that keep their budget. Where plans cost several things at once, such as
     values and bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured
     or are running are never proposed again.
 
     Args:
-        beliefs: what is known of the plans, shared with whoever asks for predictions.
+        predictor: what is known of the plans, shared with whoever asks for predictions.
         seed: of everything random here.
     """
 
-    def __init__(self, beliefs: Beliefs, seed: int) -> None:
-        self.beliefs = beliefs
-        self.tuning = beliefs.tuning
-        self.menu, self.options, self.goal = beliefs.menu, beliefs.options, beliefs.goal
+    def __init__(self, predictor: Predictor, seed: int) -> None:
+        self.predictor = predictor
+        self.tuning = predictor.tuning
+        self.menu, self.options, self.goal = predictor.menu, predictor.options, predictor.goal
         self.random = np.random.default_rng(seed)
 
     # -- Optuna's interface
@@ -59,7 +59,7 @@ class RankfrontSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        self.beliefs.learn(study)
+        self.predictor.learn(study)
         everything = study.get_trials(deepcopy=False)
         others = [t for t in everything if t.number != trial.number and not is_void(t.user_attrs)]
         tried = {self._key(t.params) for t in others if t.params}
@@ -74,7 +74,7 @@ class RankfrontSampler(BaseSampler):
         modes, every = self.tuning.modes, self.tuning.global_every
         proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
         passes = [t for t in trials if "slopes" in t.user_attrs]
-        if not passes or not self.beliefs.locals:
+        if not passes or not self.predictor.taylor_models:
             return modes[len(proposed) % len(modes)]
         since = [sum(_follows(t, one) for t in proposed) for one in passes]  # those asked while it ran do not know it
         if not since[-1]:
@@ -88,16 +88,16 @@ class RankfrontSampler(BaseSampler):
         return 0  # a variable that the menu does not know stays dense
 
     def _key(self, params: Mapping[str, Any]) -> tuple[int, ...]:
-        return tuple(self.beliefs.plan_of(params) or ())
+        return tuple(self.predictor.plan_of(params) or ())
 
     def slopes_due(self, study: optuna.Study) -> int | None:
         """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
 
         After `Tuning.steps_after_slopes` proposals: of the front members without slopes, the one where most is to gain,
         by its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at
-        marks first, for steps end there.
+        targets first, for steps end there.
         """
-        self.beliefs.learn(study)
+        self.predictor.learn(study)
         trials = study.get_trials(deepcopy=False)
         asked = [t for t in trials if "slopes_of" in t.user_attrs and not is_void(t.user_attrs)]
         last = max((t.number for t in asked), default=-1)
@@ -107,22 +107,22 @@ class RankfrontSampler(BaseSampler):
         enough = self.tuning.steps_after_slopes
         if since < enough[len(asked) % len(enough)]:
             return None
-        front = sorted(self.beliefs.front(), key=self.menu.size)
-        done = {tuple(self.beliefs.plan_of(t.params) or ()) for t in asked}
+        front = sorted(self.predictor.front(), key=self.menu.size)
+        done = {tuple(self.predictor.plan_of(t.params) or ()) for t in asked}
         stored = np.array([self.menu.least, *map(self.menu.size, front), self.menu.dense]) / self.menu.dense
-        centres = np.array([self.menu.size(local.plan) for local in self.beliefs.locals])
-        at_marks = self._at_marks({tuple(plan): 0.0 for plan in front})
+        references = np.array([self.menu.size(taylor.plan) for taylor in self.predictor.taylor_models])
+        at_targets = self._at_targets({tuple(plan): 0.0 for plan in front})
         best: tuple[bool, float, int] | None = None
-        levels = np.array([self.beliefs.measured[tuple(plan)].level for plan in front])
+        levels = np.array([self.predictor.measured[tuple(plan)].level for plan in front])
         for i, plan in enumerate(front, start=1):
-            found = self.beliefs.measured[tuple(plan)]
+            found = self.predictor.measured[tuple(plan)]
             if (levels[stored[1:-1] <= stored[i] + self.tuning.slack] < found.level - self.tuning.same).any():
                 continue  # for hardly more storage there is something better
             inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
-            nearby = int((np.abs(centres / self.menu.dense - stored[i]) < self.tuning.near_slopes).sum())
+            nearby = int((np.abs(references / self.menu.dense - stored[i]) < self.tuning.near_slopes).sum())
             gap = min(stored[i + 1] - stored[i - 1], self.tuning.widest_gap)
             gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
-            rank = tuple(plan) in at_marks, gain, found.trial
+            rank = tuple(plan) in at_targets, gain, found.trial
             if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
                 best = rank
         return None if best is None else best[2]
@@ -130,13 +130,13 @@ class RankfrontSampler(BaseSampler):
     # -- proposing
 
     def _propose(self, tried: set[Places], mode: str) -> list[int]:
-        """The best of what is solved for at marks and was not tried, else at any budget, else of random steps away."""
-        coefficients = self.beliefs.surrogate.sample() if mode == "sample" else self.beliefs.surrogate.mean
-        for doubts in self._candidates(mode, coefficients):
-            fresh = {candidate: doubt for candidate, doubt in doubts.items() if candidate not in tried}
+        """The best untried plan of those solved for at targets, else at any budget, else of random steps away."""
+        coefficients = self.predictor.surrogate.sample() if mode == "sample" else self.predictor.surrogate.mean
+        for pessimism in self._candidates(mode, coefficients):
+            fresh = {candidate: worse for candidate, worse in pessimism.items() if candidate not in tried}
             if fresh:
                 return self._best(fresh, coefficients)
-        candidates = list(doubts)
+        candidates = list(pessimism)
         for _ in range(self.tuning.random_steps):
             candidates = [tuple(self._step(list(candidate))) for candidate in candidates]
             fresh = {candidate: self.tuning.steps_worse for candidate in candidates if candidate not in tried}
@@ -146,25 +146,25 @@ class RankfrontSampler(BaseSampler):
 
     def _candidates(self, mode: str, coefficients: Coefficients) -> Iterator[dict[Places, float]]:
         """Plans to choose a proposal from, and should all of them be tried, others: the standard deviations by which
-        each may be worse than predicted."""
+        each may be worse than predicted (the winner's curse)."""
         costs = self.menu.count
         priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
         steps: list[list[int]] = []
         if mode == "newest":
-            steps = self._downhill(self.beliefs.locals[-1:], priced)
-            yield self._at_marks(self._doubted(steps, []))
-            yield self._doubted(steps, [])
+            steps = self._downhill(self.predictor.taylor_models[-1:], priced)
+            yield self._at_targets(self._with_pessimism(steps, []))
+            yield self._with_pessimism(steps, [])
         if mode in ("newest", "any"):
-            steps = self._downhill(self.beliefs.locals[-self.tuning.references :], priced)
-        front, switches = self.beliefs.front(), []
-        if front and (mode == "switch" or self.beliefs.poor):
+            steps = self._downhill(self.predictor.taylor_models[-self.tuning.references :], priced)
+        front, switches = self.predictor.front(), []
+        if front and (mode == "switch" or self.predictor.poor):
             switches = self._switches(front, coefficients, priced)
-        solutions = self._solutions(coefficients, priced, marked=True) + switches
-        yield self._at_marks(self._doubted(steps, solutions))
-        yield self._doubted(steps, solutions)
-        yield self._doubted(steps, self._solutions(coefficients, priced) + switches)
+        solutions = self._solutions(coefficients, priced, at_targets=True) + switches
+        yield self._at_targets(self._with_pessimism(steps, solutions))
+        yield self._with_pessimism(steps, solutions)
+        yield self._with_pessimism(steps, self._solutions(coefficients, priced) + switches)
 
-    def _doubted(self, steps: Sequence[list[int]], solutions: Sequence[list[int]]) -> dict[Places, float]:
+    def _with_pessimism(self, steps: Sequence[list[int]], solutions: Sequence[list[int]]) -> dict[Places, float]:
         """Each plan once, and the standard deviations by which its kind turns out worse than predicted."""
         worse = self.tuning
         return {tuple(c): worse.solutions_worse for c in solutions} | {tuple(c): worse.steps_worse for c in steps}
@@ -172,50 +172,50 @@ class RankfrontSampler(BaseSampler):
     def _best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> list[int]:
         """The one that gains most by prediction; where none does, that would if predictions were too dark.
 
-        Those smaller than anything measured are not doubted: there is nothing that they would have to be better than.
+        Plans smaller than anything measured need no pessimism: there is nothing that they would have to be better than.
         """
-        plans, doubts = list(candidates), np.array(list(candidates.values()))
-        least = min(map(self.menu.size, self.beliefs.measured), default=0) - self.tuning.slack * self.menu.dense
-        doubts[[self.menu.size(plan) < least for plan in plans]] = 0.0
+        plans, pessimism = list(candidates), np.array(list(candidates.values()))
+        least = min(map(self.menu.size, self.predictor.measured), default=0) - self.tuning.slack * self.menu.dense
+        pessimism[[self.menu.size(plan) < least for plan in plans]] = 0.0
         for easing in self.tuning.easings:
-            values = self._values(plans, coefficients, doubts - easing)
+            values = self._values(plans, coefficients, pessimism - easing)
             gains = self._gains(values)
             if gains.max() > 0:
                 return list(plans[int(gains.argmax())])
         return list(plans[int(self._behind(values).argmin())])
 
-    def _solutions(self, coefficients: Coefficients, priced: Menu, marked: bool = False) -> list[list[int]]:
-        """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to marks."""
-        solved, count = self.beliefs.solver(coefficients, priced), self.tuning.solutions
+    def _solutions(self, coefficients: Coefficients, priced: Menu, at_targets: bool = False) -> list[list[int]]:
+        """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to targets."""
+        solved, count = self.predictor.solver(coefficients, priced), self.tuning.solutions
         shift = self.random.uniform()
         budgets = priced.least + (np.arange(count) + shift) / count * (priced.dense - priced.least)
-        return [solved.solve(budget) for budget in (self._marked(budgets) if marked else budgets)]
+        return [solved.solve(budget) for budget in (self._to_targets(budgets) if at_targets else budgets)]
 
-    def _downhill(self, centres: Sequence[Local], priced: Menu) -> list[list[int]]:
-        """The slopes of ``centres``, solved at budgets around each."""
+    def _downhill(self, references: Sequence[TaylorModel], priced: Menu) -> list[list[int]]:
+        """The slopes of ``references``, solved at budgets around each."""
         found = []
-        for local in centres:
+        for taylor in references:
             moved = self.tuning.stretch * self.random.uniform(-1, 1, self.tuning.around)
             shares = np.array([1.0, *(1 + moved)])
-            found += self.beliefs.downhill(local, self._marked(priced.size(local.plan) * shares), priced)
+            found += self.predictor.downhill(taylor, self._to_targets(priced.size(taylor.plan) * shares), priced)
         return found
 
     @cached_property
-    def marks(self) -> np.ndarray:
+    def targets(self) -> np.ndarray:
         """Of this study, found once: neither costs nor limits change."""
-        return marks_of(self.beliefs)
+        return target_budgets(self.predictor)
 
-    def _marked(self, budgets: np.ndarray) -> list[float]:
-        """``budgets`` moved to the nearest mark, each once."""
-        if not len(self.marks):
+    def _to_targets(self, budgets: np.ndarray) -> list[float]:
+        """``budgets`` moved to the nearest target, each once."""
+        if not len(self.targets):
             return list(map(float, budgets))
-        return sorted({float(self.marks[np.abs(self.marks - budget).argmin()]) for budget in budgets})
+        return sorted({float(self.targets[np.abs(self.targets - budget).argmin()]) for budget in budgets})
 
-    def _at_marks(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
-        """Those of ``candidates`` that use up what a mark allows: cautious steps up stop short of it."""
+    def _at_targets(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
+        """Those of ``candidates`` that use up what a target allows: cautious steps up stop short of it."""
         sizes = {c: self.menu.size(c) for c in candidates}
-        unused = {c: self.marks[self.marks >= size].min(initial=np.inf) - size for c, size in sizes.items()}
-        return {c: doubt for c, doubt in candidates.items() if unused[c] < self.tuning.slack * self.menu.dense}
+        unused = {c: self.targets[self.targets >= size].min(initial=np.inf) - size for c, size in sizes.items()}
+        return {c: worse for c, worse in candidates.items() if unused[c] < self.tuning.slack * self.menu.dense}
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""
@@ -226,7 +226,7 @@ class RankfrontSampler(BaseSampler):
             plan, budget = list(front[member]), priced.size(front[member])
             if member not in losses_of:
                 share = self.menu.size(plan) / self.menu.dense
-                losses_of[member] = self.beliefs.surrogate.losses(coefficients, share)
+                losses_of[member] = self.predictor.surrogate.losses(coefficients, share)
             losses = losses_of[member]
             plan = self._step(plan)
             over = priced.size(plan) - budget
@@ -278,33 +278,37 @@ class RankfrontSampler(BaseSampler):
 
     def _front(self) -> np.ndarray:
         """The non-dominated of the measured plans that meet the limits, in units of the box."""
-        measured = self.goal.unit(self.beliefs.met())
+        measured = self.goal.unit(self.predictor.met())
         return measured[moocore.is_nondominated(measured)] if len(measured) else measured
 
-    def _values(self, candidates: Sequence[Places], coefficients: Coefficients, doubts: np.ndarray) -> np.ndarray:
+    def _values(self, candidates: Sequence[Places], coefficients: Coefficients, pessimism: np.ndarray) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d). Latency is what its table says, corrected by the trials and
         worse by the median error; the logarithm of a perplexity beside divergence rises in proportion to it; what
         nothing predicts is a line in what each method saves, fitted to the trials."""
-        logs, errors = self.beliefs.levels(candidates, coefficients)
-        logs = logs + doubts * errors
+        logs, errors = self.predictor.levels(candidates, coefficients)
+        logs = logs + pessimism * errors
         values = np.full((len(candidates), self.goal.count), np.nan)
         for row, candidate in enumerate(candidates):
             values[row, self.goal.quality] = self.goal.loss(float(logs[row]))
             for column, value in self.goal.costs(self.menu.choices(candidate)).items():
                 values[row, column] = value
         for column, (objective, timing) in self.goal.timed.items():
-            trials = [(self.menu.choices(plan), known.values[column]) for plan, known in self.beliefs.measured.items()]
+            trials = [
+                (self.menu.choices(plan), known.values[column]) for plan, known in self.predictor.measured.items()
+            ]
             table = timing.calibrated(objective, trials)
             ratios = [table.timing.ratio(objective, self.menu.choices(candidate)) for candidate in candidates]
-            doubt = 0.0 if np.isnan(table.median) else table.median
-            values[:, column] = [np.nan if ratio is None else ratio + doubt for ratio in ratios]
+            worse = 0.0 if np.isnan(table.median) else table.median
+            values[:, column] = [np.nan if ratio is None else ratio + worse for ratio in ratios]
         if self.goal.perplexity is not None:
             column, dense = self.goal.perplexity
-            values[:, column] = dense * np.exp(np.minimum(self.beliefs.excess_rate(column, dense) * np.exp(logs), 100))
+            values[:, column] = dense * np.exp(
+                np.minimum(self.predictor.excess_rate(column, dense) * np.exp(logs), 100)
+            )
         unknown = np.isnan(values).any(0)
         if unknown.any():
-            plans = list(self.beliefs.measured)
-            known = np.array([found.values for found in self.beliefs.measured.values()]).reshape(-1, self.goal.count)
+            plans = list(self.predictor.measured)
+            known = np.array([found.values for found in self.predictor.measured.values()]).reshape(-1, self.goal.count)
             values[:, unknown] = fitted(
                 savings(self.menu.even, plans), known[:, unknown], savings(self.menu.even, candidates)
             )
@@ -317,7 +321,7 @@ def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:
     return begun is not None and ended is not None and begun >= ended
 
 
-def ours(
+def make_rankfront_sampler(
     menu: Menu,
     space: Space,
     config: StudyConfig,
@@ -332,5 +336,5 @@ def ours(
     blocks = [-1 if (block := places[line.site].block) is None else block for line in menu.lines]
     options = {variable.name: variable.options for variable in space.variables if isinstance(variable, Single)}
     goal = make_goal(config, space, dense, origin["dtype"], timings)
-    beliefs = Beliefs(menu, options, kinds, blocks, goal, config.search.seed, space.disjoint, tuning)
-    return RankfrontSampler(beliefs, config.search.seed)
+    predictor = Predictor(menu, options, kinds, blocks, goal, config.search.seed, space.disjoint, tuning)
+    return RankfrontSampler(predictor, config.search.seed)

@@ -1,10 +1,10 @@
-"""What the search believes of a plan's divergence: the menu as prior, corrected by every measured trial.
+"""The surrogate of a plan's log-divergence: the menu as prior mean, corrected by every measured trial.
 
     log D(plan) = a + c · log S(plan) + residual(plan),    measured with noise
     S(plan) = Σ_i d_i(o_i) f_i(o_i) exp(θ_i(o_i))
 
 d is the menu's prediction for each site alone; f what slopes around plans of about this size make of it (see
-`context`); θ corrects one (site, method), and is shared in part by the sites of a kind and of a block; a and c let
+`corrections`); θ corrects one (site, method), and is shared in part by the sites of a kind and of a block; a and c let
 divergences add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured
 plans that share many options, the more the worse the rest explains what was measured. Noise is of the logarithm and of
 nats: near dense a few thousandths of a nat are most of what is measured, and say little. All coefficients are Gaussian
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
-from rankfront.search.optimise.context import Context, factors_at
+from rankfront.search.optimise.corrections import Corrections, factors_at
 from rankfront.search.optimise.neighbours import alike
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import TINY, Menu
@@ -78,7 +78,7 @@ class Surrogate:
         self._sizes = np.zeros((len(menu.lines), widest))  # of what each option adds to a plan, over the dense one
         for i, line in enumerate(menu.lines):
             self._sizes[i, : len(line.options)] = (line.sizes - line.sizes[0] * bool(line.weights)) / menu.dense
-        self.contexts: list[Context] = []  # what slopes said so far
+        self.corrections: list[Corrections] = []  # what slopes said so far
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
@@ -111,7 +111,9 @@ class Surrogate:
 
     def losses(self, coefficients: Coefficients, share: float = 1.0) -> list[np.ndarray]:
         """Each line's corrected divergences d f exp(θ) in plans whose size is ``share`` of dense, for an allocator."""
-        corrected = self._corrected(coefficients.theta + factors_at(self.contexts, np.array([share]), self._count)[0])
+        corrected = self._corrected(
+            coefficients.theta + factors_at(self.corrections, np.array([share]), self._count)[0]
+        )
         return [row[: len(line.options)] for row, line in zip(corrected, self.menu.lines, strict=True)]
 
     def _corrected(self, logs: np.ndarray) -> np.ndarray:
@@ -123,10 +125,10 @@ class Surrogate:
     def _terms(self, plans: np.ndarray, coefficients: Coefficients) -> np.ndarray:
         """Corrected divergence of every line in every plan, (T, lines)."""
         terms: np.ndarray = self._corrected(coefficients.theta)[self._lines, plans]
-        if not self.contexts:
+        if not self.corrections:
             return terms
         shares = self._sizes[self._lines, plans].sum(1)
-        logs = factors_at(self.contexts, shares, self._count)  # (T, F)
+        logs = factors_at(self.corrections, shares, self._count)  # (T, F)
         chosen = self._feature[self._lines, plans]  # (T, lines)
         shifted: np.ndarray = terms * np.exp(np.take_along_axis(logs, np.maximum(chosen, 0), axis=1))
         return shifted  # dense, whose feature is -1, has a term of 0 whatever it is multiplied by

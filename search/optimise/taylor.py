@@ -1,10 +1,10 @@
-"""What slopes say of plans near the one that they were measured around, and how far they are to be believed.
+"""Second-order Taylor models of option switches around measured plans, and the step scaling that trials teach.
 
-    D(plan) ≈ D(centre) + α Σ_i a_i(o_i) + κ Σ_i b_i(o_i)
+    D(plan) ≈ D(reference) + α Σ_i a_i(o_i) + κ Σ_i b_i(o_i)
 
 a and b are the slopes (see `slopes`), summed over sites; α and κ are learned from the plans that were measured near a
-centre. a is a mean over few tokens, and choosing by it flatters it: α falls below 1. b leaves out what switches at
-different sites do together: κ lies above 1.
+reference. a is a mean over few tokens, and choosing by it has a winner's curse: α falls below 1. b leaves out what
+switches at different sites do together: κ lies above 1.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 FIRST, SECOND = (0.75, 0.2), (3.0, 1.5)
 BOUNDS = ((0.2, 1.5), (1.0, 12.0))
 ERROR, FLOOR = 0.25, 0.004  # of a predicted change: relative to its terms, and in nats
-LEARN_BELOW = 0.5  # of a centre's divergence: changes surer than that teach α and κ
-ELSEWHERE = 3.0  # times as large as around its own centre is the error of what another one teaches
+LEARN_BELOW = 0.5  # of a reference's divergence: changes surer than that teach α and κ
+ELSEWHERE = 3.0  # times as large as around its own reference is the error of what another one teaches
 EARLIER_TOKENS = 2048  # of slopes that do not say of how many they are
-LEAST_SHARE = 0.3  # of a centre's divergence that a prediction leaves at least
+LEAST_SHARE = 0.3  # of a reference's divergence that a prediction leaves at least
 
 
 @dataclass(frozen=True, eq=False)
-class Local:
-    """Slopes around one measured plan.
+class TaylorModel:
+    """A second-order Taylor model of option switches around one measured plan, the reference.
 
     Attributes:
         trial: the number of the trial that measured the plan.
@@ -46,7 +46,7 @@ class Local:
 
     @property
     def plan(self) -> list[int]:
-        """The centre, as plain integers."""
+        """The reference, as plain integers."""
         return [int(place) for place in self.places]
 
     def sums(self, plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,15 +55,15 @@ class Local:
         b = np.stack([values[plans[:, i]] for i, values in enumerate(self.second)], axis=1)
         return a.sum(1), b.sum(1)
 
-    def losses(self, trust: Trust, caution: float = 1.0) -> list[np.ndarray]:
-        """Each line's predicted change of D, for an allocator; ``caution`` above 1 asks for shorter steps."""
-        return [trust.first * a + caution * trust.second * b for a, b in zip(self.first, self.second, strict=True)]
+    def losses(self, scaling: Scaling, damping: float = 1.0) -> list[np.ndarray]:
+        """Each line's predicted change of D, for an allocator; ``damping`` above 1 asks for shorter steps."""
+        return [scaling.first * a + damping * scaling.second * b for a, b in zip(self.first, self.second, strict=True)]
 
-    def predict(self, plans: np.ndarray, trust: Trust) -> tuple[np.ndarray, np.ndarray]:
-        """log D of plans (T, lines) and its standard deviation, (T,) each: that of D over the centre's, for boldness
+    def predict(self, plans: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, np.ndarray]:
+        """log D of plans (T, lines) and its standard deviation, (T,) each: that of D over the reference's, for boldness
         that promises much is not less sure of the direction."""
         a, b = self.sums(plans)
-        change = trust.first * a + trust.second * b
+        change = scaling.first * a + scaling.second * b
         divergence = np.maximum(self.divergence + change, LEAST_SHARE * self.divergence)
         errors = np.full(len(plans), np.inf)
         known = np.isfinite(divergence)
@@ -72,7 +72,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Trust:
+class Scaling:
     """α and κ."""
 
     first: float = FIRST[0]
@@ -84,43 +84,45 @@ def error_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return FLOOR + ERROR * (abs(FIRST[0] * a) + SECOND[0] * b)
 
 
-def surest(found: Sequence[Local], plans: np.ndarray, trusts: Sequence[Trust]) -> tuple[np.ndarray, np.ndarray]:
-    """log D of plans (T, lines) by the centre that is surest of each, and its standard deviation, (T,) each."""
+def surest(
+    found: Sequence[TaylorModel], plans: np.ndarray, scalings: Sequence[Scaling]
+) -> tuple[np.ndarray, np.ndarray]:
+    """log D of plans (T, lines) by the reference that is surest of each, and its standard deviation, (T,) each."""
     logs, errors = np.zeros(len(plans)), np.full(len(plans), np.inf)
-    for local, trust in zip(found, trusts, strict=True):
-        value, error = local.predict(plans, trust)
+    for taylor, scaling in zip(found, scalings, strict=True):
+        value, error = taylor.predict(plans, scaling)
         better = error < errors
         logs[better], errors[better] = value[better], error[better]
     return logs, errors
 
 
-def learn_trusts(found: Sequence[Local], plans: np.ndarray, divergence: np.ndarray) -> list[Trust]:
+def learn_scalings(found: Sequence[TaylorModel], plans: np.ndarray, divergence: np.ndarray) -> list[Scaling]:
     """The posterior mode of α and κ for the slopes of each, by measured ``plans`` (T, lines) and their ``divergence``
     (T,).
 
-    Each plan is read through every centre but itself; the error of a change is Gaussian, in proportion to its terms.
-    For the slopes of one centre, what was learned around others says less.
+    Each plan is read through every reference but itself; the error of a change is Gaussian, in proportion to its terms.
+    For the slopes of one reference, what was learned around others says less.
     """
-    taught = [_taught(local, plans, divergence) for local in found]
+    taught = [_taught(taylor, plans, divergence) for taylor in found]
     return [_fitted(found, taught, own) for own in found]
 
 
-def _taught(local: Local, plans: np.ndarray, divergence: np.ndarray) -> np.ndarray:
-    """Σ a, Σ b, what came of it, and the error of that, (4, plans other than the centre)."""
-    others = (plans != local.places).any(1)
-    a, b = local.sums(plans[others])
-    return np.stack([a, b, divergence[others] - local.divergence, error_of(a, b)])
+def _taught(taylor: TaylorModel, plans: np.ndarray, divergence: np.ndarray) -> np.ndarray:
+    """Σ a, Σ b, what came of it, and the error of that, (4, plans other than the reference)."""
+    others = (plans != taylor.places).any(1)
+    a, b = taylor.sums(plans[others])
+    return np.stack([a, b, divergence[others] - taylor.divergence, error_of(a, b)])
 
 
-def _fitted(found: Sequence[Local], taught: Sequence[np.ndarray], own: Local) -> Trust:
+def _fitted(found: Sequence[TaylorModel], taught: Sequence[np.ndarray], own: TaylorModel) -> Scaling:
     """Ridge regression on what every one ``found`` has ``taught``."""
     rows = [np.diag([1 / FIRST[1], 1 / SECOND[1]])]
     targets = [np.array([FIRST[0] / FIRST[1], SECOND[0] / SECOND[1]])]
-    for local, (a, b, change, error) in zip(found, taught, strict=True):
-        error = error * (1.0 if local is own else ELSEWHERE)
-        sure = error < LEARN_BELOW * local.divergence
+    for taylor, (a, b, change, error) in zip(found, taught, strict=True):
+        error = error * (1.0 if taylor is own else ELSEWHERE)
+        sure = error < LEARN_BELOW * taylor.divergence
         rows.append(np.stack([a[sure], b[sure]], axis=1) / error[sure, None])
         targets.append(change[sure] / error[sure])
     fitted = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=None)[0]
     first, second = (float(np.clip(value, *bounds)) for value, bounds in zip(fitted, BOUNDS, strict=True))
-    return Trust(first, second)
+    return Scaling(first, second)

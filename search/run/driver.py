@@ -18,10 +18,10 @@ from rankfront.search.errors import GaveUp
 from rankfront.search.optimise.accuracy import Calibration, calibration
 from rankfront.search.optimise.continuation import Paths
 from rankfront.search.optimise.goal import menu_of, quality_of, timings_of
-from rankfront.search.optimise.halving import Ladder, Lift, carried, claim
-from rankfront.search.optimise.opening import MenuJobs, anchors_to_beat, centre_first, opening_budgets, warm_start
-from rankfront.search.optimise.predictor import Beliefs, rung_of
-from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, ours
+from rankfront.search.optimise.halving import Promotion, SuccessiveHalving, claim, promotion_of
+from rankfront.search.optimise.opening import MenuJobs, anchors_to_beat, opening_budgets, reference_first, warm_start
+from rankfront.search.optimise.predictor import Predictor, rung_of
+from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS, is_void, make_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
@@ -63,11 +63,11 @@ class Driver:
     """Decides what is measured next and records what came back. Optuna's storage is its only state.
 
     First the anchors, then what the sampler proposes, until the limits are reached; last, the front members that have
-    no perplexity on the report split yet. Our sampler asks for the dense model and the menu first, then for the plan at
-    the menu's centre, for those anchors that no other is predicted to dominate, for slopes around that plan, and for
-    the front that menu and slopes predict. With several rungs, what it takes to lift the front is kept back until
-    nothing else fits into the limits; see `Ladder`. With ``only``, nothing is measured but the plan of that trial, up
-    to the rung at which the front stands.
+    no perplexity on the report split yet. Our sampler asks for the dense model and the menu first, then for the
+    menu's reference plan, for those anchors that no other is predicted to dominate, for slopes around that plan, and
+    for the front that menu and slopes predict. With several rungs, what it takes to promote the front is kept back
+    until nothing else fits into the limits; see `SuccessiveHalving`. With ``only``, nothing is measured but the plan
+    of that trial, up to the rung at which the front stands.
 
     A job whose worker died, or that ran out of memory, is measured again, `ATTEMPTS` times in all; then it has failed,
     and the next launch tries it again. A job that fails otherwise has failed. Without the dense model the launch ends,
@@ -109,8 +109,8 @@ class Driver:
         self._replace_damaged()
         if only is None:
             requeue(study)
-        self.ladder = self._ladder()
-        self.ladder.promote(self.rows())
+        self.halving = self._halving()
+        self.halving.promote(self.rows())
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.paths: Paths | None = None  # once our sampler proposes
@@ -131,12 +131,13 @@ class Driver:
         self.study.sampler = make_sampler(name, search.seed, len(self.study.trials))
         return self.study.sampler
 
-    def _ladder(self) -> Ladder:
+    def _halving(self) -> SuccessiveHalving:
         search = self.config.search
         tokens = [(part.stop - part.start) * self.config.data.length for part in self.config.rung_windows()]
-        lessons = [max(search.workers or 0, 1) * own if "divergence" in self.config.objectives else 0 for own in tokens]
+        models = max(search.workers or 0, 1) if "divergence" in self.config.objectives else 0
+        teacher_tokens = [models * own for own in tokens]
         limit = np.array([search.trials, math.inf if search.tokens is None else search.tokens], dtype=float)
-        return Ladder(self.study, tokens, search.reduction, limit, lessons)
+        return SuccessiveHalving(self.study, tokens, search.reduction, limit, teacher_tokens)
 
     def rows(self) -> list[Row]:
         """Every trial so far."""
@@ -202,46 +203,48 @@ class Driver:
                 f"search.menu = {self.config.search.menu!r} predicts no option of this space{faster}: use another"
                 " source or sampler, or other methods"
             )
-        self.sampler = sampler = ours(self.menu, self.space, self.config, dense, self.origin, timings, self.tuning)
+        self.sampler = sampler = make_rankfront_sampler(
+            self.menu, self.space, self.config, dense, self.origin, timings, self.tuning
+        )
         self.study.sampler = sampler
         self._open(sampler)
         self._enqueue_anchors(anchors_to_beat(self.menu, self.space, self.config.search.anchors))
 
     def _open(self, sampler: RankfrontSampler) -> None:
-        """Queue the predicted front: the plan at its centre, and the others once slopes around it are measured or
+        """Queue the predicted front: the plan at its reference, and the others once slopes around it are measured or
         cannot be, for they decide what the others are."""
         if self.only is not None:
             return
         budgets = _budgets(sampler)
-        if not self._settled(sampler.beliefs, centre_first(budgets, sampler.menu.even.dense)):
+        if not self._settled(sampler.predictor, reference_first(budgets, sampler.menu.even.dense)):
             return
-        sampler.beliefs.learn(self.study)
+        sampler.predictor.learn(self.study)
         self.opened = True
         known = self.study.get_trials(deepcopy=False)
         labels = {trial.user_attrs.get("anchor") for trial in known}
         proposed = any(trial.user_attrs.get("origin") == OURS for trial in known)
-        for label, draws in warm_start(sampler.beliefs, self.space, budgets):
+        for label, draws in warm_start(sampler.predictor, self.space, budgets):
             if label in labels or not proposed:  # after proposals only what was interrupted is due, by its label
                 self._enqueue("menu", label, draws)
 
-    def _settled(self, beliefs: Beliefs, budgets: Sequence[float]) -> bool:
-        """Whether slopes around the plan at the centre, the first of ``budgets`` that the limits allow, are measured
+    def _settled(self, predictor: Predictor, budgets: Sequence[float]) -> bool:
+        """Whether slopes around the plan at the reference, the first of ``budgets`` that the limits allow, are measured
         or cannot be; what is missing is queued."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if not is_void(t.user_attrs)]
-        centre = next((t for t in reversed(trials) if t.user_attrs.get("anchor") == "centre"), None)
-        if centre is None:
-            found = next(warm_start(beliefs, self.space, budgets), None)
+        reference = next((t for t in reversed(trials) if t.user_attrs.get("anchor") == "centre"), None)
+        if reference is None:
+            found = next(warm_start(predictor, self.space, budgets), None)
             if found is not None:
                 self._enqueue("menu", "centre", found[1])
             return found is None
-        if not centre.state.is_finished():
+        if not reference.state.is_finished():
             return False
-        asked = [trial for trial in trials if trial.user_attrs.get("slopes_of") == centre.number]
-        if asked or centre.state != TrialState.COMPLETE:
+        asked = [trial for trial in trials if trial.user_attrs.get("slopes_of") == reference.number]
+        if asked or reference.state != TrialState.COMPLETE:
             return all(trial.state.is_finished() for trial in asked)
         if self._waiting():  # what waits comes first, and what the limits leave for slopes is known after it
             return False
-        return not self._enqueue_slopes(centre.number)
+        return not self._enqueue_slopes(reference.number)
 
     # -- ask
 
@@ -273,24 +276,24 @@ class Driver:
         """Whether more trials may start."""
         limits = self.config.search
         in_time = limits.time is None or self.elapsed < limits.time
-        return in_time and bool((self._left > 0).all()) and (self.exploring or self._lift() is not None)
+        return in_time and bool((self._left > 0).all()) and (self.exploring or self._promotion() is not None)
 
     @property
     def exploring(self) -> bool:
-        """Whether what starts within the limits is the next of the queue or a proposal, and not to lift the front."""
+        """Whether what starts within the limits is the next of the queue or a proposal, no promotion of the front."""
         if self.exhausted or self.only is not None:
             return False
-        return len(self.ladder.tokens) == 1 or self.ladder.explores(self.rows(), self._left)
+        return len(self.halving.tokens) == 1 or self.halving.explores(self.rows(), self._left)
 
-    def _lift(self) -> Lift | None:
+    def _promotion(self) -> Promotion | None:
         if self.only is not None:
-            return carried(self.rows(), self.only)
-        return self.ladder.lift(self.rows(), self._left, self.exhausted)
+            return promotion_of(self.rows(), self.only)
+        return self.halving.next_promotion(self.rows(), self._left, self.exhausted)
 
     @property
     def _left(self) -> np.ndarray:
         """Trials and tokens that the limits leave once what runs is measured."""
-        return self.ladder.limit - (self.spent + len(self.running), self.tokens + self._promised)
+        return self.halving.limit - (self.spent + len(self.running), self.tokens + self._promised)
 
     def next(self) -> Job | None:
         """The next thing to measure, or None: look at `done` to tell "wait" from "finished".
@@ -330,7 +333,7 @@ class Driver:
         limit = self.config.search.tokens
         spent = limit is not None and (limit <= self.tokens or not self.exploring)
         if spent and not (self.menu_jobs.running or self.running or self.spent):
-            enough = self.tokens + (len(self.menu_jobs.missing()) + ENOUGH) * self.ladder.tokens[0]
+            enough = self.tokens + (len(self.menu_jobs.missing()) + ENOUGH) * self.halving.tokens[0]
             raise InputError(
                 f"search.tokens = {limit:,} is spent on the menu, which took {self.tokens:,} so far, and no plan was"
                 f" measured: set it to {enough:,} or more"
@@ -349,8 +352,8 @@ class Driver:
         if not self.tuning.paths:
             return False
         if self.paths is None:
-            self.paths = Paths(self.study, self.space, sampler.beliefs, _budgets(sampler), self._enqueue)
-        return self.paths.advance(self.tokens, self._passes, self._readable, self._unreserved, self.ladder.tokens[0])
+            self.paths = Paths(self.study, self.space, sampler.predictor, _budgets(sampler), self._enqueue)
+        return self.paths.advance(self.tokens, self._passes, self._readable, self._unreserved, self.halving.tokens[0])
 
     def _enqueue_slopes(self, number: int) -> bool:
         """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""
@@ -367,14 +370,14 @@ class Driver:
         return sum(
             self._passes * trial.user_attrs.get("slope_tokens", SLOPE_TOKENS)
             if "slopes_of" in trial.user_attrs
-            else self.ladder.tokens[rung_of(trial)]
+            else self.halving.tokens[rung_of(trial)]
             for trial in self.running.values()
         )
 
     @property
     def _slope_tokens(self) -> int:
         """Of how many tokens slopes would be measured now; 0 where the limit leaves too few for them and trials."""
-        room = (self._unreserved[1] - STEPS_AFTER * self.ladder.tokens[0]) / self._passes
+        room = (self._unreserved[1] - STEPS_AFTER * self.halving.tokens[0]) / self._passes
         fitting = min(slope_tokens(self.tokens, quality_of(self.config)), self._readable, room)
         return int(fitting) if fitting >= min(SLOPE_TOKENS, self._readable) else 0
 
@@ -387,8 +390,8 @@ class Driver:
 
     @property
     def _unreserved(self) -> np.ndarray:
-        """Trials and tokens that the limits leave once what runs is measured, beside what lifting the front takes."""
-        left: np.ndarray = self._left - self.ladder.reserve(self.rows(), self._left)
+        """Trials and tokens that the limits leave once what runs is measured, beside what promoting the front takes."""
+        left: np.ndarray = self._left - self.halving.reserve(self.rows(), self._left)
         return left
 
     @property
@@ -438,8 +441,8 @@ class Driver:
             if "origin" not in trial.user_attrs:
                 trial.set_user_attr("origin", self.config.search.sampler)
             if isinstance(self.sampler, RankfrontSampler) and rung == 0:
-                self.sampler.beliefs.learn(self.study)  # which a queued trial does not bring about
-                trial.set_user_attr("predicted", self.sampler.beliefs.predict(plan.by_site))
+                self.sampler.predictor.learn(self.study)  # which a queued trial does not bring about
+                trial.set_user_attr("predicted", self.sampler.predictor.predict(plan.by_site))
             trial.set_user_attr("plan", plan.to_json())
             trial.set_user_attr("plan_key", plan.key)
             trial.set_user_attr("seconds", {"propose": time.monotonic() - begun})
@@ -450,7 +453,7 @@ class Driver:
         return None
 
     def _ask(self) -> optuna.Trial | None:
-        """The next of the queue, a proposal, or what lifts the front; None where none of them can start now."""
+        """The next of the queue, a proposal, or what promotes the front; None where none of them can start now."""
         if self.exploring:
             dense = self._dense_waiting()
             if dense is not None:
@@ -459,8 +462,8 @@ class Driver:
                 self._open(self.sampler)
             # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
             return self.study.ask() if self._ready else None
-        lift = self._lift()
-        return None if lift is None else self.ladder.claim(lift)
+        promotion = self._promotion()
+        return None if promotion is None else self.halving.claim(promotion)
 
     def _unreported(self) -> list[Row]:
         rows = self.rows() if self.report else []
@@ -537,9 +540,9 @@ class Driver:
                 value = record["values"][limit.figure]
                 trial.set_constraint(str(limit), limit.missed(value))
             self.study.tell(trial, list(record["values"].values()))
-            self.ladder.taught(record["rung"])
+            self.halving.taught(record["rung"])
             self._start_ours()
-            self.ladder.promote(self.rows())
+            self.halving.promote(self.rows())
 
     def _finish_failed(self, trial: optuna.Trial, job: Job, record: Record) -> None:
         lost = "lost" in record
@@ -574,4 +577,4 @@ class Driver:
 
 def _budgets(sampler: RankfrontSampler) -> list[float]:
     """Sizes at which a study opens, and at which its paths are measured."""
-    return opening_budgets(sampler.marks, sampler.menu.even.dense)
+    return opening_budgets(sampler.targets, sampler.menu.even.dense)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rankfront.methods import Option
-from rankfront.search.optimise.context import PRIOR, WIDTH, Context, context_of, factors_at
+from rankfront.search.optimise.corrections import PRIOR, WIDTH, Corrections, corrections_of, factors_at
 from rankfront.search.optimise.surrogate import Surrogate
-from rankfront.search.optimise.taylor import SECOND, Local
+from rankfront.search.optimise.taylor import SECOND, TaylorModel
 from rankfront.search.plans.menu import Line, Menu
 
 SITES, LEVELS = 24, 5
@@ -33,13 +33,18 @@ def around(places, factors, scale=2.0, noise=0.0):
     random = np.random.default_rng(0)
     first, second = [], []
     for i, place in enumerate(places):
-        harm = scale * factors[i] * MENU.lines[i].divergence
-        b = np.abs(harm - harm[place]) / 10
-        a = harm - harm[place] - SECOND[0] * (b - b[place]) + noise * np.sqrt(b) * random.standard_normal(len(b))
-        a[0] = harm[0] - harm[place]  # taking a site's treatment back is straight
+        increase = scale * factors[i] * MENU.lines[i].divergence
+        b = np.abs(increase - increase[place]) / 10
+        a = (
+            increase
+            - increase[place]
+            - SECOND[0] * (b - b[place])
+            + noise * np.sqrt(b) * random.standard_normal(len(b))
+        )
+        a[0] = increase[0] - increase[place]  # taking a site's treatment back is straight
         first.append(a)
         second.append(b)
-    return Local(0, np.array(places), 1.0, first, second)
+    return TaylorModel(0, np.array(places), 1.0, first, second)
 
 
 def factors_of(context):
@@ -50,7 +55,7 @@ def factors_of(context):
 def test_a_menu_that_is_right_stays_as_it_is():
     """Only relative factors count: what slopes say of all sites alike is the surrogate's slope and offset."""
     for scale in (0.5, 3.0):
-        context = context_of(around([4] * SITES, np.ones(SITES), scale), MENU, FEATURES)
+        context = corrections_of(around([4] * SITES, np.ones(SITES), scale), MENU, FEATURES)
         assert context.share == pytest.approx(MENU.size([4] * SITES) / MENU.dense)
         assert [value for (_, method), value in factors_of(context).items() if method == "svd-llm"] == pytest.approx(
             [1.0] * SITES, abs=0.05
@@ -59,7 +64,7 @@ def test_a_menu_that_is_right_stays_as_it_is():
 
 def test_sites_that_hurt_more_in_context_are_found():
     truth = np.exp(np.random.default_rng(1).normal(0, 0.5, SITES))
-    found = factors_of(context_of(around([4] * SITES, truth), MENU, FEATURES))
+    found = factors_of(corrections_of(around([4] * SITES, truth), MENU, FEATURES))
     mine = [found[i, "svd-llm"] for i in range(SITES)]
     assert np.corrcoef(np.log(mine), np.log(truth))[0, 1] > 0.95
     assert np.std(np.log(mine)) < np.std(np.log(truth))  # shrunk
@@ -68,33 +73,33 @@ def test_sites_that_hurt_more_in_context_are_found():
 def test_untreated_sites_have_factors_too():
     truth = np.exp(np.random.default_rng(2).normal(0, 0.5, SITES))
     places = [4 if i % 2 else 0 for i in range(SITES)]
-    found = factors_of(context_of(around(places, truth), MENU, FEATURES))
+    found = factors_of(corrections_of(around(places, truth), MENU, FEATURES))
     untreated = [i for i in range(SITES) if not places[i]]
     mine = [found[i, "svd-llm"] for i in untreated]
     assert np.corrcoef(np.log(mine), np.log(truth[untreated]))[0, 1] > 0.9
 
 
 def test_the_surest_options_say_most_and_noise_leaves_a_factor_at_one():
-    local = around([4] * SITES, np.full(SITES, 1.0))
-    doubtful = [np.full_like(b, 1e6) for b in local.second]
-    noisy = Local(0, local.places, 1.0, local.first, doubtful)
-    assert np.exp(context_of(noisy, MENU, FEATURES).logs) == pytest.approx(1.0, abs=0.01)
+    taylor = around([4] * SITES, np.full(SITES, 1.0))
+    doubtful = [np.full_like(b, 1e6) for b in taylor.second]
+    noisy = TaylorModel(0, taylor.places, 1.0, taylor.first, doubtful)
+    assert np.exp(corrections_of(noisy, MENU, FEATURES).logs) == pytest.approx(1.0, abs=0.01)
 
 
 def test_what_is_unknown_has_no_factor():
-    local = around([4] * SITES, np.ones(SITES))
-    unknown = [np.full_like(b, np.inf) for b in local.second]
-    assert not context_of(Local(0, local.places, 1.0, local.first, unknown), MENU, FEATURES).logs.any()
+    taylor = around([4] * SITES, np.ones(SITES))
+    unknown = [np.full_like(b, np.inf) for b in taylor.second]
+    assert not corrections_of(TaylorModel(0, taylor.places, 1.0, taylor.first, unknown), MENU, FEATURES).logs.any()
 
 
 def test_there_is_no_context_around_dense_nor_where_treatments_help():
-    assert context_of(around([0] * SITES, np.ones(SITES)), MENU, FEATURES) is None
-    assert context_of(around([4] * SITES, -np.ones(SITES)), MENU, FEATURES) is None
+    assert corrections_of(around([0] * SITES, np.ones(SITES)), MENU, FEATURES) is None
+    assert corrections_of(around([4] * SITES, -np.ones(SITES)), MENU, FEATURES) is None
 
 
 def test_factors_fade_with_the_distance_in_size():
-    """At a centre nearly its own factors, between two a mean of them, far from all of them none."""
-    one, other = Context(0.3, np.array([1.0, -1.0])), Context(0.8, np.array([0.0, 0.4]))
+    """At a reference nearly its own factors, between two a mean of them, far from all of them none."""
+    one, other = Corrections(0.3, np.array([1.0, -1.0])), Corrections(0.8, np.array([0.0, 0.4]))
     at = factors_at([one, other], np.array([0.3, 0.8, 0.55, 3.0]), 2)
     assert at[0] == pytest.approx(one.logs / (1 + PRIOR), abs=0.01)
     assert at[1] == pytest.approx(other.logs / (1 + PRIOR), abs=0.01)
@@ -108,10 +113,10 @@ def test_the_surrogate_reads_each_plan_by_its_own_size():
     """Predictions and the losses for an allocator agree with adding up by hand, at every size."""
     surrogate = Surrogate(MENU, ["kind"] * SITES, [0] * SITES, 0)
     random = np.random.default_rng(3)
-    surrogate.contexts = [Context(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
+    surrogate.corrections = [Corrections(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
     for plan in random.integers(0, 2 * LEVELS + 1, (20, SITES)):
         share = MENU.size(list(plan)) / MENU.dense
-        logs = factors_at(surrogate.contexts, np.array([share]), len(FEATURES))[0]
+        logs = factors_at(surrogate.corrections, np.array([share]), len(FEATURES))[0]
         expected = sum(
             MENU.lines[i].divergence[place] * np.exp(logs[FEATURES[i, MENU.lines[i].options[place].method]])
             for i, place in enumerate(plan)
@@ -123,6 +128,6 @@ def test_the_surrogate_reads_each_plan_by_its_own_size():
 
 
 def test_a_slope_that_is_no_number_has_no_factor():
-    local = around([4] * SITES, np.ones(SITES))
-    local.first[2][3] = np.nan
-    assert np.isfinite(context_of(local, MENU, FEATURES).logs).all()
+    taylor = around([4] * SITES, np.ones(SITES))
+    taylor.first[2][3] = np.nan
+    assert np.isfinite(corrections_of(taylor, MENU, FEATURES).logs).all()
