@@ -33,15 +33,17 @@ from rankfront.search.inputs.model import (
 )
 from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.text import cut, hash_tokens, scattered
-from rankfront.search.measure.control import front_warning
+from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
-from rankfront.search.measure.trial import Resident, Setup, make_space, prepare_store
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import Setup, make_space
 from rankfront.search.optimise import accuracy
 from rankfront.search.optimise.answer import Answer, answer, menu_frame
 from rankfront.search.optimise.goal import quality_of, timings_of
 from rankfront.search.optimise.halving import promotion_of
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
+from rankfront.search.output.control_check import front_warning
 from rankfront.search.output.export import Verified, export
 from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
 from rankfront.search.plans.latency_table import Calibrated, timed_objectives
@@ -318,7 +320,9 @@ class Study:
             timed = next(iter(timed_objectives(config.objectives).values()), None)
             shapes = shapes_of(find_sites(skeleton(source)))
             config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
-        return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache))
+        groups = 0 if search.sampler == OURS else search.groups
+        loss = "divergence" if "divergence" in config.objectives else "perplexity"
+        return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
 
     def _check_limits(self, setup: Setup, space: Space) -> None:
         """Raise `InputError` where no plan of the space can meet the study's limits."""
@@ -425,11 +429,11 @@ class Study:
         driver.begin()
         try:
             if not limits.workers:
-                resident = Resident(setup)
+                runner = JobRunner(setup)
                 while not driver.done:
                     job = driver.next()
                     if job is not None:
-                        driver.finish(job, resident.run(job))
+                        driver.finish(job, runner.run(job))
             else:
                 from rankfront.search.run import workers  # ray is loaded only where it is used
 

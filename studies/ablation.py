@@ -34,7 +34,8 @@ from search_benchmark import GRID, JOINT, hypervolume, settings
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
-from rankfront.search.measure.trial import Resident, Setup
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import Setup
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.job import Job, Record
 
@@ -76,7 +77,7 @@ class Remembering:
         self.driver, self.left = 0.0, time.perf_counter()
         return self
 
-    resident: Resident | None = None
+    resident: JobRunner | None = None
 
     def run(self, job: Job) -> Record:
         self.driver += time.perf_counter() - self.left
@@ -103,9 +104,9 @@ class Remembering:
             self._keep(key, {"perplexity": score(model.model, self.setup.tokens["report"]).perplexity})
         return float(self.known[key]["perplexity"])
 
-    def _model(self) -> Resident:
+    def _model(self) -> JobRunner:
         if self.resident is None:
-            self.resident = Resident(self.setup)
+            self.resident = JobRunner(self.setup)
         return self.resident
 
     def _keep(self, key: str, record: Record) -> None:
@@ -122,7 +123,7 @@ def measure(memory: Remembering, text: str, space: str, row: str, budget: int, s
     run = RESULTS / "runs" / f"ablation-{space}-{row}-{budget}-{seed}".replace(" ", "-")
     study = Study(settings(text, torch.get_num_threads()), run, overrides, replace(Tuning(), **tuned))
     shutil.rmtree(run, ignore_errors=True)  # of a cell that was stopped: what it measured is remembered
-    with patch("rankfront.search.study.Resident", memory):
+    with patch("rankfront.search.study.JobRunner", memory):
         study.launch(Console(quiet=True), report=False)
     plans: dict[float, Plan] = {}
     for keep in GRID:

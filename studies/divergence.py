@@ -38,14 +38,14 @@ said at the top of `studies/divergence.py`.
 def main() -> None:
     arguments = on_text(__doc__, windows=4)
     bench = Bench(arguments.text)
-    model, windows = bench.resident.model, bench.setup.tokens["search"][: arguments.windows]
+    model, windows = bench.resident.compressed.model, bench.setup.tokens["search"][: arguments.windows]
     found = {row: ROWS[row](bench, 100_000, 0).plans for row in PLANS}
-    bench.resident.apply(Plan(()))
+    bench.resident.compressed.apply(Plan(()))
     teachers = [teach(model, windows, top_k) for top_k in (*TOP_K, model.config.vocab_size)]
     lines = []
     for name, plans in found.items():
         for keep in KEPT:
-            bench.resident.apply(plans[keep])
+            bench.resident.compressed.apply(plans[keep])
             *cut, whole = (score(model, windows, teacher).divergence for teacher in teachers)
             shares = " | ".join(f"{divergence / whole:.2%}" for divergence in cut)
             lines.append(f"| {name} | {keep:g} | {whole:.4f} | {shares} |")

@@ -28,7 +28,9 @@ from rankfront.objectives.latency import Latency
 from rankfront.search import Plan, Study
 from rankfront.search.inputs.model import load_tokenizer
 from rankfront.search.inputs.text import cut
-from rankfront.search.measure.trial import Resident, make_space, prepare_store
+from rankfront.search.measure.prepare import prepare_store
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.splits import Split
 
 HERE = Path(__file__).parent
@@ -51,12 +53,12 @@ def settings(text: str, methods: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-def uniform(resident: Resident, method: str, keep: float) -> Plan:
+def uniform(resident: JobRunner, method: str, keep: float) -> Plan:
     """``method`` at ``keep`` wherever it can treat a site."""
-    offered = {s.name: choices for s, choices in resident.space.choices.items() if method in choices.methods}
+    offered = {s.name: choices for s, choices in resident.compressed.space.choices.items() if method in choices.methods}
     levels = {name: {o for (own, _), o in c.options.items() if own == method} for name, c in offered.items()}
     if all(len(options) == 1 for options in levels.values()):
-        sites = [site for site in resident.space.choices if site.name in offered]
+        sites = [site for site in resident.compressed.space.choices if site.name in offered]
         option = next(iter(levels[sites[0].name]))
         left = get_method(method).storage(sites[0], option).bytes(2) / sites[0].storage.bytes(2)
         names, count = list(offered), min(round((1 - keep) / (1 - left) * len(offered)), len(offered))
@@ -71,18 +73,18 @@ def measure(text: str, methods: Sequence[str]) -> Iterator[list[Cell]]:
     setup = study.setup()
     space = make_space(setup)
     seconds = prepare_store(setup, space, lambda phase, done, total: None).seconds
-    resident = Resident(setup)
+    resident = JobRunner(setup)
     report = setup.tokens["report"]
     splits = {"pydoc": Split("pydoc", len(report) // 2, (0.0, 1.0))}
     pydoc = cut(load_tokenizer(setup.source), splits, setup.config.data.length)["pydoc"]
-    teacher = teach(resident.model, report)
-    dense = [score(resident.model, windows).perplexity for windows in (report, pydoc)]
+    teacher = teach(resident.compressed.model, report)
+    dense = [score(resident.compressed.model, windows).perplexity for windows in (report, pydoc)]
     for method in methods:
         cells = []
         for keep in sorted(setup.config.space.keep, reverse=True):
             plan = uniform(resident, method, keep)
             subject = resident.subject(plan, Clock())
-            cost, scores = subject.cost, score(resident.model, report, teacher)
+            cost, scores = subject.cost, score(resident.compressed.model, report, teacher)
             Latency(prompt=128, decode=16, rounds=9, seconds=0).value(subject)
             cells.append(
                 {
@@ -91,7 +93,7 @@ def measure(text: str, methods: Sequence[str]) -> Iterator[list[Cell]]:
                     "treated": len(plan.choices),
                     "divergence": scores.divergence,
                     "perplexity": scores.perplexity,
-                    "pydoc": score(resident.model, pydoc).perplexity,
+                    "pydoc": score(resident.compressed.model, pydoc).perplexity,
                     "dense": dense,
                     "block_parameters": cost.block_parameters,
                     "parameters": cost.parameters,

@@ -49,8 +49,8 @@ from rankfront.methods._low_rank import LowRank  # noqa: E402
 from rankfront.objectives.parameters import Parameters  # noqa: E402
 from rankfront.search.__main__ import run as command_line  # noqa: E402
 from rankfront.search.inputs import model as models  # noqa: E402
+from rankfront.search.measure.runner import JobRunner  # noqa: E402
 from rankfront.search.measure.timing import Stopwatches  # noqa: E402
-from rankfront.search.measure.trial import Resident  # noqa: E402
 from rankfront.search.output.export import export  # noqa: E402
 from rankfront.search.plans.job import Job  # noqa: E402
 from rankfront.search.plans.plan import Plan  # noqa: E402
@@ -79,7 +79,7 @@ class World:
         self.text.write_text(common.random_text(24_000), encoding="utf-8")
         self.file = launching.write_study(self.data(), self.folder / "study.toml")
         self.run = self.launched(self.folder / "reference")
-        self.resident = Resident(self.run.setup())
+        self.resident = JobRunner(self.run.setup())
 
     def data(self, trials: int = TRIALS, **search: Any) -> dict[str, Any]:
         return launching.small_data(self.model, self.text, trials=trials, **search)
@@ -280,7 +280,7 @@ def memory_short_while_factoring(world: World) -> Iterator[str]:
                 world.launched(path)
             study = Study(world.data() | {"search": world.data()["search"] | {"trials": TRIALS + 4}}, path)
             study.launch(launching.quiet())
-            missing = study.setup().store().missing(world.resident.space.wanted())
+            missing = study.setup().store().missing(world.resident.compressed.space.wanted())
             if missing:
                 raise Bad(f"{len(missing)} sites were never factored")
             yield "made anew"
@@ -314,15 +314,15 @@ def factor_bytes(world: World) -> Iterator[str]:
     for _ in range(40):
         cache = world.fresh("flipped")
         shutil.copytree(world.resident.setup.cache, cache)
-        resident = Resident(replace(world.resident.setup, cache=str(cache)))
+        resident = JobRunner(replace(world.resident.setup, cache=str(cache)))
         files = sorted(cache.rglob("*.safetensors"))
         world.flip(world.draw.choice([file for file in files if "model-" not in str(file)]))
         yield checked(world, resident)
 
 
-def checked(world: World, resident: Resident) -> str:
+def checked(world: World, resident: JobRunner) -> str:
     """Every option of every site measured once in a few plans: the same figures, or refused by name."""
-    wanted = resident.space.wanted()
+    wanted = resident.compressed.space.wanted()
     for place in range(max(len(options) for options in wanted.values())):
         plan = Plan.of({site.name: options[place % len(options)] for site, options in wanted.items()})
         found = one_line(lambda plan=plan: resident.run(Job("trial", 0, plan)))
@@ -345,9 +345,9 @@ def factors_changed_under_a_worker(world: World) -> Iterator[str]:
     for turn in range(12):
         cache = world.fresh("changed")
         shutil.copytree(world.resident.setup.cache, cache)
-        resident = Resident(replace(world.resident.setup, cache=str(cache)))
+        resident = JobRunner(replace(world.resident.setup, cache=str(cache)))
         checked(world, resident)
-        resident.apply(Plan(()))
+        resident.compressed.apply(Plan(()))
         folder = world.draw.choice(sorted(path for path in cache.iterdir() if path.name.startswith("svd")))
         for path in sorted(folder.glob("*.safetensors")):
             others = [file for file in folder.glob("*.safetensors") if file != path]
@@ -437,7 +437,7 @@ def checkpoint_tensors(world: World) -> Iterator[str]:
 def hostile_exports(world: World) -> Iterator[str]:
     """One value anywhere in an export's config.json or plan.json replaced by something absurd."""
     folder = world.fresh("export")
-    wanted = world.resident.space.wanted()
+    wanted = world.resident.compressed.space.wanted()
     chosen = {site.name: options[0] for site, options in wanted.items() if site.name.endswith(("up_proj", "q_proj"))}
     row = launching.measured(world.resident, Plan.of(chosen))
     export(world.resident.setup, row, folder, "factored")

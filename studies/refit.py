@@ -76,10 +76,10 @@ def measure(bench: Bench, plan: Plan) -> dict[str, float]:
     resident, report = bench.resident, bench.setup.tokens["report"]
     found = {}
     for name, each in (("dense", Plan(())), ("perplexity", plan)):
-        resident.apply(each)
-        found[name] = score(resident.model, report).perplexity
-    with refitted(resident, plan):
-        found["refitted"] = score(resident.model, report).perplexity
+        resident.compressed.apply(each)
+        found[name] = score(resident.compressed.model, report).perplexity
+    with refitted(resident.compressed, plan):
+        found["refitted"] = score(resident.compressed.model, report).perplexity
     return found
 
 

@@ -37,8 +37,8 @@ from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
 from rankfront.search.measure.predictions import measure_probes, scaled_predictions, spectrum_predictions
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.slopes import measure_slopes
-from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.corrections import corrections_of
 from rankfront.search.optimise.opening import REFERENCE
 from rankfront.search.optimise.surrogate import Surrogate
@@ -97,9 +97,9 @@ class Bench:
         self.settings = settings(text, torch.get_num_threads())
         study = Study(self.settings, run=RESULTS / "unused")
         self.setup = study.setup()
-        self.resident = Resident(self.setup)
-        self.wanted = self.resident.space.wanted()
-        self.spectrum = spectrum_predictions(self.wanted, self.resident.store)
+        self.resident = JobRunner(self.setup)
+        self.wanted = self.resident.compressed.space.wanted()
+        self.spectrum = spectrum_predictions(self.wanted, self.resident.compressed.store)
 
     def probes(self, found: Found, share: float, fractions: tuple[float, ...] | None) -> Predictions:
         """KL of options alone, the tokens of ``share`` spread over them evenly; every option where no fractions."""
@@ -109,19 +109,28 @@ class Bench:
         count = sum(len(chosen) for chosen in options.values())
         length = min(512, max(16, int(share / (count + 1))))
         windows = self.setup.tokens["search"][: max(1, int(share / (count + 1)) // 512), :length]
-        self.resident.apply(Plan(()))
-        probes, tokens = measure_probes(self.resident.model, self.resident.apply_one, windows, options)
+        self.resident.compressed.apply(Plan(()))
+        probes, tokens = measure_probes(
+            self.resident.compressed.model, self.resident.compressed.apply_one, windows, options
+        )
         found.tokens += tokens
         return probes
 
     def slopes(self, menu: Menu, plan: Plan, windows: torch.Tensor, seed: int) -> TaylorModel:
         """Slopes of the negative log-likelihood around ``plan``, measured on ``windows``."""
         resident = self.resident
-        resident.apply(plan)
-        with resident.anchored():
-            options = resident.store.usable(self.wanted)
+        resident.compressed.apply(plan)
+        with resident.compressed.anchored():
+            options = resident.compressed.store.usable(self.wanted)
             found = measure_slopes(
-                resident.model, windows, options, resident.current, resident.dense_modules, resident.store, None, seed
+                resident.compressed.model,
+                windows,
+                options,
+                resident.compressed.current,
+                resident.compressed.dense_modules,
+                resident.compressed.store,
+                None,
+                seed,
             )
         places = menu.places(plan.by_site)
         assert places is not None
@@ -166,7 +175,7 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
         first = bench.resident.run(Job("menu", 0, Plan(())))
-        groups = bench.resident.space.bands(GROUP_BANDS) if grouped else []
+        groups = bench.resident.compressed.space.bands(GROUP_BANDS) if grouped else []
         plans = group_plans(groups, bench.wanted, first["predictions"])
         parts = {f"menu {i}": bench.resident.run(Job("menu", i, plan)) for i, plan in enumerate(plans, start=1)}
         record = menu_record({"menu 0": first | {"jobs": 1 + len(parts)}, **parts})
@@ -182,8 +191,8 @@ def context_row(bench: Bench, budget: int, seed: int) -> Found:
     """Our menu corrected by slopes around its own plan at `REFERENCE`, and a knapsack, nothing more."""
     found = menu_row(grouped=True)(bench, budget, seed)
     menu, reference = found.menu, Plan.of(found.menu.choices(knapsack(found.menu, REFERENCE * found.menu.dense)))
-    bench.resident.apply(reference)
-    windows = bench.resident.spare(1, SLOPE_TOKENS)
+    bench.resident.compressed.apply(reference)
+    windows = bench.resident.tokens.spare(1, SLOPE_TOKENS)
     found.tokens += PASSES["perplexity"] * windows.numel()
     taylor = bench.slopes(menu, reference, windows, seed)
     begun = time.perf_counter()
@@ -218,8 +227,8 @@ def evolution_row(bench: Bench, budget: int, seed: int) -> Found:
                 tokens = pool[rng.sample(range(len(pool)), windows)]
                 losses = []
                 for places in offspring:
-                    bench.resident.apply(Plan.of(menu.choices(places)))
-                    losses.append(score(bench.resident.model, tokens).loss)
+                    bench.resident.compressed.apply(Plan.of(menu.choices(places)))
+                    losses.append(score(bench.resident.compressed.model, tokens).loss)
                     found.tokens += tokens.numel()
                 order = np.argsort(losses, kind="stable")
                 offspring = [offspring[i] for i in order[:survivors]]
@@ -298,12 +307,12 @@ def hypervolume(dense: float, perplexity: Mapping[float, float]) -> float:
 def report(bench: Bench, found: Found) -> dict[str, object]:
     """The row's best plans at every fraction of the grid, on the report split."""
     windows = bench.setup.tokens["report"]
-    bench.resident.apply(Plan(()))
-    dense = score(bench.resident.model, windows).perplexity
+    bench.resident.compressed.apply(Plan(()))
+    dense = score(bench.resident.compressed.model, windows).perplexity
     perplexity: dict[float, float] = {}
     for keep, plan in found.plans.items():
-        bench.resident.apply(plan)
-        perplexity[keep] = score(bench.resident.model, windows).perplexity
+        bench.resident.compressed.apply(plan)
+        perplexity[keep] = score(bench.resident.compressed.model, windows).perplexity
     return {
         "dense": dense,
         "perplexity": {str(keep): value for keep, value in perplexity.items()},

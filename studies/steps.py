@@ -79,8 +79,8 @@ def drawn(windows: torch.Tensor, length: int) -> torch.Tensor:
 
 def loss(bench: Bench, plan: Plan) -> float:
     """Nats a token, on what trials read."""
-    bench.resident.apply(plan)
-    return math.log(score(bench.resident.model, bench.resident.windows(0)).perplexity)
+    bench.resident.compressed.apply(plan)
+    return math.log(score(bench.resident.compressed.model, bench.resident.tokens.windows(0)).perplexity)
 
 
 def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, list[int]]]:

@@ -28,7 +28,7 @@ from rankfront.search import Plan, Study
 from rankfront.search.inputs.own_text import OwnText, degenerate
 from rankfront.search.inputs.text import cut
 from rankfront.search.measure.control import PROMPTS, continuations
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.splits import Split
 
 KEEPS = (0.9, 0.8, 0.6)
@@ -104,18 +104,23 @@ def main() -> None:
 def judge(study: Study, wikitext: str) -> list[Cell]:
     """Loss on every text and continuations, of dense and of the plan expected to be best at each of `KEEPS`."""
     setup = study.setup()
-    resident = Resident(setup)
+    resident = JobRunner(setup)
     judges = {"pydoc": ("pydoc", UNSEEN), "wikitext": (wikitext, UNSEEN), "self": ("self:1", (0.0, 1.0))}
     splits = {name: Split(text, JUDGED, part) for name, (text, part) in judges.items()}
     windows = cut(
-        resident.tokenizer, splits, LENGTH, OwnText(setup.source, setup.dtype, setup.device, Path(setup.cache))
+        resident.compressed.tokenizer,
+        splits,
+        LENGTH,
+        OwnText(setup.source, setup.dtype, setup.device, Path(setup.cache)),
     )
     plans = {1.0: Plan(())} | {keep: plan_at(study, keep) for keep in KEEPS}
     cells = []
     for keep, plan in plans.items():
-        resident.apply(plan)
-        losses = {name: math.log(score(resident.model, judged).perplexity) for name, judged in windows.items()}
-        said = continuations(resident.model, resident.tokenizer)
+        resident.compressed.apply(plan)
+        losses = {
+            name: math.log(score(resident.compressed.model, judged).perplexity) for name, judged in windows.items()
+        }
+        said = continuations(resident.compressed.model, resident.compressed.tokenizer)
         cells.append({"keep": keep, "losses": losses, "said": said, "degenerate": degenerate(windows["self"])})
         print(json.dumps(cells[-1]), flush=True)
     return cells

@@ -19,7 +19,8 @@ from statistics import median
 from common import provenance
 
 from rankfront.search import Study
-from rankfront.search.measure.trial import make_space, prepare_store
+from rankfront.search.measure.prepare import prepare_store
+from rankfront.search.measure.setup import make_space
 
 SETTINGS = {
     "space": {"methods": ["svd-llm"]},

@@ -323,7 +323,7 @@ def study_data(folder: Path, text: Path) -> dict[str, Any]:
 
 def restore(resident: Any) -> None:
     """Make a resident's model dense."""
-    resident.apply(Plan(()))
+    resident.compressed.apply(Plan(()))
 
 
 # -- sites and plans
@@ -346,7 +346,10 @@ def random_plan(resident: Any, seed: int) -> Plan:
     """Each site at one of its options, or dense."""
     chooser = random.Random(seed)
     return Plan.of(
-        {site.name: chooser.choice([DENSE_OPTION, *options]) for site, options in resident.space.wanted().items()}
+        {
+            site.name: chooser.choice([DENSE_OPTION, *options])
+            for site, options in resident.compressed.space.wanted().items()
+        }
     )
 
 

@@ -17,7 +17,8 @@ import sqlalchemy
 import torch
 from spoiling import spoil as spoil  # a fixture of several files
 
-from rankfront.search.measure.trial import Resident, Setup
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import Setup
 from rankfront.search.study import Study
 
 
@@ -82,7 +83,7 @@ def setup(model_folder, text_file) -> Setup:
 
 @pytest.fixture(scope="session")
 def _resident(setup):
-    return Resident(setup)
+    return JobRunner(setup)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ import psutil
 from common import study_data
 from rich.console import Console
 
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.driver import Driver
@@ -44,7 +45,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def measured(resident: Resident, plan: Plan) -> Row:
+def measured(resident: JobRunner, plan: Plan) -> Row:
     """``plan`` as a trial's row."""
     plan = Plan.of(plan.by_site, resident.setup.origin())
     record = resident.run(Job("trial", 0, plan))
@@ -59,13 +60,13 @@ def make_run(data: Mapping[str, Any], run: Path) -> Study:
     return study
 
 
-def make_driver(data: Mapping[str, Any], run: Path) -> tuple[Driver, Resident]:
+def make_driver(data: Mapping[str, Any], run: Path) -> tuple[Driver, JobRunner]:
     """A driver over a study in memory, and its resident model."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = Study(data, run)
     setup = study.setup()
     memory = optuna.create_study(directions=["minimize"] * 2)
-    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None), Resident(setup)
+    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None), JobRunner(setup)
 
 
 def again(study: Study, **search: Any) -> Study:

@@ -12,16 +12,16 @@ import importlib.abc, importlib.util, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "rankfront.search.measure.trial":
+        if name != "rankfront.search.measure.runner":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            module.Resident.__init__ = noted(module.Resident.__init__)
-            for kind in ("_trial", "_report"):
-                setattr(module.Resident, kind, spoiled(getattr(module.Resident, kind)))
+            module.JobRunner.__init__ = noted(module.JobRunner.__init__)
+            for kind in ("trial", "report"):
+                module.MEASURES[kind] = spoiled(module.MEASURES[kind])
         spec.loader.exec_module = exec_module
         return spec
 

@@ -12,7 +12,7 @@ from rankfront.objectives.latency import Timed
 from rankfront.search.__main__ import run
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.measure import timing, trial
-from rankfront.search.measure.trial import make_space
+from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.answer import _Learned
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.constraint import Constraint

@@ -8,7 +8,8 @@ from test_figures import JOINT, disjoint_plan
 
 from rankfront.methods import InputError
 from rankfront.search.inputs.model import use_attention
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.study import Study
 
 
@@ -16,7 +17,7 @@ def resident_with(attention, folder, text_file):
     data = small_data(folder, text_file)
     data["space"] = {"methods": JOINT, "keep": [0.4, 0.7], "rank_multiple": 2}
     data["model"]["attention"] = attention
-    return Resident(Study(data).setup())
+    return JobRunner(Study(data).setup())
 
 
 def test_a_study_runs_by_the_one_it_names(model_folder, text_file):
@@ -24,10 +25,10 @@ def test_a_study_runs_by_the_one_it_names(model_folder, text_file):
     said = {}
     for attention in (None, "sdpa", "eager"):
         resident = resident_with(attention, model_folder, text_file)
-        assert resident.model.config._attn_implementation == (attention or "sdpa")
-        resident.apply(disjoint_plan(resident, 5))
+        assert resident.compressed.model.config._attn_implementation == (attention or "sdpa")
+        resident.compressed.apply(disjoint_plan(resident, 5))
         with torch.inference_mode():
-            said[attention] = resident.model(common.tokens(2, 9)).logits
+            said[attention] = resident.compressed.model(common.tokens(2, 9)).logits
     torch.testing.assert_close(said["eager"], said["sdpa"])
     assert torch.equal(said[None], said["sdpa"])
 

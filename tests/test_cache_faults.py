@@ -18,8 +18,10 @@ from rankfront.methods._low_rank import LowRank
 from rankfront.search.atomic import HOST, write_checked
 from rankfront.search.inputs import model
 from rankfront.search.measure import timing
+from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.prepare import prepare_store
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.timing import Stopwatches
-from rankfront.search.measure.trial import Resident, prepare_store
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -28,7 +30,7 @@ from rankfront.search.study import Study
 @pytest.fixture
 def resident(setup, tmp_path):
     """A resident with a factor store of its own, to spoil."""
-    return Resident(replace(setup, cache=str(tmp_path / "cache")))
+    return JobRunner(replace(setup, cache=str(tmp_path / "cache")))
 
 
 @pytest.fixture
@@ -39,9 +41,9 @@ def data(model_folder, text_file, tmp_path, monkeypatch):
 
 def plan_of(resident, place=0):
     """Every site at one of its options, and the file that the first of them is read from."""
-    wanted = resident.space.wanted()
+    wanted = resident.compressed.space.wanted()
     site, options = next(iter(wanted.items()))
-    return Plan.of({s.name: o[place] for s, o in wanted.items()}), resident.store.path(site, options[place])
+    return Plan.of({s.name: o[place] for s, o in wanted.items()}), resident.compressed.store.path(site, options[place])
 
 
 def trial(resident, plan, number=0):
@@ -101,13 +103,13 @@ def test_a_file_that_changes_within_a_trial_is_named_too(resident, monkeypatch, 
     """What the model runs by then is a copy, so that cutting the file short does not kill the process."""
     spoil, message = CHANGES[change]
     plan, path = plan_of(resident)
-    windows = resident.windows
+    windows = resident.tokens.windows
 
     def late(rung):
         spoil(path)
         return windows(rung)
 
-    monkeypatch.setattr(resident, "windows", late)
+    monkeypatch.setattr(resident.tokens, "windows", late)
     with pytest.raises(InputError, match=message):
         trial(resident, plan)
 
@@ -117,16 +119,22 @@ def test_a_file_replaced_by_the_same_is_used_on(resident):
     plan, path = plan_of(resident)
     value, before = trial(resident, plan)["values"], path.stat().st_ino
     trial(resident, Plan(()))
-    prepare_store(resident.setup, resident.space, lambda phase, done, total: None, anew=True)
+    prepare_store(resident.setup, resident.compressed.space, lambda phase, done, total: None, anew=True)
     assert path.stat().st_ino != before
     assert trial(resident, plan)["values"] == value
 
 
 def test_nothing_that_a_model_runs_is_mapped(resident):
     plan, _ = plan_of(resident)
-    resident.apply(plan)
-    mapped = {t.untyped_storage().data_ptr() for file in resident.store._open.values() for t in file.tensors.values()}
-    run = {t.untyped_storage().data_ptr() for module in resident.modules.values() for t in module.parameters()}
+    resident.compressed.apply(plan)
+    mapped = {
+        t.untyped_storage().data_ptr()
+        for file in resident.compressed.store._open.values()
+        for t in file.tensors.values()
+    }
+    run = {
+        t.untyped_storage().data_ptr() for module in resident.compressed.modules.values() for t in module.parameters()
+    }
     assert mapped
     assert run
     assert mapped.isdisjoint(run)
@@ -216,13 +224,13 @@ def test_trials_that_want_what_could_not_be_made_fail_with_the_reason_and_the_ne
     console = quiet()
     longer.launch(console)
     assert "factorisations failed" not in console.file.getvalue()
-    assert not longer.setup().store().missing(Resident(longer.setup()).space.wanted())
+    assert not longer.setup().store().missing(CompressedModel(longer.setup()).space.wanted())
     assert values_of(longer).items() >= before.items()
 
 
 def test_rebuilding_beside_a_running_study_takes_nothing_away(data, tmp_path):
     """A worker in the middle of its trials; then another launch rebuilds; the worker's next trial is the same."""
-    running = Resident(Study(data).setup())
+    running = JobRunner(Study(data).setup())
     plan, _ = plan_of(running)
     value = trial(running, plan)["values"]
     trial(running, Plan(()))

@@ -583,7 +583,7 @@ def test_an_unfinished_run_can_be_read(model_folder, text_file, tmp_path, monkey
     """A run with no trial at all lists none; what needs one says so."""
     study = Study(small_data(model_folder, text_file), tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.measure.trial.Resident.run", _interrupt)
+        patch.setattr("rankfront.search.measure.runner.JobRunner.run", _interrupt)
         with pytest.raises(Interrupted):
             study.launch(quiet())
     data = json.loads(ok("front", study.run.path, "--json"))

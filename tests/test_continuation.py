@@ -9,7 +9,8 @@ from test_allocate import random_menu
 from test_opening import predictor_of
 
 from rankfront.search.errors import Interrupted
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import MEASURES
+from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.budgets import target_budgets
 from rankfront.search.optimise.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
 from rankfront.search.optimise.opening import opening_budgets
@@ -170,7 +171,7 @@ def test_no_path_is_begun_that_limits_would_cut_short(data, tmp_path):
 @pytest.mark.parametrize("stopped", [1, 4])
 @pytest.mark.parametrize("kind", ["slopes", "trial"])
 def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, stopped, kind):
-    measure, asked = getattr(Resident, f"_{kind}"), []
+    measure, asked = MEASURES[kind], []
 
     def interrupted(self, job):
         path = stops_of(study).get(1, [])
@@ -180,7 +181,7 @@ def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, s
             raise KeyboardInterrupt
         return measure(self, job)
 
-    monkeypatch.setattr(Resident, f"_{kind}", interrupted)
+    monkeypatch.setitem(MEASURES, kind, interrupted)
     data["search"]["trials"] = 16
     study = Study(data, tmp_path / "run")
     with pytest.raises(Interrupted):
@@ -198,7 +199,7 @@ def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, s
 
 
 def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data, tmp_path, monkeypatch):
-    measure, stopped = Resident._trial, []
+    measure, stopped = MEASURES["trial"], []
 
     def interrupted(self, job):
         label = study._optuna().trials[job.number].user_attrs.get("anchor")
@@ -207,7 +208,7 @@ def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data
             raise KeyboardInterrupt
         return measure(self, job)
 
-    monkeypatch.setattr(Resident, "_trial", interrupted)
+    monkeypatch.setitem(MEASURES, "trial", interrupted)
     study = Study(data, tmp_path / "run")
     with pytest.raises(Interrupted):
         study.launch(quiet())
@@ -219,7 +220,7 @@ def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data
 
 
 def test_a_path_ends_where_slopes_fail(data, tmp_path, monkeypatch):
-    measure, asked = Resident._slopes, []
+    measure, asked = MEASURES["slopes"], []
 
     def failing(self, job):
         asked.extend([job.number] if 1 in stops_of(study) else [])
@@ -227,7 +228,7 @@ def test_a_path_ends_where_slopes_fail(data, tmp_path, monkeypatch):
             raise RuntimeError("out of memory")
         return measure(self, job)
 
-    monkeypatch.setattr(Resident, "_slopes", failing)
+    monkeypatch.setitem(MEASURES, "slopes", failing)
     study = Study(data, tmp_path / "run")
     study.launch(quiet())
     check_whole(study, {}, 24)

@@ -10,7 +10,8 @@ from launching import make_run, measured, quiet, small_data, verify_here
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
-from rankfront.search.measure.control import PROMPTS, front_warning, hidden_loss, warning
+from rankfront.search.measure.control import PROMPTS, reported
+from rankfront.search.output.control_check import front_warning, hidden_loss, warning
 from rankfront.search.output.export import export
 from rankfront.search.output.report import write_report
 from rankfront.search.study import Study
@@ -140,8 +141,8 @@ def test_a_card_has_the_control_of_a_trial_that_was_never_reported(resident, tmp
     assert row.report is None
     verified = export(resident.setup, row, tmp_path / "out", "factored")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    resident.apply(row.plan)
-    found = resident.reported()
+    resident.compressed.apply(row.plan)
+    found = reported(resident.compressed.model, resident.setup.tokens, resident.compressed.tokenizer)
     assert f"control text (self) | {found['control']:.6g} (dense:" in card
     assert all(json.dumps(text, ensure_ascii=False) in card for text in found["continuations"])
     assert all(prompt in card for prompt in PROMPTS)

@@ -12,7 +12,7 @@ from rankfront.methods import method_names
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.objectives import Clock, make_objective
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 
@@ -32,7 +32,7 @@ def resident_on(device, data, method, folder):
     data["model"]["device"] = device
     data["space"] |= {"methods": [method], "keep": [0.5, 0.8]}
     data["space"]["include"] = ["*", "*embed_tokens*", "*lm_head*"]
-    return Resident(Study(data, run=folder).setup())
+    return JobRunner(Study(data, run=folder).setup())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,13 +42,13 @@ def test_a_method_runs_there_as_it_does_here(data, tmp_path, method):
     for device in ("cpu", DEVICE):
         resident = resident_on(device, data, method, tmp_path / device)
         plan = {}
-        for site, options in resident.space.wanted().items():
+        for site, options in resident.compressed.space.wanted().items():
             if not any(set(site.weights) & set(other.weights) for other in plan):
                 plan[site] = options[0]
-        resident.apply(Plan.of({site.name: option for site, option in plan.items()}))
+        resident.compressed.apply(Plan.of({site.name: option for site, option in plan.items()}))
         with torch.inference_mode():
-            out = resident.model(input_ids=ids.to(device), use_cache=True)
-            step = resident.model(input_ids=ids[:, :1].to(device), past_key_values=out.past_key_values)
+            out = resident.compressed.model(input_ids=ids.to(device), use_cache=True)
+            step = resident.compressed.model(input_ids=ids[:, :1].to(device), past_key_values=out.past_key_values)
         said[device] = torch.cat([out.logits, step.logits], 1).cpu()
     torch.testing.assert_close(said[DEVICE], said["cpu"], rtol=1e-3, atol=1e-3)
 

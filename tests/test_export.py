@@ -22,7 +22,7 @@ from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.search.__main__ import run
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import count_parameters
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import export as module
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
@@ -41,15 +41,15 @@ def residents(tmp_path_factory, text_file):
         folder = save_folder(row.name, tmp_path_factory.mktemp(row.name) / "model")
         data = small_data(folder, text_file)
         data["space"]["include"] = ["*", row.head, row.table]
-        found[row.name] = Resident(Study(data).setup())
+        found[row.name] = JobRunner(Study(data).setup())
     return found
 
 
 def plan_of(resident, part):
     """A plan that treats every linear in the blocks, or the embedding and head as well, each at its own level."""
-    plan, wanted = random_plan(resident, 11), resident.space.wanted()
+    plan, wanted = random_plan(resident, 11), resident.compressed.space.wanted()
     choices = {site.name: plan.option(site.name) for site in wanted}
-    outer = [site.name for site in wanted if resident.sites[site].block is None]
+    outer = [site.name for site in wanted if resident.compressed.sites[site].block is None]
     for site, options in wanted.items():
         if site.name in outer:
             choices[site.name] = options[-1]
@@ -77,10 +77,10 @@ def test_factored_loads_as_it_was_measured(residents, architecture, part, tmp_pa
     verify_here(monkeypatch)
     resident = residents[architecture.name]
     row = measured(resident, plan_of(resident, part))
-    expected, biases = logits(resident.model), _biases(resident.model)
+    expected, biases = logits(resident.compressed.model), _biases(resident.compressed.model)
     out = tmp_path / "out"
     verified = export(resident.setup, row, out, "factored")
-    assert verified.parameters == row.attributes["parameter_count"] == count_parameters(resident.model)
+    assert verified.parameters == row.attributes["parameter_count"] == count_parameters(resident.compressed.model)
 
     files = {path.name for path in out.rglob("*")}
     assert {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "README.md"} <= files
@@ -126,9 +126,9 @@ def test_dense_loads_as_a_plain_model(residents, architecture, part, tmp_path, m
     verify_here(monkeypatch)
     resident = residents[architecture.name]
     row = measured(resident, plan_of(resident, part))
-    expected = logits(resident.model)
+    expected = logits(resident.compressed.model)
     out = tmp_path / "out"
-    assert export(resident.setup, row, out, "dense").parameters == resident.dense_values
+    assert export(resident.setup, row, out, "dense").parameters == resident.compressed.dense_values
     assert "quantization_config" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
@@ -165,7 +165,9 @@ def test_a_fresh_process_loads_it(residents, tmp_path, monkeypatch, form, import
             export(resident.setup, measured(resident, plan_of(resident, "whole")), tmp_path / name, form)
             tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
             with torch.no_grad():
-                found = resident.model(input_ids=tokenizer("the people", return_tensors="pt").input_ids).logits
+                found = resident.compressed.model(
+                    input_ids=tokenizer("the people", return_tensors="pt").input_ids
+                ).logits
             figures.append(float(found[0, -1].double().square().sum()))
     code = LOAD.format(imports=imports, ours={"rankfront", "search", "methods", "objectives"})
     done = subprocess.run(

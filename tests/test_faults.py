@@ -13,7 +13,8 @@ from launching import again, check_whole, make_driver, make_run, quiet, small_da
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
 from rankfront.objectives.parameters import Parameters
-from rankfront.search.measure.trial import make_space
+from rankfront.search.measure.runner import MEASURES
+from rankfront.search.measure.setup import make_space
 from rankfront.search.run.driver import INTERRUPTED
 from rankfront.search.study import Study
 
@@ -83,7 +84,7 @@ def test_a_trial_that_fails_costs_one_trial(data, tmp_path, monkeypatch, outcome
 
 
 def test_a_report_that_fails_costs_nothing_else(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("rankfront.search.measure.trial.Resident._report", lambda self, job: 1 / 0)
+    monkeypatch.setitem(MEASURES, "report", lambda runner, job: 1 / 0)
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, TRIALS)
     assert all("ZeroDivisionError" in row.report["failure"] for row in study.front())
@@ -149,7 +150,7 @@ def test_a_factor_file_deleted_under_a_worker_is_named(data, tmp_path, own_cache
     """After preparation the files are gone: one line says so, and the next launch makes them again."""
     study = Study(data, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.measure.trial.Resident.subject", _delete_first(own_cache))
+        patch.setattr("rankfront.search.measure.runner.JobRunner.subject", _delete_first(own_cache))
         with pytest.raises(InputError, match=r"missing.*launch the study again"):
             study.launch(quiet())
     study.launch(quiet())
@@ -157,9 +158,9 @@ def test_a_factor_file_deleted_under_a_worker_is_named(data, tmp_path, own_cache
 
 
 def _delete_first(cache):
-    from rankfront.search.measure.trial import Resident
+    from rankfront.search.measure.runner import JobRunner
 
-    subject = Resident.subject
+    subject = JobRunner.subject
 
     def deleting(self, plan, clock, rung=0):
         for path in cache.rglob("*.safetensors"):

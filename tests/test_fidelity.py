@@ -9,7 +9,7 @@ from launching import again, make_driver, make_run, quiet, small_data, verify_he
 from rankfront.methods import InputError
 from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.text import hash_tokens
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.halving import pareto_order, rung_windows
 from rankfront.search.optimise.samplers import INTERRUPTED, OURS
 from rankfront.search.plans.plan import Plan
@@ -312,7 +312,7 @@ def test_a_longer_launch_promotes_nothing_twice(model_folder, text_file, tmp_pat
 
 def test_an_interrupted_promotion_is_measured_again(data, tmp_path, monkeypatch):
     """Ctrl-C while a promoted plan is measured: it goes on after all, once, while it is among the best."""
-    trial, stopped = Resident._trial, []
+    trial, stopped = MEASURES["trial"], []
 
     def interrupted(self, job):
         if job.rung == 1 and job.plan.choices and not stopped:
@@ -321,7 +321,7 @@ def test_an_interrupted_promotion_is_measured_again(data, tmp_path, monkeypatch)
         return trial(self, job)
 
     study = Study(data, tmp_path / "run")
-    monkeypatch.setattr(Resident, "_trial", interrupted)
+    monkeypatch.setitem(MEASURES, "trial", interrupted)
     with pytest.raises(Interrupted):
         study.launch(quiet())
     study.launch(quiet())
@@ -332,7 +332,7 @@ def test_an_interrupted_promotion_is_measured_again(data, tmp_path, monkeypatch)
 
 def test_an_interrupted_dense_model_is_measured_again(data, tmp_path, monkeypatch):
     """At a later rung too."""
-    trial, stopped = Resident._trial, []
+    trial, stopped = MEASURES["trial"], []
 
     def interrupted(self, job):
         if job.rung == 1 and not job.plan.choices and not stopped:
@@ -341,7 +341,7 @@ def test_an_interrupted_dense_model_is_measured_again(data, tmp_path, monkeypatc
         return trial(self, job)
 
     study = Study(data, tmp_path / "run")
-    monkeypatch.setattr(Resident, "_trial", interrupted)
+    monkeypatch.setitem(MEASURES, "trial", interrupted)
     with pytest.raises(Interrupted):
         study.launch(quiet())
     study.launch(quiet())
@@ -364,12 +364,12 @@ def test_nothing_goes_on_before_the_dense_model_is_measured(data, tmp_path):
 
 def test_a_failed_trial_does_not_go_on(data, tmp_path, monkeypatch):
     """And one that fails at a higher rung is not tried there again."""
-    trial = Resident._trial
+    trial = MEASURES["trial"]
 
     def failing(self, job):
         return {"failure": "not finite: perplexity is inf"} if job.rung == 1 and job.plan.choices else trial(self, job)
 
-    monkeypatch.setattr(Resident, "_trial", failing)
+    monkeypatch.setitem(MEASURES, "trial", failing)
     study = make_run(data, tmp_path / "run")
     failed = [row for row in study.rows() if row.state == "failed"]
     assert failed

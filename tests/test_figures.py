@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.job import Job
 from rankfront.search.storage.front import Row, box_of, hypervolume
@@ -29,7 +29,7 @@ def residents(tmp_path_factory, text_file):
         if (name, methods) not in made:
             data = small_data(save_folder(name, tmp_path_factory.mktemp(name) / "model"), text_file)
             data["space"] = {"methods": list(methods), "keep": [0.4, 0.7], "rank_multiple": 2}
-            made[name, methods] = Resident(Study(data).setup())
+            made[name, methods] = JobRunner(Study(data).setup())
         return made[name, methods]
 
     return resident
@@ -41,7 +41,7 @@ def value(resident, plan, name, **settings):
 
 def disjoint_plan(resident, seed):
     """Random options, of sites that share weights one."""
-    return Plan.of(resident.space.disjoint(random_plan(resident, seed).by_site))
+    return Plan.of(resident.compressed.space.disjoint(random_plan(resident, seed).by_site))
 
 
 def counted(model, context):
@@ -62,13 +62,13 @@ def test_flops_are_what_a_counter_counts(residents, name, seed):
     resident = residents(name)
     plan = Plan(()) if seed is None else disjoint_plan(resident, seed)
     found = value(resident, plan, "flops", context=CONTEXT)
-    angles = counted(resident.model, CONTEXT) - found
+    angles = counted(resident.compressed.model, CONTEXT) - found
     assert 0 <= angles <= 2 * 64 * 2  # inverse frequencies times the position, of two kinds of layers at most
 
 
 def test_flops_of_more_context_are_those_of_attention(residents):
     resident = residents("llama")
-    config = resident.model.config
+    config = resident.compressed.model.config
     near, far = (value(resident, Plan(()), "flops", context=context) for context in (10, 30))
     assert far - near == 20 * 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
@@ -83,14 +83,14 @@ def test_a_bad_context_is_refused(context):
 def test_the_cache_grows_by_what_heads_keep(residents, name):
     """Dense: keys and values of every head. Thinned: what their options say."""
     resident = residents(name)
-    config, text = resident.model.config, resident.model.config.get_text_config()
+    config, text = resident.compressed.model.config, resident.compressed.model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dense = value(resident, Plan(()), "kv_bytes")
     assert dense == 2 * heads * width * config.num_hidden_layers * 4
     chosen = {
         site.name: options[0]
-        for site, options in resident.space.wanted().items()
+        for site, options in resident.compressed.space.wanted().items()
         if options[0].method == "vo-svd" and site.name.endswith("v_proj+o_proj")
     }
     if not chosen:
@@ -117,11 +117,11 @@ def test_copies_that_layers_run_with_count_as_held(residents):
     """Four bits keep a second copy in the kernel's order; a sparse factor its indices, or itself made dense."""
     for method, factor in (("rtn-int4", 0.5), ("cospadi", 0.0), ("oats", 0.0)):
         resident = residents("llama", (method,))
-        chosen = {site.name: options[-1] for site, options in resident.space.wanted().items()}
+        chosen = {site.name: options[-1] for site, options in resident.compressed.space.wanted().items()}
         plan = Plan.of(chosen)
         dense = value(resident, Plan(()), "resident_bytes") - value(resident, Plan(()), "bytes")
         more = value(resident, plan, "resident_bytes") - value(resident, plan, "bytes") - dense
-        integers = sum(b.nbytes for n, b in resident.model.named_buffers() if n.endswith(".integers"))
+        integers = sum(b.nbytes for n, b in resident.compressed.model.named_buffers() if n.endswith(".integers"))
         assert more > 0
         if factor:
             assert integers <= more <= 2 * integers  # rows are filled up to what the kernel takes at a time
@@ -131,14 +131,14 @@ def test_copies_that_layers_run_with_count_as_held(residents):
 def test_a_record_says_how_the_model_runs(residents, method, monkeypatch):
     """What it holds, how many weights are multiplied out, how many right factors are one product with others."""
     resident = residents("llama", (method,))
-    plan = Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()})
-    resident.apply(Plan(()))
+    plan = Plan.of({site.name: options[0] for site, options in resident.compressed.space.wanted().items()})
+    resident.compressed.apply(Plan(()))
     notes = resident.run(Job("trial", 0, plan))["notes"]
     assert notes["resident_bytes"] == value(resident, plan, "resident_bytes")
     assert notes["unpacked"] == (len(plan.choices) if method == "oats" else 0)
     assert notes["joined"] == 0
     monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: True)
-    resident.join()
+    resident.compressed.join()
     again = resident.run(Job("trial", 1, plan))["notes"]
     assert again["joined"] == (0 if method == "oats" else 10)  # q/k/v and gate/up, in two blocks
     assert again["resident_bytes"] == notes["resident_bytes"]

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import Grid, Site, Weight, get_method
 from rankfront.methods.layers import empty_replacement, layers, matrix_of, replacement
 from rankfront.methods.layers_tensor import Network
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.study import Study
 
@@ -344,13 +344,13 @@ def test_exports_load_as_they_were_measured(name, architecture, tmp_path, text_f
     verify_here(monkeypatch)
     data = small_data(save_folder(architecture, tmp_path / "model"), text_file)
     data["space"] = {"methods": [name], "keep": [0.4, 0.7], "rank_multiple": 2}
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     plan = random_plan(resident, 4)
     assert plan.choices
     row = measured(resident, plan)
     ids = common.tokens(2, 24, seed=3)
     with torch.no_grad():
-        expected = resident.model(input_ids=ids, use_cache=False).logits
+        expected = resident.compressed.model(input_ids=ids, use_cache=False).logits
         for form in ("factored", "dense"):
             export(resident.setup, row, tmp_path / form, form)
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / form)

@@ -124,9 +124,9 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
 
 def test_every_method_of_a_study_is_predicted(resident):
     """With the factors of a real study; wherever an option changes the weight, it is predicted to hurt."""
-    wanted = resident.space.wanted()
+    wanted = resident.compressed.space.wanted()
     windows = common.tokens(WINDOWS, LENGTH)
-    found = quadratic_divergence(resident.model, windows, wanted, resident.store, SEED)
+    found = quadratic_divergence(resident.compressed.model, windows, wanted, resident.compressed.store, SEED)
     for site, options in wanted.items():
         assert found[site.name].keys() == {option.label for option in options}
         assert all(value > 0 for value in found[site.name].values())

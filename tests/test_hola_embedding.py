@@ -12,7 +12,7 @@ from rankfront.methods import Gram, Grid, Statistics, get_method
 from rankfront.methods._weighting import LeftDiagonal, LeftGram
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.inputs.model import count_parameters, find_sites
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -120,9 +120,9 @@ def test_an_exported_model_stays_tied_and_shrinks_as_claimed(tied_folder, text_f
     verify_here(monkeypatch)
     data = small_data(tied_folder, text_file)
     data["space"] = {"include": [HEAD], "methods": [NAME], "keep": [0.5], "rank_multiple": 2}
-    resident = Resident(Study(data).setup())
-    dense = count_parameters(resident.model)
-    ((site, (option,)),) = resident.space.wanted().items()
+    resident = JobRunner(Study(data).setup())
+    dense = count_parameters(resident.compressed.model)
+    ((site, (option,)),) = resident.compressed.space.wanted().items()
     saved = common.VOCABULARY * common.HIDDEN - option["rank"] * (common.VOCABULARY + common.HIDDEN)
     row = measured(resident, Plan.of({site.name: option}))
     assert row.attributes["parameter_count"] == dense - saved
@@ -130,7 +130,7 @@ def test_an_exported_model_stays_tied_and_shrinks_as_claimed(tied_folder, text_f
 
     ids = common.tokens(2, 24, seed=3)
     with torch.no_grad():
-        expected = resident.model(input_ids=ids, use_cache=False).logits
+        expected = resident.compressed.model(input_ids=ids, use_cache=False).logits
         export(resident.setup, row, tmp_path / "out", form)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from rankfront.methods._storage import group_size, integer_storage, padded_width
 from rankfront.methods.layers import replacement
 from rankfront.methods.layers_integer import FEW_TOKENS, IntegerMatrix
 from rankfront.search import Plan, Study
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 
 BITS = [8, 4]
@@ -257,14 +257,14 @@ def test_a_tied_table_is_rounded_once_and_stays_tied(name, text_file, tmp_path, 
     verify_here(monkeypatch)
     data = small_data(save_folder(name, tmp_path / "model"), text_file)
     data["space"] = {"methods": [f"rtn-int{bits}"], "keep": [0.5], "include": ["*", "lm_head"]}
-    resident = Resident(Study(data).setup())
-    chosen = {s.name: next(iter(c.options.values())) for s, c in resident.space.choices.items()}
+    resident = JobRunner(Study(data).setup())
+    chosen = {s.name: next(iter(c.options.values())) for s, c in resident.compressed.space.choices.items()}
     assert "lm_head" in chosen
     row = measured(resident, Plan.of(chosen))
     ids = common.tokens(2, 24, seed=3)
     with torch.no_grad():
-        expected = resident.model(input_ids=ids, use_cache=False).logits
-        held = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
+        expected = resident.compressed.model(input_ids=ids, use_cache=False).logits
+        held = {name: tensor.clone() for name, tensor in resident.compressed.model.state_dict().items()}
         verified = export(resident.setup, row, tmp_path / form, form)
         if form == "factored":
             assert verified.parameters == row.attributes["parameter_count"]
@@ -282,7 +282,9 @@ def test_a_tied_table_is_rounded_once_and_stays_tied(name, text_file, tmp_path, 
         with safe_open(tmp_path / form / "model.safetensors", "pt") as file:
             names = list(file.keys())
             assert sum(file.get_tensor(name).nbytes for name in names) == row.attributes["bytes"]
-            assert sum("stored" in name for name in names) == 2 * len(resident.layers) - 2  # of the table, once
+            assert (
+                sum("stored" in name for name in names) == 2 * len(resident.compressed.layers) - 2
+            )  # of the table, once
 
 
 def test_a_search_of_values_and_bytes_finds_what_is_best_in_either(model_folder, text_file, tmp_path):
@@ -315,8 +317,8 @@ def test_a_search_that_counts_bytes_finds_what_rounding_is_worth(model_folder, t
     whole = [row for row in rows if methods[row.number] == {"gptq-int8"}]
     assert whole
     best = min(whole, key=lambda row: row.attributes["bytes"])
-    resident = Resident(study.setup())
-    options = {site.name: own for site, own in resident.space.wanted().items()}
+    resident = JobRunner(study.setup())
+    options = {site.name: own for site, own in resident.compressed.space.wanted().items()}
     largest = {
         site: max((o for o in own if o.method == "svd-llm"), key=lambda o: o["rank"]) for site, own in options.items()
     }

@@ -14,8 +14,8 @@ from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.objectives import Clock, make_objective
 from rankfront.search.measure import joining
 from rankfront.search.measure.joining import Together, join_faster, separate
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.timing import Stopwatches
-from rankfront.search.measure.trial import Resident
 from rankfront.search.output import export as exporting
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -284,30 +284,30 @@ def made(architecture, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("rankfront.search.measure.timing.compared", lambda *_: 0.5)
     data = small_data(save_folder(architecture.name, tmp_path / "model"), text_file)
     data["space"] |= {"methods": ["svd"], "keep": [0.5]}
-    resident = Resident(Study(data, run=tmp_path / "run").setup())
-    plan = Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()})
+    resident = JobRunner(Study(data, run=tmp_path / "run").setup())
+    plan = Plan.of({site.name: options[0] for site, options in resident.compressed.space.wanted().items()})
     return resident, plan
 
 
 def test_joined_a_model_says_the_same(architecture, made):
     resident, plan = made
-    resident.apply(plan)
+    resident.compressed.apply(plan)
     ids = tokens(2, 9)
     with torch.inference_mode():
-        alone = resident.model(input_ids=ids).logits
-        names = list(resident.model.state_dict())
+        alone = resident.compressed.model(input_ids=ids).logits
+        names = list(resident.compressed.model.state_dict())
         held = make_objective("resident_bytes", {}).value(resident.subject(plan, Clock()))
-        done = resident.join()
-        torch.testing.assert_close(resident.model(input_ids=ids).logits, alone, rtol=1e-4, atol=1e-4)
-    assert list(resident.model.state_dict()) == names
+        done = resident.compressed.join()
+        torch.testing.assert_close(resident.compressed.model(input_ids=ids).logits, alone, rtol=1e-4, atol=1e-4)
+    assert list(resident.compressed.model.state_dict()) == names
     assert make_objective("resident_bytes", {}).value(resident.subject(plan, Clock())) == held
     groups = {tuple(path.rsplit(".", 1)[1] for path in group["modules"]) for group in done}
     if architecture.name in KNOWN:
         assert groups == KNOWN[architecture.name]
-    resident.apply(Plan(()))
-    resident.join()
+    resident.compressed.apply(Plan(()))
+    resident.compressed.join()
     with torch.inference_mode():
-        resident.model(input_ids=ids)
+        resident.compressed.model(input_ids=ids)
 
 
 def test_an_export_runs_as_joined_as_it_was_here(made, tmp_path, monkeypatch):
@@ -318,8 +318,8 @@ def test_an_export_runs_as_joined_as_it_was_here(made, tmp_path, monkeypatch):
     out = tmp_path / "out"
     exporting.export(resident.setup, row, out, "factored")
     loaded = AutoModelForCausalLM.from_pretrained(out)
-    resident.apply(plan)
-    done = resident.join()
+    resident.compressed.apply(plan)
+    done = resident.compressed.join()
     assert loaded.config.quantization_config.joined == done
     for group in done:
         members = [loaded.get_submodule(path) for path in group["modules"]]
@@ -331,7 +331,7 @@ def test_an_export_runs_as_joined_as_it_was_here(made, tmp_path, monkeypatch):
     with torch.inference_mode():
         torch.testing.assert_close(again(input_ids=ids).logits, loaded(input_ids=ids).logits)
         torch.testing.assert_close(
-            loaded(input_ids=ids).logits, resident.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+            loaded(input_ids=ids).logits, resident.compressed.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
         )
     assert list(again.state_dict()) == list(loaded.state_dict())
     assert [*map(torch.equal, again.state_dict().values(), loaded.state_dict().values())].count(False) == 0

@@ -15,7 +15,9 @@ from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.inputs.model import find_sites, load_model, weights_at
 from rankfront.search.measure import trial
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.answer import _known
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.output.export import _multiply_out, export
@@ -51,8 +53,8 @@ class World:
         data = common.study_data(common.save_folder(name, folder), text)
         data["space"] = {"methods": sorted(TREATED[name]), "keep": [0.3, 0.5, 0.8], "rank_multiple": 2}
         self.setup = Study(data).setup()
-        self.resident = Resident(self.setup)
-        self.sites = list(self.resident.space.choices)
+        self.resident = JobRunner(self.setup)
+        self.sites = list(self.resident.compressed.space.choices)
         self.ids = common.tokens(2, 24, seed=3)
         model = load_model(self.setup.source, torch.float32, "cpu")
         windows = self.setup.tokens["calibrate"]
@@ -61,17 +63,17 @@ class World:
 
     def treated(self, method):
         """(site, its options of the method from the cheapest)."""
-        for site, options in self.resident.space.wanted().items():
+        for site, options in self.resident.compressed.space.wanted().items():
             own = [option for option in options if option.method == method]
             if own:
                 yield site, sorted(own, key=lambda o: get_method(method).storage(site, o).parameters)
 
     def prepared(self, site, option):
-        return self.resident.store.load(site, option)
+        return self.resident.compressed.store.load(site, option)
 
     def logits(self):
         with torch.no_grad():
-            return self.resident.model(input_ids=self.ids, use_cache=False).logits
+            return self.resident.compressed.model(input_ids=self.ids, use_cache=False).logits
 
     def weights(self, site):
         return weights_at(self.model, site)
@@ -150,11 +152,11 @@ def test_the_full_level_changes_nothing(worlds, name, method):
     before = world.logits()
     for site, options in world.treated(method):
         factors = get_method(method).truncate(world.prepared(site, options[0]), full(method, site))
-        for path, module in world.resident._made({w.role: [w.path] for w in site.weights}, factors).items():
-            set_module(world.resident.model, path, module)
+        for path, module in world.resident.compressed.made({w.role: [w.path] for w in site.weights}, factors).items():
+            set_module(world.resident.compressed.model, path, module)
     torch.testing.assert_close(world.logits(), before, **CLOSE)
-    for path, module in world.resident.dense_modules.items():
-        set_module(world.resident.model, path, module)
+    for path, module in world.resident.compressed.dense_modules.items():
+        set_module(world.resident.compressed.model, path, module)
 
 
 @each_pair
@@ -163,9 +165,9 @@ def test_the_anchor_alone_does_the_same(worlds, name, method):
     world = worlds(name)
     for site, options in world.treated(method):
         for option in options:
-            world.resident.apply(Plan.of({site.name: option}))
+            world.resident.compressed.apply(Plan.of({site.name: option}))
             treated = world.logits()
-            with world.resident.anchored():
+            with world.resident.compressed.anchored():
                 torch.testing.assert_close(world.logits(), treated, **CLOSE)
             torch.testing.assert_close(world.logits(), treated)
 
@@ -173,9 +175,9 @@ def test_the_anchor_alone_does_the_same(worlds, name, method):
 @each_pair
 def test_all_joint_sites_together_run_alone_too(worlds, name, method):
     world = worlds(name)
-    world.resident.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
+    world.resident.compressed.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
     treated = world.logits()
-    with world.resident.anchored():
+    with world.resident.compressed.anchored():
         torch.testing.assert_close(world.logits(), treated, **CLOSE)
 
 
@@ -201,11 +203,11 @@ def test_products_are_those_of_the_stand_in(worlds, name, method):
 def test_what_is_stored_is_what_was_claimed(worlds, name, method):
     """Parameters of the modules, biases included, fall by what the plan says; index bits are told apart."""
     world = worlds(name)
-    before = sum(parameter.numel() for parameter in world.resident.model.parameters())
+    before = sum(parameter.numel() for parameter in world.resident.compressed.model.parameters())
     for site, options in world.treated(method):
         for option in options:
-            world.resident.apply(Plan.of({site.name: option}))
-            now = sum(parameter.numel() for parameter in world.resident.model.parameters())
+            world.resident.compressed.apply(Plan.of({site.name: option}))
+            now = sum(parameter.numel() for parameter in world.resident.compressed.model.parameters())
             storage = get_method(method).storage(site, option)
             assert before - now == site.storage.values - storage.values
             assert storage.parameters < site.storage.parameters
@@ -313,14 +315,14 @@ def _affinity_tail(query, key, width):
 @each_pair
 def test_the_dense_export_of_a_plan_gives_the_same_logits(worlds, name, method):
     world = worlds(name)
-    resident = Resident(world.setup)
-    resident.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
+    resident = JobRunner(world.setup)
+    resident.compressed.apply(Plan.of({site.name: options[-1] for site, options in world.treated(method)}))
     ids = world.ids
     with torch.no_grad():
-        treated = resident.model(input_ids=ids, use_cache=False).logits
-        _multiply_out(resident.model, resident.modules, resident.dense_modules)
-        torch.testing.assert_close(resident.model(input_ids=ids, use_cache=False).logits, treated, **CLOSE)
-    assert {type(module).__name__ for module in resident.model.modules()}.isdisjoint(
+        treated = resident.compressed.model(input_ids=ids, use_cache=False).logits
+        _multiply_out(resident.compressed.model, resident.compressed.modules, resident.compressed.dense_modules)
+        torch.testing.assert_close(resident.compressed.model(input_ids=ids, use_cache=False).logits, treated, **CLOSE)
+    assert {type(module).__name__ for module in resident.compressed.model.modules()}.isdisjoint(
         {"HeadsLinear", "FromHeadsLinear", "PlainLinear", "AbsentLinear"}
     )
 
@@ -347,7 +349,7 @@ def test_a_study_searches_joint_and_single_sites_together(model_folder, text_fil
     data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.6, 0.8]}
     study = make_run(data, tmp_path / "run")
     rows = [row for row in study.rows() if row.state == "complete"]
-    weights = {site.name: [w.path for w in site.weights] for site in find_sites(Resident(study.setup()).model)}
+    weights = {site.name: [w.path for w in site.weights] for site in find_sites(CompressedModel(study.setup()).model)}
     for row in rows:
         claimed = [path for site in row.plan.by_site for path in weights[site]]
         assert len(claimed) == len(set(claimed))
@@ -452,7 +454,7 @@ def test_a_site_is_treated_whole_or_not_at_all(worlds, monkeypatch, method):
         with monkeypatch.context() as patch:
             patch.setattr(trial, "replacement", failing)
             with pytest.raises(torch.OutOfMemoryError):
-                world.resident.apply(Plan.of({site.name: options[0]}))
+                world.resident.compressed.apply(Plan.of({site.name: options[0]}))
         torch.testing.assert_close(world.logits(), before, rtol=0, atol=0)
 
 
@@ -485,10 +487,10 @@ def widths(cache):
 def test_the_cache_holds_what_was_kept(worlds, name, method):
     """Decoding with a cache gives what the whole sequence at once gives, and the cache is as thin as the heads."""
     world = worlds(name)
-    model, ids, side = world.resident.model, world.ids[:, :12], 0 if method == "lama" else 1
+    model, ids, side = world.resident.compressed.model, world.ids[:, :12], 0 if method == "lama" else 1
     full = dense_width(model, ids)
     chosen = {site.name: options[0] for site, options in world.treated(method)}
-    world.resident.apply(Plan.of(chosen))
+    world.resident.compressed.apply(Plan.of(chosen))
     kept = {option["width"] for option in chosen.values()}
     cache = transformers.DynamicCache(config=model.config)
     torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
@@ -514,7 +516,7 @@ def everywhere(world, block=None):
             site.name: options[0]
             for method in ("lama", "vo-svd")
             for site, options in world.treated(method)
-            if block in (None, world.resident.sites[site].block)
+            if block in (None, world.resident.compressed.sites[site].block)
         },
         world.resident.setup.origin(),
     )
@@ -522,8 +524,8 @@ def everywhere(world, block=None):
 
 def test_the_cache_is_thin_only_where_heads_are(worlds):
     world = worlds("llama")
-    model, ids = world.resident.model, world.ids[:, :12]
-    world.resident.apply(everywhere(world, block=0))
+    model, ids = world.resident.compressed.model, world.ids[:, :12]
+    world.resident.compressed.apply(everywhere(world, block=0))
     cache = transformers.DynamicCache(config=model.config)
     torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
     first, *others = widths(cache)
@@ -534,8 +536,8 @@ def test_the_cache_is_thin_only_where_heads_are(worlds):
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_static_cache_is_thin_too(worlds, name):
     world = worlds(name)
-    model, ids = world.resident.model, world.ids[:, :12]
-    world.resident.apply(everywhere(world))
+    model, ids = world.resident.compressed.model, world.ids[:, :12]
+    world.resident.compressed.apply(everywhere(world))
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     torch.testing.assert_close(decoded(model, ids, cache), at_once(model, ids), **CLOSE)
     assert all(max(pair) < common.HEAD_WIDTH for pair in widths(cache))

@@ -24,7 +24,7 @@ def subject_of(resident, plan):
 
 def a_plan(resident):
     """Every site at its first option."""
-    return Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()})
+    return Plan.of({site.name: options[0] for site, options in resident.compressed.space.wanted().items()})
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -42,9 +42,9 @@ def test_a_ratio_and_its_notes(resident, batch, prompt):
 
 def test_the_model_runs_its_plan_again_afterwards(resident):
     subject = subject_of(resident, a_plan(resident))
-    modules = dict(resident.model.named_modules())
+    modules = dict(resident.compressed.model.named_modules())
     Latency(**SMALL).value(subject)
-    after = dict(resident.model.named_modules())
+    after = dict(resident.compressed.model.named_modules())
     assert after.keys() == modules.keys()
     assert all(after[path] is module for path, module in modules.items())
 
@@ -119,9 +119,9 @@ def test_both_models_run_compiled(resident, monkeypatch):
 def test_a_compiled_model_says_what_it_says_eagerly(resident, kind):
     """By the compiler of the platform, token by token, with a static cache and a growing one."""
     torch.compiler.reset()
-    resident.apply(a_plan(resident) if kind == "ours" else Plan(()))
+    resident.compressed.apply(a_plan(resident) if kind == "ours" else Plan(()))
     ids, said = common.tokens(2, 5), {}
-    for name, forward in (("eager", resident.model), ("compiled", compiled(resident.model))):
+    for name, forward in (("eager", resident.compressed.model), ("compiled", compiled(resident.compressed.model))):
         calls = []
 
         def recorded(forward=forward, calls=calls, **inputs):
@@ -129,13 +129,13 @@ def test_a_compiled_model_says_what_it_says_eagerly(resident, kind):
             calls.append(out.logits.clone())
             return out
 
-        cache = None if name == "eager" else StaticCache(config=resident.model.config, max_cache_len=8)
+        cache = None if name == "eager" else StaticCache(config=resident.compressed.model.config, max_cache_len=8)
         generate(recorded, ids, 3, cache)
         said[name] = calls
     assert len(said["eager"]) == 4
     for ours, theirs in zip(said["compiled"], said["eager"], strict=True):
         torch.testing.assert_close(ours, theirs)
-    resident.apply(Plan(()))
+    resident.compressed.apply(Plan(()))
     torch.compiler.reset()
 
 

@@ -6,7 +6,7 @@ from common import save_folder
 from launching import make_run, small_data
 from test_figures import disjoint_plan, value
 
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu_jobs import menu_record
@@ -37,8 +37,8 @@ def test_what_a_model_does_is_predicted_from_a_few_trials(name, text_file, tmp_p
     data = small_data(save_folder("llama", tmp_path / "model"), text_file, sampler="rankfront", trials=3)
     data["space"] = {"methods": ["svd-llm", "lama", "vo-svd"], "keep": [0.3, 0.5, 0.7], "rank_multiple": 2}
     study = make_run(data, tmp_path / "run")
-    resident = Resident(study.setup())
-    menu = menu_of(study.config, resident.space, menu_record(study._optuna().user_attrs), "float32", {})
+    resident = JobRunner(study.setup())
+    menu = menu_of(study.config, resident.compressed.space, menu_record(study._optuna().user_attrs), "float32", {})
     plans = [disjoint_plan(resident, seed) for seed in range(40)]
     found = [(places, value(resident, plan, name)) for plan in plans if (places := menu.places(plan.by_site))]
     assert len(found) > 20

@@ -23,7 +23,7 @@ from rankfront.search.inputs.model import (
     resolve,
     skeleton,
 )
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import verify
 from rankfront.search.output.evaluate import evaluate
 from rankfront.search.output.export import _mark
@@ -188,11 +188,11 @@ def test_an_unpacked_gguf_of_which_a_byte_changed_is_refused(tmp_path, monkeypat
 @pytest.fixture(scope="module")
 def factored(setup, tmp_path_factory):
     """A factored export, written without a trial."""
-    resident = Resident(setup)
-    resident.apply(common.random_plan(resident, 3))
+    resident = JobRunner(setup)
+    resident.compressed.apply(common.random_plan(resident, 3))
     folder = tmp_path_factory.mktemp("factored")
-    _mark(resident.model, resident)
-    resident.model.save_pretrained(folder)
+    _mark(resident.compressed.model, resident)
+    resident.compressed.model.save_pretrained(folder)
     common.tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -216,14 +216,14 @@ def test_verifying_a_folder_refuses_it_where_a_tensor_is_missing(model_folder, t
 def test_a_factored_export_loads_as_it_ran_with_the_buffers_that_no_file_holds(name, tmp_path, text_file):
     data = common.study_data(common.save_folder(name, tmp_path / "m"), text_file)
     row = common.architecture(name)
-    resident = Resident(Study(data | {"space": data["space"] | {"methods": ["svd"], "exclude": [row.head]}}).setup())
+    resident = JobRunner(Study(data | {"space": data["space"] | {"methods": ["svd"], "exclude": [row.head]}}).setup())
     for plan in _plans(resident):
-        resident.apply(plan)
+        resident.compressed.apply(plan)
         ids = common.tokens(1, 16)
-        said = resident.model(ids).logits
+        said = resident.compressed.model(ids).logits
         out = tmp_path / f"{len(plan.choices)}"
-        _mark(resident.model, resident)
-        resident.model.save_pretrained(out)
+        _mark(resident.compressed.model, resident)
+        resident.compressed.model.save_pretrained(out)
         loaded = load(out)
         assert torch.equal(loaded(ids).logits, said)
         assert all("weight" not in vars(module) for module in loaded.modules())
@@ -231,7 +231,7 @@ def test_a_factored_export_loads_as_it_ran_with_the_buffers_that_no_file_holds(n
 
 def _plans(resident):
     """Every linear of a block treated, and each second one."""
-    options = {site.name: found[0] for site, found in resident.space.wanted().items()}
+    options = {site.name: found[0] for site, found in resident.compressed.space.wanted().items()}
     yield Plan.of(options)
     yield Plan.of(dict(list(options.items())[::2]))
 
@@ -287,15 +287,15 @@ def stored_as(form: str, folder: Path, out: Path) -> Path:
 def test_a_matrix_that_only_the_configuration_ties_is_treated_and_exported_alone(tied_folder, tmp_path, text_file):
     folder = untied_by_its_tensors(tied_folder, tmp_path / "m")
     data = common.study_data(folder, text_file)
-    resident = Resident(Study(data).setup())
-    table = resident.model.model.embed_tokens.weight.clone()
-    head = next(site for site in resident.space.wanted() if site.name == "lm_head")
-    resident.apply(Plan.of({"lm_head": resident.space.wanted()[head][0]}))
-    assert torch.equal(resident.model.model.embed_tokens.weight, table)
+    resident = JobRunner(Study(data).setup())
+    table = resident.compressed.model.model.embed_tokens.weight.clone()
+    head = next(site for site in resident.compressed.space.wanted() if site.name == "lm_head")
+    resident.compressed.apply(Plan.of({"lm_head": resident.compressed.space.wanted()[head][0]}))
+    assert torch.equal(resident.compressed.model.model.embed_tokens.weight, table)
     ids = common.tokens(1, 8)
-    said = resident.model(ids).logits
-    _mark(resident.model, resident)
-    resident.model.save_pretrained(tmp_path / "out")
+    said = resident.compressed.model(ids).logits
+    _mark(resident.compressed.model, resident)
+    resident.compressed.model.save_pretrained(tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert torch.equal(loaded(ids).logits, said)
     assert torch.equal(loaded.model.embed_tokens.weight, table)
@@ -313,8 +313,8 @@ def test_a_dense_export_of_it_reloads_with_both_matrices(tied_folder, tmp_path):
 
 def test_sites_of_the_skeleton_that_differ_from_the_models_are_an_error_by_name(setup, monkeypatch):
     tied = common.architecture("llama-tied").build()
-    monkeypatch.setattr("rankfront.search.measure.trial.skeleton", lambda source: tied)
-    assert "'lm_head'" in refusal(Resident, setup)
+    monkeypatch.setattr("rankfront.search.measure.setup.skeleton", lambda source: tied)
+    assert "'lm_head'" in refusal(JobRunner, setup)
 
 
 # -- code that comes with a model

@@ -258,8 +258,8 @@ def test_probes_are_the_options_nearest_in_storage(fractions):
 
 
 def test_the_spectrums_tail_is_a_share_that_falls_with_rank(resident):
-    wanted = resident.space.wanted()
-    found = spectrum_predictions(wanted, resident.store)
+    wanted = resident.compressed.space.wanted()
+    found = spectrum_predictions(wanted, resident.compressed.store)
     assert found.keys() == {site.name for site in wanted}
     for site, options in wanted.items():
         assert found[site.name].keys() == {option.label for option in options}
@@ -272,10 +272,10 @@ def test_the_spectrums_tail_is_a_share_that_falls_with_rank(resident):
 
 def test_the_spectrums_tail_of_plain_svd_is_that_of_the_weight(resident):
     """Σ_{i > r} σ_i² / Σ σ_i², from the dense weight itself."""
-    wanted = resident.space.wanted()
-    found = spectrum_predictions(wanted, resident.store)
+    wanted = resident.compressed.space.wanted()
+    found = spectrum_predictions(wanted, resident.compressed.store)
     for site, options in list(wanted.items())[:3]:
-        weight = resident.dense_modules[site.name].weight.double()
+        weight = resident.compressed.dense_modules[site.name].weight.double()
         energy = np.linalg.svd(weight.numpy(), compute_uv=False) ** 2
         for option in options:
             if option.method == "svd":
@@ -284,8 +284,8 @@ def test_the_spectrums_tail_of_plain_svd_is_that_of_the_weight(resident):
 
 
 def test_a_menu_of_a_model_covers_its_space(resident):
-    wanted = resident.space.wanted()
-    menu = make_menu(wanted, spectrum_predictions(wanted, resident.store))
+    wanted = resident.compressed.space.wanted()
+    menu = make_menu(wanted, spectrum_predictions(wanted, resident.compressed.store))
     assert {line.site for line in menu.lines} == {site.name for site in wanted}
     treated = common.random_plan(resident, 0)
     assert menu.choices(menu.places(treated.by_site)) == {site.name: treated.option(site.name) for site in wanted}

@@ -9,7 +9,7 @@ from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
 from rankfront.search.inputs.model import find_sites, resolve, skeleton
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
@@ -88,14 +88,14 @@ def test_without_tokens_for_slopes_the_menu_s_own_front_is_measured(data, tmp_pa
 
 
 def test_the_front_is_measured_though_its_centre_fails(data, tmp_path, monkeypatch):
-    measure = Resident._trial
+    measure = MEASURES["trial"]
 
     def failing(self, job):
         if job.number == 1:
             raise RuntimeError("out of memory")
         return measure(self, job)
 
-    monkeypatch.setattr(Resident, "_trial", failing)
+    monkeypatch.setitem(MEASURES, "trial", failing)
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, 12)
     origins = opening(study)

@@ -12,7 +12,7 @@ from torch import nn
 from rankfront.methods import InputError
 from rankfront.methods.layers import row_scale
 from rankfront.search.inputs.model import find_sites, load_model
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -129,12 +129,12 @@ def scaled(request, tmp_path, text_file):
     common.tiny_tokenizer().save_pretrained(folder)
     data = study_data(folder, text_file)
     data["space"] |= {"include": ["*", "lm_head", "*embed_tokens"], "methods": ["svd", "rtn-int8"]}
-    return Resident(Study(data).setup())
+    return JobRunner(Study(data).setup())
 
 
 def test_rounding_a_scaled_table_is_nearly_lossless_and_its_export_is_the_same(scaled, tmp_path):
-    outside = [site for site, place in scaled.sites.items() if place.block is None]
-    chosen = {s.name: o for s in outside for o in scaled.space.wanted().get(s, []) if o.method == "rtn-int8"}
+    outside = [site for site, place in scaled.compressed.sites.items() if place.block is None]
+    chosen = {s.name: o for s in outside for o in scaled.compressed.space.wanted().get(s, []) if o.method == "rtn-int8"}
     assert any("embed" in path for s in outside if s.name in chosen for w in s.weights for path in (w.path, *w.tied))
     dense = measured(scaled, Plan(())).attributes["perplexity"]
     row = measured(scaled, Plan.of(chosen))
@@ -146,9 +146,9 @@ def test_rounding_a_scaled_table_is_nearly_lossless_and_its_export_is_the_same(s
 
 
 def test_a_study_of_a_table_that_cannot_be_replaced_is_refused_before_it_is_measured(scaled, monkeypatch):
-    monkeypatch.setattr("rankfront.search.measure.trial.load_model", _with_normed_table)
+    monkeypatch.setattr("rankfront.search.measure.compressed_model.load_model", _with_normed_table)
     with pytest.raises(InputError, match=r"is a Normed, which does more than scale"):
-        Resident(scaled.setup)
+        JobRunner(scaled.setup)
 
 
 def _with_normed_table(*arguments):

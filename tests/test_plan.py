@@ -9,7 +9,7 @@ from common import random_plan, rank_option
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.search.inputs.model import count_parameters, find_sites
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.plans.plan import VERSION, Plan, cost_of
 from rankfront.search.study import Study
 
@@ -159,27 +159,29 @@ def test_a_plan_with_no_such_option_is_refused(spec):
 @pytest.mark.parametrize("seed", range(4))
 def test_cost_is_the_count_of_the_models_parameters(resident, seed):
     plan = random_plan(resident, seed)
-    resident.apply(plan)
-    inside = {site: place.block is not None for site, place in resident.sites.items()}
-    cost = cost_of(plan, inside, resident.dense_values, 4)
-    assert cost.values == count_parameters(resident.model) < cost.dense_values
-    assert cost.bytes == sum(p.numel() * p.element_size() for p in resident.model.parameters())
-    linears = [module for path, module in resident.model.model.layers.named_modules() if path.endswith("_proj")]
+    resident.compressed.apply(plan)
+    inside = {site: place.block is not None for site, place in resident.compressed.sites.items()}
+    cost = cost_of(plan, inside, resident.compressed.dense_values, 4)
+    assert cost.values == count_parameters(resident.compressed.model) < cost.dense_values
+    assert cost.bytes == sum(p.numel() * p.element_size() for p in resident.compressed.model.parameters())
+    linears = [
+        module for path, module in resident.compressed.model.model.layers.named_modules() if path.endswith("_proj")
+    ]
     assert cost.block_values == sum(p.numel() for module in linears for p in module.parameters())
 
 
 def test_cost_of_a_tied_matrix_is_counted_once(tied_folder, text_file):
     data = common.study_data(tied_folder, text_file)
     data["space"] |= {"include": ["lm_head"], "methods": ["svd"]}
-    resident = Resident(Study(data).setup())
-    ((site, options),) = resident.space.wanted().items()
-    inside = {site: place.block is not None for site, place in resident.sites.items()}
+    resident = JobRunner(Study(data).setup())
+    ((site, options),) = resident.compressed.space.wanted().items()
+    inside = {site: place.block is not None for site, place in resident.compressed.sites.items()}
     for option in options:
         plan = Plan.of({site.name: option})
-        resident.apply(plan)
-        cost = cost_of(plan, inside, resident.dense_values, 4)
+        resident.compressed.apply(plan)
+        cost = cost_of(plan, inside, resident.compressed.dense_values, 4)
         saved = site.storage.values - option["rank"] * (common.VOCABULARY + common.HIDDEN)
-        assert cost.values == count_parameters(resident.model) == resident.dense_values - saved
+        assert cost.values == count_parameters(resident.compressed.model) == resident.compressed.dense_values - saved
         assert cost.block_parameters == 1.0
 
 

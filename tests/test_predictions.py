@@ -8,9 +8,12 @@ from launching import make_run, quiet, small_data, values_of
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
 from rankfront.search.errors import Interrupted
+from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.predictions import PROBE_TOKENS
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import MEASURES, JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.samplers import OURS
+from rankfront.search.plans.job import Job
 from rankfront.search.plans.menu_jobs import (
     GROUP_BANDS,
     GROUP_KEEP,
@@ -100,16 +103,16 @@ def test_what_nothing_is_predicted_of_is_not_probed(data):
 def test_probes_are_divergences_of_the_plans_that_they_name(parts):
     """Measured again by hand: KL of the group's plan, and the scaled predictions that the study solves with."""
     study, records = parts
-    resident = Resident(study.setup())
-    windows = resident.spare(0, PROBE_TOKENS)
-    taught = teach(resident.model, windows)
+    resident = JobRunner(study.setup())
+    windows = resident.tokens.spare(0, PROBE_TOKENS)
+    taught = teach(resident.compressed.model, windows)
     predictions = records[0]["predictions"]
     assert len(records) == records[0]["jobs"] > 1
     for number in range(1, len(records)):
         record = records[number]
-        labels = {o.label: o for options in resident.space.wanted().values() for o in options}
-        resident.apply(Plan.of({site: labels[label] for site, label in record["probed"].items()}))
-        measured = score(resident.model, windows, taught).divergence
+        labels = {o.label: o for options in resident.compressed.space.wanted().values() for o in options}
+        resident.compressed.apply(Plan.of({site: labels[label] for site, label in record["probed"].items()}))
+        measured = score(resident.compressed.model, windows, taught).divergence
         assert record["divergence"] == pytest.approx(measured, rel=1e-4)
         predictions = scaled_by_group(predictions, record["probed"], measured)
     merged = menu_record(study._optuna().user_attrs)
@@ -126,7 +129,7 @@ def test_a_menu_is_whole_only_with_all_its_probes(parts):
 
 
 def test_a_stop_between_probes_loses_none(data, tmp_path, monkeypatch):
-    menu, done = Resident._menu, []
+    menu, done = MEASURES["menu"], []
 
     def stopped(self, job):
         if len(done) == 3:
@@ -136,12 +139,12 @@ def test_a_stop_between_probes_loses_none(data, tmp_path, monkeypatch):
 
     study = Study(data, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Resident, "_menu", stopped)
+        patch.setitem(MEASURES, "menu", stopped)
         with pytest.raises(Interrupted):
             study.launch(quiet())
     before = {name: r for name, r in study._optuna().user_attrs.items() if name.startswith("menu ")}
     assert len(before) == 3
-    monkeypatch.setattr(Resident, "_menu", lambda self, job: done.append(job.number) or menu(self, job))
+    monkeypatch.setitem(MEASURES, "menu", lambda self, job: done.append(job.number) or menu(self, job))
     study.launch(quiet())
     known = study._optuna().user_attrs
     assert before.items() <= known.items()
@@ -151,20 +154,20 @@ def test_a_stop_between_probes_loses_none(data, tmp_path, monkeypatch):
 
 def test_a_probe_that_breaks_the_model_is_a_record(data, monkeypatch):
     """Not finite: the group is predicted to hurt as much as is believed, and the study goes on."""
-    resident = Resident(Study(data).setup())
-    space = resident.space
+    resident = JobRunner(Study(data).setup())
+    space = resident.compressed.space
     wanted = space.wanted()
     predictions = {site.name: {o.label: 0.1 for o in options} for site, options in wanted.items()}
     plan = group_plans(space.bands(GROUP_BANDS), wanted, predictions)[0]
     site = next(iter(plan.by_site))
-    apply = Resident.apply
+    apply = CompressedModel.apply
 
     def broken(self, applied):
         apply(self, applied)
         for path in [path for path in self.modules if path == site]:
             next(self.model.get_submodule(path).parameters()).fill_(math.nan)
 
-    monkeypatch.setattr(Resident, "apply", broken)
-    record = resident._probe(plan)
+    monkeypatch.setattr(CompressedModel, "apply", broken)
+    record = resident.run(Job("menu", 0, plan))
     assert record["divergence"] is None
     assert set(record["probed"]) == set(plan.by_site)

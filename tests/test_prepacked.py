@@ -15,8 +15,8 @@ from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.methods.prepacked import Prepacked, prepacked
 from rankfront.objectives import Clock, make_objective
 from rankfront.search.measure import timing
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.timing import Stopwatches
-from rankfront.search.measure.trial import Resident
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.plans.plan import Plan
@@ -94,23 +94,23 @@ def test_a_prepacked_model_says_what_it_said(model, dtype, read_plain):
 def test_so_does_a_plan_of_any_kind_of_layer(method, text_file, tmp_path, read_plain):
     data = small_data(common.save_folder("llama", tmp_path / "model"), text_file)
     data["space"] = {"methods": [method], "keep": [0.5], "rank_multiple": 2}
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     chosen, taken = {}, set()
-    for site, options in resident.space.wanted().items():
+    for site, options in resident.compressed.space.wanted().items():
         if options and taken.isdisjoint(weight.path for weight in site.weights):
             chosen[site.name] = options[0]
             taken |= {weight.path for weight in site.weights}
     assert chosen
-    resident.apply(Plan.of(chosen))
-    said, before = logits(resident.model), parameters(resident.model)
-    with prepacked(resident.model):
-        logits(resident.model)  # some make what they keep now
+    resident.compressed.apply(Plan.of(chosen))
+    said, before = logits(resident.compressed.model), parameters(resident.compressed.model)
+    with prepacked(resident.compressed.model):
+        logits(resident.compressed.model)  # some make what they keep now
         read_plain.clear()
-        close(logits(resident.model), said, torch.float32)
+        close(logits(resident.compressed.model), said, torch.float32)
         assert method in ("wara", "tucker", "gptq-int4") or not read_plain
-    after = parameters(resident.model)
+    after = parameters(resident.compressed.model)
     assert all(after[name] is before[name] for name in before)
-    close(logits(resident.model), said, torch.float32)
+    close(logits(resident.compressed.model), said, torch.float32)
 
 
 def test_nothing_is_held_twice():
@@ -232,7 +232,10 @@ def test_both_models_are_measured_prepacked(resident, kind, monkeypatch):
     """Every linear of either; afterwards the same parameters are plain again."""
     plan = common.random_plan(resident, 3) if kind == "ours" else Plan(())
     subject = resident.subject(plan, Clock())
-    before, dense = parameters(resident.model), {p: m.weight for p, m in resident.dense_modules.items()}
+    before, dense = (
+        parameters(resident.compressed.model),
+        {p: m.weight for p, m in resident.compressed.dense_modules.items()},
+    )
     seen = []
 
     def noted(model, ids, decode):
@@ -244,9 +247,11 @@ def test_both_models_are_measured_prepacked(resident, kind, monkeypatch):
     assert make_objective("latency", SMALL).value(subject) > 0
     assert len(seen) >= 3
     assert all(plain <= {"model.embed_tokens.weight"} for plain in seen)
-    after = parameters(resident.model)
+    after = parameters(resident.compressed.model)
     assert all(after[name] is before[name] and after[name].numel() for name in before)
-    assert all(resident.dense_modules[path].weight is weight and weight.numel() for path, weight in dense.items())
+    assert all(
+        resident.compressed.dense_modules[path].weight is weight and weight.numel() for path, weight in dense.items()
+    )
 
 
 def timing_of(monkeypatch, replaced):
@@ -265,15 +270,15 @@ def test_a_failed_measurement_leaves_the_model_plain(resident, monkeypatch):
     subject = resident.subject(common.random_plan(resident, 3), Clock())
     with pytest.raises(RuntimeError, match="out of memory"):
         make_objective("latency", SMALL).value(subject)
-    assert not any(isinstance(weight, Prepacked) for weight in resident.model.parameters())
-    assert not any(isinstance(module.weight, Prepacked) for module in resident.dense_modules.values())
+    assert not any(isinstance(weight, Prepacked) for weight in resident.compressed.model.parameters())
+    assert not any(isinstance(module.weight, Prepacked) for module in resident.compressed.dense_modules.values())
 
 
 def test_modules_are_timed_prepacked_and_kept_apart(model_folder, text_file, monkeypatch):
     """Every copy of ours and of dense, in a table of their own; the model's own modules are plain afterwards."""
     data = common.study_data(model_folder, text_file)
     data["objectives"]["latency"] = SMALL
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     seen = []
 
     def noted(copies, x):
@@ -284,7 +289,7 @@ def test_modules_are_timed_prepacked_and_kept_apart(model_folder, text_file, mon
     assert "timing" in resident.run(Job("timing", 0, Plan(())))
     assert seen
     assert all(isinstance(weight, Prepacked) for weight in seen)
-    assert not any(isinstance(weight, Prepacked) for weight in resident.model.parameters())
+    assert not any(isinstance(weight, Prepacked) for weight in resident.compressed.model.parameters())
     paths = {Stopwatches(text_file.parent, "cpu", torch.float32, prepack=each).path for each in (True, False)}
     assert len(paths) == 2
 
@@ -293,9 +298,11 @@ def test_a_prepacked_study_joins_nothing(model_folder, text_file, monkeypatch):
     data = common.study_data(model_folder, text_file)
     data["objectives"]["latency"] = SMALL
     monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: True)
-    resident = Resident(Study(data).setup())
-    resident.apply(Plan.of({site.name: options[0] for site, options in resident.space.wanted().items()}))
-    assert resident.join() == []
+    resident = JobRunner(Study(data).setup())
+    resident.compressed.apply(
+        Plan.of({site.name: options[0] for site, options in resident.compressed.space.wanted().items()})
+    )
+    assert resident.compressed.join() == []
 
 
 def test_settings_that_contradict_each_other_are_refused():

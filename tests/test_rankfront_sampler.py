@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.errors import Interrupted
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import MEASURES, JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.goal import Goal, make_goal
@@ -877,7 +878,7 @@ def again_with(data, **search):
 
 
 def test_interrupted_slopes_are_measured_again(data, tmp_path, monkeypatch):
-    measure, stopped = Resident._slopes, []
+    measure, stopped = MEASURES["slopes"], []
 
     def interrupted(self, job):
         if not stopped:
@@ -885,7 +886,7 @@ def test_interrupted_slopes_are_measured_again(data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(self, job)
 
-    monkeypatch.setattr(Resident, "_slopes", interrupted)
+    monkeypatch.setitem(MEASURES, "slopes", interrupted)
     study = Study(again_with(data, trials=17), tmp_path / "run")
     with pytest.raises(Interrupted):
         study.launch(quiet())
@@ -905,7 +906,7 @@ def test_slopes_that_fail_cost_no_trial(data, tmp_path, monkeypatch):
     def failing(self, job):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(Resident, "_slopes", failing)
+    monkeypatch.setitem(MEASURES, "slopes", failing)
     study = make_run(again_with(data, trials=14), tmp_path / "run")
     check_whole(study, {}, 14)
     trials = slope_trials(study)
@@ -949,7 +950,7 @@ def test_every_source_of_the_menu_works_and_its_tokens_count(data, tmp_path, sou
 
 def test_the_menu_is_made_once(data, tmp_path, monkeypatch):
     """Neither a longer launch nor one after a kill makes it again, and nothing is measured twice."""
-    calls, trial = itertools.count(), Resident._trial
+    calls, trial = itertools.count(), MEASURES["trial"]
 
     def stopped(self, job):
         if next(calls) == 7:
@@ -958,7 +959,7 @@ def test_the_menu_is_made_once(data, tmp_path, monkeypatch):
 
     study = Study(data, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Resident, "_trial", stopped)
+        patch.setitem(MEASURES, "trial", stopped)
         with pytest.raises(Interrupted):
             study.launch(quiet())
     record, before = record_of(study), values_of(study)
@@ -967,7 +968,7 @@ def test_the_menu_is_made_once(data, tmp_path, monkeypatch):
     def refused(self, job):
         raise AssertionError("the menu was there")
 
-    monkeypatch.setattr(Resident, "_menu", refused)
+    monkeypatch.setitem(MEASURES, "menu", refused)
     study.launch(quiet())
     check_whole(study, before, 14)
     before = values_of(study)
@@ -1038,7 +1039,7 @@ def test_two_anchors_that_are_one_plan_are_measured_once(data, resident):
 def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(data):
     """At the same size the worse predicted one is left out, after the menu's own front; unknown ones are measured."""
     data["space"]["keep"], data["search"]["anchors"] = [0.3, 0.5], [0.3, 0.5]
-    driver, resident = make_driver(Study(data)), Resident(Study(data).setup())
+    driver, resident = make_driver(Study(data)), JobRunner(Study(data).setup())
     while driver.menu is None:
         job = driver.next()
         driver.finish(job, resident.run(job))
@@ -1091,7 +1092,7 @@ def test_a_menu_that_fails_is_refused_in_one_line(data, tmp_path, monkeypatch):
     def broken(self, job):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(Resident, "_menu", broken)
+    monkeypatch.setitem(MEASURES, "menu", broken)
     with pytest.raises(InputError, match=r"search\.menu") as caught:
         make_run(data, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -1099,12 +1100,12 @@ def test_a_menu_that_fails_is_refused_in_one_line(data, tmp_path, monkeypatch):
 
 
 def test_a_menu_without_any_prediction_is_refused_in_one_line(data, tmp_path, monkeypatch):
-    run = Resident.run
+    run = JobRunner.run
 
     def knowing_nothing(self, job):
         return run(self, job) | ({"predictions": {}} if job.kind == "menu" else {})
 
-    monkeypatch.setattr(Resident, "run", knowing_nothing)
+    monkeypatch.setattr(JobRunner, "run", knowing_nothing)
     with pytest.raises(InputError, match=r"search\.menu") as caught:
         make_run(data, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -1112,7 +1113,7 @@ def test_a_menu_without_any_prediction_is_refused_in_one_line(data, tmp_path, mo
 
 def test_a_dense_model_that_cannot_be_measured_ends_the_study(data, tmp_path, monkeypatch):
     """Without it there is no sampler: no launch may wait for ever, the first or a later one."""
-    rounds, following, run = itertools.count(), Driver.next, Resident.run
+    rounds, following, run = itertools.count(), Driver.next, JobRunner.run
 
     def counted(self):
         assert next(rounds) < 100, "it waits for what never comes"
@@ -1122,7 +1123,7 @@ def test_a_dense_model_that_cannot_be_measured_ends_the_study(data, tmp_path, mo
         return run(self, job) if job.kind == "menu" or job.plan.choices else {"failure": "not finite: perplexity"}
 
     monkeypatch.setattr(Driver, "next", counted)
-    monkeypatch.setattr(Resident, "run", failing)
+    monkeypatch.setattr(JobRunner, "run", failing)
     for _ in range(2):
         with pytest.raises(InputError, match="dense model could not be measured") as caught:
             make_run(data, tmp_path / "run")

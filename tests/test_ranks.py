@@ -9,8 +9,8 @@ from rankfront.search import Study
 from rankfront.search.inputs.model import find_sites, skeleton
 from rankfront.search.measure import ranks
 from rankfront.search.measure.ranks import GAIN, liked, measured_multiple, shapes_of
+from rankfront.search.measure.setup import make_space
 from rankfront.search.measure.timing import Stopwatches
-from rankfront.search.measure.trial import make_space
 
 SHAPES = {(96, 96): 3, (192, 96): 1}
 KEEP, TOKENS = (0.3, 0.6), (1, 7)

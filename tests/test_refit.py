@@ -13,7 +13,7 @@ from rankfront.methods import DENSE_OPTION, get_method
 from rankfront.methods.layers import weight_of
 from rankfront.search.measure import refit
 from rankfront.search.measure.refit import refitted
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -37,7 +37,7 @@ def residents(tmp_path_factory, text_file):
             folder = tmp_path_factory.mktemp(name) / "model"
             data = small_data(common.save_folder(name, folder), text_file)
             data["space"] = {"methods": METHODS[name], "keep": [0.3, 0.6], "rank_multiple": 2}
-            made[name] = Resident(Study(data).setup())
+            made[name] = JobRunner(Study(data).setup())
         common.restore(made[name])
         return made[name]
 
@@ -48,9 +48,9 @@ def plan_of(resident, methods, blocks=None):
     """The cheapest option of the first of ``methods`` that each site has, where nothing of it is treated yet."""
     chosen, taken = {}, set()
     for method in methods:
-        for site, options in resident.space.wanted().items():
+        for site, options in resident.compressed.space.wanted().items():
             own = [option for option in options if option.method == method]
-            within = blocks is None or resident.sites[site].block in blocks
+            within = blocks is None or resident.compressed.sites[site].block in blocks
             if own and within and taken.isdisjoint(w.path for w in site.weights):
                 chosen[site.name] = min(own, key=lambda o: get_method(method).storage(site, o).parameters)
                 taken |= {weight.path for weight in site.weights}
@@ -60,16 +60,18 @@ def plan_of(resident, methods, blocks=None):
 def inputs(resident, path, ids):
     """What the module at ``path`` reads, (tokens, n)."""
     seen = []
-    handle = resident.model.get_submodule(path).register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    handle = resident.compressed.model.get_submodule(path).register_forward_pre_hook(
+        lambda module, given: seen.append(given[0])
+    )
     with torch.no_grad():
-        resident.model(input_ids=ids, use_cache=False)
+        resident.compressed.model(input_ids=ids, use_cache=False)
     handle.remove()
     return seen[0].flatten(0, -2)
 
 
 def logits(resident):
     with torch.no_grad():
-        return resident.model(input_ids=common.tokens(2, 24, seed=3), use_cache=False).logits
+        return resident.compressed.model(input_ids=common.tokens(2, 24, seed=3), use_cache=False).logits
 
 
 def without_bias(module, x):
@@ -88,22 +90,26 @@ def test_no_matrix_of_its_rank_fits_the_dense_outputs_better(residents, name, mo
     resident = residents(name)
     ids = resident.setup.tokens["calibrate"]
     plan = plan_of(resident, ["svd-llm"])
-    treated = {site for site in resident.sites if site.name in plan.by_site}
-    with resident.dense():
+    treated = {site for site in resident.compressed.sites if site.name in plan.by_site}
+    with resident.compressed.dense():
         dense = {site: inputs(resident, site.name, ids) for site in treated}
-    resident.apply(plan)
-    with refitted(resident, plan):
+    resident.compressed.apply(plan)
+    with refitted(resident.compressed, plan):
         for site in treated:
             x, now = dense[site].double(), inputs(resident, site.name, ids).double()
-            weight = weight_of(resident.dense_modules[site.name]).double()
+            weight = weight_of(resident.compressed.dense_modules[site.name]).double()
             wanted = x @ weight.T
-            left = (wanted - without_bias(resident.model.get_submodule(site.name), now.float()).double()).square().sum()
+            left = (
+                (wanted - without_bias(resident.compressed.model.get_submodule(site.name), now.float()).double())
+                .square()
+                .sum()
+            )
             best = torch.linalg.pinv(now, rtol=1e-5) @ wanted  # (n, m): of any rank
             floor = (wanted - now @ best).square().sum()
             rank = plan.option(site.name)["rank"]
             tail = torch.linalg.svdvals(now @ best)[rank:].square().sum()
             assert float(left) == pytest.approx(float(floor + tail), rel=0.01)
-            factors = resident.store.factors(site, plan.option(site.name))["weight"].tensors
+            factors = resident.compressed.store.factors(site, plan.option(site.name))["weight"].tensors
             plain = (wanted - now @ factors["right"].double().T @ factors["left"].double().T).square().sum()
             assert float(left) <= float(plain) * 1.001
 
@@ -113,11 +119,11 @@ def test_behind_a_dense_model_nothing_changes(residents, name):
     """The first weights of the first block read what they read when they were factored: M is W, C' is C."""
     resident = residents(name)
     plan = plan_of(resident, ["svd-llm"], blocks=[0])
-    first = next(site for site in resident.sites if site.name in plan.by_site)
+    first = next(site for site in resident.compressed.sites if site.name in plan.by_site)
     plan = Plan.of({first.name: plan.option(first.name)}, resident.setup.origin())
-    resident.apply(plan)
+    resident.compressed.apply(plan)
     plain = logits(resident)
-    with refitted(resident, plan):
+    with refitted(resident.compressed, plan):
         torch.testing.assert_close(logits(resident), plain, rtol=1e-2, atol=1e-3)
 
 
@@ -125,16 +131,16 @@ def test_behind_a_dense_model_nothing_changes(residents, name):
 def test_the_model_is_dense_after(residents, name):
     resident = residents(name)
     before = logits(resident)
-    modules = dict(resident.model.named_modules())
+    modules = dict(resident.compressed.model.named_modules())
     plan = plan_of(resident, METHODS[name][::-1])
-    with refitted(resident, plan):
+    with refitted(resident.compressed, plan):
         assert not torch.allclose(logits(resident), before)
     assert torch.equal(logits(resident), before)
-    assert all(modules[path] is module for path, module in resident.model.named_modules())
-    resident.apply(plan)
+    assert all(modules[path] is module for path, module in resident.compressed.model.named_modules())
+    resident.compressed.apply(plan)
     plain = logits(resident)
     common.restore(resident)
-    resident.apply(plan)
+    resident.compressed.apply(plan)
     assert torch.equal(logits(resident), plain)
 
 
@@ -159,11 +165,11 @@ def test_the_target_goes_part_of_the_way_to_the_regression(monkeypatch, anchor):
 def test_what_has_no_gram_to_replace_stays(residents, method):
     resident = residents("llama")
     plan = plan_of(resident, [method])
-    resident.apply(plan)
+    resident.compressed.apply(plan)
     before = logits(resident)
     assert plan.choices
-    assert not any(get_method(method).refits(site) for site in resident.sites if site.name in plan.by_site)
-    with refitted(resident, plan):
+    assert not any(get_method(method).refits(site) for site in resident.compressed.sites if site.name in plan.by_site)
+    with refitted(resident.compressed, plan):
         assert torch.equal(logits(resident), before)
 
 
@@ -183,44 +189,44 @@ def test_joint_treatments_come_nearer_to_the_dense_outputs(residents, name, meth
     resident = residents(name)
     ids = resident.setup.tokens["calibrate"]
     plan = plan_of(resident, [method, "svd-llm"])
-    paths = [site.anchor.path for site in resident.sites if plan.option(site.name).method == method]
+    paths = [site.anchor.path for site in resident.compressed.sites if plan.option(site.name).method == method]
     assert paths
 
     def outputs():
         seen = {}
         handles = [
-            resident.model.get_submodule(path).register_forward_hook(
+            resident.compressed.model.get_submodule(path).register_forward_hook(
                 lambda module, given, output, path=path: seen.__setitem__(path, output)
             )
             for path in paths
         ]
         with torch.no_grad():
-            resident.model(input_ids=ids, use_cache=False)
+            resident.compressed.model(input_ids=ids, use_cache=False)
         for handle in handles:
             handle.remove()
         return torch.cat([seen[path].flatten() for path in paths])
 
-    with resident.dense():
+    with resident.compressed.dense():
         dense = outputs()
-    resident.apply(plan)
+    resident.compressed.apply(plan)
     plain = (outputs() - dense).square().sum()
-    with refitted(resident, plan):
+    with refitted(resident.compressed, plan):
         assert (outputs() - dense).square().sum() < plain
 
 
 def test_options_keep_their_levels_and_storage(residents):
     resident = residents("llama")
     plan = plan_of(resident, METHODS["llama"])
-    resident.apply(plan)
-    shapes = {name: p.shape for name, p in resident.model.named_parameters()}
-    with refitted(resident, plan):
-        assert {name: p.shape for name, p in resident.model.named_parameters()} == shapes
+    resident.compressed.apply(plan)
+    shapes = {name: p.shape for name, p in resident.compressed.model.named_parameters()}
+    with refitted(resident.compressed, plan):
+        assert {name: p.shape for name, p in resident.compressed.model.named_parameters()} == shapes
 
 
 def test_a_plan_that_treats_nothing(residents):
     resident = residents("llama")
     before = logits(resident)
-    with refitted(resident, Plan(())):
+    with refitted(resident.compressed, Plan(())):
         assert torch.equal(logits(resident), before)
 
 
@@ -308,9 +314,9 @@ def test_an_export_describes_the_factors_that_were_refitted(method, model_folder
     verify_here(monkeypatch)
     data = small_data(model_folder, text_file)
     data["space"] = {"methods": [method], "keep": [0.5], "rank_multiple": 2}
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     row = measured(resident, plan_of(resident, [method]))
-    with refitted(resident, row.plan):
+    with refitted(resident.compressed, row.plan):
         expected = logits(resident)
     export(resident.setup, row, tmp_path / "out", "factored", "sequential")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -9,7 +9,7 @@ from launching import again, check_whole, make_driver, make_run, quiet, small_da
 
 from rankfront.methods import InputError
 from rankfront.search.errors import GaveUp
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.job import Job
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST
@@ -26,7 +26,7 @@ def data(model_folder, text_file):
 
 def short_of_memory(monkeypatch, which, times):
     """Jobs that ``which`` accepts run out of memory so many times each; how often each was measured."""
-    measured, run = collections.Counter(), Resident.run
+    measured, run = collections.Counter(), JobRunner.run
 
     def short(self, job):
         measured[job.kind, job.number] += 1
@@ -34,7 +34,7 @@ def short_of_memory(monkeypatch, which, times):
             return {"failure": "OutOfMemoryError: no room", "lost": True}
         return run(self, job)
 
-    monkeypatch.setattr(Resident, "run", short)
+    monkeypatch.setattr(JobRunner, "run", short)
     return measured
 
 
@@ -48,7 +48,7 @@ def short_of_memory(monkeypatch, which, times):
 )
 def test_a_passing_shortage_of_memory_costs_nothing(data, tmp_path, monkeypatch, error):
     """Of whatever kind: the same trial is measured again, and the study is the one that never ran short."""
-    calls, trial = itertools.count(), Resident._trial
+    calls, trial = itertools.count(), MEASURES["trial"]
 
     def short(self, job):
         if next(calls) == 2:
@@ -56,7 +56,7 @@ def test_a_passing_shortage_of_memory_costs_nothing(data, tmp_path, monkeypatch,
         return trial(self, job)
 
     undisturbed = make_run(data, tmp_path / "undisturbed")
-    monkeypatch.setattr(Resident, "_trial", short)
+    monkeypatch.setitem(MEASURES, "trial", short)
     study = make_run(data, tmp_path / "run")
     assert values_of(study) == values_of(undisturbed)
     assert len(study.rows()) == TRIALS
@@ -87,7 +87,7 @@ def test_what_is_lost_at_every_attempt_failed_and_the_next_launch_tries_again(da
     before = values_of(study)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "rankfront.search.measure.trial.Resident.run", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt)
+            "rankfront.search.measure.runner.JobRunner.run", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(Exception, match="kept"):
             study.launch(quiet())
@@ -120,8 +120,8 @@ def test_a_dense_model_that_was_lost_ends_the_launch_and_comes_first_in_the_next
                 make_run(data, tmp_path / "run")
             assert "\n" not in str(e.value)
     study = Study(data, tmp_path / "run")
-    jobs, run = [], Resident.run
-    monkeypatch.setattr(Resident, "run", lambda self, job: jobs.append(job) or run(self, job))
+    jobs, run = [], JobRunner.run
+    monkeypatch.setattr(JobRunner, "run", lambda self, job: jobs.append(job) or run(self, job))
     study.launch(quiet())
     trials = [job for job in jobs if job.kind == "trial"]
     assert not trials[0].plan.choices
@@ -133,7 +133,7 @@ def test_a_dense_model_that_was_lost_ends_the_launch_and_comes_first_in_the_next
 def test_the_dense_models_failure_is_said_first_and_in_its_own_words(data, tmp_path, monkeypatch, sampler):
     """Also where the menu fails for it, and by whoever reads the run; mended, the run goes on."""
     data["search"]["sampler"] = sampler
-    run = Resident.run
+    run = JobRunner.run
 
     def failing(self, job):
         if job.kind == "menu":
@@ -141,7 +141,7 @@ def test_the_dense_models_failure_is_said_first_and_in_its_own_words(data, tmp_p
         return run(self, job) if job.plan.choices else {"failure": "not finite: perplexity is nan"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(Resident, "run", failing)
+        patch.setattr(JobRunner, "run", failing)
         for _ in range(2):
             with pytest.raises(
                 InputError, match=r"^the dense model could not be measured \(not finite: perplexity is nan"

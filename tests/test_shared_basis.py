@@ -13,7 +13,7 @@ from rankfront.methods.layers import matrix_of
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.inputs.model import find_sites, load_model, weights_at
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -37,8 +37,8 @@ class World:
     def __init__(self, name, method, folder, text):
         data = small_data(common.save_folder(name, folder), text)
         data["space"] = {"methods": [method], "keep": [0.3, 0.6], "rank_multiple": 2}
-        self.resident = Resident(Study(data).setup())
-        self.wanted = {s: o for s, o in self.resident.space.wanted().items() if o}
+        self.resident = JobRunner(Study(data).setup())
+        self.wanted = {s: o for s, o in self.resident.compressed.space.wanted().items() if o}
         self.method = get_method(method)
         self.model = load_model(self.resident.setup.source, torch.float32, "cpu")
         windows = self.resident.setup.tokens["calibrate"]
@@ -46,7 +46,7 @@ class World:
 
     def logits(self):
         with torch.no_grad():
-            return self.resident.model(input_ids=common.tokens(2, 24, seed=3), use_cache=False).logits
+            return self.resident.compressed.model(input_ids=common.tokens(2, 24, seed=3), use_cache=False).logits
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def summed_gram(world, site):
 
 
 def rebuilt(world, site, option):
-    factors = world.resident.store.factors(site, option)
+    factors = world.resident.compressed.store.factors(site, option)
     return torch.cat([matrix_of(factors[w.role], w.out_features, w.in_features) for w in site.weights]).double()
 
 
@@ -116,7 +116,7 @@ def test_it_is_the_truncated_svd_of_the_stack(worlds, name, method):
         for option in options:
             delta = weight - rebuilt(world, site, option)
             loss, floor = float((delta @ root).square().sum()), 1e-5 * float(spectrum.sum())
-            predicted = world.method.error(world.resident.store.load(site, option), option)
+            predicted = world.method.error(world.resident.compressed.store.load(site, option), option)
             assert loss == pytest.approx(float(spectrum[option["rank"] :].sum()), rel=2e-3, abs=floor)
             assert predicted == pytest.approx(loss, rel=2e-3, abs=floor)
 
@@ -141,24 +141,24 @@ def test_the_full_rank_reproduces_every_weight(shapes):
 @each_pair
 def test_the_basis_is_one_parameter_and_counted_once(worlds, name, method):
     world = worlds(name, method)
-    before = sum(p.numel() for p in world.resident.model.parameters())
+    before = sum(p.numel() for p in world.resident.compressed.model.parameters())
     for site, options in world.wanted.items():
         for option in options:
-            world.resident.apply(Plan.of({site.name: option}))
-            now = sum(p.numel() for p in world.resident.model.parameters())
+            world.resident.compressed.apply(Plan.of({site.name: option}))
+            now = sum(p.numel() for p in world.resident.compressed.model.parameters())
             assert before - now == site.storage.values - world.method.storage(site, option).values
-            modules = [world.resident.model.get_submodule(weight.path) for weight in site.weights]
+            modules = [world.resident.compressed.model.get_submodule(weight.path) for weight in site.weights]
             assert len({id(module.right) for module in modules}) == 1
             assert len({id(module.left) for module in modules}) == len(modules)
-        world.resident.apply(Plan.of({site.name: DENSE_OPTION}))
+        world.resident.compressed.apply(Plan.of({site.name: DENSE_OPTION}))
 
 
 @each_pair
 def test_it_runs_alike_within_slopes(worlds, name, method):
     world = worlds(name, method)
-    world.resident.apply(Plan.of({site.name: options[0] for site, options in world.wanted.items()}))
+    world.resident.compressed.apply(Plan.of({site.name: options[0] for site, options in world.wanted.items()}))
     treated = world.logits()
-    with world.resident.anchored():
+    with world.resident.compressed.anchored():
         torch.testing.assert_close(world.logits(), treated, **CLOSE)
     torch.testing.assert_close(world.logits(), treated, rtol=0, atol=0)
 
@@ -167,7 +167,7 @@ def test_it_runs_alike_within_slopes(worlds, name, method):
 def test_products_are_those_of_each_weight(worlds, name, method):
     world, generator = worlds(name, method), torch.Generator().manual_seed(0)
     for site, options in world.wanted.items():
-        prepared = world.resident.store.load(site, options[0])
+        prepared = world.resident.compressed.store.load(site, options[0])
         for part in site.parts:
             g = torch.randn(7, part.anchor.out_features, generator=generator)
             x = torch.randn(7, part.anchor.in_features, generator=generator)
@@ -182,11 +182,11 @@ def test_products_are_those_of_each_weight(worlds, name, method):
 def test_the_menu_adds_up_what_all_weights_do(worlds, method):
     """½ E[(Σ_i g_iᵀ Δ_i x_i)²], gradients of the one drawn loss at every weight: slow, from whole matrices."""
     world = worlds("llama", method)
-    model, windows = world.resident.model, common.tokens(3, 16)
-    found = quadratic_divergence(model, windows, world.wanted, world.resident.store, 5)
+    model, windows = world.resident.compressed.model, common.tokens(3, 16)
+    found = quadratic_divergence(model, windows, world.wanted, world.resident.compressed.store, 5)
     for site, options in world.wanted.items():
         for option in options:
-            factors = world.resident.store.factors(site, option)
+            factors = world.resident.compressed.store.factors(site, option)
             moves = torch.zeros(windows.numel())
             handles, seen = [], {}
             for weight in site.weights:

@@ -262,10 +262,17 @@ def test_labels_come_from_the_seed(llama):
 def test_every_method_of_a_study_has_slopes(resident):
     """With the factors of a real study and its resident model, around a plan of it."""
     plan = common.random_plan(resident, 3)
-    resident.apply(plan)
-    wanted = resident.space.wanted()
+    resident.compressed.apply(plan)
+    wanted = resident.compressed.space.wanted()
     found = measure_slopes(
-        resident.model, windows(), wanted, resident.current, resident.dense_modules, resident.store, None, SEED
+        resident.compressed.model,
+        windows(),
+        wanted,
+        resident.compressed.current,
+        resident.compressed.dense_modules,
+        resident.compressed.store,
+        None,
+        SEED,
     )
     for site, options in wanted.items():
         assert found[site.name].keys() == {DENSE_OPTION.label, *(option.label for option in options)}

@@ -6,7 +6,8 @@ from test_fidelity import DENSE, make_data
 from test_rankfront_sampler import Problem, make_driver, measure_slopes
 
 from rankfront.search.errors import Interrupted
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import MEASURES, JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.run.driver import Driver
 from rankfront.search.study import Study
@@ -44,7 +45,7 @@ def test_the_goal_is_that_of_the_first_rung_after_a_resume(model_folder, text_fi
 def test_a_run_without_the_dense_model_at_the_highest_rung_goes_on(
     model_folder, text_file, tmp_path, monkeypatch, what
 ):
-    trial, seen = Resident._trial, []
+    trial, seen = MEASURES["trial"], []
 
     def spoiled(self, job):
         if job.rung == 1 and not job.plan.choices and not seen:
@@ -54,7 +55,7 @@ def test_a_run_without_the_dense_model_at_the_highest_rung_goes_on(
             return {"failure": "not finite: perplexity is inf"}
         return trial(self, job)
 
-    monkeypatch.setattr(Resident, "_trial", spoiled)
+    monkeypatch.setitem(MEASURES, "trial", spoiled)
     study = Study(make_data(model_folder, text_file, OURS, rungs=[32, 64], reduction=2, trials=16), tmp_path / "run")
     try:
         study.launch(quiet())
@@ -68,7 +69,7 @@ def test_a_run_without_the_dense_model_at_the_highest_rung_goes_on(
 
 def test_slopes_lost_with_their_worker_count_for_nothing(model_folder, text_file, tmp_path):
     study = Study(make_data(model_folder, text_file, OURS, rungs=[]), tmp_path / "run")
-    driver, resident = make_driver(study), Resident(study.setup())
+    driver, resident = make_driver(study), JobRunner(study.setup())
     while (job := driver.next()).kind != "slopes":
         driver.finish(job, resident.run(job))
     spent, rows = driver.spent, len([row for row in driver.rows() if row.plan_key])

@@ -12,7 +12,7 @@ from launching import again, check_whole, make_run, quiet, small_data, tree, val
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run as command
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.optimise.samplers import DAMAGED
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.urls import to_write
@@ -271,7 +271,7 @@ def test_a_storage_in_memory_is_refused(own, url):
 @pytest.mark.parametrize("what", ["study.db", "study.json", "."])
 def test_a_run_that_is_deleted_while_it_runs_is_said_at_once(model_folder, text_file, tmp_path, monkeypatch, what):
     study = Study(small_data(model_folder, text_file, trials=8), tmp_path / "run")
-    seen, told = [], Resident.run
+    seen, told = [], JobRunner.run
 
     def deleting(resident, job):
         seen.append(job.number)
@@ -280,7 +280,7 @@ def test_a_run_that_is_deleted_while_it_runs_is_said_at_once(model_folder, text_
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return told(resident, job)
 
-    monkeypatch.setattr(Resident, "run", deleting)
+    monkeypatch.setattr(JobRunner, "run", deleting)
     with pytest.raises(InputError, match="deleted or replaced") as caught:
         study.launch(quiet())
     assert len(seen) == 2

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rankfront.methods import InputError
 from rankfront.search.errors import Interrupted
-from rankfront.search.measure.trial import Resident
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.study import Study
 
 TRIALS = 10
@@ -56,14 +56,14 @@ def values(study):
 
 def fail_at(monkeypatch, count, error):
     """Make the ``count``-th job from now on raise ``error``."""
-    numbers, run = itertools.count(1), Resident.run
+    numbers, run = itertools.count(1), JobRunner.run
 
     def counted(self, job):
         if next(numbers) == count:
             raise error
         return run(self, job)
 
-    monkeypatch.setattr(Resident, "run", counted)
+    monkeypatch.setattr(JobRunner, "run", counted)
 
 
 def test_as_many_trials_as_asked(launched):
@@ -114,7 +114,7 @@ def test_a_seed_gives_the_same_study(launched, tmp_path):
 
 def test_a_finished_study_has_nothing_to_do(copied, monkeypatch):
     before = values(copied)
-    monkeypatch.setattr(Resident, "__init__", lambda *arguments: pytest.fail("no model is needed"))
+    monkeypatch.setattr(JobRunner, "__init__", lambda *arguments: pytest.fail("no model is needed"))
     copied.launch(quiet())
     assert values(copied) == before
 
@@ -166,13 +166,13 @@ def test_a_killed_launchers_trial_is_closed(model_folder, text_file, tmp_path, m
 
 
 def test_a_failed_trial_is_recorded_and_the_study_goes_on(model_folder, text_file, tmp_path, monkeypatch):
-    study, run = Study(make_data(model_folder, text_file), tmp_path / "run"), Resident.run
+    study, run = Study(make_data(model_folder, text_file), tmp_path / "run"), JobRunner.run
     numbers = itertools.count(1)
 
     def failing(self, job):
         return {"failure": "RuntimeError: out of memory"} if next(numbers) == 3 else run(self, job)
 
-    monkeypatch.setattr(Resident, "run", failing)
+    monkeypatch.setattr(JobRunner, "run", failing)
     study.launch(quiet())
     (failed,) = [row for row in study.rows() if row.state == "failed"]
     assert failed.failure == "RuntimeError: out of memory"

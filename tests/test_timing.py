@@ -14,8 +14,9 @@ from rankfront.methods import DENSE_OPTION, InputError, Option, Unpacked
 from rankfront.objectives.latency import Latency, LatencyDecode, LatencyPrefill
 from rankfront.search import Plan, Study
 from rankfront.search.measure import timing
+from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.timing import Stopwatches, compared, timed
-from rankfront.search.measure.trial import Resident
 from rankfront.search.optimise.goal import menu_of, sizes_of, timings_of
 from rankfront.search.output.tables import menu_table
 from rankfront.search.plans.job import Job
@@ -140,7 +141,7 @@ def test_what_was_timed_by_other_code_is_timed_again(tmp_path, counted, monkeypa
 def test_what_a_model_keeps_unpacked_is_timed_unpacked(data, name, monkeypatch):
     """As it runs in trials: made dense once, not at every call."""
     data["space"] = {"methods": [name], "keep": [0.5], "rank_multiple": 2}
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     seen = []
     monkeypatch.setattr(
         timing, "_round", lambda copies, x: seen.extend(each(x) is None or each for each in copies) or 1.0
@@ -154,7 +155,7 @@ def test_what_a_model_keeps_unpacked_is_timed_unpacked(data, name, monkeypatch):
 def test_a_table_made_on_resuming_is_used(data, counted, tmp_path, monkeypatch):
     """By the search that goes on, not by those alone who read the run later."""
     with monkeypatch.context() as broken:
-        broken.setattr("rankfront.search.measure.trial.time_sites", lambda *arguments: 1 / 0)
+        broken.setattr("rankfront.search.measure.runner.time_sites", lambda *arguments: 1 / 0)
         make_run(data, tmp_path / "run")
     seen = []
     real = driver.make_rankfront_sampler
@@ -180,17 +181,19 @@ def test_every_distinct_module_is_timed_once_at_both_lengths(data, counted):
         "rank_multiple": 2,
         "include": ["*", "lm_head"],
     }
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     record = resident.run(Job("timing", 0, Plan(())))
     sites = record["timing"]["latency"]["sites"]
-    wanted = resident.space.wanted()
+    wanted = resident.compressed.space.wanted()
     assert all({DENSE, *(o.label for o in options)} <= sites[site.name].keys() for site, options in wanted.items())
     shapes = [(kind, repr(module), shape) for kind, module, shape in counted]
     assert len(shapes) == len(set(shapes))
     prompts = {shape[1] for _, module, shape in counted if "96" not in repr(module)}
     assert prompts == {1, SMALL["prompt"]}
     assert {
-        shape[1] for kind, module, shape in counted if kind == "dense" and module is resident.dense_modules["lm_head"]
+        shape[1]
+        for kind, module, shape in counted
+        if kind == "dense" and module is resident.compressed.dense_modules["lm_head"]
     } == {1}
     joint = next(site for site in wanted if len(site.weights) == 3)
     parts = [np.array(sites[weight.path][DENSE]) for weight in joint.weights]
@@ -216,11 +219,11 @@ def test_whatever_a_method_makes_can_be_timed(name, text_file, tmp_path, monkeyp
         "wara",
     ]
     data["space"] = {"methods": methods, "keep": [0.5], "rank_multiple": 2}
-    resident = Resident(Study(data).setup())
+    resident = JobRunner(Study(data).setup())
     record = resident.run(Job("timing", 0, Plan(())))
     assert "failure" not in record
     sites = record["timing"]["latency"]["sites"]
-    for site, options in resident.space.wanted().items():
+    for site, options in resident.compressed.space.wanted().items():
         assert all(min(sites[site.name][option.label]) >= 0 for option in options)
 
 
@@ -232,7 +235,7 @@ def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     ranks = frame["option"].str.extract(r"rank=(\d+)")[0].dropna().astype(int)
     assert len(ranks)
     assert ranks.max() <= 4
-    offered = {option.label for options in Resident(study.setup()).space.wanted().values() for option in options}
+    offered = {option.label for options in CompressedModel(study.setup()).space.wanted().values() for option in options}
     assert any(int(label.rpartition("=")[2]) > 4 for label in offered)
     assert [column.header for column in menu_table(frame).columns][-1] == "latency"
     assert (frame.loc[frame["method"] == "dense", "latency"] == 1).all()
@@ -245,7 +248,7 @@ def test_what_is_faster_in_one_way_of_two_is_on_the_menu(data, counted, tmp_path
     monkeypatch.setattr(timing, "compared", lambda module, dense, x, prepack: 2.0 if x.shape[1] > 1 else 0.5)
     data["objectives"] = {"perplexity": {}, "parameters": {}, "latency_prefill": SMALL, "latency_decode": SMALL}
     study = make_run(data, tmp_path / "run")
-    frame, wanted = study.menu(), Resident(study.setup()).space.wanted()
+    frame, wanted = study.menu(), CompressedModel(study.setup()).space.wanted()
     assert set(frame["option"]) - {DENSE} == {option.label for options in wanted.values() for option in options}
 
 
@@ -262,7 +265,7 @@ def test_budgets_are_time_where_nothing_else_is_counted(data, counted, tmp_path)
     study = make_run(data, tmp_path / "run")
     timings = timings_of(study.config, study._optuna().user_attrs)
     objective, table = timings["latency"]
-    space = Resident(study.setup()).space
+    space = CompressedModel(study.setup()).space
     (size,) = sizes_of(study.config, "float32", timings)
     for site, options in space.wanted().items():
         for option in (DENSE_OPTION, *options):
@@ -276,7 +279,7 @@ def test_a_table_is_made_once_and_a_failed_one_does_not_stop_the_study(data, tmp
         made.append(arguments)
         raise RuntimeError("no clock")
 
-    monkeypatch.setattr("rankfront.search.measure.trial.time_sites", failing)
+    monkeypatch.setattr("rankfront.search.measure.runner.time_sites", failing)
     study = make_run(data, tmp_path / "run")
     assert len(made) == 1
     assert "no clock" in study._optuna().user_attrs["timing"]["failure"]
@@ -303,7 +306,7 @@ def test_other_samplers_time_nothing(data, tmp_path, counted):
 
 def test_menus_without_a_table_are_as_before(data, tmp_path, counted):
     study = make_run(data, tmp_path / "run")
-    space = Resident(study.setup()).space
+    space = CompressedModel(study.setup()).space
     record = study._optuna().user_attrs["menu 0"]
     whole = menu_of(study.config, space, record, "float32", {})
     assert sum(len(line.options) for line in whole.lines) > sum(len(set(found)) for found in [study.menu()["option"]])

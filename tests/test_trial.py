@@ -1,7 +1,6 @@
 """A resident model through many trials: plans go in and out, and a failure is a value."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ from launching import small_data
 from rankfront.methods import InputError, method_names
 from rankfront.methods.layers import weight_of
 from rankfront.search.inputs.model import count_parameters
-from rankfront.search.measure.trial import Resident, prepare_store
+from rankfront.search.measure.evaluation_tokens import EvaluationTokens
+from rankfront.search.measure.prepare import prepare_store
+from rankfront.search.measure.runner import JobRunner
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -21,16 +22,16 @@ IDS = tokens(2, 16)
 
 def logits(resident):
     with torch.no_grad():
-        return resident.model(input_ids=IDS, use_cache=False).logits
+        return resident.compressed.model(input_ids=IDS, use_cache=False).logits
 
 
 def test_dense_again_is_the_very_same_model(resident):
-    before, modules = logits(resident), dict(resident.model.named_modules())
-    resident.apply(random_plan(resident, 0))
+    before, modules = logits(resident), dict(resident.compressed.model.named_modules())
+    resident.compressed.apply(random_plan(resident, 0))
     assert not torch.equal(logits(resident), before)
-    resident.apply(Plan(()))
+    resident.compressed.apply(Plan(()))
     assert torch.equal(logits(resident), before)
-    assert all(module is modules[path] for path, module in resident.model.named_modules())
+    assert all(module is modules[path] for path, module in resident.compressed.model.named_modules())
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
@@ -39,63 +40,63 @@ def test_what_is_offered_for_a_shared_head_can_be_looked_up(name, text_file, tmp
     data = small_data(save_folder(name, tmp_path / "model"), text_file)
     fast = [method for method in method_names() if not method.endswith("-published")]
     data["space"] = {"methods": fast, "keep": [0.5], "rank_multiple": 2, "include": ["lm_head"]}
-    resident = Resident(Study(data).setup())
-    ((site, options),) = resident.space.wanted().items()
+    resident = JobRunner(Study(data).setup())
+    ((site, options),) = resident.compressed.space.wanted().items()
     assert site.weights[0].tied
     assert {"svd-llm", "lrt", "gptq-int8", "rtn-int4", "hola-embedding"} <= {option.method for option in options}
     for option in options:
-        resident.apply(Plan.of({site.name: option}))
+        resident.compressed.apply(Plan.of({site.name: option}))
         assert logits(resident).isfinite().all(), option
 
 
 def test_a_plan_is_the_same_whatever_came_before(resident):
     first, second = random_plan(resident, 1), random_plan(resident, 2)
-    resident.apply(first)
+    resident.compressed.apply(first)
     expected = logits(resident)
-    resident.apply(second)
+    resident.compressed.apply(second)
     assert not torch.equal(logits(resident), expected)
-    resident.apply(first)
+    resident.compressed.apply(first)
     assert torch.equal(logits(resident), expected)
 
 
 def test_only_sites_whose_option_changed_are_swapped(resident):
     name, other = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
-    wanted = {site.name: options for site, options in resident.space.wanted().items()}
-    resident.apply(Plan.of({name: wanted[name][0], other: wanted[other][0]}))
-    kept, swapped = resident.model.get_submodule(name), resident.model.get_submodule(other)
-    resident.apply(Plan.of({name: wanted[name][0], other: wanted[other][1]}))
-    assert resident.model.get_submodule(name) is kept
-    assert resident.model.get_submodule(other) is not swapped
+    wanted = {site.name: options for site, options in resident.compressed.space.wanted().items()}
+    resident.compressed.apply(Plan.of({name: wanted[name][0], other: wanted[other][0]}))
+    kept, swapped = resident.compressed.model.get_submodule(name), resident.compressed.model.get_submodule(other)
+    resident.compressed.apply(Plan.of({name: wanted[name][0], other: wanted[other][1]}))
+    assert resident.compressed.model.get_submodule(name) is kept
+    assert resident.compressed.model.get_submodule(other) is not swapped
 
 
 def test_factors_are_the_methods_own(resident):
     """What runs after apply is the best rank-r matrix under plain SVD, for the whole space of svd options."""
-    for site, options in resident.space.wanted().items():
+    for site, options in resident.compressed.space.wanted().items():
         for option in options:
             if option.method != "svd":
                 continue
-            resident.apply(Plan.of({site.name: option}))
-            weight = weight_of(resident.dense_modules[site.name]).double()
-            difference = (weight - resident.model.get_submodule(site.name).matrix().double()).square().sum()
+            resident.compressed.apply(Plan.of({site.name: option}))
+            weight = weight_of(resident.compressed.dense_modules[site.name]).double()
+            difference = (weight - resident.compressed.model.get_submodule(site.name).matrix().double()).square().sum()
             best = torch.linalg.svdvals(weight)[option["rank"] :].square().sum()
             assert float(difference) == pytest.approx(float(best), rel=1e-4)
 
 
 def test_within_dense_the_model_is_dense(resident):
     before = logits(resident)
-    resident.apply(random_plan(resident, 3))
-    compressed, count = logits(resident), count_parameters(resident.model)
-    with resident.dense():
+    resident.compressed.apply(random_plan(resident, 3))
+    compressed, count = logits(resident), count_parameters(resident.compressed.model)
+    with resident.compressed.dense():
         assert torch.equal(logits(resident), before)
-        assert count_parameters(resident.model) == resident.dense_values
+        assert count_parameters(resident.compressed.model) == resident.compressed.dense_values
     assert torch.equal(logits(resident), compressed)
-    assert count_parameters(resident.model) == count
+    assert count_parameters(resident.compressed.model) == count
 
 
 def test_after_an_error_within_dense_the_plan_is_back(resident):
-    resident.apply(random_plan(resident, 3))
+    resident.compressed.apply(random_plan(resident, 3))
     compressed = logits(resident)
-    with pytest.raises(KeyError), resident.dense():
+    with pytest.raises(KeyError), resident.compressed.dense():
         raise KeyError("within")
     assert torch.equal(logits(resident), compressed)
 
@@ -106,7 +107,7 @@ def test_a_trial_is_one_flat_record(resident):
     assert list(record["values"]) == ["perplexity", "parameters"]
     assert record["values"]["perplexity"] == record["perplexity"] > 1
     assert record["values"]["parameters"] == record["parameters"] < 1
-    assert record["parameter_count"] == count_parameters(resident.model)
+    assert record["parameter_count"] == count_parameters(resident.compressed.model)
     assert record["bytes"] == 4 * record["parameter_count"]
     assert record["tokens"] == resident.setup.tokens["search"].numel()
     assert {"apply", "evaluate", "total"} <= record["seconds"].keys()
@@ -134,7 +135,7 @@ def test_a_failure_is_a_value_and_the_next_trial_runs(resident, monkeypatch, kin
 
     with monkeypatch.context() as patch:
         patch.setattr("rankfront.objectives._subject.score", fail)
-        patch.setattr("rankfront.search.measure.trial.score", fail)
+        patch.setattr("rankfront.search.measure.control.score", fail)
         record = resident.run(Job(kind, 0, plan))
     assert list(record) == (["failure", "lost"] if isinstance(error, MemoryError) else ["failure"])
     assert type(error).__name__ in record["failure"]
@@ -151,10 +152,10 @@ def test_what_is_not_finite_is_a_failure(resident, monkeypatch):
 
 def test_a_corrupt_factor_file_is_the_users_to_mend(resident, monkeypatch):
     """It would fail every trial alike, so it is raised, naming the file and the remedy."""
-    site, options = next(iter(resident.space.wanted().items()))
-    path = resident.store.path(site, options[0])
+    site, options = next(iter(resident.compressed.space.wanted().items()))
+    path = resident.compressed.store.path(site, options[0])
     whole = path.read_bytes()
-    resident.store._open.clear()
+    resident.compressed.store._open.clear()
     try:
         path.write_bytes(whole[:-4] + b"\0\1\2\3")
         with pytest.raises(InputError, match=r"corrupt.*--rebuild") as caught:
@@ -178,28 +179,28 @@ def test_what_is_in_the_store_is_not_prepared_again(resident):
     def unwanted(phase, done, total):
         raise AssertionError(phase)
 
-    assert not prepare_store(resident.setup, resident.space, unwanted).seconds
-    assert not resident.store.missing(resident.space.wanted())
+    assert not prepare_store(resident.setup, resident.compressed.space, unwanted).seconds
+    assert not resident.compressed.store.missing(resident.compressed.space.wanted())
 
 
 def test_a_second_resident_gives_the_same_values(resident):
     plan = random_plan(resident, 6)
-    other = Resident(resident.setup)
+    other = JobRunner(resident.setup)
     assert other.run(Job("trial", 0, plan))["values"] == resident.run(Job("trial", 0, plan))["values"]
 
 
 def test_menu_and_slopes_read_short_pieces_that_no_trial_reads(resident, monkeypatch):
     """Pieces are whole, neighbours read others, and every call the same."""
-    monkeypatch.setattr("rankfront.search.measure.trial.PIECE_TOKENS", 12)  # windows of 32 in three pieces of 10
+    monkeypatch.setattr(
+        "rankfront.search.measure.evaluation_tokens.PIECE_TOKENS", 12
+    )  # windows of 32 in three pieces of 10
     windows = torch.arange(6 * 32).reshape(6, 32)
-    monkeypatch.setattr(resident, "setup", replace(resident.setup, tokens={"search": windows}))
-    monkeypatch.setattr(resident, "rungs", [slice(0, 2)])
-    first, second = resident.spare(0, 50), resident.spare(1, 50)
+    tokens = EvaluationTokens(windows, [slice(0, 2)], seed=0)
+    first, second = tokens.spare(0, 50), tokens.spare(1, 50)
     assert first.shape == second.shape == (5, 10)
-    assert torch.equal(first, resident.spare(0, 50))
+    assert torch.equal(first, tokens.spare(0, 50))
     both = torch.cat([first, second]).flatten()
     assert both.min() >= 64
     assert len(both.unique()) == len(both)
     assert torch.equal(first[:, 1:], first[:, :1] + torch.arange(1, 10))
-    monkeypatch.setattr(resident, "rungs", [slice(0, 6)])
-    assert resident.spare(0, 60).min() < 64
+    assert EvaluationTokens(windows, [slice(0, 6)], seed=0).spare(0, 60).min() < 64

@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from rankfront.methods import InputError
 from rankfront.search.inputs.model import load_model, load_tokenizer, resolve, skeleton
-from rankfront.search.measure.trial import Resident, make_space
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import make_space
 from rankfront.search.output.evaluate import evaluate
 from rankfront.search.output.export import _mark
 from rankfront.search.study import Study
@@ -177,10 +178,10 @@ def test_token_ids_beyond_the_table_are_one_line_with_both_numbers(tmp_path, tex
 
 
 def test_a_factored_export_is_no_model_of_a_study_and_names_the_class_that_loads_it(setup, tmp_path, text_file):
-    resident = Resident(setup)
-    resident.apply(common.random_plan(resident, 3))
-    _mark(resident.model, resident)
-    resident.model.save_pretrained(tmp_path / "out")
+    resident = JobRunner(setup)
+    resident.compressed.apply(common.random_plan(resident, 3))
+    _mark(resident.compressed.model, resident)
+    resident.compressed.model.save_pretrained(tmp_path / "out")
     common.tiny_tokenizer().save_pretrained(tmp_path / "out")
     study = Study(common.study_data(tmp_path / "out", text_file))
     assert "factored export" in refusal(lambda: make_space(study.setup()))

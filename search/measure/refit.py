@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,8 @@ from rankfront.methods import DENSE_OPTION, Gram, Option, Site, Statistics, get_
 from rankfront.methods.layers import set_module
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.model import blocks, weights_at
+from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.plans.plan import Plan
-
-if TYPE_CHECKING:
-    from rankfront.search.measure.trial import Resident
 
 BATCH_TOKENS = 2048  # tokens that a block reads at once
 ANCHOR = 0.5  # β
@@ -45,39 +43,39 @@ class _Reached(Exception):
 
 
 @contextmanager
-def refitted(resident: Resident, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[None]:
+def refitted(compressed: CompressedModel, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[None]:
     """Within, the model runs ``plan`` refitted sequentially on the calibrate split; dense after.
 
     Beside the model it holds hidden states of all these tokens twice, and what the weights of one block read.
     """
-    resident.apply(plan)
+    compressed.apply(plan)
     try:
         with torch.no_grad():
-            _refit(resident, resident.setup.tokens["calibrate"], progress)
+            _refit(compressed, compressed.setup.tokens["calibrate"], progress)
         yield
     finally:
-        resident.apply(Plan(()))
+        compressed.apply(Plan(()))
 
 
-def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
-    model, ids = resident.model, _batches(windows, resident.setup.device)
-    with resident.dense():
+def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> None:
+    model, ids = compressed.model, _batches(windows, compressed.setup.device)
+    with compressed.dense():
         prefix, found = blocks(model)
     by_block: dict[int, dict[Site, Option]] = {}
-    for site, place in resident.sites.items():
-        option = resident.current.get(site.name, DENSE_OPTION)
+    for site, place in compressed.sites.items():
+        option = compressed.current.get(site.name, DENSE_OPTION)
         if option != DENSE_OPTION and place.block is not None and get_method(option.method).refits(site):
             by_block.setdefault(place.block, {})[site] = option
     reads = {site: _reads(site, option) for own in by_block.values() for site, option in own.items()}
     calls = _calls(model, found, ids[0])
-    compressed = [_first(model, found[0], batch) for batch in ids]
-    with resident.dense():
+    shifted = [_first(model, found[0], batch) for batch in ids]
+    with compressed.dense():
         dense = [_first(model, found[0], batch) for batch in ids]
         lead = shared_inputs(model, list(reads.values()), ids[0][:1])  # in the order of the calls
     for number, block in enumerate(found):
         path = f"{prefix}.{number}."
-        own = {name: module for name, module in resident.modules.items() if name.startswith(path)}
-        plain = {name: resident.dense_modules[name] for name in own}
+        own = {name: module for name, module in compressed.modules.items() if name.startswith(path)}
+        plain = {name: compressed.dense_modules[name] for name in own}
 
         def run(hidden: Tensor, block: nn.Module = block, call: _Call = calls[number]) -> Tensor:
             return call.run(block, hidden)
@@ -91,12 +89,12 @@ def _refit(resident: Resident, windows: Tensor, progress: Progress) -> None:
             treated = {weight.path: plain[weight.path] for site in sites for weight in site.weights}
             sums = _Sums()
             with _in_place(model, treated, own):
-                for (_, inputs), hidden in zip(seen, compressed, strict=True):
+                for (_, inputs), hidden in zip(seen, shifted, strict=True):
                     sums.add(inputs[stage], _caught(model.get_submodule(stage), partial(run, hidden)))
             for site, option in sites.items():
-                _fit(resident, site, option, sums)
-                own |= {weight.path: resident.modules[weight.path] for weight in site.weights}
-        compressed = [run(hidden) for hidden in compressed]
+                _fit(compressed, site, option, sums)
+                own |= {weight.path: compressed.modules[weight.path] for weight in site.weights}
+        shifted = [run(hidden) for hidden in shifted]
         progress(number + 1, len(found))
 
 
@@ -222,15 +220,15 @@ class _Sums:
         return torch.lerp(weight.double(), weight.double() @ moved.T, ANCHOR)
 
 
-def _fit(resident: Resident, site: Site, option: Option, sums: _Sums) -> None:
+def _fit(compressed: CompressedModel, site: Site, option: Option, sums: _Sums) -> None:
     """Fit ``option`` again at ``site`` and run it."""
     method = get_method(option.method)
-    dense = {weight.path: resident.dense_modules[weight.path] for weight in site.weights}
-    with _in_place(resident.model, dense, resident.modules):
-        weights = weights_at(resident.model, site)
+    dense = {weight.path: compressed.dense_modules[weight.path] for weight in site.weights}
+    with _in_place(compressed.model, dense, compressed.modules):
+        weights = weights_at(compressed.model, site)
     assert sums.own is not None
     statistics = Statistics(sums.tokens, gram=Gram(sums.own))
     roles = method.refits(site)
     weights |= {role: sums.target(weights[role]) for role in roles}
     prepared = method.prepare(site, weights, dict.fromkeys(roles, statistics), [option])
-    resident.replace(site, method.truncate(prepared, option))
+    compressed.replace(site, method.truncate(prepared, option))

@@ -23,12 +23,14 @@ from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
 from rankfront.search.choices import Format, Refit
 from rankfront.search.errors import ExportError
-from rankfront.search.inputs.model import load_tokenizer, quiet, staged
-from rankfront.search.measure.control import PROMPTS, Report, warning
+from rankfront.search.inputs.model import quiet, staged
+from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.control import PROMPTS, Report, reported
 from rankfront.search.measure.joining import separate
 from rankfront.search.measure.refit import refitted
-from rankfront.search.measure.trial import Resident, Setup
+from rankfront.search.measure.setup import Setup
 from rankfront.search.output import verify
+from rankfront.search.output.control_check import warning
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
@@ -77,55 +79,57 @@ def export(
             raise InputError(
                 f"trial {row.number} has {name} {value} and the run now {now.get(name)}: restore what changed"
             )
-    resident = Resident(setup)
+    compressed = CompressedModel(setup)
     try:
         if refit == "none":
-            resident.apply(row.plan)
-            reported = _reported(resident, row.report, dense)
-            return _write_verified(resident, row, out, form, row.attributes["perplexity"], refit, reported)
-        with refitted(resident, row.plan):
-            measured = score(resident.model, resident.windows(row.rung)).perplexity
-            reported = _reported(resident, None, dense)
-            return _write_verified(resident, row, out, form, measured, refit, reported)
+            compressed.apply(row.plan)
+            reports = _reported(compressed, row.report, dense)
+            return _write_verified(compressed, row, out, form, row.attributes["perplexity"], refit, reports)
+        with refitted(compressed, row.plan):
+            measured = score(compressed.model, setup.tokens["search"][setup.config.rung_windows()[row.rung]]).perplexity
+            reports = _reported(compressed, None, dense)
+            return _write_verified(compressed, row, out, form, measured, refit, reports)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
 
 
-def _reported(resident: Resident, known: Report | None, dense: Report | None) -> tuple[Report, Report]:
+def _reported(compressed: CompressedModel, known: Report | None, dense: Report | None) -> tuple[Report, Report]:
     """What is reported of the model that runs, and of the dense one: as ``known``, else measured now."""
 
     def measured(report: Report | None) -> Report:
-        return report if report is not None and "continuations" in report else resident.reported()
+        if report is not None and "continuations" in report:
+            return report
+        return reported(compressed.model, compressed.setup.tokens, compressed.tokenizer)
 
     ours = measured(known)
-    with resident.dense():
+    with compressed.dense():
         return ours, measured(dense)
 
 
-def _in_buffers(resident: Resident) -> int:
+def _in_buffers(compressed: CompressedModel) -> int:
     """What the plan's integers and index bits count as, which are no parameters of a module."""
-    treated = ((site, resident.current.get(site.name, DENSE_OPTION)) for site in resident.sites)
+    treated = ((site, compressed.current.get(site.name, DENSE_OPTION)) for site in compressed.sites)
     used = (get_method(option.method).storage(site, option) for site, option in treated if option != DENSE_OPTION)
     return sum(used, Storage(0)).buffers
 
 
 def _write_verified(
-    resident: Resident,
+    compressed: CompressedModel,
     row: Row,
     out: Path,
     form: Format,
     measured: float,
     refit: Refit,
-    reported: tuple[Report, Report],
+    reports: tuple[Report, Report],
 ) -> Verified:
-    """Write what ``resident`` runs, which has ``measured`` as its perplexity, reload it and compare."""
-    setup = resident.setup
-    expected, buffers = resident.dense_values, 0
+    """Write what ``compressed`` runs, which has ``measured`` as its perplexity, reload it and compare."""
+    setup = compressed.setup
+    expected, buffers = compressed.dense_values, 0
     if form == "factored":
-        buffers = _in_buffers(resident)
+        buffers = _in_buffers(compressed)
         expected = row.attributes["parameter_count"] - buffers
     with staged(out) as folder:
-        _write(resident, row, folder, form)
+        _write(compressed, row, folder, form)
         verified = _verify(setup, folder, row.rung)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
@@ -134,33 +138,33 @@ def _write_verified(
                 f"the export's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
                 f" tokens, more than {TOLERANCE:.1%} apart: not kept"
             )
-        line = warning(*reported, setup.config.data.control.label)
+        line = warning(*reports, setup.config.data.control.label)
         verified = replace(verified, parameters=verified.parameters + buffers, warning=line)
-        (folder / "README.md").write_text(_card(setup, row, verified, form, refit, reported), encoding="utf-8")
+        (folder / "README.md").write_text(_card(setup, row, verified, form, refit, reports), encoding="utf-8")
     return verified
 
 
-def _write(resident: Resident, row: Row, folder: Path, form: Format) -> None:
-    model: Any = resident.model
+def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) -> None:
+    model: Any = compressed.model
     model.config.dtype = next(model.parameters()).dtype
     if form == "factored":
-        _mark(model, resident)
+        _mark(model, compressed)
     else:
-        _multiply_out(model, resident.modules, resident.dense_modules)
+        _multiply_out(model, compressed.modules, compressed.dense_modules)
     with quiet():
         model.save_pretrained(folder)
     try:
-        load_tokenizer(resident.setup.source).save_pretrained(folder)
+        compressed.tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises a bare Exception where the disk is full
         raise OSError(str(error)) from error
     (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
 
 
-def _mark(model: Any, resident: Resident) -> None:
+def _mark(model: Any, compressed: CompressedModel) -> None:
     """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
-    joined = resident.join()
-    separate(resident.modules.values())  # files hold every factor by itself
-    config = RankfrontConfig(modules=resident.layers, tied=_tied(model, resident.layers), joined=joined)
+    joined = compressed.join()
+    separate(compressed.modules.values())  # files hold every factor by itself
+    config = RankfrontConfig(modules=compressed.layers, tied=_tied(model, compressed.layers), joined=joined)
     model.config.quantization_config = config
     model.hf_quantizer = RankfrontQuantizer(config)
     tie_factors(model, config)
@@ -231,7 +235,7 @@ def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
 
 
 def _card(
-    setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit, reported: tuple[Report, Report]
+    setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit, reports: tuple[Report, Report]
 ) -> str:
     """The model card: what this is, how to load it, what was measured, of dense too where it says what was lost."""
     search, data = setup.config.search, setup.config.data
@@ -244,7 +248,7 @@ def _card(
         f"perplexity, search split ({data.search.label}), reloaded": f"{verified.perplexity:.6g}",
     }
     texts = {"perplexity": f"report split ({data.report.label})", "control": f"control text ({data.control.label})"}
-    ours, dense = reported
+    ours, dense = reports
     for name, text in texts.items():
         if name in ours and name in dense:
             figures[f"perplexity, {text}"] = f"{ours[name]:.6g} (dense: {dense[name]:.6g})"

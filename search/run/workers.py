@@ -29,7 +29,8 @@ from ray.tune.search import Searcher
 from rankfront.methods import InputError
 from rankfront.search.config import ResourcesConfig
 from rankfront.search.inputs.device import out_of_memory, set_threads
-from rankfront.search.measure.trial import Resident, Setup
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.driver import Driver
@@ -49,7 +50,7 @@ class Worker(tune.Trainable):
         set_threads(cpus)
         self.refused: str | None = None
         try:
-            self.resident = Resident(setup)
+            self.runner = JobRunner(setup)
         except Exception as error:  # whatever else it is, every trial would meet it: say it once
             if out_of_memory(error):
                 raise
@@ -69,7 +70,7 @@ class Worker(tune.Trainable):
         elif self.refused is None:
             kind, number, plan, rung, tokens = self.job
             try:
-                return self.resident.run(Job(kind, number, Plan.from_json(plan), rung, tokens))
+                return self.runner.run(Job(kind, number, Plan.from_json(plan), rung, tokens))
             except InputError as error:
                 self.refused = str(error)
         return {"refused": self.refused}

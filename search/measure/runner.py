@@ -1,0 +1,251 @@
+"""Runs jobs on the resident model: a job in, one flat record out."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from rankfront.methods import InputError, Option, Site
+from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
+from rankfront.objectives.memory import note_running
+from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
+from rankfront.search.inputs.text import hash_tokens
+from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.control import reported
+from rankfront.search.measure.evaluation_tokens import EvaluationTokens
+from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS, predict
+from rankfront.search.measure.prepare import Progress
+from rankfront.search.measure.refit import refitted
+from rankfront.search.measure.setup import Setup
+from rankfront.search.measure.slopes import measure_slopes
+from rankfront.search.measure.timing import time_sites, time_whole
+from rankfront.search.plans.job import Job, Kind, Record
+from rankfront.search.plans.latency_table import pack
+from rankfront.search.plans.menu_jobs import menu_jobs
+from rankfront.search.plans.plan import Plan, cost_of
+from rankfront.search.plans.slope_cost import PASSES
+from rankfront.search.plans.space import Single
+
+FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a job, which becomes a value of its record
+
+
+class JobRunner:
+    """A compressed model, the tokens that it is evaluated on, and the dense model's predictions on them."""
+
+    def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
+        self.setup = setup
+        self.compressed = CompressedModel(setup, progress)
+        self.tokens = EvaluationTokens(setup.tokens["search"], setup.config.rung_windows(), setup.config.search.seed)
+        self.teachers: dict[int, Teacher] = {}  # by rung
+        self.probe_teacher: Teacher | None = None  # on the windows of the menu's probes
+
+    def run(self, job: Job) -> Record:
+        """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception; ``lost``
+        is there too where memory was short.
+
+        `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
+        """
+        store = self.compressed.store
+        try:
+            record = MEASURES[job.kind](self, job)
+            store.check()
+            if job.kind in ("menu", "slopes"):  # which look at every option of every site
+                give_back_memory()
+            return record
+        except InputError:
+            raise
+        except FAILURES as error:
+            record = {"failure": _reason(error)} | ({"lost": True} if out_of_memory(error) else {})
+        self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
+        store.check()
+        return record
+
+    def _recover(self) -> None:
+        """Back to dense, with whatever the failed trial still held given back."""
+        self.compressed.apply(Plan(()))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def refitted_perplexity(self, plan: Plan, clock: Clock) -> Record:
+        """Perplexity on the report split after a refit, or why there is none: what was measured without it counts."""
+        try:
+            with clock.phase("refit"), refitted(self.compressed, plan):
+                perplexity = score(self.compressed.model, self.setup.tokens["report"]).perplexity
+            return {"refitted": perplexity} if math.isfinite(perplexity) else {"refit_failure": f"{perplexity=}"}
+        except InputError:
+            raise
+        except FAILURES as error:
+            reason = _reason(error)
+        self._recover()
+        return {"refit_failure": reason}
+
+    def teacher(self, rung: int) -> Teacher:
+        """The dense model's predictions on the windows of a rung, computed once."""
+        if rung not in self.teachers:
+            with self.compressed.dense():
+                self.teachers[rung] = teach(self.compressed.model, self.tokens.windows(rung))
+        return self.teachers[rung]
+
+    def subject(self, plan: Plan, clock: Clock, rung: int = 0) -> Subject:
+        """``plan`` applied, ready for objectives on the windows of ``rung``."""
+        compressed = self.compressed
+        with clock.phase("apply"):
+            compressed.apply(plan)
+        if compressed.timed:
+            with clock.phase("join"):
+                compressed.join()
+        inside = {site: place.block is not None for site, place in compressed.sites.items()}
+        cost = cost_of(plan, inside, compressed.dense_values, DTYPES[self.setup.dtype].itemsize)
+        teacher = None
+        if "divergence" in self.setup.config.objectives:
+            with clock.phase("teacher"):
+                teacher = self.teacher(rung)
+        dense = compressed.dense if compressed.modules else None
+        return Subject(compressed.model, dense, self.tokens.windows(rung), teacher, cost, clock)
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def measure_trial(runner: JobRunner, job: Job) -> Record:
+    """The study's objectives of a plan, on the windows of a rung."""
+    clock, config = Clock(), runner.setup.config
+    with clock.phase("total"):
+        taught = job.rung in runner.teachers
+        subject = runner.subject(job.plan, clock, job.rung)
+        values = {name: make_objective(name, settings).value(subject) for name, settings in config.objectives.items()}
+        perplexity = subject.scores.perplexity
+        note_running(subject)
+    bad = {name: value for name, value in {"perplexity": perplexity, **values}.items() if not math.isfinite(value)}
+    if bad:
+        return {"failure": f"not finite: {', '.join(f'{name} is {value}' for name, value in bad.items())}"}
+    return {
+        "values": values,
+        "perplexity": perplexity,
+        "parameters": subject.cost.parameters,
+        "block_parameters": subject.cost.block_parameters,
+        "parameter_count": subject.cost.values,
+        "bytes": subject.cost.bytes,
+        "tokens": subject.scores.tokens + (0 if taught or subject.teacher is None else subject.windows.numel()),
+        "rung": job.rung,
+        "fidelity": subject.windows.numel(),
+        "notes": subject.notes,
+        "seconds": clock.seconds,
+        "split": hash_tokens(subject.windows),
+        "seed": config.search.seed,
+    }
+
+
+def measure_report(runner: JobRunner, job: Job) -> Record:
+    """A front member on the report split and the control text, and what it says; refitted too, where the study asks."""
+    clock, compressed = Clock(), runner.compressed
+    with clock.phase("apply"):
+        compressed.apply(job.plan)
+    with clock.phase("evaluate"):
+        record: Record = dict(reported(compressed.model, runner.setup.tokens, compressed.tokenizer))
+    if "failure" not in record and runner.setup.config.search.refit == "sequential" and job.plan.choices:
+        record |= runner.refitted_perplexity(job.plan, clock)
+    return record | {"seconds": clock.seconds}
+
+
+def measure_menu(runner: JobRunner, job: Job) -> Record:
+    """Predicted divergence of every option alone, from the source that the study names: the sites of one job.
+
+    A job with a plan measures the divergence of that plan instead, which predictions are scaled by.
+    """
+    clock, compressed, search = Clock(), runner.compressed, runner.setup.config.search
+    if job.plan.choices:
+        with clock.phase("menu"):
+            return _probe(runner, job.plan) | {"seconds": clock.seconds}
+    compressed.apply(job.plan)
+    wanted = compressed.store.usable(compressed.space.wanted())
+    jobs = menu_jobs(search.menu, len(compressed.space.choices))
+    own = dict(list(wanted.items())[job.number :: jobs])
+    with clock.phase("menu"):
+        windows = runner.tokens.spare(0, MENU_TOKENS)
+        found = predict(
+            compressed.model, compressed.apply_one, windows, own, compressed.store, search.menu, search.seed
+        )
+    return found | {"seconds": clock.seconds}
+
+
+def _probe(runner: JobRunner, plan: Plan) -> Record:
+    """Measured divergence of a plan, and what it treats."""
+    compressed, windows = runner.compressed, runner.tokens.spare(0, PROBE_TOKENS)
+    tokens = windows.numel()
+    if runner.probe_teacher is None:
+        tokens += windows.numel()
+        with compressed.dense():
+            runner.probe_teacher = teach(compressed.model, windows)
+    compressed.apply(plan)
+    divergence = score(compressed.model, windows, runner.probe_teacher).divergence
+    return {
+        "probed": {site: option.label for site, option in plan.by_site.items()},
+        "divergence": divergence if math.isfinite(divergence) else None,
+        "tokens": tokens,
+    }
+
+
+def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
+    """What switching any option of the plan changes: site -> [a, b], in the order of its variable's options."""
+    clock, compressed, setup = Clock(), runner.compressed, runner.setup
+    windows, teacher = runner.tokens.spare(job.number, job.tokens), None
+    if setup.loss == "divergence":
+        with clock.phase("teacher"):
+            compressed.apply(Plan(()))
+            teacher = teach(compressed.model, windows)
+    with clock.phase("apply"):
+        compressed.apply(job.plan)
+    with clock.phase("slopes"), compressed.anchored():
+        found = measure_slopes(
+            compressed.model,
+            windows,
+            compressed.store.usable(compressed.space.wanted()),
+            compressed.current,
+            compressed.dense_modules,
+            compressed.store,
+            teacher,
+            setup.config.search.seed + job.number,
+        )
+    packed = {}
+    for variable in compressed.space.variables:
+        if isinstance(variable, Single) and variable.name in found:
+            pairs = [found[variable.name].get(option.label) for option in variable.options]
+            packed[variable.name] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
+    read = windows.numel()
+    return {"slopes": packed, "slope_tokens": read, "tokens": PASSES[setup.loss] * read, "seconds": clock.seconds}
+
+
+def measure_timing(runner: JobRunner, job: Job) -> Record:
+    """The latency table of every latency among the objectives: name -> sites and the whole dense model."""
+    clock, compressed = Clock(), runner.compressed
+    store, dense, watches = compressed.store, compressed.dense_modules, compressed.watches
+    compressed.apply(job.plan)
+    outside = {site.name for site, place in compressed.sites.items() if place.block is None}
+
+    def made(site: Site, option: Option) -> dict[str, nn.Module]:
+        return compressed.made({w.role: (w.path,) for w in site.weights}, store.factors(site, option))
+
+    wanted, found = store.usable(compressed.space.wanted()), {}
+    with clock.phase("timing"):
+        for name, objective in compressed.timed.items():
+            sites = time_sites(objective, wanted, outside, dense, store, made, watches)
+            whole = time_whole(objective, compressed.model, runner.setup.tokens["search"])
+            found[name] = {"sites": pack(sites), "whole": whole}
+    return {"timing": found, "seconds": clock.seconds}
+
+
+MEASURES: dict[Kind, Callable[[JobRunner, Job], Record]] = {
+    "trial": measure_trial,
+    "report": measure_report,
+    "menu": measure_menu,
+    "slopes": measure_plan_slopes,
+    "timing": measure_timing,
+}

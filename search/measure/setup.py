@@ -1,0 +1,70 @@
+"""What is measured: a study resolved on this machine, and the space of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from rankfront.search.config import StudyConfig
+from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs.device import DTYPES
+from rankfront.search.inputs.model import Source, check_length, check_tokens, find_sites, skeleton, use_attention
+from rankfront.search.inputs.text import hash_tokens
+from rankfront.search.plans.latency_table import timed_objectives
+from rankfront.search.plans.space import Space
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a worker needs to build its resident model, plain enough to send anywhere.
+
+    Attributes:
+        config: the validated study.
+        source: the model, resolved where the study was launched: paths are absolute.
+        dtype, device: as resolved at the study's first launch.
+        fingerprint: hash of the weights.
+        tokens: split -> windows (W, L).
+        cache: folder of the factor store.
+        groups: bands of depth that share an option of each kind of projection, for samplers that need few variables;
+            0 where every site is a variable.
+        loss: whose slopes are measured: ``divergence`` or ``perplexity``, which stands for the log-likelihood.
+        unmade: factor files that this launch could not make, and why: its trials that want them fail.
+    """
+
+    config: StudyConfig
+    source: Source
+    dtype: str
+    device: str
+    fingerprint: str
+    tokens: dict[str, Tensor]
+    cache: str
+    groups: int = 0
+    loss: str = "perplexity"
+    unmade: Mapping[Path, str] = field(default_factory=dict)
+
+    def store(self) -> FactorStore:
+        text = f"{hash_tokens(self.tokens['calibrate'])} {self.dtype}"
+        return FactorStore(self.fingerprint, text, DTYPES[self.dtype], Path(self.cache), self.unmade)
+
+    def origin(self) -> dict[str, str]:
+        """What a plan of this study says it belongs to."""
+        calibration = hash_tokens(self.tokens["calibrate"])
+        return {
+            "model": self.config.model.name,
+            "fingerprint": self.fingerprint,
+            "calibration": calibration,
+            "dtype": self.dtype,
+        }
+
+
+def make_space(setup: Setup) -> Space:
+    """The study's space, from the model's skeleton: no weights are read."""
+    model = skeleton(setup.source)
+    use_attention(model, setup.config.model.attention)
+    check_tokens(model, setup.tokens)
+    for name, timed in timed_objectives(setup.config.objectives).items():
+        check_length(model, timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
+    return Space(find_sites(model), setup.config.space, setup.groups)
