@@ -14,6 +14,7 @@ import typer
 
 import rankfront
 from rankfront.methods import InputError
+from rankfront.search import attributes as keys
 from rankfront.search.choices import Format, Refit
 from rankfront.search.errors import ExportError, GaveUp, Interrupted
 from rankfront.search.plain import literal, plain
@@ -133,7 +134,7 @@ def solve(
         return
     row = study.solve(*limits, console=terminal())
     values = ", ".join(f"{name} {value:.4g}" for name, value in row.values.items())
-    kept = row.attributes["block_parameters"]
+    kept = row.attributes[keys.BLOCK_PARAMETERS]
     _say(output(), f"trial {row.number} ({row.origin}): {values}, block_parameters {kept:.4g}")
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rankfront.methods import InputError
+from rankfront.search import attributes as keys
 from rankfront.search.choices import Format, Refit
 from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config
 from rankfront.search.errors import Interrupted
@@ -202,7 +203,7 @@ class Study:
 
     def latency_failure(self) -> str | None:
         """Why there is no latency table, where making it failed; the next launch tries again."""
-        failure: str | None = self._optuna().user_attrs.get("timing", {}).get("failure")
+        failure: str | None = self._optuna().user_attrs.get(keys.TIMING, {}).get(keys.FAILURE)
         return failure
 
     def damages(self) -> list[str]:
@@ -265,7 +266,7 @@ class Study:
         if number is None:
             with self.run.lock():
                 storage = self._optuna(write=True)
-                storage.enqueue_trial(found.draws, user_attrs={"origin": "solve", "anchor": " ".join(constraints)})
+                storage.enqueue_trial(found.draws, user_attrs={keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
                 number = storage.get_trials(deepcopy=False)[-1].number
                 close(storage)
         rows = self.rows()

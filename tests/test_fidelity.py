@@ -7,11 +7,12 @@ import pytest
 from launching import again, make_driver, make_run, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
+from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.halving import pareto_order, rung_windows
-from rankfront.search.optimise.samplers import INTERRUPTED, OURS
+from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from rankfront.search import attributes
+
 SEARCH = Path(__file__).resolve().parent.parent / "search"
 # modules beside the packages that every package may import
-LEAVES = {"config", "names", "splits", "choices", "errors", "plain", "atomic"}
+LEAVES = {"attributes", "config", "names", "splits", "choices", "errors", "plain", "atomic"}
 BELOW = {  # package -> the packages that it may import
     "inputs": set(),
     "factors": {"inputs"},
@@ -30,8 +32,6 @@ UPWARD = {  # imports against that order that are still to go
     "output.tables -> study",
     "plans.constraint -> storage.front",
     "plans.limits -> optimise.goal",
-    "storage.checked -> optimise.samplers",
-    "storage.front -> optimise.samplers",
 }
 IMPORT_TORCH = {"storage.folder"}  # among those that should not, still to mend
 
@@ -94,3 +94,42 @@ def test_what_computes_plans_does_not_import_torch(layer):
         if package(name) == layer and heavy & {package(each) for each in imported(path)}
     }
     assert found == {each for each in IMPORT_TORCH if package(each) == layer}
+
+
+STORED = {"user_attrs", "attributes"}  # what trials and rows have their attributes under
+UNMISTAKABLE = {name for name in attributes.DECIDING if "_" in name} | {attributes.PROMOTED}
+
+
+def literals_of_attributes(path):
+    """Literals by which a file reads, writes or queues attributes of trials and of the study, and those that can be
+    nothing but their names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        found = []
+        if isinstance(node, ast.Subscript) and named(node.value):
+            found = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            reads = node.func.attr in ("get", "pop") and named(node.func.value)
+            if reads or node.func.attr in ("set_user_attr", "set_study_user_attr", "set_trial_user_attr"):
+                found = node.args[-2:] if len(node.args) > 2 else node.args[:1]
+            queued = [keyword.value for keyword in node.keywords if keyword.arg == "user_attrs"]
+            found += [key for asked in queued if isinstance(asked, ast.Dict) for key in asked.keys]
+        elif isinstance(node, ast.Compare) and any(named(each) for each in node.comparators):
+            found = [node.left]
+        elif isinstance(node, ast.Constant) and node.value in UNMISTAKABLE:
+            found = [node]
+        yield from (ast.unparse(each) for each in found if isinstance(each, ast.Constant | ast.JoinedStr))
+
+
+def named(node):
+    """Whether an expression is something's attributes, as they are called here."""
+    return (node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)) in STORED
+
+
+def test_one_module_alone_knows_the_names_of_stored_attributes():
+    found = {
+        f"{name}: {literal}"
+        for name, path in modules().items()
+        if name != "attributes"
+        for literal in literals_of_attributes(path)
+    }
+    assert found == set()

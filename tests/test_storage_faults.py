@@ -12,8 +12,8 @@ from launching import again, check_whole, make_run, quiet, small_data, tree, val
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run as command
+from rankfront.search.attributes import DAMAGED
 from rankfront.search.measure.runner import JobRunner
-from rankfront.search.optimise.samplers import DAMAGED
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.urls import to_write
 from rankfront.search.study import Study

@@ -12,6 +12,7 @@ from torch import nn
 from rankfront.methods import InputError, Option, Site
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives.memory import note_running
+from rankfront.search.attributes import SLOPE_TOKENS
 from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.compressed_model import CompressedModel
@@ -220,7 +221,7 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
             pairs = [found[variable.name].get(option.label) for option in variable.options]
             packed[variable.name] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
     read = windows.numel()
-    return {"slopes": packed, "slope_tokens": read, "tokens": PASSES[setup.loss] * read, "seconds": clock.seconds}
+    return {"slopes": packed, SLOPE_TOKENS: read, "tokens": PASSES[setup.loss] * read, "seconds": clock.seconds}
 
 
 def measure_timing(runner: JobRunner, job: Job) -> Record:

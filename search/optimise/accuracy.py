@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from rankfront.search import attributes as keys
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
 
 RECENT = 16  # trials
@@ -71,13 +72,13 @@ def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:
 
     They are of values at the first rung, which is where they are compared, those of the front's plans too.
     """
-    known = [row for row in comparable(rows, rung=0) if row.attributes.get("predicted") is not None]
-    pairs = np.array([(row.attributes["predicted"], row.values[objective]) for row in known]).reshape(-1, 2)
+    known = [row for row in comparable(rows, rung=0) if row.attributes.get(keys.PREDICTED) is not None]
+    pairs = np.array([(row.attributes[keys.PREDICTED], row.values[objective]) for row in known]).reshape(-1, 2)
     if len(pairs) < 3 or len(np.unique(pairs[:, 0])) < 2 or len(np.unique(pairs[:, 1])) < 2:
         return None
     front = {row.plan_key for row in front_of(rows)}
     at_front = [abs(p / m - 1) for row, (p, m) in zip(known, pairs, strict=True) if row.plan_key in front]
-    sizes = np.array([row.attributes.get("block_parameters", math.nan) for row in known])
+    sizes = np.array([row.attributes.get(keys.BLOCK_PARAMETERS, math.nan) for row in known])
     return Calibration(
         trials=len(pairs),
         spearman=float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic),

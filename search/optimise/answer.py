@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 
 from rankfront.methods import InputError
+from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig
 from rankfront.search.inputs.model import Source, find_sites, skeleton
 from rankfront.search.names import VALUE_BYTES
@@ -195,7 +196,7 @@ def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -
     }
     inside = {site: place.block is not None for site, place in space.sites.items()}
     value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
-    return Figures(predictor.menu, inside, int(dense.attributes["parameter_count"]), value_bytes, tables)
+    return Figures(predictor.menu, inside, int(dense.attributes[PARAMETER_COUNT]), value_bytes, tables)
 
 
 def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:

@@ -27,8 +27,9 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.samplers import is_void
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
@@ -41,7 +42,7 @@ POOLED = 5120  # tokens that the slopes of several stops come to together
 FEWEST = 1536  # tokens of a stop; with 1,024 the plan at 0.9 is worse than the menu's (paths.md)
 SHARE = 0.3  # of what a study has spent: the cost of a path
 MORE = 2  # times the tokens of the path before, for another to be worth its own
-PATH = "path"  # origin of the plans that are measured along one, and the attribute of its stops that numbers it
+PATH = keys.PATH  # origin of the plans that are measured along one, and the attribute of its stops that numbers it
 
 
 def stops(start: float, targets: Sequence[float], step: float) -> list[float]:
@@ -126,8 +127,8 @@ class Paths:
         self._again(trials, asked)
         number = max((t.user_attrs[PATH] for t in asked), default=0)
         on_it = [t for t in asked if t.user_attrs[PATH] == number]
-        tokens = int(on_it[0].user_attrs["slope_tokens"]) if on_it else 0
-        if not on_it or len(on_it) == len(self.sizes) or any("failure" in t.user_attrs for t in on_it):
+        tokens = int(on_it[0].user_attrs[keys.SLOPE_TOKENS]) if on_it else 0
+        if not on_it or len(on_it) == len(self.sizes) or any(keys.FAILURE in t.user_attrs for t in on_it):
             least = max(FEWEST, MORE * tokens)
             tokens = min(int(SHARE * spent / (passes * len(self.sizes))), readable)
             trials_on_it = 1 + sum(size in self.targets for size in self.sizes[1:])
@@ -143,9 +144,9 @@ class Paths:
     def _again(self, trials: Sequence[FrozenTrial], asked: Iterable[FrozenTrial]) -> None:
         """Queue the plans at targets of the stops ``asked`` that were interrupted, unless they wait already."""
         for stop in asked:
-            reference = stop.user_attrs["slopes_of"]
+            reference = stop.user_attrs[keys.SLOPES_OF]
             if reference is not None and is_void(trials[reference].user_attrs):
-                self.enqueue(PATH, trials[reference].user_attrs["anchor"], stop.params)
+                self.enqueue(PATH, trials[reference].user_attrs[keys.LABEL], stop.params)
 
     def _stop(self, number: int, tokens: int, before: Sequence[FrozenTrial]) -> None:
         """Queue slopes at the stop after those ``before`` it, and at a target its plan first."""
@@ -156,5 +157,5 @@ class Paths:
         draws, reference = self.space.draws(chosen), None
         if before and size in self.targets and self.predictor.may_meet(chosen):
             reference = self.enqueue(PATH, f"{number}, keep={size / even.dense:.3g}", draws)
-        attributes = {"origin": "slopes", "slopes_of": reference, PATH: number, "slope_tokens": tokens}
+        attributes = {keys.ORIGIN: keys.SLOPES, keys.SLOPES_OF: reference, PATH: number, keys.SLOPE_TOKENS: tokens}
         self.study.enqueue_trial(draws, user_attrs=attributes)

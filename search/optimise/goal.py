@@ -13,6 +13,7 @@ import numpy as np
 from rankfront.methods import DENSE_OPTION, InputError, Option, Site
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Timed
+from rankfront.search.attributes import PARAMETER_COUNT, TIMING
 from rankfront.search.config import StudyConfig
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.surrogate import SPREAD
@@ -77,7 +78,7 @@ def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype:
 
 def timings_of(config: StudyConfig, known: Mapping[str, Any]) -> Timings:
     """The latency tables that a study's attributes hold, with the objectives that they are of."""
-    found = known.get("timing", {}).get("timing", {})
+    found = known.get(TIMING, {}).get("timing", {})
     objectives = timed_objectives(config.objectives)
     return {name: (objective, unpack(found[name])) for name, objective in objectives.items() if name in found}
 
@@ -124,7 +125,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
     box = box_of(config.objectives, dense)
     objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
     inside = {site: place.block is not None for site, place in space.sites.items()}
-    prices = Prices(inside, int(dense.attributes["parameter_count"]), VALUE_BYTES[dtype])
+    prices = Prices(inside, int(dense.attributes[PARAMETER_COUNT]), VALUE_BYTES[dtype])
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough

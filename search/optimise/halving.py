@@ -21,10 +21,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
-from rankfront.search.optimise.samplers import is_void
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
 from rankfront.search.storage.front import DENSE_KEY, Row, comparable, compressed_front, dense_row, front_rung
 
-KEPT = ("origin", "anchor")  # attributes of a trial that its promotion has too
+KEPT = (keys.ORIGIN, keys.LABEL)  # attributes of a trial that its promotion has too
 CLOSING_SHARE = 0.5  # of the limits: the most that promoting the front may take, a plan that joins it included
 
 
@@ -105,7 +106,7 @@ class SuccessiveHalving:
         goal = self._goal(rows, due, left, CLOSING_SHARE)
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         known = waiting[0].user_attrs if waiting else {}
-        rung, source = int(known.get("rung", 0)), known.get("promoted")
+        rung, source = int(known.get(keys.RUNG, 0)), known.get(keys.PROMOTED)
         if rung and any(row.number == source and row.plan_key in due[rung] for row in rows) and rung <= goal:
             return True
         return bool((self._cost(due, goal) + self._entry(rung, goal) <= left).all())
@@ -147,7 +148,7 @@ class SuccessiveHalving:
         trial = next(
             trial
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if promotion == (trial.user_attrs.get("promoted", trial.number), trial.user_attrs.get("rung", 0))
+            if promotion == (trial.user_attrs.get(keys.PROMOTED, trial.number), trial.user_attrs.get(keys.RUNG, 0))
         )
         return claim(self.study, trial)
 
@@ -193,15 +194,15 @@ class SuccessiveHalving:
     def _queued(self) -> set[tuple[int, int]]:
         """(trial, rung) of all that wait, run or were measured at a higher rung; interrupted ones are due again."""
         return {
-            (trial.user_attrs["promoted"], trial.user_attrs["rung"])
+            (trial.user_attrs[keys.PROMOTED], trial.user_attrs[keys.RUNG])
             for trial in self.study.get_trials(deepcopy=False)
-            if "promoted" in trial.user_attrs and not is_void(trial.user_attrs)
+            if keys.PROMOTED in trial.user_attrs and not is_void(trial.user_attrs)
         }
 
     def _queue(self, number: int, rung: int) -> None:
         source = self.study.get_trials(deepcopy=False)[number]
         kept = {key: source.user_attrs[key] for key in KEPT if key in source.user_attrs}
-        self.study.enqueue_trial(source.params, user_attrs=kept | {"rung": rung, "promoted": number})
+        self.study.enqueue_trial(source.params, user_attrs=kept | {keys.RUNG: rung, keys.PROMOTED: number})
 
 
 def claim(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:

@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FixedTrial
 
 from rankfront.methods import InputError
+from rankfront.search import attributes as keys
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu import Menu
@@ -45,8 +46,8 @@ class MenuJobs:
     def missing(self) -> list[Job]:
         """Those without a record, as far as is known: the first job decides how many there are."""
         known = self.study.user_attrs
-        plans = self._plans(known.get("menu 0"))
-        return [Job("menu", part, plan) for part, plan in enumerate(plans) if f"menu {part}" not in known]
+        plans = self._plans(known.get(keys.menu_part(0)))
+        return [Job("menu", part, plan) for part, plan in enumerate(plans) if keys.menu_part(part) not in known]
 
     def next(self) -> Job | None:
         """The next of those that neither have a record nor run; it runs from now on."""
@@ -63,8 +64,8 @@ class MenuJobs:
             raise InputError(
                 f"the menu could not be made by {self.source!r} ({record['failure']}): {advice} search.menu to another"
             )
-        first = self.study.user_attrs.get("menu 0", record if part == 0 else None)
-        self.study.set_user_attr(f"menu {part}", record | {"jobs": len(self._plans(first))})
+        first = self.study.user_attrs.get(keys.menu_part(0), record if part == 0 else None)
+        self.study.set_user_attr(keys.menu_part(part), record | {"jobs": len(self._plans(first))})
 
     def _plans(self, first: Record | None) -> list[Plan]:
         """The plan of each job: dense, but where a group is probed, which the ``first`` job's record decides on."""

@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import Option
+from rankfront.search import attributes as keys
 from rankfront.search.optimise.accuracy import MIN_PREDICTIONS, POOR_ERROR, RECENT
 from rankfront.search.optimise.corrections import Corrections, corrections_of
 from rankfront.search.optimise.goal import SPREAD_TOKENS, Goal
@@ -51,7 +52,7 @@ class Solver(Protocol):
 
 def rung_of(trial: FrozenTrial) -> int:
     """The fidelity that a trial was measured at, 0 the cheapest."""
-    return int(trial.user_attrs.get("rung", 0))
+    return int(trial.user_attrs.get(keys.RUNG, 0))
 
 
 class _Banded:
@@ -154,7 +155,7 @@ class Predictor:
                 values = list(trial.values)
                 if rung:
                     values[self.goal.quality] = self.goal.loss(level) if any(plan) else self.goal.dense
-                tokens = trial.user_attrs.get("fidelity", SPREAD_TOKENS)
+                tokens = trial.user_attrs.get(keys.FIDELITY, SPREAD_TOKENS)
                 spread = self.goal.spread * math.sqrt(SPREAD_TOKENS / tokens)
                 self.measured[tuple(plan)] = Measured(trial.number, level, values, spread)
         in_turn = sorted(self.measured.items(), key=lambda item: item[1].trial)
@@ -188,13 +189,13 @@ class Predictor:
 
     def _taylor_model(self, trial: FrozenTrial) -> TaylorModel | None:
         """The slopes that a trial measured, or None; the divergence is NaN where the reference's is not known."""
-        packed = trial.user_attrs.get("slopes")
+        packed = trial.user_attrs.get(keys.SLOPES)
         plan = self._plan(trial)
         if packed is None or plan is None:
             return None
         if trial.number not in self._slopes:
             self._slopes[trial.number] = self._unpacked(packed, plan)
-        reference, tokens = self.measured.get(tuple(plan)), trial.user_attrs.get("slope_tokens", EARLIER_TOKENS)
+        reference, tokens = self.measured.get(tuple(plan)), trial.user_attrs.get(keys.SLOPE_TOKENS, EARLIER_TOKENS)
         number, divergence = (
             (trial.number, math.nan) if reference is None else (reference.trial, math.exp(reference.level))
         )

@@ -14,11 +14,12 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
 from rankfront.search.config import StudyConfig
 from rankfront.search.optimise.budgets import target_budgets
 from rankfront.search.optimise.goal import Timings, make_goal
 from rankfront.search.optimise.predictor import Places, Predictor, rung_of
-from rankfront.search.optimise.samplers import is_void
 from rankfront.search.optimise.surrogate import Coefficients
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
@@ -27,7 +28,7 @@ from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Single, Space
 from rankfront.search.storage.front import Row
 
-NOT_PROPOSED = {"anchor", "slopes_of", "promoted"}  # attributes of trials that were queued
+NOT_PROPOSED = {keys.LABEL, keys.SLOPES_OF, keys.PROMOTED}  # attributes of trials that were queued
 
 
 class RankfrontSampler(BaseSampler):
@@ -73,7 +74,7 @@ class RankfrontSampler(BaseSampler):
         a solution of the corrected menu, and now and then a global one."""
         modes, every = self.tuning.modes, self.tuning.global_every
         proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
-        passes = [t for t in trials if "slopes" in t.user_attrs]
+        passes = [t for t in trials if keys.SLOPES in t.user_attrs]
         if not passes or not self.predictor.taylor_models:
             return modes[len(proposed) % len(modes)]
         since = [sum(_follows(t, one) for t in proposed) for one in passes]  # those asked while it ran do not know it
@@ -99,7 +100,7 @@ class RankfrontSampler(BaseSampler):
         """
         self.predictor.learn(study)
         trials = study.get_trials(deepcopy=False)
-        asked = [t for t in trials if "slopes_of" in t.user_attrs and not is_void(t.user_attrs)]
+        asked = [t for t in trials if keys.SLOPES_OF in t.user_attrs and not is_void(t.user_attrs)]
         last = max((t.number for t in asked), default=-1)
         if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import optuna
@@ -11,15 +11,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, GPSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from rankfront.search import attributes as keys
+
 OURS = "rankfront"
-INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
-DAMAGED = "damaged: its record in the storage does not match its checksum; the next launch measures it again"
 POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
-
-
-def is_void(attributes: Mapping[str, Any]) -> bool:
-    """Whether a trial with these attributes counts for nothing: interrupted, or damaged in storage. It is due again."""
-    return attributes.get("failure") in (INTERRUPTED, DAMAGED)
 
 
 class RelaxedGPSampler(GPSampler):
@@ -51,7 +46,7 @@ class _FirstRung(optuna.Study):
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         found = super()._get_trials(deepcopy, states, use_cache)
-        return [trial for trial in found if "promoted" not in trial.user_attrs]
+        return [trial for trial in found if keys.PROMOTED not in trial.user_attrs]
 
 
 class FirstRungSampler(BaseSampler):

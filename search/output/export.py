@@ -21,6 +21,7 @@ from rankfront.methods import DENSE_OPTION, InputError, Storage, get_method
 from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
+from rankfront.search import attributes as keys
 from rankfront.search.choices import Format, Refit
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import quiet, staged
@@ -84,7 +85,7 @@ def export(
         if refit == "none":
             compressed.apply(row.plan)
             reports = _reported(compressed, row.report, dense)
-            return _write_verified(compressed, row, out, form, row.attributes["perplexity"], refit, reports)
+            return _write_verified(compressed, row, out, form, row.figure("perplexity"), refit, reports)
         with refitted(compressed, row.plan):
             measured = score(compressed.model, setup.tokens["search"][setup.config.rung_windows()[row.rung]]).perplexity
             reports = _reported(compressed, None, dense)
@@ -127,7 +128,7 @@ def _write_verified(
     expected, buffers = compressed.dense_values, 0
     if form == "factored":
         buffers = _in_buffers(compressed)
-        expected = row.attributes["parameter_count"] - buffers
+        expected = row.attributes[keys.PARAMETER_COUNT] - buffers
     with staged(out) as folder:
         _write(compressed, row, folder, form)
         verified = _verify(setup, folder, row.rung)
@@ -241,8 +242,8 @@ def _card(
     search, data = setup.config.search, setup.config.data
     figures = {name: f"{value:.6g}" for name, value in row.values.items()}
     figures |= {
-        "parameters (kept fraction of the model)": f"{row.attributes['parameters']:.4f}",
-        "block_parameters (kept fraction of the block linears)": f"{row.attributes['block_parameters']:.4f}",
+        "parameters (kept fraction of the model)": f"{row.figure('parameters'):.4f}",
+        "block_parameters (kept fraction of the block linears)": f"{row.attributes[keys.BLOCK_PARAMETERS]:.4f}",
         "stored values in this folder": f"{verified.parameters:,}",
         "bytes of its tensors": f"{verified.bytes:,}",
         f"perplexity, search split ({data.search.label}), reloaded": f"{verified.perplexity:.6g}",

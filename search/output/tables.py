@@ -74,7 +74,7 @@ def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
         "report": {name: report[name] for name in REPORTED if name in report} or {"perplexity": None},
         **{name: row.attributes.get(name) for name in names},
         "pareto": row.number in front,
-        "seconds": row.attributes.get("seconds", {}),
+        "seconds": row.attributes.get(names.SECONDS, {}),
         "failure": row.failure,
     }
 

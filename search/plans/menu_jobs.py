@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rankfront.methods import Option, Site, get_method
+from rankfront.search.attributes import menu_parts
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
 
@@ -33,13 +34,9 @@ def menu_jobs(source: str, sites: int) -> int:
 
 
 def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The menu that a study's attributes hold, the records of its jobs as one; None while any is missing.
-
-    Attribute ``menu 0`` and so on hold a record each, with the number of them all under ``jobs``.
-    """
-    jobs = known["menu 0"]["jobs"] if "menu 0" in known else 1
-    parts = [known[name] for number in range(jobs) if (name := f"menu {number}") in known]
-    if len(parts) < jobs:
+    """The menu that a study's attributes hold, the records of its jobs as one; None while any is missing."""
+    parts = menu_parts(known)
+    if parts is None:
         return None
     merged = dict(parts[0])
     for part in parts[1:]:

@@ -13,6 +13,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import DENSE, InputError
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import ASKED, INTERRUPTED, is_void
 from rankfront.search.config import StudyConfig
 from rankfront.search.errors import GaveUp
 from rankfront.search.optimise.accuracy import Calibration, calibration
@@ -22,7 +24,7 @@ from rankfront.search.optimise.halving import Promotion, SuccessiveHalving, clai
 from rankfront.search.optimise.opening import MenuJobs, anchors_to_beat, opening_budgets, reference_first, warm_start
 from rankfront.search.optimise.predictor import Predictor, rung_of
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
-from rankfront.search.optimise.samplers import INTERRUPTED, OURS, is_void, make_sampler
+from rankfront.search.optimise.samplers import OURS, make_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.job import Job, Record
@@ -33,7 +35,7 @@ from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries, requeue
-from rankfront.search.storage.checked import ASKED, asked_again
+from rankfront.search.storage.checked import asked_again
 from rankfront.search.storage.front import Row, dense_row, front_of, rows_of, tokens_of
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
@@ -119,7 +121,7 @@ class Driver:
         self.unmade: InputError | None = None  # why there is none
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = self.ours and bool(timed_objectives(config.objectives))
-        self.wants_timing = timed and "timing" not in study.user_attrs.get("timing", {})  # or one that failed
+        self.wants_timing = timed and keys.TIMING not in study.user_attrs.get(keys.TIMING, {})  # or one that failed
         self.timing_asked = False
         self.sampler = self._first_sampler()
         self._with_menu()
@@ -154,11 +156,11 @@ class Driver:
         """Queue again what trials were asked for whose records are damaged."""
         for trial in asked_again(self.study) if self.only is None else ():
             asked = trial.user_attrs[ASKED]
-            attributes = asked["attributes"] | {"replaces": trial.number}
+            attributes = asked["attributes"] | {keys.REPLACES: trial.number}
             self.study.enqueue_trial(asked["params"], user_attrs=attributes)
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        trial.set_user_attr("failure", reason)
+        trial.set_user_attr(keys.FAILURE, reason)
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _with_menu(self) -> None:
@@ -180,7 +182,7 @@ class Driver:
     def _enqueue(self, origin: str, label: str, parameters: Mapping[str, int | str]) -> int:
         """Queue a trial unless one of the same origin and label was measured, failed by itself or is waiting; which
         number it has, or that one."""
-        attributes = {"origin": origin, "anchor": label}
+        attributes = {keys.ORIGIN: origin, keys.LABEL: label}
         for trial in self.study.get_trials(deepcopy=False):
             same = attributes.items() <= trial.user_attrs.items()
             if same and not is_void(trial.user_attrs):
@@ -221,8 +223,8 @@ class Driver:
         sampler.predictor.learn(self.study)
         self.opened = True
         known = self.study.get_trials(deepcopy=False)
-        labels = {trial.user_attrs.get("anchor") for trial in known}
-        proposed = any(trial.user_attrs.get("origin") == OURS for trial in known)
+        labels = {trial.user_attrs.get(keys.LABEL) for trial in known}
+        proposed = any(trial.user_attrs.get(keys.ORIGIN) == OURS for trial in known)
         for label, draws in warm_start(sampler.predictor, self.space, budgets):
             if label in labels or not proposed:  # after proposals only what was interrupted is due, by its label
                 self._enqueue("menu", label, draws)
@@ -231,7 +233,7 @@ class Driver:
         """Whether slopes around the plan at the reference, the first of ``budgets`` that the limits allow, are measured
         or cannot be; what is missing is queued."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if not is_void(t.user_attrs)]
-        reference = next((t for t in reversed(trials) if t.user_attrs.get("anchor") == "centre"), None)
+        reference = next((t for t in reversed(trials) if t.user_attrs.get(keys.LABEL) == "centre"), None)
         if reference is None:
             found = next(warm_start(predictor, self.space, budgets), None)
             if found is not None:
@@ -239,7 +241,7 @@ class Driver:
             return found is None
         if not reference.state.is_finished():
             return False
-        asked = [trial for trial in trials if trial.user_attrs.get("slopes_of") == reference.number]
+        asked = [trial for trial in trials if trial.user_attrs.get(keys.SLOPES_OF) == reference.number]
         if asked or reference.state != TrialState.COMPLETE:
             return all(trial.state.is_finished() for trial in asked)
         if self._waiting():  # what waits comes first, and what the limits leave for slopes is known after it
@@ -308,7 +310,7 @@ class Driver:
         searching = self.searching
         exploring = searching and self.exploring
         if self.unmade is not None:  # a dense model that cannot be measured is the cause to name
-            if any(trial.user_attrs.get("anchor") == DENSE for trial in self.running.values()):
+            if any(trial.user_attrs.get(keys.LABEL) == DENSE for trial in self.running.values()):
                 return None
             if not exploring or self._dense_waiting() is None:
                 raise self.unmade
@@ -360,7 +362,7 @@ class Driver:
         tokens = self._slope_tokens
         if tokens:
             source = self.study.get_trials(deepcopy=False)[number]
-            attributes = {"slopes_of": number, "origin": "slopes", "slope_tokens": tokens}
+            attributes = {keys.SLOPES_OF: number, keys.ORIGIN: keys.SLOPES, keys.SLOPE_TOKENS: tokens}
             self.study.enqueue_trial(source.params, user_attrs=attributes)
         return tokens > 0
 
@@ -368,8 +370,8 @@ class Driver:
     def _promised(self) -> int:
         """Tokens of the trials and slopes that run."""
         return sum(
-            self._passes * trial.user_attrs.get("slope_tokens", SLOPE_TOKENS)
-            if "slopes_of" in trial.user_attrs
+            self._passes * trial.user_attrs.get(keys.SLOPE_TOKENS, SLOPE_TOKENS)
+            if keys.SLOPES_OF in trial.user_attrs
             else self.halving.tokens[rung_of(trial)]
             for trial in self.running.values()
         )
@@ -404,7 +406,7 @@ class Driver:
     def _dense_waiting(self) -> FrozenTrial | None:
         """The trial that is to measure the dense model, if it waits: without it there is nothing to compare with."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return next((t for t in waiting if t.user_attrs.get("anchor") == DENSE and rung_of(t) == 0), None)
+        return next((t for t in waiting if t.user_attrs.get(keys.LABEL) == DENSE and rung_of(t) == 0), None)
 
     @property
     def _ready(self) -> bool:
@@ -430,22 +432,22 @@ class Driver:
             if trial is None:
                 return None
             plan = self.space.suggest(trial, self.origin)
-            if "slopes_of" in trial.user_attrs:
+            if keys.SLOPES_OF in trial.user_attrs:
                 self.running[trial.number] = trial
-                return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get("slope_tokens", SLOPE_TOKENS))
+                return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get(keys.SLOPE_TOKENS, SLOPE_TOKENS))
             rung = rung_of(trial)
             if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.
                 self.study.tell(trial, state=TrialState.PRUNED)
                 continue
-            if "origin" not in trial.user_attrs:
-                trial.set_user_attr("origin", self.config.search.sampler)
+            if keys.ORIGIN not in trial.user_attrs:
+                trial.set_user_attr(keys.ORIGIN, self.config.search.sampler)
             if isinstance(self.sampler, RankfrontSampler) and rung == 0:
                 self.sampler.predictor.learn(self.study)  # which a queued trial does not bring about
-                trial.set_user_attr("predicted", self.sampler.predictor.predict(plan.by_site))
-            trial.set_user_attr("plan", plan.to_json())
-            trial.set_user_attr("plan_key", plan.key)
-            trial.set_user_attr("seconds", {"propose": time.monotonic() - begun})
+                trial.set_user_attr(keys.PREDICTED, self.sampler.predictor.predict(plan.by_site))
+            trial.set_user_attr(keys.PLAN, plan.to_json())
+            trial.set_user_attr(keys.PLAN_KEY, plan.key)
+            trial.set_user_attr(keys.SECONDS, {"propose": time.monotonic() - begun})
             self.seen.add((plan.key, rung))
             self.running[trial.number] = trial
             return Job("trial", trial.number, plan, rung)
@@ -518,11 +520,11 @@ class Driver:
             self._check_tokens()
         elif job.kind == "timing":
             self.timing_asked = self.wants_timing = False
-            self.study.set_user_attr("timing", record)  # a failure too: latency is then read off the trials alone
+            self.study.set_user_attr(keys.TIMING, record)  # a failure too: latency is then read off the trials alone
             self._start_ours()  # which waited for it, where an earlier launch had measured all else
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
-            self.study.set_user_attr(f"report {job.number}", record)
+            self.study.set_user_attr(keys.report_of(job.number), record)
             self.reporting.discard(job.number)
             if "lost" in record:
                 self.unreportable.add(job.number)  # until the next launch
@@ -532,7 +534,7 @@ class Driver:
             self._finish_failed(self.running.pop(job.number), job, record)
         else:
             trial = self.running.pop(job.number)
-            record["seconds"] |= trial.user_attrs.get("seconds", {})
+            record[keys.SECONDS] |= trial.user_attrs.get(keys.SECONDS, {})
             for key, value in record.items():
                 if key != "values":
                     trial.set_user_attr(key, value)
@@ -547,7 +549,7 @@ class Driver:
     def _finish_failed(self, trial: optuna.Trial, job: Job, record: Record) -> None:
         lost = "lost" in record
         if lost:
-            trial.set_user_attr("lost", True)
+            trial.set_user_attr(keys.LOST, True)
         self._fail(trial, record["failure"])
         if not job.plan.choices and job.rung == 0:
             message = f"the dense model could not be measured ({record['failure']}): nothing to compare with"

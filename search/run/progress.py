@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rankfront.search.attributes import BLOCK_PARAMETERS
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.optimise.accuracy import Calibration
 from rankfront.search.plain import literal
@@ -99,7 +100,7 @@ def _status(rows: list[Row], objectives: list[str], left: str, calibrated: Calib
     measured = comparable(rows)
     best = []
     for budget in BUDGETS:
-        within = [row.values[first] for row in measured if row.attributes["block_parameters"] <= budget]
+        within = [row.values[first] for row in measured if row.attributes[BLOCK_PARAMETERS] <= budget]
         if within:
             best.append(f"{budget:g}: {min(within):.4g}")
     failed = sum(1 for row in rows if row.state == "failed" and row.counts)

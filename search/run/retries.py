@@ -7,14 +7,12 @@ from collections import Counter
 import optuna
 
 from rankfront.methods import DENSE
-from rankfront.search.optimise.continuation import PATH
-from rankfront.search.optimise.samplers import is_void
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
 from rankfront.search.plans.job import Job
-from rankfront.search.storage.front import retried
 
 ATTEMPTS = 3  # at a job in one launch, guess: a passing shortage passes, a job that is too large costs two more workers
 MAX_LOST = 3  # jobs in succession whose workers died at every attempt, guess: then it is not the jobs
-MEASURED = ("failure", "lost", "seconds", "predicted", "plan", "plan_key")  # what a trial gets after it was queued
 
 
 class Retries:
@@ -61,11 +59,11 @@ def requeue(study: optuna.Study) -> None:
     that it ended at.
     """
     trials = study.get_trials(deepcopy=False)
-    repeated = retried(trials)
+    repeated = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
     for trial in trials:
         known = trial.user_attrs
-        failed = "failure" in known and not is_void(known)
-        dense = known.get("anchor") == DENSE and not known.get("rung")
-        if failed and (dense or "lost" in known) and trial.number not in repeated and PATH not in known:
-            kept = {key: value for key, value in known.items() if key not in MEASURED}
-            study.enqueue_trial(trial.params, user_attrs=kept | {"again": trial.number})
+        failed = keys.FAILURE in known and not is_void(known)
+        dense = known.get(keys.LABEL) == DENSE and not known.get(keys.RUNG)
+        if failed and (dense or keys.LOST in known) and trial.number not in repeated and keys.PATH not in known:
+            kept = {key: value for key, value in known.items() if key not in keys.MEASURED}
+            study.enqueue_trial(trial.params, user_attrs=kept | {keys.AGAIN: trial.number})

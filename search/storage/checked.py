@@ -24,13 +24,11 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
-from rankfront.search.optimise.samplers import DAMAGED, is_void
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import ASKED, DAMAGED, DECIDING
 from rankfront.search.plans.plan import Plan
 
 CHECKSUM, REQUEST = "rankfront:checksum", "rankfront:request"  # system attributes
-ASKED = "asked"  # attribute of a damaged trial: what it was asked for
-# What decides which measurement a trial is, beside what it draws.
-DECIDING = ("origin", "anchor", "rung", "promoted", "slopes_of", "slope_tokens", "path", "replaces", "again")
 PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "values": (models.TrialValueModel, ("objective", "value", "value_type")),
     "params": (models.TrialParamModel, ("param_name", "param_value", "distribution_json")),
@@ -115,10 +113,10 @@ class CheckedStorage(optuna.storages.RDBStorage):
     def _parts(self, connection: Any, chosen: Any) -> dict[int, Rows]:
         """The rows of the ``chosen`` trials (a query of ids), by trial. No column is converted: it may be spoiled."""
         found: dict[int, Rows] = {trial_id: {part: [] for part in PARTS} for (trial_id,) in connection.execute(chosen)}
-        for part, (model, names) in PARTS.items():
+        for part, (model, columns) in PARTS.items():
             table = model.__table__
-            columns = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in names]
-            query = sqlalchemy.select(table.c.trial_id, *columns).where(table.c.trial_id.in_(chosen))
+            raw = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in columns]
+            query = sqlalchemy.select(table.c.trial_id, *raw).where(table.c.trial_id.in_(chosen))
             for trial_id, *row in connection.execute(query.order_by(*table.primary_key)):
                 if trial_id in found:  # an index that was spoiled leads to rows of others
                     found[trial_id][part].append(tuple(row))
@@ -137,8 +135,8 @@ class CheckedStorage(optuna.storages.RDBStorage):
         if trial_id_greater_than > -1:
             newer = table.c.trial_id > trial_id_greater_than
             of_study &= sqlalchemy.or_(newer, table.c.trial_id.in_(included_trial_ids))
-        names = ("number", "state", "datetime_start", "datetime_complete")
-        columns = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in names]
+        head = ("number", "state", "datetime_start", "datetime_complete")
+        columns = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in head]
         with self.engine.connect() as connection:
             query = sqlalchemy.select(table.c.trial_id, *columns).where(of_study)
             heads = [tuple(head) for head in connection.execute(query.order_by(table.c.trial_id))]
@@ -167,7 +165,7 @@ class CheckedStorage(optuna.storages.RDBStorage):
         if CHECKSUM in known:
             return bool(json.loads(known[CHECKSUM]) == _trial_checksum(number, state, rows))
         user = dict(rows["user"])
-        if "plan" in user and Plan.key_in(json.loads(user["plan"])) != json.loads(user["plan_key"]):
+        if keys.PLAN in user and Plan.key_in(json.loads(user[keys.PLAN])) != json.loads(user[keys.PLAN_KEY]):
             return False
         return self._first_checked is None or trial_id < self._first_checked
 
@@ -239,7 +237,7 @@ def _damaged(trial_id: int, rows: Rows) -> FrozenTrial:
         datetime_complete=now,
         params={},
         distributions={},
-        user_attrs={**asked, "failure": DAMAGED},
+        user_attrs={**asked, keys.FAILURE: DAMAGED},
         system_attrs={},
         intermediate_values={},
         trial_id=trial_id,
@@ -284,8 +282,8 @@ def damages(study: optuna.Study) -> list[str]:
     if not isinstance(backend, CheckedStorage):
         return []
     trials = study.get_trials(deepcopy=False)
-    replaced = {t.user_attrs["replaces"] for t in trials if t.state.is_finished() and _replaces(t)}
-    lost = [t.number for t in trials if t.user_attrs.get("failure") == DAMAGED and t.number not in replaced]
+    replaced = keys.numbers_under(keys.REPLACES, (t.user_attrs for t in trials if t.state.is_finished()))
+    lost = [t.number for t in trials if t.user_attrs.get(keys.FAILURE) == DAMAGED and t.number not in replaced]
     backend.get_study_user_attrs(study._study_id)
     return [*(f"trial {number}" for number in lost), *backend.dropped]
 
@@ -293,9 +291,5 @@ def damages(study: optuna.Study) -> list[str]:
 def asked_again(study: optuna.Study) -> list[FrozenTrial]:
     """The damaged trials whose request is known and that no other replaces."""
     trials = study.get_trials(deepcopy=False)
-    replaced = {trial.user_attrs["replaces"] for trial in trials if _replaces(trial)}
+    replaced = keys.numbers_under(keys.REPLACES, (trial.user_attrs for trial in trials))
     return [trial for trial in trials if ASKED in trial.user_attrs and trial.number not in replaced]
-
-
-def _replaces(trial: FrozenTrial) -> bool:
-    return "replaces" in trial.user_attrs and not is_void(trial.user_attrs)

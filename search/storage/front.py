@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
-from rankfront.search.optimise.samplers import is_void
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
 from rankfront.search.plans.plan import Plan
 
 Settings = Mapping[str, dict[str, Any]]
@@ -44,7 +45,7 @@ class Row:
     @property
     def counts(self) -> bool:
         """Whether the trial counts against the limit: complete, or failed by itself."""
-        failed = self.state == "failed" and not is_void({"failure": self.failure}) and not self.retried
+        failed = self.state == "failed" and not is_void({keys.FAILURE: self.failure}) and not self.retried
         return self.state == "complete" or failed
 
     @property
@@ -55,7 +56,7 @@ class Row:
     @property
     def rung(self) -> int:
         """The fidelity that it was measured at, 0 the cheapest."""
-        return int(self.attributes.get("rung", 0))
+        return int(self.attributes.get(keys.RUNG, 0))
 
     @cached_property
     def plan(self) -> Plan:
@@ -66,9 +67,9 @@ class Row:
 
     def figure(self, name: str) -> float:
         """An objective's value, or another measured figure such as ``block_parameters``."""
-        found = self.values.get(name, self.attributes.get(name, self.attributes.get("notes", {}).get(name)))
+        found = self.values.get(name, self.attributes.get(name, self.attributes.get(keys.NOTES, {}).get(name)))
         if not isinstance(found, int | float):
-            figures = {**self.attributes.get("notes", {}), **self.attributes, **self.values}
+            figures = {**self.attributes.get(keys.NOTES, {}), **self.attributes, **self.values}
             check_choice("figure", name, sorted(k for k, v in figures.items() if isinstance(v, int | float)))
         return float(found)
 
@@ -80,7 +81,7 @@ STATES = {
     TrialState.WAITING: "waiting",
     TrialState.PRUNED: "repeated",
 }
-OWN_COLUMNS = ("origin", "plan", "plan_key", "failure", "anchor")
+OWN_COLUMNS = (keys.ORIGIN, keys.PLAN, keys.PLAN_KEY, keys.FAILURE, keys.LABEL)
 
 
 @contextmanager
@@ -101,34 +102,28 @@ def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
     """Every trial of a study, in order; proposals that had been measured before, and slopes, are left out."""
     reports = study.user_attrs
     trials = study.get_trials(deepcopy=False)
-    again = retried(trials)
+    again = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
     return [
-        _row(trial, objectives, reports.get(f"report {trial.number}"), trial.number in again)
+        _row(trial, objectives, reports.get(keys.report_of(trial.number)), trial.number in again)
         for trial in trials
-        if trial.state != TrialState.PRUNED and "slopes_of" not in trial.user_attrs
+        if trial.state != TrialState.PRUNED and keys.SLOPES_OF not in trial.user_attrs
     ]
-
-
-def retried(trials: Iterable[FrozenTrial]) -> set[int]:
-    """Numbers of the trials that others measure again, or did."""
-    known = (trial.user_attrs for trial in trials if "again" in trial.user_attrs)
-    return {attributes["again"] for attributes in known if not is_void(attributes)}
 
 
 def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None, again: bool) -> Row:
     attributes = trial.user_attrs
     complete = trial.state == TrialState.COMPLETE
-    origin = attributes.get("origin", "")
+    origin = attributes.get(keys.ORIGIN, "")
     return Row(
         number=trial.number,
         state=STATES[trial.state],
-        origin=f"{origin}: {attributes['anchor']}" if "anchor" in attributes else origin,
-        plan_json=attributes.get("plan"),
-        plan_key=attributes.get("plan_key"),
+        origin=f"{origin}: {attributes[keys.LABEL]}" if keys.LABEL in attributes else origin,
+        plan_json=attributes.get(keys.PLAN),
+        plan_key=attributes.get(keys.PLAN_KEY),
         values=dict(zip(objectives, trial.values, strict=True)) if complete else {},
         attributes={key: value for key, value in attributes.items() if key not in OWN_COLUMNS},
         report=report,
-        failure=attributes.get("failure"),
+        failure=attributes.get(keys.FAILURE),
         within=all(excess <= 0 for excess in trial.constraints.values()),
         retried=again,
     )
@@ -137,8 +132,10 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
 def tokens_of(study: optuna.Study) -> int:
     """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward ones."""
     known = study.user_attrs
-    menu = sum(record["tokens"] for name, record in known.items() if name.startswith("menu "))
-    return int(menu + sum(trial.user_attrs.get("tokens", 0) for trial in study.get_trials(deepcopy=False)))
+    return int(
+        keys.menu_tokens(known)
+        + sum(trial.user_attrs.get(keys.TOKENS, 0) for trial in study.get_trials(deepcopy=False))
+    )
 
 
 def _matrix(rows: Sequence[Row]) -> np.ndarray:
@@ -200,7 +197,7 @@ def front_of(rows: Iterable[Row], rung: int | None = None) -> list[Row]:
 
 def _spreads(row: Row) -> list[float]:
     """Of every objective, as it was measured; 0 for what the plan decides."""
-    notes = row.attributes.get("notes", {})
+    notes = row.attributes.get(keys.NOTES, {})
     return [float(notes.get(f"{name}_spread", 0.0)) for name in row.values]
 
 
@@ -276,7 +273,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
         record = asdict(row) | {"pareto": row.number in front}
         flat = {key: record[key] for key in ("number", "state", "origin", "pareto", "failure", "plan_key")}
         flat |= {key: value for key, value in row.attributes.items() if not isinstance(value, dict)} | row.values
-        for name in ("seconds", "notes"):
+        for name in (keys.SECONDS, keys.NOTES):
             flat |= {f"{name}.{key}": value for key, value in row.attributes.get(name, {}).items()}
         flat |= {f"report.{key}": value for key, value in (row.report or {}).items() if not isinstance(value, dict)}
         records.append(flat)
