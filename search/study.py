@@ -218,7 +218,6 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         return self.run.study(self.config, write)
 
-    @fronts.uncollected()
     def answer(self, *constraints: str) -> Answer:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``, and the study's own;
         not measured."""
@@ -342,7 +341,7 @@ class Study:
 
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model so far."""
-        return fronts.tokens_of(self._optuna())
+        return fronts.StudyReader(self._optuna(), list(self.config.objectives)).read().tokens
 
     def launch(
         self,

@@ -1,6 +1,5 @@
 """The front against brute force, hypervolume against closed forms, constraints and the knee."""
 
-import gc
 import itertools
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.plans.constraint import Constraint, meeting
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.driver import INTERRUPTED
-from rankfront.search.storage.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee, uncollected
+from rankfront.search.storage.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee
 
 AXES = ("perplexity", "parameters", "latency")
 
@@ -395,23 +394,3 @@ def test_failed_trials_count_unless_interrupted():
 def test_a_trial_without_a_plan_says_so():
     with pytest.raises(InputError, match="trial 3 has no plan"):
         _ = Row(3, "failed", "", None, None).plan
-
-
-@pytest.mark.parametrize("collecting", [True, False])
-def test_reading_leaves_garbage_collection_as_it_was(collecting):
-    """Whether the caller had it on or off, and where reading fails."""
-    (gc.enable if collecting else gc.disable)()
-    seen = []
-
-    @uncollected()
-    def read():
-        seen.append(gc.isenabled())
-        raise InputError("the storage cannot be read")
-
-    try:
-        with pytest.raises(InputError):
-            read()
-        assert seen == [False]
-        assert gc.isenabled() == collecting
-    finally:
-        gc.enable()

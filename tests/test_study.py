@@ -8,6 +8,7 @@ import shutil
 import pytest
 from common import study_data
 from launching import make_run, small_data
+from optuna.storages._cached_storage import _CachedStorage
 from rich.console import Console
 
 from rankfront.methods import InputError
@@ -309,3 +310,23 @@ def test_a_run_that_was_defined_with_a_worker_goes_on(unplaced, tmp_path):
     unplaced["search"]["trials"] = 3
     longer = make_run(unplaced, tmp_path / "run")
     assert sum(row.state == "complete" for row in longer.rows()) == 3
+
+
+def test_a_trial_reads_the_study_as_often_however_long_it_is(model_folder, text_file, tmp_path, monkeypatch):
+    """Storage is read at every step, and no more often where there are more trials."""
+    reads = []
+    for name in ("get_all_trials", "get_study_user_attrs"):
+        read = getattr(_CachedStorage, name)
+        monkeypatch.setattr(
+            _CachedStorage,
+            name,
+            lambda *given, read=read, name=name, **more: reads.append(name) or read(*given, **more),
+        )
+    study = Study(make_data(model_folder, text_file, trials=8), tmp_path / "run")
+    study.launch(quiet(), report=False)
+    counts = []
+    for trials in (12, 16):
+        reads.clear()
+        more(study, trials=trials).launch(quiet(), report=False)
+        counts.append((reads.count("get_all_trials"), reads.count("get_study_user_attrs")))
+    assert counts[0] == counts[1]

@@ -84,6 +84,8 @@ class SuccessiveHalving:
         Of the plans in the best ``1 / reduction`` of a rung as it stands, those that were not moved on before, as long
         as no more than that share have moved on in all. Plans beyond the study's limits stay where they are.
         """
+        if len(self.tokens) == 1:
+            return
         queued, dense = self._queued(), dense_row(rows, rung=0)
         for rung in range(self._reach(rows)) if dense else ():
             here = [row for row in comparable(rows, rung) if row.within and not row.is_dense]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
+from rankfront.search.attributes import SECONDS
 from rankfront.search.inputs.model import find_sites, skeleton
 from rankfront.search.measure.control import PROMPTS
 from rankfront.search.plain import literal
@@ -74,7 +75,7 @@ def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
         "report": {name: report[name] for name in REPORTED if name in report} or {"perplexity": None},
         **{name: row.attributes.get(name) for name in names},
         "pareto": row.number in front,
-        "seconds": row.attributes.get(names.SECONDS, {}),
+        "seconds": row.attributes.get(SECONDS, {}),
         "failure": row.failure,
     }
 

@@ -36,7 +36,7 @@ from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries, requeue
 from rankfront.search.storage.checked import asked_again
-from rankfront.search.storage.front import Row, dense_row, front_of, rows_of, tokens_of
+from rankfront.search.storage.front import Row, StudyReader, StudyState, dense_row, front_of
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 ENOUGH = 10  # trials beside the menu that a limit on tokens should leave room for
@@ -107,12 +107,16 @@ class Driver:
         self.unreportable: set[int] = set()
         self.retries = Retries()
         self.exhausted = False
+        self._reader = StudyReader(study, list(config.objectives))
+        self._state: StudyState | None = None  # None where something was written since it was read
         self._close_orphans()
         self._replace_damaged()
         if only is None:
             requeue(study)
+        self._state = None
         self.halving = self._halving()
         self.halving.promote(self.rows())
+        self._state = None
         self.seen = {(row.plan_key, row.rung) for row in self.rows() if row.counts}
         self.menu: Menu | None = None
         self.paths: Paths | None = None  # once our sampler proposes
@@ -143,7 +147,14 @@ class Driver:
 
     def rows(self) -> list[Row]:
         """Every trial so far."""
-        return rows_of(self.study, list(self.config.objectives))
+        return list(self.state.rows)
+
+    @property
+    def state(self) -> StudyState:
+        """The study as it is: read anew at every step, and where a step has written."""
+        if self._state is None:
+            self._state = self._reader.read()
+        return self._state
 
     # -- what is left from an earlier launch
 
@@ -162,10 +173,11 @@ class Driver:
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
         trial.set_user_attr(keys.FAILURE, reason)
         self.study.tell(trial, state=TrialState.FAIL)
+        self._state = None
 
     def _with_menu(self) -> None:
         """Do what is possible without the menu, or with it: untie variables, queue anchors, start our sampler."""
-        record = menu_record(self.study.user_attrs) if self._wants_menu else None
+        record = menu_record(self.state.known) if self._wants_menu else None
         if self.config.search.untie and not self.ours:
             if record is None:
                 return
@@ -183,12 +195,13 @@ class Driver:
         """Queue a trial unless one of the same origin and label was measured, failed by itself or is waiting; which
         number it has, or that one."""
         attributes = {keys.ORIGIN: origin, keys.LABEL: label}
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in self.state.trials:
             same = attributes.items() <= trial.user_attrs.items()
             if same and not is_void(trial.user_attrs):
                 return int(trial.number)
         self.study.enqueue_trial(dict(parameters), user_attrs=attributes)
-        return int(self.study.get_trials(deepcopy=False)[-1].number)
+        self._state = None
+        return int(self.state.trials[-1].number)
 
     # -- our sampler: the menu first, then its predicted front, then proposals
 
@@ -197,7 +210,7 @@ class Driver:
         dense = dense_row(self.rows(), rung=0)
         if not self.ours or self.wants_timing or self.record is None or dense is None or self.menu is not None:
             return
-        timings = timings_of(self.config, self.study.user_attrs)
+        timings = timings_of(self.config, self.state.known)
         self.menu = menu_of(self.config, self.space, self.record, self.origin["dtype"], timings)
         if not self.menu.lines:
             faster = " that is faster than dense" if timings else ""
@@ -222,7 +235,7 @@ class Driver:
             return
         sampler.predictor.learn(self.study)
         self.opened = True
-        known = self.study.get_trials(deepcopy=False)
+        known = self.state.trials
         labels = {trial.user_attrs.get(keys.LABEL) for trial in known}
         proposed = any(trial.user_attrs.get(keys.ORIGIN) == OURS for trial in known)
         for label, draws in warm_start(sampler.predictor, self.space, budgets):
@@ -232,7 +245,7 @@ class Driver:
     def _settled(self, predictor: Predictor, budgets: Sequence[float]) -> bool:
         """Whether slopes around the plan at the reference, the first of ``budgets`` that the limits allow, are measured
         or cannot be; what is missing is queued."""
-        trials = [t for t in self.study.get_trials(deepcopy=False) if not is_void(t.user_attrs)]
+        trials = [t for t in self.state.trials if not is_void(t.user_attrs)]
         reference = next((t for t in reversed(trials) if t.user_attrs.get(keys.LABEL) == "centre"), None)
         if reference is None:
             found = next(warm_start(predictor, self.space, budgets), None)
@@ -257,12 +270,12 @@ class Driver:
     @property
     def spent(self) -> int:
         """Trials that count against the limit: finished ones, and failed ones that failed by themselves."""
-        return sum(1 for row in self.rows() if row.counts)
+        return self.state.spent
 
     @property
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model, a backward pass counted as two forward ones."""
-        return tokens_of(self.study)
+        return self.state.tokens
 
     def calibration(self, rows: Sequence[Row]) -> Calibration | None:
         """How well our sampler's predictions held so far; None with another sampler, or too few of them."""
@@ -303,6 +316,7 @@ class Driver:
         Raises KeyboardInterrupt once a stop is requested.
         """
         self.stop.check()
+        self._state = None
         begun = time.monotonic()
         again = self.retries.next()
         if again is not None:
@@ -348,6 +362,7 @@ class Driver:
             number = self.sampler.slopes_due(self.study)
             if number is not None:
                 self._enqueue_slopes(number)
+        self._state = None
 
     def _goes_on(self, sampler: RankfrontSampler) -> bool:
         """Queue the next stop of a path, if one is due; whether it is."""
@@ -361,9 +376,10 @@ class Driver:
         """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""
         tokens = self._slope_tokens
         if tokens:
-            source = self.study.get_trials(deepcopy=False)[number]
+            source = self.state.trials[number]
             attributes = {keys.SLOPES_OF: number, keys.ORIGIN: keys.SLOPES, keys.SLOPE_TOKENS: tokens}
             self.study.enqueue_trial(source.params, user_attrs=attributes)
+            self._state = None
         return tokens > 0
 
     @property
@@ -401,12 +417,11 @@ class Driver:
         return PASSES[quality_of(self.config)]
 
     def _waiting(self) -> bool:
-        return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        return bool(self.state.waiting)
 
     def _dense_waiting(self) -> FrozenTrial | None:
         """The trial that is to measure the dense model, if it waits: without it there is nothing to compare with."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return next((t for t in waiting if t.user_attrs.get(keys.LABEL) == DENSE and rung_of(t) == 0), None)
+        return next((t for t in self.state.waiting if t.user_attrs.get(keys.LABEL) == DENSE and rung_of(t) == 0), None)
 
     @property
     def _ready(self) -> bool:
@@ -429,6 +444,7 @@ class Driver:
         """The next trial, with the seconds that proposing it took since ``begun``."""
         for _ in range(MAX_REPEATS):
             trial = self._ask()
+            self._state = None
             if trial is None:
                 return None
             plan = self.space.suggest(trial, self.origin)
@@ -439,6 +455,7 @@ class Driver:
             if (plan.key, rung) in self.seen:
                 # Its values are known: a second measurement would only spend tokens.
                 self.study.tell(trial, state=TrialState.PRUNED)
+                self._state = None
                 continue
             if keys.ORIGIN not in trial.user_attrs:
                 trial.set_user_attr(keys.ORIGIN, self.config.search.sampler)
@@ -506,7 +523,9 @@ class Driver:
             return
         else:
             record = record | {"failure": f"{record['failure']}; {ATTEMPTS} attempts"}
+        self._state = None
         self._keep(job, record)
+        self._state = None
         self.listener(self)
 
     def _keep(self, job: Job, record: Record) -> None:
@@ -516,11 +535,13 @@ class Driver:
             except InputError as error:
                 self.unmade = error
                 return
+            self._state = None
             self._with_menu()
             self._check_tokens()
         elif job.kind == "timing":
             self.timing_asked = self.wants_timing = False
             self.study.set_user_attr(keys.TIMING, record)  # a failure too: latency is then read off the trials alone
+            self._state = None
             self._start_ours()  # which waited for it, where an earlier launch had measured all else
         elif job.kind == "report":
             # A finished trial's attributes are frozen in Optuna, so the report split is kept with the study.
@@ -542,6 +563,7 @@ class Driver:
                 value = record["values"][limit.figure]
                 trial.set_constraint(str(limit), limit.missed(value))
             self.study.tell(trial, list(record["values"].values()))
+            self._state = None
             self.halving.taught(record["rung"])
             self._start_ours()
             self.halving.promote(self.rows())

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import optuna
 import sqlalchemy
-from optuna.distributions import json_to_distribution
+from optuna.distributions import check_distribution_compatibility, distribution_to_json, json_to_distribution
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
@@ -81,6 +81,7 @@ class CheckedStorage(optuna.storages.RDBStorage):
         self.guard = guard
         self._first_checked: int | None = None  # id of the first trial with a checksum: later ones have it too
         self._known: dict[str, tuple[str, Any]] = {}  # the study's attributes: as stored, and parsed
+        self._unwritten: dict[Any, dict[tuple[int, str], dict[str, Any]]] = {}  # rows by table, trial and name
 
     def _newest_schema(self) -> str:
         """Found once: it takes longer than reading a study."""
@@ -88,10 +89,50 @@ class CheckedStorage(optuna.storages.RDBStorage):
             CheckedStorage._newest = str(self.get_head_version())
         return CheckedStorage._newest
 
-    # -- trials
+    # -- trials: what is set of one is written at the next read, or with its state
+
+    def _set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: Any, previous: Any
+    ) -> None:
+        if previous is None:  # the first by this name: Optuna compares it with what the study has
+            super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous)
+            return
+        check_distribution_compatibility(previous, distribution)
+        row = {"param_value": param_value_internal, "distribution_json": distribution_to_json(distribution)}
+        self._later(models.TrialParamModel, "param_name", trial_id, param_name, row)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._later(models.TrialUserAttributeModel, "key", trial_id, key, {"value_json": json.dumps(value)})
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._later(models.TrialSystemAttributeModel, "key", trial_id, key, {"value_json": json.dumps(value)})
+
+    def _later(self, model: Any, column: str, trial_id: int, name: str, row: dict[str, Any]) -> None:
+        rows = self._unwritten.setdefault(model.__table__, {})
+        rows[trial_id, name] = {"trial_id": trial_id, column: name, **row}
+
+    def _write(self) -> None:
+        """Write what was set of trials since the last time, in one transaction: one for each name takes most of a
+        driver's time."""
+        unwritten, self._unwritten = self._unwritten, {}
+        if not unwritten:
+            return
+        with self.engine.begin() as connection:
+            head = models.TrialModel.__table__
+            changed = sorted({trial_id for rows in unwritten.values() for trial_id, _ in rows})
+            query = sqlalchemy.select(head.c.trial_id, head.c.state).where(head.c.trial_id.in_(changed))
+            for trial_id, state in connection.execute(query):
+                self.check_trial_is_updatable(trial_id, state)
+            for table, rows in unwritten.items():
+                named = table.c.param_name if "param_name" in table.c else table.c.key
+                for trial_id in {trial_id for trial_id, _ in rows}:
+                    own = [name for of, name in rows if of == trial_id]
+                    connection.execute(table.delete().where(table.c.trial_id == trial_id, named.in_(own)))
+                connection.execute(table.insert(), list(rows.values()))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         self.guard()
+        self._write()
         if state.is_finished():
             self._write_checksum(trial_id, state, values)
         return bool(super().set_trial_state_values(trial_id, state, values))
@@ -109,6 +150,7 @@ class CheckedStorage(optuna.storages.RDBStorage):
         request = {"params": _params(rows), "attributes": {key: known[key] for key in DECIDING if key in known}}
         self.set_trial_system_attr(trial_id, REQUEST, request | {"checksum": checksum_of(request)})
         self.set_trial_system_attr(trial_id, CHECKSUM, _trial_checksum(number, state.name, rows))
+        self._write()
 
     def _parts(self, connection: Any, chosen: Any) -> dict[int, Rows]:
         """The rows of the ``chosen`` trials (a query of ids), by trial. No column is converted: it may be spoiled."""
@@ -135,20 +177,33 @@ class CheckedStorage(optuna.storages.RDBStorage):
         if trial_id_greater_than > -1:
             newer = table.c.trial_id > trial_id_greater_than
             of_study &= sqlalchemy.or_(newer, table.c.trial_id.in_(included_trial_ids))
+        trials = self._read(of_study)
+        if trial_id_greater_than == -1:
+            _number(trials)
+        return [trial for trial in trials if states is None or trial.state in states]
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As Optuna's, likewise."""
+        found = self._read(models.TrialModel.__table__.c.trial_id == trial_id)
+        if not found:
+            raise KeyError(trial_id)
+        return found[0]
+
+    def _read(self, chosen: Any) -> list[FrozenTrial]:
+        """The trials that a condition on their table chooses, in order; damaged ones have no number."""
+        self._write()
+        table = models.TrialModel.__table__
         head = ("number", "state", "datetime_start", "datetime_complete")
         columns = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in head]
         with self.engine.connect() as connection:
-            query = sqlalchemy.select(table.c.trial_id, *columns).where(of_study)
+            query = sqlalchemy.select(table.c.trial_id, *columns).where(chosen)
             heads = [tuple(head) for head in connection.execute(query.order_by(table.c.trial_id))]
-            parts = self._parts(connection, sqlalchemy.select(table.c.trial_id).where(of_study))
+            parts = self._parts(connection, sqlalchemy.select(table.c.trial_id).where(chosen))
         checked = [trial_id for trial_id, rows in parts.items() if any(row[0] == CHECKSUM for row in rows["system"])]
         self._first_checked = min(
             [*checked, *([] if self._first_checked is None else [self._first_checked])], default=None
         )
-        trials = [self._trial(parts[head[0]], *head) for head in heads]
-        if trial_id_greater_than == -1:
-            _number(trials)
-        return [trial for trial in trials if states is None or trial.state in states]
+        return [self._trial(parts[head[0]], *head) for head in heads]
 
     def _trial(self, rows: Rows, trial_id: int, number: Any, state: Any, start: Any, end: Any) -> FrozenTrial:
         try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -84,30 +82,63 @@ STATES = {
 OWN_COLUMNS = (keys.ORIGIN, keys.PLAN, keys.PLAN_KEY, keys.FAILURE, keys.LABEL)
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection: a storage makes an object for every parameter of every trial, all of which stay, and
-    collections as they come took half the time of reading them."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+class StudyReader:
+    """Reads a study that grows: rows of finished trials, which change no more, are made once."""
+
+    def __init__(self, study: optuna.Study, objectives: Sequence[str]) -> None:
+        self.study = study
+        self.objectives = objectives
+        self._rows: dict[int, Row] = {}
+
+    def read(self) -> StudyState:
+        """The study as it is now."""
+        known, trials = self.study.user_attrs, self.study.get_trials(deepcopy=False)
+        again = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
+        rows = [
+            self._row(trial, known.get(keys.report_of(trial.number)), trial.number in again)
+            for trial in trials
+            if trial.state != TrialState.PRUNED and keys.SLOPES_OF not in trial.user_attrs
+        ]
+        return StudyState(trials, known, rows)
+
+    def _row(self, trial: FrozenTrial, report: dict[str, Any] | None, again: bool) -> Row:
+        row = self._rows.get(trial.number)
+        if row is None or row.report != report or row.retried != again:
+            row = _row(trial, self.objectives, report, again)
+            if trial.state.is_finished():
+                self._rows[trial.number] = row
+        return row
 
 
-@uncollected()
+@dataclass(frozen=True)
+class StudyState:
+    """A study as it was read: its trials by number, its attributes, and its rows: trials without proposals that had
+    been measured before and without slopes."""
+
+    trials: Sequence[FrozenTrial]
+    known: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    @cached_property
+    def waiting(self) -> list[FrozenTrial]:
+        """The queue."""
+        return [trial for trial in self.trials if trial.state == TrialState.WAITING]
+
+    @cached_property
+    def spent(self) -> int:
+        """Trials that count against the limit: finished ones, and failed ones that failed by themselves."""
+        return sum(row.counts for row in self.rows)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward
+        ones."""
+        return int(keys.menu_tokens(self.known) + sum(t.user_attrs.get(keys.TOKENS, 0) for t in self.trials))
+
+
 def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
     """Every trial of a study, in order; proposals that had been measured before, and slopes, are left out."""
-    reports = study.user_attrs
-    trials = study.get_trials(deepcopy=False)
-    again = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
-    return [
-        _row(trial, objectives, reports.get(keys.report_of(trial.number)), trial.number in again)
-        for trial in trials
-        if trial.state != TrialState.PRUNED and keys.SLOPES_OF not in trial.user_attrs
-    ]
+    return list(StudyReader(study, objectives).read().rows)
 
 
 def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None, again: bool) -> Row:
@@ -126,15 +157,6 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
         failure=attributes.get(keys.FAILURE),
         within=all(excess <= 0 for excess in trial.constraints.values()),
         retried=again,
-    )
-
-
-def tokens_of(study: optuna.Study) -> int:
-    """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward ones."""
-    known = study.user_attrs
-    return int(
-        keys.menu_tokens(known)
-        + sum(trial.user_attrs.get(keys.TOKENS, 0) for trial in study.get_trials(deepcopy=False))
     )
 
 
@@ -186,6 +208,9 @@ def front_of(rows: Iterable[Row], rung: int | None = None) -> list[Row]:
     if not measured:
         return []
     values, spreads = _matrix(measured), np.array([_spreads(row) for row in measured])
+    if not spreads.any():  # the loop is for noise, and for equals
+        kept = np.flatnonzero(moocore.is_nondominated(values, keep_weakly=True))
+        measured, values, spreads = [measured[number] for number in kept], values[kept], spreads[kept]
     members: list[int] = []
     for number in range(len(measured)):
         apart = np.maximum(spreads[members], spreads[number])
