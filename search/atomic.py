@@ -38,12 +38,14 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{HOST}-{os.getpid()}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write ``path``, replacing it whole; its folder is made."""
+def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write ``path``, replacing it whole, with the permissions ``mode`` as far as the process's mask leaves them; its
+    folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        partial.write_bytes(content)
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

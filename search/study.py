@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 import pandas as pd
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -311,7 +312,7 @@ class Study:
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         cache = cache_folder().resolve()
         check_length(skeleton(source), self.config.data.length, "data.length")  # before minutes of sampling
-        own = OwnText(source, dtype, device, cache, self.run.own_text() if drawn is None else drawn, progress)
+        own = OwnText(source, dtype, device, cache, self._own_text() if drawn is None else drawn, progress)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length, own)
         if self._scatters:
             tokens["search"] = scattered(tokens["search"])
@@ -323,6 +324,10 @@ class Study:
         groups = 0 if search.sampler == OURS else search.groups
         loss = "divergence" if "divergence" in config.objectives else "perplexity"
         return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+
+    def _own_text(self) -> dict[str, Tensor]:
+        """The model's own texts that the run's folder has."""
+        return {seed: torch.from_numpy(ids) for seed, ids in self.run.own_text().items()}
 
     def _check_limits(self, setup: Setup, space: Space) -> None:
         """Raise `InputError` where no plan of the space can meet the study's limits."""
@@ -379,7 +384,7 @@ class Study:
             stop.check()
             display.phase(phase, done, total)
 
-        drawn = self.run.own_text()
+        drawn = self._own_text()
         known = set(drawn)
         setup = self.setup(progress, drawn)
         space = make_space(setup)
@@ -391,7 +396,7 @@ class Study:
             resolved["windows"] = SCATTERED
         self._check_limits(setup, space)
         if drawn.keys() != known:
-            self.run.keep_own_text(drawn)
+            self.run.keep_own_text({seed: ids.numpy() for seed, ids in drawn.items()})
         self.run.define(self.config, resolved)
         placed = self._placed(setup.device, address)
         storage = self._optuna(write=True)

@@ -20,6 +20,7 @@ from launching import (
 )
 
 from rankfront.search.__main__ import run as command_line
+from rankfront.search.atomic import partial_of
 from rankfront.search.study import Study
 
 TRIALS = 30
@@ -92,7 +93,7 @@ def test_a_half_written_definition_is_none(study_file, tmp_path):
     """A launcher that died while it wrote study.json leaves its partial file, which nobody reads."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "study.partial").write_text('{"version": 1, "conf', encoding="utf-8")
+    partial_of(run / "study.json").write_text('{"version": 1, "conf', encoding="utf-8")
     assert command_line(["launch", str(study_file), "--run", str(run), "--trials", "3"]) == 0
     check_whole(Study.open(run), {}, 3)
 

@@ -33,7 +33,6 @@ UPWARD = {  # imports against that order that are still to go
     "plans.constraint -> storage.front",
     "plans.limits -> optimise.goal",
 }
-IMPORT_TORCH = {"storage.folder"}  # among those that should not, still to mend
 
 
 def modules():
@@ -93,7 +92,7 @@ def test_what_computes_plans_does_not_import_torch(layer):
         for name, path in modules().items()
         if package(name) == layer and heavy & {package(each) for each in imported(path)}
     }
-    assert found == {each for each in IMPORT_TORCH if package(each) == layer}
+    assert found == set()
 
 
 STORED = {"user_attrs", "attributes"}  # what trials and rows have their attributes under

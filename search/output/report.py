@@ -7,7 +7,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from rankfront.search.atomic import partial_of
+from rankfront.search.atomic import write_whole
 from rankfront.search.measure.control import PROMPTS
 from rankfront.search.output.tables import plan_json
 from rankfront.search.plain import plain
@@ -133,9 +133,7 @@ another domain, give the last columns.</p>
 {plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
 """
-    partial = partial_of(path)
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page.encode())
 
 
 def _table(study: Study) -> str:

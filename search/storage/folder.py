@@ -6,17 +6,17 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.numpy import load_file, save
 
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
@@ -108,24 +108,19 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         identity = self.identity() if self.file.exists() else uuid.uuid4().hex
         data = {"version": VERSION, "id": identity, "config": config.model_dump(mode="json"), "resolved": resolved}
-        text = json.dumps(data, indent=1)
-        staging = self.file.with_suffix(".partial")
-        staging.unlink(missing_ok=True)
         secret = config.search.storage is not None and parse_url(config.search.storage).password is not None
-        with open(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666), "w") as file:
-            file.write(text + "\n")
-        staging.replace(self.file)
+        write_whole(self.file, (json.dumps(data, indent=1) + "\n").encode(), 0o600 if secret else 0o666)
 
-    def keep_own_text(self, ids: dict[str, Tensor]) -> None:
+    def keep_own_text(self, ids: Mapping[str, np.ndarray]) -> None:
         """Write the model's own texts, seed -> token ids (N,): what it samples is not the same on every machine."""
-        write_whole(self.own_text_file, save({seed: text.contiguous() for seed, text in ids.items()}))
+        write_whole(self.own_text_file, save(dict(ids)))
 
-    def own_text(self) -> dict[str, Tensor]:
+    def own_text(self) -> dict[str, np.ndarray]:
         """What `keep_own_text` wrote, none where it did not. Raises `InputError` where the file is corrupt."""
         if not (self.file.is_file() and self.own_text_file.is_file()):
             return {}
         try:
-            ids: dict[str, Tensor] = load_file(self.own_text_file)
+            ids: dict[str, np.ndarray] = load_file(self.own_text_file)
             return ids
         except (OSError, SafetensorError) as error:
             raise InputError(
