@@ -1,12 +1,16 @@
-"""Objectives: a model or a plan in, one number out. Importing this package registers every objective."""
+"""Objectives: a model or a plan in, one number out. Importing this package registers every objective, without torch."""
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING, Any
 
 from rankfront.objectives._clock import Clock
 from rankfront.objectives._objective import OBJECTIVES, Objective, make_objective
-from rankfront.objectives._scores import TEACHER_TOP_K, Scores, Teacher, divergence_from, score, teach
 from rankfront.objectives._subject import Subject
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from rankfront.objectives._generation import compiled, generate
+    from rankfront.objectives._scores import TEACHER_TOP_K, Scores, Teacher, divergence_from, score, teach
 
 __all__ = [
     "OBJECTIVES",
@@ -16,11 +20,26 @@ __all__ = [
     "Scores",
     "Subject",
     "Teacher",
+    "compiled",
     "divergence_from",
+    "generate",
     "make_objective",
     "score",
     "teach",
 ]
 
+NEED_TORCH = {  # name -> the file that has it
+    **dict.fromkeys(("compiled", "generate"), "_generation"),
+    **dict.fromkeys(("TEACHER_TOP_K", "Scores", "Teacher", "divergence_from", "score", "teach"), "_scores"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{NEED_TORCH[name]}"), name)
+
+
 for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")

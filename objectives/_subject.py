@@ -6,13 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from rankfront.methods import Cost
 from rankfront.objectives._clock import Clock
-from rankfront.objectives._scores import Scores, Teacher, score
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rankfront.objectives._scores import Scores, Teacher
 
 
 @dataclass
@@ -42,5 +44,7 @@ class Subject:
     @cached_property
     def scores(self) -> Scores:
         """Perplexity, and divergence where there is a teacher, from one pass over the windows."""
+        from rankfront.objectives._scores import score
+
         with self.clock.phase("evaluate"):
             return score(self.model, self.windows, self.teacher)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rankfront.methods import Cost
 from rankfront.objectives._objective import register
-from rankfront.objectives._scores import TEACHER_TOP_K
 from rankfront.objectives._subject import Subject
 
 REFERENCE = math.log(10.0)  # nats a token, beside perplexity's factor of ten
@@ -27,6 +26,8 @@ class Divergence:
     logarithmic = False
 
     def value(self, subject: Subject) -> float:
+        from rankfront.objectives._scores import TEACHER_TOP_K
+
         subject.notes["divergence_top_k"] = TEACHER_TOP_K
         return subject.scores.divergence
 

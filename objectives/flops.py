@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, cast
 
 from rankfront.methods import Cost, InputError
-from rankfront.methods.layers import Factored, weight_of
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DENSE = ("Linear", "Conv1D")
 SLIDING = "sliding_attention"
@@ -53,6 +53,8 @@ class Flops:
 
 
 def _multiplications(module: nn.Module) -> int:
+    from rankfront.methods.layers import Factored, weight_of
+
     if type(module).__name__ in DENSE:
         return weight_of(module).numel()
     return cast(Factored, module).multiplications() if hasattr(module, "multiplications") else 0

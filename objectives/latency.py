@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import StaticCache
 
-from rankfront.methods import Cost, InputError, prepack, shown, undo_prepack
+from rankfront.methods import Cost, InputError, shown
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
 LONGEST = 3600  # seconds that one model may be timed for; a guess
 STEADY = 0.03  # of the median
-GRAPHS = 4096  # that compiled models may have had in all: every trial's are others
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class Timed:
         if not self.prepack:
             yield
             return
+        from rankfront.methods import prepack, undo_prepack
+
         as_dense = subject.dense or nullcontext
         try:
             prepack(subject.model)
@@ -174,6 +176,8 @@ class Timed:
 
     def runner(self, model: nn.Module) -> Callable[[Tensor], Run]:
         """What times one generation from prompts (batch, prompt)."""
+        from rankfront.objectives._generation import compiled, generate, generate_compiled
+
         if self.compile:
             return partial(generate_compiled, compiled(model), model, decode=self.decode)
         return partial(generate, model, decode=self.decode)
@@ -257,56 +261,3 @@ class LatencyDecode(Timed):
 
     def notes(self, rounds: Rounds) -> dict[str, float]:
         return {"latency_decode_ms": 1000 * float(np.median([run.decode for run in rounds.ours])) / self.decode}
-
-
-class _Stopwatch:
-    """Seconds since the last lap: CUDA events on a GPU, the wall clock elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.device = device
-        self.last = self._now()
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def lap(self) -> float:
-        now, last = self._now(), self.last
-        self.last = now
-        if isinstance(now, float):
-            assert isinstance(last, float)
-            return now - last
-        assert not isinstance(last, float)
-        now.synchronize()
-        return float(last.elapsed_time(now)) / 1000
-
-
-@torch.inference_mode()
-def generate(model: Callable[..., Any], ids: Tensor, decode: int, cache: Any = None) -> Run:
-    """Time a prefill of ``ids`` (batch, prompt) and ``decode`` greedy single-token steps with the key-value ``cache``,
-    one that grows where none is given."""
-    watch = _Stopwatch(ids.device)
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefill = watch.lap()
-    for _ in range(decode):
-        token = out.logits[:, -1:].argmax(-1)  # (batch, 1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-    return Run(prefill, watch.lap())
-
-
-def generate_compiled(forward: Callable[..., Any], model: Any, ids: Tensor, decode: int) -> Run:
-    """`generate` by what `compiled` made of ``model``, with a static cache: one that grows asks for more graphs."""
-    return generate(forward, ids, decode, StaticCache(config=model.config, max_cache_len=ids.shape[1] + decode))
-
-
-def compiled(model: nn.Module) -> Callable[..., Any]:
-    """``model`` through ``torch.compile``, on a GPU with CUDA graphs. What its modules are replaced by is compiled at
-    its first call, and the graphs of before are kept."""
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
-    cuda = next(model.parameters()).is_cuda
-    forward: Callable[..., Any] = torch.compile(model, mode="reduce-overhead" if cuda else None)
-    return forward

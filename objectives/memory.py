@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
-import torch
-from torch import Tensor
-
-from rankfront.methods import Cost, Unpacked
+from rankfront.methods import Cost
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
-
-TOKENS = 5  # that are run to see what is kept
 
 
 @register
@@ -30,6 +23,8 @@ class ResidentBytes:
     logarithmic = False
 
     def value(self, subject: Subject) -> float:
+        from rankfront.objectives._running import note_running
+
         note_running(subject)
         return subject.notes["resident_bytes"]
 
@@ -50,7 +45,9 @@ class KVBytes:
     logarithmic = False
 
     def value(self, subject: Subject) -> float:
-        cache = _cache_after(subject)
+        from rankfront.objectives._running import TOKENS, cache_after
+
+        cache = cache_after(subject)
         return float(sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / TOKENS)
 
     def from_cost(self, cost: Cost) -> None:
@@ -58,39 +55,3 @@ class KVBytes:
 
     def box(self, dense: float) -> tuple[float, float]:
         return 0.0, WORST * dense
-
-
-def note_running(subject: Subject) -> None:
-    """Note, once, how the model runs: ``resident_bytes``; the number of modules that keep a sparse factor or their
-    whole weight made dense, ``unpacked``; and of those whose right factor is part of one product, ``joined``."""
-    if "resident_bytes" in subject.notes:
-        return
-    _cache_after(subject)
-    modules = list(subject.model.modules())
-    held = (tensor for module in modules for tensor in _tensors(vars(module).values()))
-    subject.notes |= {
-        "resident_bytes": float(sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())),
-        "unpacked": float(sum(isinstance(module, Unpacked) and module.unpacked for module in modules)),
-        "joined": float(sum(getattr(module, "joined", None) is not None for module in modules)),
-    }
-
-
-@torch.inference_mode()
-def _cache_after(subject: Subject) -> Any:
-    """The cache after a prompt and one decoded token, `TOKENS` of them together."""
-    model = cast(Any, subject.model)
-    window = subject.windows.flatten()
-    ids = window.repeat(-(-TOKENS // len(window)))[None, :TOKENS].to(next(model.parameters()).device)
-    out = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
-    return model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).past_key_values
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor among ``values`` and in the containers there; modules count for themselves."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

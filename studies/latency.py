@@ -34,7 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from rankfront.methods import prepack, undo_prepack
 from rankfront.methods._integers import rounded
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.objectives.latency import Latency, compiled
+from rankfront.objectives import compiled
+from rankfront.objectives.latency import Latency
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.model import cache_folder, find_sites, load_model, resolve
 from rankfront.search.measure.joining import join_faster

@@ -9,8 +9,8 @@ import torch
 from transformers import StaticCache
 
 from rankfront.methods import Cost, InputError
-from rankfront.objectives import Clock, Subject, make_objective
-from rankfront.objectives.latency import STEADY, Latency, compiled, generate
+from rankfront.objectives import Clock, Subject, compiled, generate, make_objective
+from rankfront.objectives.latency import STEADY, Latency
 from rankfront.search.plans.plan import Plan
 
 NAMES = ["latency", "latency_prefill", "latency_decode"]
@@ -59,7 +59,7 @@ def test_both_models_run_in_turns(resident, monkeypatch):
         order.append("dense" if dense else "ours")
         return generate(model, ids, decode)
 
-    monkeypatch.setattr("rankfront.objectives.latency.generate", record)
+    monkeypatch.setattr("rankfront.objectives._generation.generate", record)
     Latency(**{**SMALL, "rounds": 3}).value(subject)
     assert order == ["ours", "dense", "ours", "dense", "dense", "ours", "ours", "dense"]
 
@@ -82,7 +82,7 @@ def test_the_value_is_the_median_of_ratios(resident, monkeypatch):
         kind = "dense" if isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), torch.nn.Linear) else "ours"
         return type(generate(model, ids, 1))(*map(float, next(times[kind])))
 
-    monkeypatch.setattr("rankfront.objectives.latency.generate", fixed)
+    monkeypatch.setattr("rankfront.objectives._generation.generate", fixed)
     subject = subject_of(resident, a_plan(resident))
     assert Latency(**{**SMALL, "rounds": 3}).value(subject) == 1.0  # of 2/2, 6/2 and 6/12
     assert subject.notes["latency_prefill"] == 1.0  # of 1/1, 2/1, 3/3
@@ -173,7 +173,7 @@ def clocked(monkeypatch):
         own = times[kind]
         return type(generate(model, ids, 1))(*map(float, own.pop(0) if len(own) > 1 else own[0]))
 
-    monkeypatch.setattr("rankfront.objectives.latency.generate", fixed)
+    monkeypatch.setattr("rankfront.objectives._generation.generate", fixed)
     return times, ran
 
 

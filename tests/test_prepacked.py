@@ -255,10 +255,10 @@ def test_both_models_are_measured_prepacked(resident, kind, monkeypatch):
 
 
 def timing_of(monkeypatch, replaced):
-    from rankfront.objectives import latency
+    from rankfront.objectives import _generation
 
-    real = latency.generate
-    monkeypatch.setattr(latency, "generate", replaced)
+    real = _generation.generate
+    monkeypatch.setattr(_generation, "generate", replaced)
     return real
 
 

@@ -52,6 +52,12 @@ def test_importing_the_methods_imports_none_of_them():
     assert fresh(code) == []
 
 
+def test_objectives_are_known_without_what_measures_them():
+    code = "import json, sys; from rankfront.objectives import make_objective; make_objective('latency', {})"
+    code += "; print(json.dumps(sorted({'torch', 'transformers', 'ray', 'scipy'} & sys.modules.keys())))"
+    assert fresh(code) == []
+
+
 EXPORTS_LOAD = """
 import json, sys
 import rankfront.methods

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfront.methods import InputError, Option, Site
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
-from rankfront.objectives.memory import note_running
+from rankfront.objectives._running import note_running
 from rankfront.search.attributes import SLOPE_TOKENS
 from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
 from rankfront.search.inputs.text import hash_tokens

@@ -6,8 +6,7 @@ from statistics import median
 from typing import Any
 
 from rankfront.methods import prepack
-from rankfront.objectives import score
-from rankfront.objectives.latency import generate
+from rankfront.objectives import generate, score
 from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype
 from rankfront.search.inputs.model import (
     check_length,
