@@ -11,7 +11,7 @@ from rankfront.methods import InputError
 from rankfront.objectives.latency import Timed
 from rankfront.search.__main__ import run
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.measure import timing, trial
+from rankfront.search.measure import runner, timing
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.answer import _Learned
 from rankfront.search.optimise.samplers import OURS
@@ -155,7 +155,7 @@ def clocked(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "compared", lambda module, dense, x, prepack: size(module) / size(dense))
     monkeypatch.setattr(Timed, "value", value)
     whole = {"prefill": 1e-6, "decode": 2e-6}
-    monkeypatch.setattr(trial, "time_whole", lambda _, model, windows: {p: s * size(model) for p, s in whole.items()})
+    monkeypatch.setattr(runner, "time_whole", lambda _, model, windows: {p: s * size(model) for p, s in whole.items()})
     return worse
 
 

@@ -14,7 +14,7 @@ from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.inputs.model import find_sites, load_model, weights_at
-from rankfront.search.measure import trial
+from rankfront.search.measure import compressed_model
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import make_space
@@ -452,7 +452,7 @@ def test_a_site_is_treated_whole_or_not_at_all(worlds, monkeypatch, method):
             return replacement(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trial, "replacement", failing)
+            patch.setattr(compressed_model, "replacement", failing)
             with pytest.raises(torch.OutOfMemoryError):
                 world.resident.compressed.apply(Plan.of({site.name: options[0]}))
         torch.testing.assert_close(world.logits(), before, rtol=0, atol=0)

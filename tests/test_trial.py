@@ -134,7 +134,7 @@ def test_a_failure_is_a_value_and_the_next_trial_runs(resident, monkeypatch, kin
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.objectives._subject.score", fail)
+        patch.setattr("rankfront.objectives._scores.score", fail)
         patch.setattr("rankfront.search.measure.control.score", fail)
         record = resident.run(Job(kind, 0, plan))
     assert list(record) == (["failure", "lost"] if isinstance(error, MemoryError) else ["failure"])
