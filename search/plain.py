@@ -1,7 +1,8 @@
-"""What others named or wrote, for a terminal: nothing in it is markup, and nothing moves the cursor."""
+"""What others named or wrote, for a terminal or a page: nothing in it is markup, and nothing moves the cursor."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a command that fails need not wait for it
@@ -18,3 +19,8 @@ def literal(text: object) -> Text:
     from rich.text import Text
 
     return Text(plain(text))
+
+
+def markdown(text: object) -> str:
+    """`plain` text that Markdown shows as it is, in a table too."""
+    return re.sub(r"([\\`*_\[\]<>#|!&~])", r"\\\1", plain(text))

@@ -32,6 +32,7 @@ from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.output import verify
 from rankfront.search.output.control_check import warning
+from rankfront.search.plain import markdown
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
@@ -246,9 +247,12 @@ def _card(
         "block_parameters (kept fraction of the block linears)": f"{row.attributes[keys.BLOCK_PARAMETERS]:.4f}",
         "stored values in this folder": f"{verified.parameters:,}",
         "bytes of its tensors": f"{verified.bytes:,}",
-        f"perplexity, search split ({data.search.label}), reloaded": f"{verified.perplexity:.6g}",
+        f"perplexity, search split ({markdown(data.search.label)}), reloaded": f"{verified.perplexity:.6g}",
     }
-    texts = {"perplexity": f"report split ({data.report.label})", "control": f"control text ({data.control.label})"}
+    texts = {
+        "perplexity": f"report split ({markdown(data.report.label)})",
+        "control": f"control text ({markdown(data.control.label)})",
+    }
     ours, dense = reports
     for name, text in texts.items():
         if name in ours and name in dense:
@@ -256,10 +260,11 @@ def _card(
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     said = f"It {verified.warning}.\n\n" * bool(verified.warning) + _said(ours, dense)
     load = "import rankfront.methods\n" if form == "factored" else ""
-    return f"""# {setup.config.model.name}, compressed
+    return f"""# {markdown(setup.config.model.name)}, compressed
 
-Trial {row.number} ({row.origin}) of a rankfront {version("rankfront")} study with seed {search.seed}, format `{form}`,
-{setup.dtype}. `plan.json` has the method and level of every treated weight ({len(row.plan.choices)} of them).
+Trial {row.number} ({markdown(row.origin)}) of a rankfront {version("rankfront")} study with seed {search.seed},
+format `{form}`, {setup.dtype}. `plan.json` has the method and level of every treated weight
+({len(row.plan.choices)} of them).
 {REFIT_NOTE if refit != "none" else ""}
 ```python
 {load}from transformers import AutoModelForCausalLM, AutoTokenizer
