@@ -222,14 +222,11 @@ def test_what_is_exported_was_verified_in_a_fresh_process(exportable, compressed
     assert f"{compressed.report['perplexity']:.6g}" in card if compressed.report else True
 
 
-def test_the_models_name_is_no_markup_in_the_card(exportable, compressed, tmp_path, monkeypatch):
+def test_foreign_names_are_no_markup_in_the_card(exportable, compressed, tmp_path, monkeypatch):
     verify_here(monkeypatch)
-    setup = exportable.setup()
-    named = setup.config.model.model_copy(update={"name": "a|b [c](d)\n# e"})
-    setup = replace(setup, config=setup.config.model_copy(update={"model": named}))
-    export(setup, compressed, tmp_path / "out", "factored")
+    export(exportable.setup(), replace(compressed, origin="a|b [c](d)\n# e"), tmp_path / "out", "factored")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("# a\\|b \\[c\\](d)\\\\n\\# e, compressed\n")
+    assert "(a\\|b \\[c\\](d)\\\\n\\# e) of a rankfront" in card
 
 
 def test_the_knee_is_the_default(exportable, tmp_path, monkeypatch):
