@@ -27,7 +27,6 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import export as module
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan
-from rankfront.search.storage.front import Row
 from rankfront.search.study import Study
 
 IDS = tokens(2, 24, seed=3)
@@ -238,8 +237,8 @@ def test_the_knee_is_the_default(exportable, tmp_path, monkeypatch):
 @pytest.mark.parametrize("figure", ["perplexity", "parameter_count"])
 def test_what_does_not_verify_is_not_kept(exportable, compressed, tmp_path, monkeypatch, figure):
     verify_here(monkeypatch)
-    attributes = compressed.attributes | {figure: int(compressed.attributes[figure] * 1.01) + 1}
-    row = Row(**{**vars(compressed), "attributes": attributes})
+    other = {figure: int(compressed.figure(figure) * 1.01) + 1}
+    row = replace(compressed, attributes=compressed.attributes | other, values=compressed.values | other)
     before = contents(exportable)
     with pytest.raises(ExportError, match="not kept"):
         exportable.export(tmp_path / "out", row)

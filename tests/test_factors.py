@@ -126,11 +126,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail(path, content):
+    def fail(path, *_, **__):
         path.write_text("half", encoding="utf-8")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
+    monkeypatch.setattr("rankfront.search.atomic.open", fail, raising=False)
     with pytest.raises(OSError, match="no space"):
         fill(make_store(tmp_path))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

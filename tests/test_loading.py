@@ -191,7 +191,7 @@ def factored(setup, tmp_path_factory):
     resident = JobRunner(setup)
     resident.compressed.apply(common.random_plan(resident, 3))
     folder = tmp_path_factory.mktemp("factored")
-    _mark(resident.compressed.model, resident)
+    _mark(resident.compressed.model, resident.compressed)
     resident.compressed.model.save_pretrained(folder)
     common.tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -222,7 +222,7 @@ def test_a_factored_export_loads_as_it_ran_with_the_buffers_that_no_file_holds(n
         ids = common.tokens(1, 16)
         said = resident.compressed.model(ids).logits
         out = tmp_path / f"{len(plan.choices)}"
-        _mark(resident.compressed.model, resident)
+        _mark(resident.compressed.model, resident.compressed)
         resident.compressed.model.save_pretrained(out)
         loaded = load(out)
         assert torch.equal(loaded(ids).logits, said)
@@ -294,7 +294,7 @@ def test_a_matrix_that_only_the_configuration_ties_is_treated_and_exported_alone
     assert torch.equal(resident.compressed.model.model.embed_tokens.weight, table)
     ids = common.tokens(1, 8)
     said = resident.compressed.model(ids).logits
-    _mark(resident.compressed.model, resident)
+    _mark(resident.compressed.model, resident.compressed)
     resident.compressed.model.save_pretrained(tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert torch.equal(loaded(ids).logits, said)

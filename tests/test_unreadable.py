@@ -180,7 +180,7 @@ def test_token_ids_beyond_the_table_are_one_line_with_both_numbers(tmp_path, tex
 def test_a_factored_export_is_no_model_of_a_study_and_names_the_class_that_loads_it(setup, tmp_path, text_file):
     resident = JobRunner(setup)
     resident.compressed.apply(common.random_plan(resident, 3))
-    _mark(resident.compressed.model, resident)
+    _mark(resident.compressed.model, resident.compressed)
     resident.compressed.model.save_pretrained(tmp_path / "out")
     common.tiny_tokenizer().save_pretrained(tmp_path / "out")
     study = Study(common.study_data(tmp_path / "out", text_file))

@@ -133,6 +133,7 @@ another domain, give the last columns.</p>
 {plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
 """
+    path.parent.resolve(strict=True)  # a folder that is not there is a slip, and none is made
     write_whole(path, page.encode())
 
 
