@@ -4,11 +4,11 @@ A method's file, and torch with it, is imported when the method is used. Importi
 exports: `checkpoint` is imported as soon as transformers' quantizers are.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankfront.methods._door import open_door
 from rankfront.methods._errors import InputError, check_choice, nearest, shown
+from rankfront.methods._lazy import lazy
 from rankfront.methods._method import (
     DENSE,
     DENSE_OPTION,
@@ -76,10 +76,7 @@ NEED_TORCH = {  # name -> the file that has it
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in NEED_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{NEED_TORCH[name]}"), name)
+__getattr__ = lazy(__name__, NEED_TORCH)
 
 
 open_door()

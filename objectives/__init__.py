@@ -2,8 +2,9 @@
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rankfront.methods._lazy import lazy
 from rankfront.objectives._clock import Clock
 from rankfront.objectives._objective import OBJECTIVES, Objective, make_objective
 from rankfront.objectives._subject import Subject
@@ -34,10 +35,7 @@ NEED_TORCH = {  # name -> the file that has it
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in NEED_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{NEED_TORCH[name]}"), name)
+__getattr__ = lazy(__name__, NEED_TORCH)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -41,7 +41,7 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup, make_space
 from rankfront.search.optimise import accuracy
 from rankfront.search.optimise.answer import Answer, answer, menu_frame
-from rankfront.search.optimise.goal import quality_of, timings_of
+from rankfront.search.optimise.goal import preferred_loss, quality_of, timings_of
 from rankfront.search.optimise.halving import promotion_of
 from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
@@ -225,7 +225,7 @@ class Study:
         limits = [Constraint.parse(text) for text in constraints]
         storage = self._optuna()  # one for both: it keeps what it has read
         rows = fronts.rows_of(storage, list(self.config.objectives))
-        return answer(storage, self._settled, rows, self.source, limits)
+        return answer(storage, self._settled, rows, self.source, limits, self.tuning)
 
     def menu(self) -> pd.DataFrame:
         """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""
@@ -322,7 +322,7 @@ class Study:
             shapes = shapes_of(find_sites(skeleton(source)))
             config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
         groups = 0 if search.sampler == OURS else search.groups
-        loss = "divergence" if "divergence" in config.objectives else "perplexity"
+        loss = preferred_loss(config) or "perplexity"
         return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
 
     def _own_text(self) -> dict[str, Tensor]:

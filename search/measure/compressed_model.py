@@ -16,8 +16,9 @@ from rankfront.objectives.latency import Latency, Timed
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import count_parameters, find_sites, load_model, load_tokenizer, use_attention
+from rankfront.search.inputs.own_text import Progress
 from rankfront.search.measure.joining import join_faster
-from rankfront.search.measure.prepare import Progress, prepare_store
+from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.setup import Setup, make_space
 from rankfront.search.measure.timing import Stopwatches
 from rankfront.search.names import Place

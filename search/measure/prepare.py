@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 from rankfront.methods import Site, get_method
@@ -11,10 +10,9 @@ from rankfront.search.factors.calibration import calibrate
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import load_model, weights_at
+from rankfront.search.inputs.own_text import Progress
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.space import Space
-
-Progress = Callable[[str, int, int], None]  # phase, done, total
 
 
 def prepare_store(setup: Setup, space: Space, progress: Progress, anew: bool = False) -> FactorStore:

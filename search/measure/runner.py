@@ -14,12 +14,12 @@ from rankfront.objectives import Clock, Subject, Teacher, make_objective, score,
 from rankfront.objectives._running import note_running
 from rankfront.search.attributes import SLOPE_TOKENS
 from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
+from rankfront.search.inputs.own_text import Progress
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.control import reported
 from rankfront.search.measure.evaluation_tokens import EvaluationTokens
 from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS, predict
-from rankfront.search.measure.prepare import Progress
 from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.measure.slopes import measure_slopes

@@ -18,6 +18,7 @@ from rankfront.search.optimise.goal import Timings, menu_of, timings_of
 from rankfront.search.optimise.predictor import Places, Predictor
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.optimise.samplers import OURS
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
@@ -54,7 +55,12 @@ class Answer:
 
 
 def answer(
-    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source, limits: Sequence[Constraint]
+    study: optuna.Study,
+    config: StudyConfig,
+    rows: Sequence[Row],
+    source: Source,
+    limits: Sequence[Constraint],
+    tuning: Tuning = DEFAULT,
 ) -> Answer:
     """The plan of least divergence, measured or else predicted, within ``limits`` and the study's own.
 
@@ -66,7 +72,7 @@ def answer(
     predicts, or no plan meets them all.
     """
     space = Space(find_sites(skeleton(source)), config.space, 0)
-    predictor, dense, timings = prior_predictor(study, config, rows, space)
+    predictor, dense, timings = prior_predictor(study, config, rows, space, tuning)
     menu, origin = predictor.menu, dict(dense.plan.origin)
     predictor.learn(study)
     learned = _Learned(predictor, _figures(predictor, space, dense, timings), list(config.objectives))
@@ -222,17 +228,14 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
 
 
 def prior_predictor(
-    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space
+    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space, tuning: Tuning = DEFAULT
 ) -> tuple[Predictor, Row, Timings]:
     """The predictor as it was before any trial but the dense one; the dense trial, and the latency tables.
 
     Raises `InputError` where the run has no menu yet."""
     menu, dense, timings = _known(study, config, rows, space)
-    return (
-        make_rankfront_sampler(menu, space, config, dense, dict(dense.plan.origin), timings).predictor,
-        dense,
-        timings,
-    )
+    sampler = make_rankfront_sampler(menu, space, config, dense, dict(dense.plan.origin), timings, tuning)
+    return sampler.predictor, dense, timings
 
 
 def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row, Timings]:

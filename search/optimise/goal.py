@@ -31,11 +31,16 @@ SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, an
 SPREAD_TOKENS = 4096  # that a trial scores where a difference in loss is uncertain by the surrogate's `SPREAD`
 
 
+def preferred_loss(config: StudyConfig) -> str | None:
+    """The first of `QUALITY` that is among the objectives."""
+    return next((name for name in QUALITY if name in config.objectives), None)
+
+
 def quality_of(config: StudyConfig) -> str:
     """The objective that our sampler models; `InputError` where the study has none."""
-    for name in QUALITY:
-        if name in config.objectives:
-            return name
+    name = preferred_loss(config)
+    if name is not None:
+        return name
     raise InputError(
         f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
         " one of them, or choose another sampler"

@@ -49,11 +49,8 @@ class Tuning:
     # Shares of a reference plan's divergence that steps are solved to save. Longer ones promise more and keep less: the
     # best of all lengths promised 0.08 to 0.34 around plans of the menu and kept 0.11 to 0.25. study: results/steps.md
     lengths: tuple[float, ...] = (0.02, 0.05, 0.1, 0.18, 0.3)
-    dampings: tuple[float, float, int] = (
-        0.5,
-        16.0,
-        16,
-    )  # multiples of κ among which those are found: from, to, count; guess
+    # Multiples of κ among which those are found: from, to, count; guess.
+    dampings: tuple[float, float, int] = (0.5, 16.0, 16)
     references: int = 4  # plans with slopes that steps are taken from at once; guess
     bands: int = 10  # shares of the dense size that the corrected menu is solved for each by itself; guess
     band_rounds: int = 3  # of solving for a budget whose plan turns out of another band; guess
