@@ -6,6 +6,7 @@ file that it does not list yet is imported whenever the methods are listed.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import pkgutil
@@ -36,9 +37,9 @@ def get_method(name: str) -> Method:
 
 
 def describe_methods() -> list[Description]:
-    """`DESCRIBED` of every method, in the order of `method_names`."""
+    """`DESCRIBED` of every method, in the order of `method_names`; the caller's to change."""
     listed = {described["name"]: described for methods in _catalogue().values() for described in methods}
-    return [listed.get(name) or _described(METHODS[name]) for name in method_names()]
+    return [copy.deepcopy(listed[name]) if name in listed else _described(METHODS[name]) for name in method_names()]
 
 
 def _load(file: str) -> None:

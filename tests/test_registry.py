@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from rankfront.methods import InputError, _registry, describe_methods, get_method, method_names
+from rankfront.search.output.taxonomy import methods_table
 
 
 def test_the_catalogue_says_what_the_methods_say_of_themselves():
@@ -13,6 +14,19 @@ def test_the_catalogue_says_what_the_methods_say_of_themselves():
         method = get_method(described["name"])
         assert described == {key: getattr(method, key) for key in described} | {"needs": list(method.needs)}
         assert described.keys() == set(_registry.DESCRIBED)
+
+
+def test_a_description_that_is_changed_changes_no_other():
+    for described in describe_methods():
+        described["needs"].append("changed")
+        described.clear()
+    assert describe_methods()[0]["needs"] == list(get_method(method_names()[0]).needs)
+
+
+def test_the_table_of_methods_leaves_them_as_they_are():
+    before = describe_methods()
+    methods_table()
+    assert describe_methods() == before
 
 
 def test_the_catalogue_lists_every_file_and_no_other():

@@ -58,8 +58,8 @@ def methods_table(model: str | None = None, trust_remote_code: bool = False) -> 
             table.add_section()
             if family in FAMILIES:
                 table.add_row(f"[bold]{family}", f"[bold]{FAMILIES[family]}")
-        method["needs"] = ", ".join(method["needs"]) or "-"
-        cells = [method[name] for name in names]
+        shown = method | {"needs": ", ".join(method["needs"]) or "-"}
+        cells = [shown[name] for name in names]
         if model is not None:
             treated = [kind for kind, reason in method["refuses"].items() if reason is None]
             cells.append(f"{len(treated)} of {len(method['refuses'])} kinds")
