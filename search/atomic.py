@@ -7,6 +7,7 @@ file mapped keep it. Until then it has a hidden name beside its place that says 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,8 +16,12 @@ import shutil
 import socket
 import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rankfront.methods._errors import InputError
 
 LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)")
 
@@ -49,6 +54,12 @@ def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def file_state(path: Path) -> tuple[int, int, int, int]:
+    """Inode, size, and times of change in ns: of its content, which a writer can set, and of anything about it."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def drop_left(folder: Path, name: str | None = None) -> None:
@@ -97,3 +108,26 @@ def read_checked(path: Path) -> Any:
 
 def _crc32(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside ``folder`` that takes its name when the body succeeds and vanishes when it does not.
+
+    What earlier processes that were killed have left of it is dropped first. Raises `InputError` where ``folder`` is
+    taken in the end: an empty folder is not.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    drop_left(folder.parent, folder.name)
+    staging = partial_of(folder)
+    try:
+        staging.mkdir()
+        yield staging
+        try:
+            staging.rename(folder)  # which replaces an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise InputError(f"{str(folder)!r} was written by another process meanwhile: name a new folder") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

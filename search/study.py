@@ -22,18 +22,13 @@ from rankfront.search import attributes as keys
 from rankfront.search.choices import Format, Refit
 from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config
 from rankfront.search.errors import Interrupted
+from rankfront.search.inputs.capacity import check_length
 from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype, set_threads
-from rankfront.search.inputs.model import (
-    Source,
-    cache_folder,
-    check_length,
-    count_parameters,
-    find_sites,
-    load_tokenizer,
-    resolve,
-    skeleton,
-)
+from rankfront.search.inputs.model import count_parameters, load_tokenizer, skeleton
 from rankfront.search.inputs.own_text import OwnText, Progress
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.source import Source, cache_folder
 from rankfront.search.inputs.text import cut, hash_tokens, scattered
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.ranks import measured_multiple, shapes_of

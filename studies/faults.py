@@ -48,7 +48,8 @@ from rankfront.methods import InputError  # noqa: E402
 from rankfront.methods._low_rank import LowRank  # noqa: E402
 from rankfront.objectives.parameters import Parameters  # noqa: E402
 from rankfront.search.__main__ import run as command_line  # noqa: E402
-from rankfront.search.inputs import model as models  # noqa: E402
+from rankfront.search.inputs.model import load_model  # noqa: E402
+from rankfront.search.inputs.resolve import resolve  # noqa: E402
 from rankfront.search.measure.runner import JobRunner  # noqa: E402
 from rankfront.search.measure.timing import Stopwatches  # noqa: E402
 from rankfront.search.output.export import export  # noqa: E402
@@ -427,7 +428,7 @@ def checkpoint_tensors(world: World) -> Iterator[str]:
             folder = world.fresh("checkpoint")
             shutil.copytree(world.model, folder)
             save_file(spoiled, folder / "model.safetensors", metadata={"format": "pt"})
-            found = one_line(lambda folder=folder: models.load_model(models.resolve(str(folder)), torch.float32, "cpu"))
+            found = one_line(lambda folder=folder: load_model(resolve(str(folder)), torch.float32, "cpu"))
             if not isinstance(found, str):
                 raise Bad(f"{name} {change} was loaded")
             yield found
@@ -442,7 +443,7 @@ def hostile_exports(world: World) -> Iterator[str]:
     row = launching.measured(world.resident, Plan.of(chosen))
     export(world.resident.setup, row, folder, "factored")
     ids = common.tokens(1, 12)
-    expected = models.load_model(models.resolve(str(folder)), torch.float32, "cpu")(input_ids=ids).logits
+    expected = load_model(resolve(str(folder)), torch.float32, "cpu")(input_ids=ids).logits
     absurd = [10_000_000, -1, 0, 1e300, "x", None, [], {}, True, "../../etc/passwd", [[[[[]]]]], 2**70]
     for _ in range(90):
         spoiled = world.fresh("spoiled")
@@ -458,7 +459,7 @@ def hostile_exports(world: World) -> Iterator[str]:
                 part[key] = world.draw.choice(absurd)
                 break
         file.write_text(json.dumps(data), encoding="utf-8")
-        found = one_line(lambda s=spoiled: models.load_model(models.resolve(str(s)), torch.float32, "cpu"))
+        found = one_line(lambda s=spoiled: load_model(resolve(str(s)), torch.float32, "cpu"))
         if not isinstance(found, str):
             with torch.no_grad():
                 logits = one_line(lambda m=found: m(input_ids=ids).logits)

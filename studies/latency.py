@@ -37,7 +37,10 @@ from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import compiled
 from rankfront.objectives.latency import Latency
 from rankfront.search.factors.calibration import shared_inputs
-from rankfront.search.inputs.model import cache_folder, find_sites, load_model, resolve
+from rankfront.search.inputs.model import load_model
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.source import cache_folder
 from rankfront.search.measure.joining import join_faster
 from rankfront.search.measure.timing import Stopwatches
 

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import torch
 from common import provenance
 
-from rankfront.search.inputs.model import resolve
 from rankfront.search.inputs.own_text import OwnText
+from rankfront.search.inputs.resolve import resolve
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rankfront.methods import DENSE_OPTION, Option, Site, Weight
-from rankfront.search.inputs.model import find_sites
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.names import Place
 from rankfront.search.plans.plan import Plan
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from rankfront.methods import InputError, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.search.inputs.model import blocks, count_parameters
+from rankfront.search.inputs.model import count_parameters
+from rankfront.search.inputs.sites import blocks
 
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # fp32 through two blocks
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
-from rankfront.search.atomic import HOST, write_checked
-from rankfront.search.inputs import model
+from rankfront.search.atomic import HOST, staged, write_checked
+from rankfront.search.inputs import resolve as resolving
 from rankfront.search.measure import timing
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.prepare import prepare_store
@@ -384,17 +384,17 @@ def test_of_two_that_unpack_one_model_at_once_the_second_waits_and_uses_it(tmp_p
         rival.join(0.2)
         return Fake()
 
-    monkeypatch.setattr(model, "_whole", load)
-    monkeypatch.setattr(model, "_check_none_dropped", lambda *_: None)
-    monkeypatch.setattr(model.AutoTokenizer, "from_pretrained", lambda *_, **__: Fake())
-    rival = threading.Thread(target=lambda: (begun.wait(), found.append(model.resolve(str(file)))))
+    monkeypatch.setattr(resolving, "load_whole", load)
+    monkeypatch.setattr(resolving, "_check_none_dropped", lambda *_: None)
+    monkeypatch.setattr(resolving.AutoTokenizer, "from_pretrained", lambda *_, **__: Fake())
+    rival = threading.Thread(target=lambda: (begun.wait(), found.append(resolving.resolve(str(file)))))
     rival.start()
-    first = model.resolve(str(file))
+    first = resolving.resolve(str(file))
     rival.join()
     assert found == [first]
     assert len(loads) == 1
     assert (tmp_path / "cache" / first.location / "config.json").is_file()
-    assert model.resolve(str(file)) == first
+    assert resolving.resolve(str(file)) == first
 
 
 def gone():
@@ -416,7 +416,7 @@ def test_a_folder_is_staged_whole_and_what_a_killed_process_left_of_it_is_droppe
     for folder in (dead, *kept):
         folder.mkdir()
         (folder / "half").write_text("half", encoding="utf-8")
-    with model.staged(tmp_path / "out") as staging:
+    with staged(tmp_path / "out") as staging:
         (staging / "whole").write_text("whole", encoding="utf-8")
         assert not (tmp_path / "out").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", *(path.name for path in kept)}
@@ -428,7 +428,7 @@ def test_a_folder_that_was_taken_meanwhile_is_left_as_it_is(tmp_path, there):
     out = tmp_path / "out"
 
     def write():
-        with model.staged(out) as staging:
+        with staged(out) as staging:
             (staging / "ours").write_text("ours", encoding="utf-8")
             if there == "a file":
                 out.write_text("theirs", encoding="utf-8")

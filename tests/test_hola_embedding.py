@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import Gram, Grid, Statistics, get_method
 from rankfront.methods._weighting import LeftDiagonal, LeftGram
 from rankfront.search.factors.calibration import calibrate
-from rankfront.search.inputs.model import count_parameters, find_sites
+from rankfront.search.inputs.model import count_parameters
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan

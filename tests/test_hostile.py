@@ -19,7 +19,9 @@ from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.checkpoint import CONFIG_VERSION, RankfrontConfig, RankfrontQuantizer
 from rankfront.methods.layers import LITTLE, layers
 from rankfront.search.config import make_config
-from rankfront.search.inputs.model import count_bytes, find_sites, load_model, resolve
+from rankfront.search.inputs.model import count_bytes, load_model
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan, check_option, cost_of
 

@@ -13,7 +13,8 @@ from rows import JOINT_METHODS, SHARED_METHODS
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors.calibration import calibrate
-from rankfront.search.inputs.model import find_sites, load_model, weights_at
+from rankfront.search.inputs.model import load_model
+from rankfront.search.inputs.sites import find_sites, weights_at
 from rankfront.search.measure import compressed_model
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.runner import JobRunner

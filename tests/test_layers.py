@@ -28,6 +28,8 @@ UPWARD = {  # imports against that order that are still to go
     "config -> plans.constraint",
     "config -> storage.urls",
     "optimise.answer -> inputs.model",
+    "optimise.answer -> inputs.sites",
+    "optimise.answer -> inputs.source",
     "output.report -> study",
     "output.tables -> study",
     "plans.constraint -> storage.front",

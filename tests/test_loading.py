@@ -14,15 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run
-from rankfront.search.inputs.model import (
-    count_parameters,
-    find_sites,
-    load_model,
-    load_tokenizer,
-    read_config,
-    resolve,
-    skeleton,
-)
+from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer, read_config, skeleton
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import verify
 from rankfront.search.output.evaluate import evaluate

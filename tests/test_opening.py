@@ -8,7 +8,9 @@ import pytest
 from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
-from rankfront.search.inputs.model import find_sites, resolve, skeleton
+from rankfront.search.inputs.model import skeleton
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.budgets import ROUND

@@ -11,7 +11,8 @@ from torch import nn
 
 from rankfront.methods import InputError
 from rankfront.methods.layers import row_scale
-from rankfront.search.inputs.model import find_sites, load_model
+from rankfront.search.inputs.model import load_model
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan

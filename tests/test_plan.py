@@ -8,7 +8,8 @@ import pytest
 from common import random_plan, rank_option
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
-from rankfront.search.inputs.model import count_parameters, find_sites
+from rankfront.search.inputs.model import count_parameters
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.plans.plan import VERSION, Plan, cost_of
 from rankfront.search.study import Study

@@ -6,7 +6,8 @@ from launching import make_run, small_data
 
 from rankfront.methods import InputError
 from rankfront.search import Study
-from rankfront.search.inputs.model import find_sites, skeleton
+from rankfront.search.inputs.model import skeleton
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure import ranks
 from rankfront.search.measure.ranks import GAIN, liked, measured_multiple, shapes_of
 from rankfront.search.measure.setup import make_space

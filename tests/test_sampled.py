@@ -7,8 +7,9 @@ from launching import make_run, quiet, small_data
 
 from rankfront.methods import InputError
 from rankfront.search.inputs import own_text as sampled
-from rankfront.search.inputs.model import load_tokenizer, resolve
+from rankfront.search.inputs.model import load_tokenizer
 from rankfront.search.inputs.own_text import OwnText, Script, chat_script, degenerate, draw, plain_script
+from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.text import cut, hash_tokens
 from rankfront.search.splits import Split
 from rankfront.search.study import Study

@@ -12,7 +12,8 @@ from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_meth
 from rankfront.methods.layers import matrix_of
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.factors.gradient import quadratic_divergence
-from rankfront.search.inputs.model import find_sites, load_model, weights_at
+from rankfront.search.inputs.model import load_model
+from rankfront.search.inputs.sites import find_sites, weights_at
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.plans.plan import Plan

@@ -12,7 +12,7 @@ from rankfront.methods import DENSE_OPTION, Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import score, teach
 from rankfront.search.factors.store import FactorStore
-from rankfront.search.inputs.model import find_sites
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.plans.slope_cost import OWN_LABELS, PASSES, SLOPE_TOKENS, slope_tokens
 

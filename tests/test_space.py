@@ -6,7 +6,7 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, InputError, get_method
 from rankfront.search.config import SpaceConfig
-from rankfront.search.inputs.model import find_sites
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.names import Place
 from rankfront.search.plans.plan import check_disjoint
 from rankfront.search.plans.space import Space, Tied

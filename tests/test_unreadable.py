@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel
 
 from rankfront.methods import InputError
-from rankfront.search.inputs.model import load_model, load_tokenizer, resolve, skeleton
+from rankfront.search.inputs.model import load_model, load_tokenizer, skeleton
+from rankfront.search.inputs.resolve import resolve
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.output.evaluate import evaluate

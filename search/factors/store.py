@@ -32,7 +32,7 @@ from rankfront.methods import (
     get_method,
     source_of,
 )
-from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
+from rankfront.search.atomic import drop_left, file_state, read_checked, write_checked, write_whole
 from rankfront.search.factors import calibration
 
 KEY_LENGTH = 16  # hex digits of a cache key
@@ -51,12 +51,12 @@ class _Mapped:
     Attributes:
         tensors: memory-mapped.
         checksum: of names and bytes.
-        state: inode, size and time of change.
+        state: see `file_state`.
     """
 
     tensors: Prepared
     checksum: str
-    state: tuple[int, int, int]
+    state: tuple[int, ...]
 
 
 class FactorStore:
@@ -202,7 +202,7 @@ class FactorStore:
     def _current(self, path: Path) -> _Mapped:
         known = self._open.get(path)
         try:
-            if known is None or known.state != _state(path):
+            if known is None or known.state != file_state(path):
                 found = _mapped(path)
                 if known is not None and found.checksum != known.checksum:
                     raise InputError(
@@ -219,14 +219,9 @@ class FactorStore:
         return get_method(option.method).truncate(self.load(site, option), option)
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def _mapped(path: Path) -> _Mapped:
     """The file at ``path``, verified; `InputError` where it is corrupt."""
-    state = _state(path)  # before it is read: a change meanwhile shows the next time
+    state = file_state(path)  # before it is read: a change meanwhile shows the next time
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
+from rankfront.search.inputs.capacity import learned_positions
 from rankfront.search.inputs.decoding import cache_bytes, decoder
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.inputs.model import Source, learned_positions, load_model, load_tokenizer
+from rankfront.search.inputs.model import load_model, load_tokenizer
+from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import GOLDEN, hash_tokens
 
 VERSION = 2  # of how rows are drawn; part of the cache's key

@@ -15,8 +15,9 @@ from rankfront.methods.layers import replacement, row_scale, set_module
 from rankfront.objectives.latency import Latency, Timed
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.inputs.model import count_parameters, find_sites, load_model, load_tokenizer, use_attention
+from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer, use_attention
 from rankfront.search.inputs.own_text import Progress
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.joining import join_faster
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.setup import Setup, make_space

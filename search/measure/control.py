@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfront.objectives import score
-from rankfront.search.inputs.model import learned_positions
+from rankfront.search.inputs.capacity import learned_positions
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "My favourite animal is the")
 CONTINUED = 12  # tokens

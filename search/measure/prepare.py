@@ -9,8 +9,9 @@ from rankfront.methods import Site, get_method
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.inputs.model import load_model, weights_at
+from rankfront.search.inputs.model import load_model
 from rankfront.search.inputs.own_text import Progress
+from rankfront.search.inputs.sites import weights_at
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.space import Space
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE_OPTION, Gram, Option, Site, Statistics, get_method
 from rankfront.methods.layers import set_module
 from rankfront.search.factors.calibration import shared_inputs
-from rankfront.search.inputs.model import blocks, weights_at
+from rankfront.search.inputs.sites import blocks, weights_at
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.plans.plan import Plan
 

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs.capacity import check_length, check_tokens
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.inputs.model import Source, check_length, check_tokens, find_sites, skeleton, use_attention
+from rankfront.search.inputs.model import skeleton, use_attention
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.plans.space import Space

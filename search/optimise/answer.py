@@ -12,7 +12,9 @@ import pandas as pd
 from rankfront.methods import InputError
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig
-from rankfront.search.inputs.model import Source, find_sites, skeleton
+from rankfront.search.inputs.model import skeleton
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.source import Source
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.goal import Timings, menu_of, timings_of
 from rankfront.search.optimise.predictor import Places, Predictor

@@ -7,17 +7,10 @@ from typing import Any
 
 from rankfront.methods import prepack
 from rankfront.objectives import generate, score
+from rankfront.search.inputs.capacity import check_length, check_tokens, learned_positions
 from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype
-from rankfront.search.inputs.model import (
-    check_length,
-    check_tokens,
-    count_bytes,
-    count_parameters,
-    learned_positions,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from rankfront.search.inputs.model import count_bytes, count_parameters, load_model, load_tokenizer
+from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.text import cut
 from rankfront.search.splits import Split
 

@@ -22,9 +22,10 @@ from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, ti
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
 from rankfront.search import attributes as keys
+from rankfront.search.atomic import staged
 from rankfront.search.choices import Format, Refit
 from rankfront.search.errors import ExportError
-from rankfront.search.inputs.model import quiet, staged
+from rankfront.search.inputs.model import quiet
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.control import PROMPTS, Report, reported
 from rankfront.search.measure.joining import separate

@@ -12,7 +12,8 @@ from rich.table import Table
 from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
 from rankfront.search.attributes import SECONDS
-from rankfront.search.inputs.model import find_sites, skeleton
+from rankfront.search.inputs.model import skeleton
+from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.control import PROMPTS
 from rankfront.search.plain import literal
 from rankfront.search.plans.constraint import Constraint, holding

@@ -31,7 +31,9 @@ def methods_json(model: str | None = None, trust_remote_code: bool = False) -> l
     found = [DENSE_ROW, *methods]
     if model is None:
         return found
-    from rankfront.search.inputs.model import find_sites, resolve, skeleton
+    from rankfront.search.inputs.model import skeleton
+    from rankfront.search.inputs.resolve import resolve
+    from rankfront.search.inputs.sites import find_sites
 
     kinds: dict[str, Site] = {}
     for site, place in find_sites(skeleton(resolve(model, trust_remote_code))).items():
