@@ -99,9 +99,9 @@ class Remembering:
         """On the report split."""
         key = json.dumps(["report", plan.key])
         if key not in self.known:
-            model = self._model()
-            model.apply(plan)
-            self._keep(key, {"perplexity": score(model.model, self.setup.tokens["report"]).perplexity})
+            compressed = self._model().compressed
+            compressed.apply(plan)
+            self._keep(key, {"perplexity": score(compressed.model, self.setup.tokens["report"]).perplexity})
         return float(self.known[key]["perplexity"])
 
     def _model(self) -> JobRunner:
