@@ -24,6 +24,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	mkdir -p .typecheck && ln -sfn .. .typecheck/rankfront
 	$(BIN)/mypy
+	MYPYPATH=.typecheck:studies $(BIN)/mypy $(filter-out studies/faults.py,$(wildcard studies/*.py))
 
 catalogue: $(VENV)/.installed
 	$(BIN)/python -c "from rankfront.methods._registry import write_catalogue; write_catalogue()"

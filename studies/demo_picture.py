@@ -30,11 +30,12 @@ def main(run: str, out: Path) -> None:
     searched = [row for row in others if not row.origin.startswith("anchor")]
     figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     axes = figure.subplots()
-    for rows, style in (
-        (uniform, {"marker": "D", "color": BLUE, "label": "the same methods, the same fraction everywhere"}),
-        (searched, {"marker": ".", "color": GREY, "label": "searched plans"}),
+    for rows, marker, color, label in (
+        (uniform, "D", BLUE, "the same methods, the same fraction everywhere"),
+        (searched, ".", GREY, "searched plans"),
     ):
-        axes.plot([r.values[size] for r in rows], [r.values[quality] for r in rows], linestyle="none", **style)
+        points = [r.values[size] for r in rows], [r.values[quality] for r in rows]
+        axes.plot(*points, linestyle="none", marker=marker, color=color, label=label)
     axes.step(
         [row.values[size] for row in front],
         [row.values[quality] for row in front],

@@ -66,7 +66,8 @@ def llama() -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return LlamaForCausalLM(config).eval().requires_grad_(False)
+        model: nn.Module = LlamaForCausalLM(config).eval().requires_grad_(False)
+        return model
     finally:
         torch.set_default_dtype(before)
 
@@ -200,7 +201,7 @@ def bytes_read(model: Any) -> int:
     """Bytes of weights that a decoding step reads: all but the embedding table, unless it is the head as well."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.state_dict().values()]}
-    return sum(held.values()) - (0 if table is head else table.nbytes)
+    return int(sum(held.values()) - (0 if table is head else table.nbytes))
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ import argparse
 import json
 
 import torch
-from common import Cell, keep_cells, provenance, read_cells, sources
-from search_benchmark import RESULTS, ROWS, Bench
+from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
+from search_benchmark import ROWS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan

@@ -30,7 +30,7 @@ import moocore
 import numpy as np
 import torch
 from allocators import sensitivity, tolerance, uniform, value
-from common import RESULTS, keep_cells, provenance, read_cells, sources
+from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
 from rich.console import Console
 
 from rankfront.methods import InputError
@@ -323,7 +323,7 @@ def report(bench: Bench, found: Found) -> dict[str, object]:
     }
 
 
-def table(cells: list[dict[str, object]]) -> str:
+def table(cells: list[Cell]) -> str:
     """Median over seeds of every row and budget, as markdown."""
     head = ["budget", "row", "seeds", "tokens", "hypervolume", *(f"ppl at {keep}" for keep in SHOWN), "overhead, s"]
     head.append("Spearman")
