@@ -1,6 +1,8 @@
-"""What an export may be, as the command line and Python name it."""
+"""Choices by the names that study files, the command line and Python have for them."""
 
 from typing import Literal
 
 Format = Literal["factored", "dense"]
 Refit = Literal["none", "sequential"]
+OURS = "rankfront"
+SAMPLERS = (OURS, "random", "tpe", "nsga2", "nsga3", "gp")

@@ -27,16 +27,16 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
+from rankfront.search.choices import OURS, SAMPLERS
 from rankfront.search.names import BUNDLED
-from rankfront.search.optimise.halving import rung_windows
-from rankfront.search.optimise.samplers import SAMPLERS
 from rankfront.search.plans.constraint import Constraint
-from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed
-from rankfront.search.storage.urls import parse_url
+from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, rung_windows
+from rankfront.search.urls import parse_url
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 MIN_WINDOW = 8  # tokens; shorter windows predict next to nothing
 LONGEST = 100 * 365 * UNITS["d"]  # of a search; a guess at what nobody means
+QUALITY = ("divergence", "perplexity")  # losses that our sampler can model, the preferred one first
 MOST = 2**53  # of anything counted: beyond, figures are not exact
 MOST_AT_ONCE = 2**16  # workers, and CPUs or GPUs for one; a guess
 
@@ -342,6 +342,22 @@ class StudyConfig(Strict):
                 " add a table such as [objectives.parameters]"
             )
         return objectives
+
+
+def preferred_loss(config: StudyConfig) -> str | None:
+    """The first of `QUALITY` that is among the objectives."""
+    return next((name for name in QUALITY if name in config.objectives), None)
+
+
+def quality_of(config: StudyConfig) -> str:
+    """The objective that our sampler models; `InputError` where the study has none."""
+    name = preferred_loss(config)
+    if name is not None:
+        return name
+    raise InputError(
+        f"sampler {OURS!r} models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
+        " one of them, or choose another sampler"
+    )
 
 
 def moved(before: Any, now: Any) -> Any:

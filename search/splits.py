@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from rankfront.methods import InputError
@@ -45,6 +46,22 @@ class Split:
                     f" {sum(weights.values()):g} gets none: ask for more windows, or leave it out"
                 )
         return counts
+
+
+def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]:
+    """Which windows of the search split each rung reads; all of them where there is only one fidelity.
+
+    ``rungs`` are in tokens; each takes at least one window. Raises `InputError` where the split has too few.
+    """
+    if not rungs:
+        return [slice(0, windows)]
+    ends = list(accumulate(max(1, tokens // length) for tokens in rungs))
+    if ends[-1] > windows:
+        raise InputError(
+            f"search.rungs = {list(rungs)} read {ends[-1]} windows of {length} tokens and data.search.windows is"
+            f" {windows}: each rung takes windows of its own, so set data.search.windows to {ends[-1]} or more"
+        )
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def own_text_seed(name: str) -> int | None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
-from rankfront.search.choices import Format, Refit
-from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config
+from rankfront.search.choices import OURS, Format, Refit
+from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config, preferred_loss, quality_of
 from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.capacity import check_length
 from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype, set_threads
@@ -36,14 +36,12 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup, make_space
 from rankfront.search.optimise import accuracy
 from rankfront.search.optimise.answer import Answer, answer, menu_frame
-from rankfront.search.optimise.goal import preferred_loss, quality_of, timings_of
 from rankfront.search.optimise.halving import promotion_of
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.control_check import front_warning
 from rankfront.search.output.export import Verified, export
 from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
-from rankfront.search.plans.latency_table import Calibrated, timed_objectives
+from rankfront.search.plans.latency_table import Calibrated, timed_objectives, timings_of
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Prices
 from rankfront.search.plans.reach import check_reachable
@@ -191,7 +189,7 @@ class Study:
     def latency(self) -> dict[str, Calibrated]:
         """How well the latency table predicted, for every latency among the objectives that has one."""
         rows = [row for row in self.rows() if row.state == "complete"]
-        tables = timings_of(self.config, self._optuna().user_attrs)
+        tables = timings_of(self.config.objectives, self._optuna().user_attrs)
         return {
             name: timing.calibrated(objective, [(row.plan.by_site, row.values[name]) for row in rows])
             for name, (objective, timing) in tables.items()

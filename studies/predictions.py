@@ -20,10 +20,10 @@ from common import write_page
 from optuna.trial import FrozenTrial
 
 from rankfront.search import Study
+from rankfront.search.choices import OURS
 from rankfront.search.inputs.model import skeleton
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.optimise.answer import prior_predictor
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.space import Space
 
 PAGE = """# Predictions before measurements

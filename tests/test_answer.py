@@ -10,11 +10,11 @@ from launching import again, check_whole, finish, make_run, quiet, small_data, v
 from rankfront.methods import InputError
 from rankfront.objectives.latency import Timed
 from rankfront.search.__main__ import run
+from rankfront.search.choices import OURS
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.measure import runner, timing
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.answer import _Learned
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Plan, cost_of

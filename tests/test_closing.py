@@ -9,8 +9,9 @@ from launching import again, make_driver, make_run, quiet
 from test_fidelity import DENSE, RUNGS, check_front, complete, make_data, members
 
 from rankfront.search.attributes import INTERRUPTED
+from rankfront.search.choices import OURS
 from rankfront.search.optimise.accuracy import calibration
-from rankfront.search.optimise.samplers import OPTUNA_SAMPLERS, OURS, make_sampler
+from rankfront.search.optimise.samplers import OPTUNA_SAMPLERS, make_sampler
 from rankfront.search.output.report import front_figure
 from rankfront.search.plans.constraint import Constraint, best_meeting
 from rankfront.search.run.driver import Driver

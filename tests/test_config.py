@@ -7,8 +7,8 @@ import pytest
 
 from rankfront.methods import InputError, method_names
 from rankfront.objectives import OBJECTIVES
+from rankfront.search.choices import SAMPLERS
 from rankfront.search.config import StudyConfig, definition_of, load_config, make_config, parse_duration
-from rankfront.search.optimise.samplers import SAMPLERS
 
 EXAMPLE = """
 [model]

@@ -9,13 +9,13 @@ from test_allocate import random_menu
 from test_opening import predictor_of
 
 from rankfront.search.attributes import INTERRUPTED
+from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.budgets import target_budgets
 from rankfront.search.optimise.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
 from rankfront.search.optimise.opening import opening_budgets
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.study import Study

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from rankfront.methods import method_names
 from rankfront.objectives import OBJECTIVES
 from rankfront.search.__main__ import app
+from rankfront.search.choices import SAMPLERS
 from rankfront.search.config import (
     ControlConfig,
     DataConfig,
@@ -26,7 +27,6 @@ from rankfront.search.config import (
     StudyConfig,
     make_config,
 )
-from rankfront.search.optimise.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

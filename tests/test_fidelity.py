@@ -8,12 +8,13 @@ from launching import again, make_driver, make_run, quiet, small_data, verify_he
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import INTERRUPTED
+from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.runner import MEASURES
-from rankfront.search.optimise.halving import pareto_order, rung_windows
-from rankfront.search.optimise.samplers import OURS
+from rankfront.search.optimise.halving import pareto_order
 from rankfront.search.plans.plan import Plan
+from rankfront.search.splits import rung_windows
 from rankfront.search.study import Study
 
 LENGTH, WINDOWS, RUNGS, REDUCTION, TRIALS = 32, 10, (32, 64, 128), 3, 25  # the rungs read 7 windows, 3 are spare

@@ -10,7 +10,7 @@ from rankfront.search import attributes
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
 # modules beside the packages that every package may import
-LEAVES = {"attributes", "config", "names", "splits", "choices", "errors", "plain", "atomic"}
+LEAVES = {"attributes", "config", "names", "splits", "choices", "errors", "plain", "atomic", "urls"}
 BELOW = {  # package -> the packages that it may import
     "inputs": set(),
     "factors": {"inputs"},
@@ -23,17 +23,13 @@ BELOW = {  # package -> the packages that it may import
 }
 WITHOUT_TORCH = ("plans", "storage", "optimise")
 UPWARD = {  # imports against that order that are still to go
-    "config -> optimise.halving",
-    "config -> optimise.samplers",
     "config -> plans.constraint",
-    "config -> storage.urls",
     "optimise.answer -> inputs.model",
     "optimise.answer -> inputs.sites",
     "optimise.answer -> inputs.source",
     "output.report -> study",
     "output.tables -> study",
     "plans.constraint -> storage.front",
-    "plans.limits -> optimise.goal",
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
+from rankfront.search.choices import OURS
 from rankfront.search.inputs.model import skeleton
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import find_sites
@@ -15,7 +16,6 @@ from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.space import Space

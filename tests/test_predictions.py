@@ -7,12 +7,12 @@ from launching import make_run, quiet, small_data, values_of
 
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
+from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.predictions import PROBE_TOKENS
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.menu_jobs import (
     GROUP_BANDS,

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.search.attributes import INTERRUPTED
+from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
@@ -25,7 +26,6 @@ from rankfront.search.optimise.neighbours import NOISE
 from rankfront.search.optimise.opening import REFERENCE, WARM_START, anchors_to_beat
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.taylor import Scaling
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.knapsack import sweep

@@ -22,10 +22,10 @@ from launching import (
 from spoiling import ONCE
 
 from rankfront.methods import InputError
+from rankfront.search.choices import OURS
 from rankfront.search.config import ResourcesConfig
 from rankfront.search.errors import GaveUp
 from rankfront.search.measure.setup import make_space
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.menu_jobs import menu_jobs
 from rankfront.search.run import driver, retries, workers
 from rankfront.search.run.workers import DIED, KILLED, reason_of

@@ -8,9 +8,9 @@ import torch
 from launching import again, check_whole, make_driver, make_run, quiet, small_data, values_of
 
 from rankfront.methods import InputError
+from rankfront.search.choices import OURS
 from rankfront.search.errors import GaveUp
 from rankfront.search.measure.runner import MEASURES, JobRunner
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.plans.job import Job
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST
 from rankfront.search.study import Study

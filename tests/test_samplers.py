@@ -7,13 +7,18 @@ from launching import again, check_whole, make_run, small_data, values_of
 from optuna.distributions import IntDistribution
 
 from rankfront.methods import InputError
+from rankfront.search.choices import OURS, SAMPLERS
 from rankfront.search.config import make_config
-from rankfront.search.optimise.samplers import OURS, SAMPLERS, make_sampler
+from rankfront.search.optimise.samplers import OPTUNA_SAMPLERS, make_sampler
 from rankfront.search.plans.menu_jobs import menu_record
 
 # Three anchors, then four of the sampler's own; ours measures the menu's reference plan before two of them, and the
 # rest of its front after.
 TRIALS = 7
+
+
+def test_every_sampler_that_a_study_may_name_can_be_made():
+    assert set(SAMPLERS) - {OURS} == set(OPTUNA_SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

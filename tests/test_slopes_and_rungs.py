@@ -5,10 +5,10 @@ from launching import again, make_run, quiet
 from test_fidelity import DENSE, make_data
 from test_rankfront_sampler import Problem, make_driver, measure_slopes
 
+from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.run.driver import Driver
 from rankfront.search.study import Study
 

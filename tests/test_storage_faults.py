@@ -15,7 +15,7 @@ from rankfront.search.__main__ import run as command
 from rankfront.search.attributes import DAMAGED
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.storage.checked import close
-from rankfront.search.storage.urls import to_write
+from rankfront.search.storage.database import to_write
 from rankfront.search.study import Study
 
 TRIALS = 6
@@ -410,7 +410,7 @@ def test_a_full_database_loses_nothing_that_was_finished(model_folder, text_file
 
 
 def test_a_locked_database_is_one_line(own, monkeypatch):
-    monkeypatch.setattr("rankfront.search.storage.urls.PATIENCE", 0.1)
+    monkeypatch.setattr("rankfront.search.storage.database.PATIENCE", 0.1)
     before = own.rows()
     with contextlib.closing(sqlite3.connect(own.run.database)) as holder:
         holder.execute("BEGIN IMMEDIATE")

@@ -17,10 +17,10 @@ from rankfront.search.measure import timing
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.timing import Stopwatches, compared, timed
-from rankfront.search.optimise.goal import menu_of, sizes_of, timings_of
+from rankfront.search.optimise.goal import menu_of, sizes_of
 from rankfront.search.output.tables import menu_table
 from rankfront.search.plans.job import Job
-from rankfront.search.plans.latency_table import Timing, pack, unpack
+from rankfront.search.plans.latency_table import Timing, pack, timings_of, unpack
 from rankfront.search.run import driver
 
 SMALL = {"prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}
@@ -263,7 +263,7 @@ def test_a_table_that_is_looked_up_costs_no_time_and_stays_on_the_menu(data, cou
 
 def test_budgets_are_time_where_nothing_else_is_counted(data, counted, tmp_path):
     study = make_run(data, tmp_path / "run")
-    timings = timings_of(study.config, study._optuna().user_attrs)
+    timings = timings_of(study.config.objectives, study._optuna().user_attrs)
     objective, table = timings["latency"]
     space = CompressedModel(study.setup()).space
     (size,) = sizes_of(study.config, "float32", timings)

@@ -11,19 +11,20 @@ import pandas as pd
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import PARAMETER_COUNT
+from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.inputs.model import skeleton
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.inputs.source import Source
 from rankfront.search.names import VALUE_BYTES
-from rankfront.search.optimise.goal import Timings, menu_of, timings_of
+from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.predictor import Places, Predictor
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
-from rankfront.search.optimise.samplers import OURS
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
+from rankfront.search.plans.latency_table import Timings, timings_of
 from rankfront.search.plans.limits import COSTS, Figures, met
 from rankfront.search.plans.menu import Menu, stored
 from rankfront.search.plans.menu_jobs import menu_record
@@ -248,7 +249,7 @@ def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space:
     if record is None or dense is None:
         check_dense(rows)
         raise InputError("the run has no menu or dense trial yet: launch it first")
-    timings = timings_of(config, study.user_attrs)
+    timings = timings_of(config.objectives, study.user_attrs)
     return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense, timings
 
 

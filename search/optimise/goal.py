@@ -10,41 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from rankfront.methods import DENSE_OPTION, InputError, Option, Site
+from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Timed
-from rankfront.search.attributes import PARAMETER_COUNT, TIMING
-from rankfront.search.config import StudyConfig
+from rankfront.search.attributes import PARAMETER_COUNT
+from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.surrogate import SPREAD
 from rankfront.search.plans.constraint import Constraint
-from rankfront.search.plans.latency_table import Timing, timed_objectives, unpack
+from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plans.plan import Plan, Prices
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row, box_of
 
-Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
 NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
-QUALITY = ("divergence", "perplexity")
 SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
 SPREAD_TOKENS = 4096  # that a trial scores where a difference in loss is uncertain by the surrogate's `SPREAD`
-
-
-def preferred_loss(config: StudyConfig) -> str | None:
-    """The first of `QUALITY` that is among the objectives."""
-    return next((name for name in QUALITY if name in config.objectives), None)
-
-
-def quality_of(config: StudyConfig) -> str:
-    """The objective that our sampler models; `InputError` where the study has none."""
-    name = preferred_loss(config)
-    if name is not None:
-        return name
-    raise InputError(
-        f"sampler 'rankfront' models {' or '.join(QUALITY)} and the objectives are {list(config.objectives)}: add"
-        " one of them, or choose another sampler"
-    )
 
 
 def sizes_of(config: StudyConfig, dtype: str, timings: Timings) -> list[Size]:
@@ -79,13 +61,6 @@ def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype:
 
     sizes = sizes_of(config, dtype, timings)
     return make_menu(space.wanted(), record["predictions"], sizes, faster)
-
-
-def timings_of(config: StudyConfig, known: Mapping[str, Any]) -> Timings:
-    """The latency tables that a study's attributes hold, with the objectives that they are of."""
-    found = known.get(TIMING, {}).get("timing", {})
-    objectives = timed_objectives(config.objectives)
-    return {name: (objective, unpack(found[name])) for name, objective in objectives.items() if name in found}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import moocore
@@ -20,29 +19,12 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from rankfront.methods import InputError
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.storage.front import DENSE_KEY, Row, comparable, compressed_front, dense_row, front_rung
 
 KEPT = (keys.ORIGIN, keys.LABEL)  # attributes of a trial that its promotion has too
 CLOSING_SHARE = 0.5  # of the limits: the most that promoting the front may take, a plan that joins it included
-
-
-def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]:
-    """Which windows of the search split each rung reads; all of them where there is only one fidelity.
-
-    ``rungs`` are in tokens; each takes at least one window. Raises `InputError` where the split has too few.
-    """
-    if not rungs:
-        return [slice(0, windows)]
-    ends = list(accumulate(max(1, tokens // length) for tokens in rungs))
-    if ends[-1] > windows:
-        raise InputError(
-            f"search.rungs = {list(rungs)} read {ends[-1]} windows of {length} tokens and data.search.windows is"
-            f" {windows}: each rung takes windows of its own, so set data.search.windows to {ends[-1]} or more"
-        )
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class Promotion(NamedTuple):

@@ -18,11 +18,12 @@ from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.config import StudyConfig
 from rankfront.search.optimise.budgets import target_budgets
-from rankfront.search.optimise.goal import Timings, make_goal
+from rankfront.search.optimise.goal import make_goal
 from rankfront.search.optimise.predictor import Places, Predictor, rung_of
 from rankfront.search.optimise.surrogate import Coefficients
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
+from rankfront.search.plans.latency_table import Timings
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Single, Space

@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.search import attributes as keys
 
-OURS = "rankfront"
 POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
 
 
@@ -90,7 +89,6 @@ OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=POPULATION),
     "gp": lambda seed: RelaxedGPSampler(seed=seed),
 }
-SAMPLERS = (OURS, *OPTUNA_SAMPLERS)
 
 
 def make_sampler(name: str, seed: int, finished: int) -> BaseSampler:

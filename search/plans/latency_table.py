@@ -19,6 +19,7 @@ import numpy as np
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
+from rankfront.search.attributes import TIMING
 
 PHASES = ("prefill", "decode")
 Seconds = dict[str, float]  # phase -> seconds
@@ -63,6 +64,9 @@ class Timing:
         errors = np.abs(slope * pairs[:, 0] - pairs[:, 1])
         median, worst = (float(np.median(errors)), float(errors.max())) if len(errors) else (np.nan, np.nan)
         return Calibrated(replace(self, slope=self.slope * slope), len(pairs), median, worst)
+
+
+Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
 
 
 def any_treated(options: Mapping[str, Option]) -> bool:
@@ -124,3 +128,10 @@ def timed_objectives(objectives: Mapping[str, dict[str, Any]]) -> dict[str, Time
     if len({objective.prepack for objective in timed.values()}) > 1:
         raise InputError(f"objectives {', '.join(timed)} differ in prepack: set it for all of them, or for none")
     return timed
+
+
+def timings_of(settings: Mapping[str, dict[str, Any]], known: Mapping[str, Any]) -> Timings:
+    """The latency tables that a study's attributes hold, with the objectives that they are of."""
+    found = known.get(TIMING, {}).get(TIMING, {})
+    objectives = timed_objectives(settings)
+    return {name: (objective, unpack(found[name])) for name, objective in objectives.items() if name in found}

@@ -16,9 +16,9 @@ from functools import cached_property
 import numpy as np
 
 from rankfront.methods import DENSE_OPTION, Cost, Option, Site
-from rankfront.search.optimise.goal import Timings
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.knapsack import Budget
+from rankfront.search.plans.latency_table import Timings
 from rankfront.search.plans.menu import Menu, stored
 from rankfront.search.plans.plan import Plan, Prices
 

@@ -15,20 +15,21 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.methods import DENSE, InputError
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import ASKED, INTERRUPTED, is_void
-from rankfront.search.config import StudyConfig
+from rankfront.search.choices import OURS
+from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.errors import GaveUp
 from rankfront.search.optimise.accuracy import Calibration, calibration
 from rankfront.search.optimise.continuation import Paths
-from rankfront.search.optimise.goal import menu_of, quality_of, timings_of
+from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.halving import Promotion, SuccessiveHalving, claim, promotion_of
 from rankfront.search.optimise.opening import MenuJobs, anchors_to_beat, opening_budgets, reference_first, warm_start
 from rankfront.search.optimise.predictor import Predictor, rung_of
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
-from rankfront.search.optimise.samplers import OURS, make_sampler
+from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.job import Job, Record
-from rankfront.search.plans.latency_table import timed_objectives
+from rankfront.search.plans.latency_table import timed_objectives, timings_of
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
@@ -210,7 +211,7 @@ class Driver:
         dense = dense_row(self.rows(), rung=0)
         if not self.ours or self.wants_timing or self.record is None or dense is None or self.menu is not None:
             return
-        timings = timings_of(self.config, self.state.known)
+        timings = timings_of(self.config.objectives, self.state.known)
         self.menu = menu_of(self.config, self.space, self.record, self.origin["dtype"], timings)
         if not self.menu.lines:
             faster = " that is faster than dense" if timings else ""

@@ -21,19 +21,16 @@ from safetensors.numpy import load_file, save
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
 from rankfront.search.config import StudyConfig, definition_of, make_config, moved
-from rankfront.search.storage.urls import (
+from rankfront.search.storage.database import (
     ANY_FILE,
     checked,
     create_file,
-    masked,
     never_used,
     opening,
-    parse_url,
     read_only,
-    sqlite_file,
     to_write,
-    without_password,
 )
+from rankfront.search.urls import masked, parse_url, sqlite_file, without_password
 
 VERSION = 1
 STUDY_NAME = "rankfront"
