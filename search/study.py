@@ -212,17 +212,22 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         return self.run.study(self.config, write)
 
+    def _state(self) -> fronts.StudyState:
+        return fronts.StudyReader(self._optuna(), list(self.config.objectives)).read()
+
+    def _space(self) -> Space:
+        """What our sampler chooses from: a variable for each site."""
+        return Space(find_sites(skeleton(self.source)), self._settled.space, 0)
+
     def answer(self, *constraints: str) -> Answer:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``, and the study's own;
         not measured."""
         limits = [Constraint.parse(text) for text in constraints]
-        storage = self._optuna()  # one for both: it keeps what it has read
-        rows = fronts.rows_of(storage, list(self.config.objectives))
-        return answer(storage, self._settled, rows, self.source, limits, self.tuning)
+        return answer(self._state(), self._settled, self._space(), limits, self.tuning)
 
     def menu(self) -> pd.DataFrame:
         """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""
-        return menu_frame(self._optuna(), self._settled, self.rows(), self.source)
+        return menu_frame(self._state(), self._settled, self._space())
 
     @property
     def _settled(self) -> StudyConfig:
@@ -339,7 +344,7 @@ class Study:
 
     def tokens(self) -> int:
         """Tokens that trials and the menu have run through the model so far."""
-        return fronts.StudyReader(self._optuna(), list(self.config.objectives)).read().tokens
+        return self._state().tokens
 
     def launch(
         self,

@@ -12,19 +12,14 @@ page goes to studies/results/predictions.md.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from common import write_page
-from optuna.trial import FrozenTrial
 
 from rankfront.search import Study
 from rankfront.search.choices import OURS
-from rankfront.search.inputs.model import skeleton
-from rankfront.search.inputs.sites import find_sites
 from rankfront.search.optimise.answer import prior_predictor
-from rankfront.search.plans.space import Space
 
 PAGE = """# Predictions before measurements
 
@@ -40,16 +35,6 @@ Proposals of our sampler, predicted from the trials before them. How is said at 
 """
 
 
-@dataclass
-class Past:
-    """The study as it was before a trial."""
-
-    trials: list[FrozenTrial]
-
-    def get_trials(self, deepcopy: bool = False, states: tuple[object, ...] | None = None) -> list[FrozenTrial]:
-        return [trial for trial in self.trials if states is None or trial.state in states]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
@@ -60,17 +45,15 @@ def main() -> None:
 def line(run: str) -> str:
     """The run's line of the table."""
     study = Study.open(run)
-    storage = study._optuna()
-    space = Space(find_sites(skeleton(study.source)), study.config.space, 0)
-    trials = storage.get_trials(deepcopy=False)
-    predictor, _, _ = prior_predictor(storage, study._settled, study.rows(), space)
+    state = study._state()
+    predictor, _, _ = prior_predictor(state, study._settled, study._space())
     missed: list[list[float]] = [[], []]
     scores: list[list[float]] = [[], []]
-    for trial in trials:
+    for trial in state.trials:
         plan = predictor.plan_of(trial.params)
         if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
             continue
-        predictor.learn(Past(trials[: trial.number]))
+        predictor.learn(state.trials[: trial.number])
         level = predictor.goal.log_divergence(trial.values[predictor.goal.quality], predictor.goal.dense)
         for kind, found in enumerate((predictor._uncorrected(np.array([plan])), predictor.levels([plan]))):
             (predicted,), (claimed,) = found

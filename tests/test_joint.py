@@ -19,8 +19,7 @@ from rankfront.search.measure import compressed_model
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import make_space
-from rankfront.search.optimise.answer import _known
-from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
+from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.output.export import _multiply_out, export
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -367,11 +366,10 @@ def test_the_search_believes_the_plans_that_were_measured(model_folder, text_fil
     data = small_data(model_folder, text_file, sampler="rankfront", trials=22, anchors=[0.8, 0.4])
     data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.6, 0.8]}
     study = make_run(data, tmp_path / "run")
-    storage, rows = study._optuna(), {row.number: row for row in study.rows()}
-    space = make_space(study.setup())
-    menu, dense, timings = _known(storage, study.config, list(rows.values()), space)
-    predictor = make_rankfront_sampler(menu, space, study.config, dense, dict(dense.plan.origin), timings).predictor
-    predictor.learn(storage)
+    state, rows = study._state(), {row.number: row for row in study.rows()}
+    predictor, _, _ = prior_predictor(state, study.config, study._space())
+    menu = predictor.menu
+    predictor.learn(state.trials)
     assert {rows[known.trial].origin.partition(":")[0] for known in predictor.measured.values()} >= {"anchor", "menu"}
     for places, known in predictor.measured.items():
         assert menu.compatible(places)

@@ -24,9 +24,6 @@ BELOW = {  # package -> the packages that it may import
 WITHOUT_TORCH = ("plans", "storage", "optimise")
 UPWARD = {  # imports against that order that are still to go
     "config -> plans.constraint",
-    "optimise.answer -> inputs.model",
-    "optimise.answer -> inputs.sites",
-    "optimise.answer -> inputs.source",
     "output.report -> study",
     "output.tables -> study",
     "plans.constraint -> storage.front",

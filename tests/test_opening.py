@@ -9,16 +9,12 @@ from launching import again, check_whole, make_run, quiet, small_data
 from test_rankfront_sampler import make_driver
 
 from rankfront.search.choices import OURS
-from rankfront.search.inputs.model import skeleton
-from rankfront.search.inputs.resolve import resolve
-from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu_jobs import menu_record
-from rankfront.search.plans.space import Space
 from rankfront.search.study import Study
 
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
@@ -43,10 +39,9 @@ def opening(study):
 
 def predictor_of(study):
     """What a run taught."""
-    storage, source = study._optuna(), resolve(study.config.model.name)
-    space = Space(find_sites(skeleton(source)), study.config.space, 0)
-    predictor, _, _ = prior_predictor(storage, study.config, study.rows(), space)
-    predictor.learn(storage)
+    state = study._state()
+    predictor, _, _ = prior_predictor(state, study.config, study._space())
+    predictor.learn(state.trials)
     return predictor
 
 

@@ -326,13 +326,13 @@ def predictions_of(problem, trials):
             study.enqueue_trial(dict(zip(problem.options, solved.solve(keep * problem.menu.dense), strict=True)))
     for number in range(trials):
         trial, plan = problem.ask(study)
-        sampler.predictor.learn(study)
+        sampler.predictor.learn(study.trials)
         predicted = sampler.predictor.predict(problem.menu.choices(plan))
         problem.tell(study, trial, plan)
         values = dict(zip(("divergence", "parameters"), study.get_trials()[number].values, strict=True))
         attributes = {"predicted": predicted, "block_parameters": values["parameters"]}
         rows.append(Row(number, "complete", OURS, "{}", str(number), values, attributes))
-    sampler.predictor.learn(study)
+    sampler.predictor.learn(study.trials)
     return rows, sampler
 
 
@@ -366,7 +366,7 @@ def test_where_predictions_are_poor_slopes_weigh_more():
     plans = problem.run(study, 4)
     measure_slopes(problem, study, 3)
     predictor = sampler.predictor
-    predictor.learn(study)
+    predictor.learn(study.trials)
     predictor.neighbours = None  # they correct what both say
     near = [[*plans[3][:site], (plans[3][site] + 1) % problem.levels, *plans[3][site + 1 :]] for site in range(6)]
     places = np.array(near)
@@ -401,7 +401,7 @@ def test_what_was_missed_of_one_plan_is_expected_of_its_neighbours():
     truth = np.log([problem.values(plan)[0] for plan in likes])
     study.enqueue_trial(dict(zip(problem.options, step, strict=True)))
     problem.run(study, 1)
-    predictor.learn(study)
+    predictor.learn(study.trials)
     corrected, surer = predictor.levels(likes)
     plain, unsure = predictor._uncorrected(np.array(likes))
     assert (np.abs(corrected - truth) < 0.6 * np.abs(plain - truth)).all()
@@ -415,7 +415,7 @@ def test_what_noise_may_have_made_is_not_expected_of_neighbours(spread):
     study = problem.study(optuna.samplers.RandomSampler(0))
     plans, predictor = np.array(problem.run(study, 10)), problem.sampler(0).predictor
     predictor.goal = replace(problem.goal, spread=spread)
-    predictor.learn(study)
+    predictor.learn(study.trials)
     predicted, errors = predictor._uncorrected(plans)
     levels = [predictor.measured[tuple(map(int, plan))].level for plan in plans]
     noise = np.diag(predictor.neighbours._covariance) - errors**2
@@ -428,7 +428,7 @@ def around(problem, sampler, keep, study=None):
     study.enqueue_trial(dict(zip(problem.options, solved.solve(keep * problem.menu.dense), strict=True)))
     problem.run(study, 1)
     measure_slopes(problem, study, 0)
-    sampler.predictor.learn(study)
+    sampler.predictor.learn(study.trials)
     return solved
 
 
@@ -619,7 +619,7 @@ def test_near_dense_measurements_are_as_uncertain_as_their_tokens_leave_them():
         trial, plan = problem.ask(study)
         trial.set_user_attr("fidelity", tokens)
         problem.tell(study, trial, plan)
-    sampler.predictor.learn(study)
+    sampler.predictor.learn(study.trials)
     assert [found.spread for found in sampler.predictor.measured.values()] == pytest.approx([0.004, 0.002])
 
 
@@ -742,7 +742,7 @@ def test_slopes_around_a_plan_that_stores_nothing_are_solved_for_any_budget():
     plans = problem.run(study, 4)
     assert menu.size(plans[0]) == 0
     measure_slopes(problem, study, 0)
-    sampler.predictor.learn(study)
+    sampler.predictor.learn(study.trials)
     found = sampler.predictor.nearby([0.5 * menu.dense])
     assert found
     assert all(0 < menu.size(plan) <= 0.5 * menu.dense for plan in found)
@@ -759,7 +759,7 @@ def test_exact_slopes_teach_more_than_a_measurement():
         plans = problem.run(study, 4)
         if slopes:
             measure_slopes(problem, study, 3)
-        sampler.predictor.learn(study)
+        sampler.predictor.learn(study.trials)
         switches = itertools.product(range(problem.sites), range(problem.levels))
         near = [[*plans[3][:site], place, *plans[3][site + 1 :]] for site, place in switches]
         near = [plan for plan in near if plan not in plans]

@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import optuna
 import pandas as pd
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
-from rankfront.search.inputs.model import skeleton
-from rankfront.search.inputs.sites import find_sites
-from rankfront.search.inputs.source import Source
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.predictor import Places, Predictor
@@ -30,7 +26,7 @@ from rankfront.search.plans.menu import Menu, stored
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
-from rankfront.search.storage.front import Row, check_dense, dense_row
+from rankfront.search.storage.front import Row, StudyState, check_dense, dense_row
 
 GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
 TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
@@ -58,10 +54,9 @@ class Answer:
 
 
 def answer(
-    study: optuna.Study,
+    state: StudyState,
     config: StudyConfig,
-    rows: Sequence[Row],
-    source: Source,
+    space: Space,
     limits: Sequence[Constraint],
     tuning: Tuning = DEFAULT,
 ) -> Answer:
@@ -74,10 +69,9 @@ def answer(
     Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide or a table
     predicts, or no plan meets them all.
     """
-    space = Space(find_sites(skeleton(source)), config.space, 0)
-    predictor, dense, timings = prior_predictor(study, config, rows, space, tuning)
+    predictor, dense, timings = prior_predictor(state, config, space, tuning)
     menu, origin = predictor.menu, dict(dense.plan.origin)
-    predictor.learn(study)
+    predictor.learn(state.trials)
     learned = _Learned(predictor, _figures(predictor, space, dense, timings), list(config.objectives))
     names = learned.figures.names
     for limit in limits:
@@ -208,13 +202,12 @@ def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -
     return Figures(predictor.menu, inside, int(dense.attributes[PARAMETER_COUNT]), value_bytes, tables)
 
 
-def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], source: Source) -> pd.DataFrame:
+def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataFrame:
     """The run's menu, a row for each (site, option), dense first: ``site``, ``option``, ``method``, the stored
     ``parameters`` and ``bytes`` of the site, the ``divergence`` predicted before any plan was measured, in nats a
     token, and under the name of each latency among the objectives what its table predicts of the model with that option
     alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
-    space = Space(find_sites(skeleton(source)), config.space, 0)
-    menu, dense, timings = _known(study, config, rows, space)
+    menu, dense, timings = _known(state, config, space)
     value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
     sites = {site.name: site for site in space.sites}
     found = []
@@ -231,25 +224,25 @@ def menu_frame(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], so
 
 
 def prior_predictor(
-    study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space, tuning: Tuning = DEFAULT
+    state: StudyState, config: StudyConfig, space: Space, tuning: Tuning = DEFAULT
 ) -> tuple[Predictor, Row, Timings]:
     """The predictor as it was before any trial but the dense one; the dense trial, and the latency tables.
 
     Raises `InputError` where the run has no menu yet."""
-    menu, dense, timings = _known(study, config, rows, space)
+    menu, dense, timings = _known(state, config, space)
     sampler = make_rankfront_sampler(menu, space, config, dense, dict(dense.plan.origin), timings, tuning)
     return sampler.predictor, dense, timings
 
 
-def _known(study: optuna.Study, config: StudyConfig, rows: Sequence[Row], space: Space) -> tuple[Menu, Row, Timings]:
+def _known(state: StudyState, config: StudyConfig, space: Space) -> tuple[Menu, Row, Timings]:
     """The run's menu, its dense trial and its latency tables; `InputError` where there is none."""
-    record, dense = menu_record(study.user_attrs), dense_row(rows, rung=0)
+    record, dense = menu_record(state.known), dense_row(state.rows, rung=0)
     if config.search.sampler != OURS:
         raise InputError(f"only runs of sampler {OURS!r} predict, this one used {config.search.sampler!r}: use `front`")
     if record is None or dense is None:
-        check_dense(rows)
+        check_dense(state.rows)
         raise InputError("the run has no menu or dense trial yet: launch it first")
-    timings = timings_of(config.objectives, study.user_attrs)
+    timings = timings_of(config.objectives, state.known)
     return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense, timings
 
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import moocore
 import numpy as np
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import Option
@@ -135,13 +134,13 @@ class Predictor:
             self._plans[trial.number] = self.plan_of(trial.params)
         return self._plans[trial.number]
 
-    def learn(self, study: optuna.Study) -> None:
-        """Fit the surrogate to what is measured, each plan at the highest rung that it has reached.
+    def learn(self, trials: Sequence[FrozenTrial]) -> None:
+        """Fit the surrogate to what ``trials`` of a study measured, each plan at the highest rung that it has reached.
 
         Quality is read relative to the dense model of the same rung, whose windows are others; `measured` holds the
         values as they would be at the first.
         """
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         if len(finished) == self._fitted:
             return
         complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]

@@ -61,8 +61,8 @@ class RankfrontSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        self.predictor.learn(study)
         everything = study.get_trials(deepcopy=False)
+        self.predictor.learn(everything)
         others = [t for t in everything if t.number != trial.number and not is_void(t.user_attrs)]
         tried = {self._key(t.params) for t in others if t.params}
         by_site = self.menu.choices(self._propose(tried, self._mode(trial.number, everything)))
@@ -99,8 +99,8 @@ class RankfrontSampler(BaseSampler):
         by its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at
         targets first, for steps end there.
         """
-        self.predictor.learn(study)
         trials = study.get_trials(deepcopy=False)
+        self.predictor.learn(trials)
         asked = [t for t in trials if keys.SLOPES_OF in t.user_attrs and not is_void(t.user_attrs)]
         last = max((t.number for t in asked), default=-1)
         if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):

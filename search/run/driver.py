@@ -234,9 +234,9 @@ class Driver:
         budgets = _budgets(sampler)
         if not self._settled(sampler.predictor, reference_first(budgets, sampler.menu.even.dense)):
             return
-        sampler.predictor.learn(self.study)
-        self.opened = True
         known = self.state.trials
+        sampler.predictor.learn(known)
+        self.opened = True
         labels = {trial.user_attrs.get(keys.LABEL) for trial in known}
         proposed = any(trial.user_attrs.get(keys.ORIGIN) == OURS for trial in known)
         for label, draws in warm_start(sampler.predictor, self.space, budgets):
@@ -461,7 +461,7 @@ class Driver:
             if keys.ORIGIN not in trial.user_attrs:
                 trial.set_user_attr(keys.ORIGIN, self.config.search.sampler)
             if isinstance(self.sampler, RankfrontSampler) and rung == 0:
-                self.sampler.predictor.learn(self.study)  # which a queued trial does not bring about
+                self.sampler.predictor.learn(self.state.trials)  # which a queued trial does not bring about
                 trial.set_user_attr(keys.PREDICTED, self.sampler.predictor.predict(plan.by_site))
             trial.set_user_attr(keys.PLAN, plan.to_json())
             trial.set_user_attr(keys.PLAN_KEY, plan.key)
