@@ -28,8 +28,8 @@ from pydantic_core import ErrorDetails
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
 from rankfront.search.choices import OURS, SAMPLERS
+from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, rung_windows
 from rankfront.search.urls import parse_url
 

@@ -21,6 +21,7 @@ from rankfront.methods import InputError
 from rankfront.search import attributes as keys
 from rankfront.search.choices import OURS, Format, Refit
 from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config, preferred_loss, quality_of
+from rankfront.search.constraint import Constraint
 from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.capacity import check_length
 from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype, set_threads
@@ -40,7 +41,6 @@ from rankfront.search.optimise.halving import promotion_of
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.control_check import front_warning
 from rankfront.search.output.export import Verified, export
-from rankfront.search.plans.constraint import Constraint, best_meeting, holding, meeting
 from rankfront.search.plans.latency_table import Calibrated, timed_objectives, timings_of
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Prices
@@ -52,6 +52,7 @@ from rankfront.search.storage import front as fronts
 from rankfront.search.storage.checked import close, damages
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Row
+from rankfront.search.storage.picking import best_meeting, holding, holds, meeting
 
 RUNS = Path("runs")
 SCATTERED = "scattered"  # the order of windows of the search split in a run with rungs
@@ -250,7 +251,7 @@ class Study:
         found = self.answer(*constraints)
         for tries_left in reversed(range(SOLVES)):
             row = self._measure(found, constraints, console)
-            if found.trial is not None or row is None or all(limit.holds(row) for limit in timed) or not tries_left:
+            if found.trial is not None or row is None or all(holds(row, limit) for limit in timed) or not tries_left:
                 break
             try:
                 found = self.answer(*constraints)

@@ -11,11 +11,11 @@ from rankfront.methods import InputError
 from rankfront.objectives.latency import Timed
 from rankfront.search.__main__ import run
 from rankfront.search.choices import OURS
+from rankfront.search.constraint import Constraint
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.measure import runner, timing
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.answer import _Learned
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Plan, cost_of
 from rankfront.search.study import SOLVES, Study

@@ -10,12 +10,13 @@ from test_fidelity import DENSE, RUNGS, check_front, complete, make_data, member
 
 from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.choices import OURS
+from rankfront.search.constraint import Constraint
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.samplers import OPTUNA_SAMPLERS, make_sampler
 from rankfront.search.output.report import front_figure
-from rankfront.search.plans.constraint import Constraint, best_meeting
 from rankfront.search.run.driver import Driver
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
+from rankfront.search.storage.picking import best_meeting
 
 TOP = len(RUNGS) - 1
 LIMIT = "block_parameters<=0.7"

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
+from rankfront.search.constraint import Constraint
 from rankfront.search.measure.runner import JobRunner
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.job import Job
 from rankfront.search.storage.front import Row, box_of, hypervolume
+from rankfront.search.storage.picking import holds
 
 CONTEXT = 12
 JOINT = ["svd-llm", "lama", "vo-svd", "nystrom", "drop-block"]
@@ -143,7 +144,7 @@ def test_a_record_says_how_the_model_runs(residents, method, monkeypatch):
     assert again["joined"] == (0 if method == "oats" else 10)  # q/k/v and gate/up, in two blocks
     assert again["resident_bytes"] == notes["resident_bytes"]
     row = Row(0, "complete", "random", plan.to_json(), plan.key, {}, {"notes": notes})
-    assert Constraint.parse("resident_bytes<=1e9").holds(row)
+    assert holds(row, Constraint.parse("resident_bytes<=1e9"))
 
 
 @pytest.mark.parametrize("name", ["parameters", "bytes", "kv_bytes", "resident_bytes", "flops", "latency"])

@@ -8,11 +8,12 @@ import pytest
 from scipy import stats
 
 from rankfront.methods import InputError
+from rankfront.search.constraint import Constraint
 from rankfront.search.optimise.accuracy import calibration
-from rankfront.search.plans.constraint import Constraint, meeting
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.driver import INTERRUPTED
 from rankfront.search.storage.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee
+from rankfront.search.storage.picking import holds, meeting
 
 AXES = ("perplexity", "parameters", "latency")
 
@@ -328,23 +329,23 @@ def test_what_is_no_constraint(text):
     ],
 )
 def test_constraints_hold(operator, at, below, above):
-    for value, holds in ((0.5, at), (0.4, below), (0.6, above)):
+    for value, within in ((0.5, at), (0.4, below), (0.6, above)):
         constraint, (row,) = Constraint("parameters", operator, 0.5), make_rows([(1, value)])
-        assert constraint.holds(row) == holds
-        assert (constraint.excess(row) == 0) == holds
+        assert holds(row, constraint) == within
+        assert (constraint.missed(value) == 0) == within
 
 
 def test_constraints_reach_other_figures():
     (row,) = make_rows([(1, 0.9)], block_parameters=0.5, notes={"latency_decode": 0.8})
-    assert Constraint.parse("block_parameters<=0.5").holds(row)
-    assert Constraint.parse("latency_decode<=0.8").holds(row)
+    assert holds(row, Constraint.parse("block_parameters<=0.5"))
+    assert holds(row, Constraint.parse("latency_decode<=0.8"))
 
 
 @pytest.mark.parametrize("figure", ["parametres", "seconds", "split", "notes"])
 def test_what_is_no_figure_is_refused_with_the_choices(figure):
     (row,) = make_rows([(1, 0.9)], block_parameters=0.5, seconds={"apply": 1.0}, split="abc", notes={})
     with pytest.raises(InputError, match="unknown figure") as caught:
-        Constraint(figure, "<=", 1.0).holds(row)
+        holds(row, Constraint(figure, "<=", 1.0))
     assert "parameters" in str(caught.value)
     assert "\n" not in str(caught.value)
 

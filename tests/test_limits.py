@@ -9,7 +9,7 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, InputError, Option, Site, Weight
 from rankfront.objectives.latency import Latency
-from rankfront.search.plans.constraint import Constraint
+from rankfront.search.constraint import Constraint
 from rankfront.search.plans.knapsack import knapsack, knapsack_several
 from rankfront.search.plans.latency_table import Timing
 from rankfront.search.plans.limits import COSTS, Figures, met

@@ -6,8 +6,8 @@ import pytest
 from launching import small_data
 
 from rankfront.methods import InputError
+from rankfront.search.constraint import Constraint
 from rankfront.search.measure.setup import make_space
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.plan import Plan, Prices
 from rankfront.search.plans.reach import check_reachable, smallest
 from rankfront.search.study import Study

@@ -12,12 +12,12 @@ from rankfront.methods import InputError
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
+from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.predictor import Places, Predictor
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.latency_table import Timings, timings_of

@@ -15,9 +15,9 @@ from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Timed
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
+from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.surrogate import SPREAD
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plans.plan import Plan, Prices

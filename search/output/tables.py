@@ -12,13 +12,14 @@ from rich.table import Table
 from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
 from rankfront.search.attributes import SECONDS
+from rankfront.search.constraint import Constraint
 from rankfront.search.inputs.model import skeleton
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.control import PROMPTS
 from rankfront.search.plain import literal
-from rankfront.search.plans.constraint import Constraint, holding
 from rankfront.search.plans.menu import values_stored
 from rankfront.search.storage.front import Row, box_of, dense_row, hypervolume
+from rankfront.search.storage.picking import holding
 from rankfront.search.study import Study
 
 REPORTED = ("perplexity", "refitted", "control", "continuations")

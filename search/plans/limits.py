@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from rankfront.methods import DENSE_OPTION, Cost, Option, Site
-from rankfront.search.plans.constraint import Constraint
+from rankfront.search.constraint import Constraint
 from rankfront.search.plans.knapsack import Budget
 from rankfront.search.plans.latency_table import Timings
 from rankfront.search.plans.menu import Menu, stored

@@ -9,7 +9,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from rankfront.methods import InputError, Option, Site
-from rankfront.search.plans.constraint import Constraint
+from rankfront.search.constraint import Constraint
 from rankfront.search.plans.limits import COSTS, added, exact_figures
 from rankfront.search.plans.plan import Plan, Prices
 

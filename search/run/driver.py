@@ -17,6 +17,7 @@ from rankfront.search import attributes as keys
 from rankfront.search.attributes import ASKED, INTERRUPTED, is_void
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, quality_of
+from rankfront.search.constraint import Constraint
 from rankfront.search.errors import GaveUp
 from rankfront.search.optimise.accuracy import Calibration, calibration
 from rankfront.search.optimise.continuation import Paths
@@ -27,7 +28,6 @@ from rankfront.search.optimise.predictor import Predictor, rung_of
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
 from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
-from rankfront.search.plans.constraint import Constraint
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.latency_table import timed_objectives, timings_of
 from rankfront.search.plans.menu import Menu
