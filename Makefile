@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check catalogue clean
+.PHONY: demo test check catalogue stored-outputs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ check: $(VENV)/.installed
 
 catalogue: $(VENV)/.installed
 	$(BIN)/python -c "from rankfront.methods._registry import write_catalogue; write_catalogue()"
+
+stored-outputs: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -c "import conftest, torch; torch.set_num_threads(1); from test_stored_outputs import write; write()"
 
 clean:
 	rm -rf $(VENV) .typecheck build *.egg-info

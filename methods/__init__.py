@@ -22,7 +22,6 @@ from rankfront.methods._method import (
     Weight,
     register,
     source_behind,
-    source_of,
 )
 from rankfront.methods._registry import describe_methods, get_method, method_names
 from rankfront.methods._storage import Cost, Storage
@@ -62,7 +61,6 @@ __all__ = [
     "register",
     "shown",
     "source_behind",
-    "source_of",
     "undo_prepack",
 ]
 

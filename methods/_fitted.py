@@ -41,6 +41,7 @@ class Fitted:
     """
 
     nested = False
+    version = 1
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class LowRank(Nested):
     name: str
     paper: str
     weighting: Metric
+    version: int = 1
     level = "rank"
 
     @property

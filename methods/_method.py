@@ -191,7 +191,8 @@ class Method(Protocol):
     """A family with its metric, under a name users know. Pure functions of tensors.
 
     ``family`` is one of `_taxonomy.FAMILIES` and ``geometry`` its own line there. ``nested`` says whether one
-    preparation serves every level (low rank) or each level needs its own.
+    preparation serves every level (low rank) or each level needs its own. ``version`` is part of the name under which
+    factors are kept: whoever changes what `prepare` or `truncate` computes raises it, of every method that it changes.
     """
 
     @property
@@ -210,6 +211,8 @@ class Method(Protocol):
     def needs(self) -> tuple[str, ...]: ...
     @property
     def nested(self) -> bool: ...
+    @property
+    def version(self) -> int: ...
 
     def refuses(self, site: Site) -> str | None:
         """Why this method cannot treat ``site``, or None where it can."""
@@ -313,13 +316,7 @@ def register(method: Method) -> Method:
     return method
 
 
-APART = ("_method", "_registry", "_errors", "_storage", "_taxonomy")  # shared files that no factors depend on
-
-
-def source_of(method: Method) -> str:
-    """The source text behind the method's factors, part of every cache key so that changed code is never reused: its
-    family's file and, of ours, what that imports."""
-    return source_behind(type(method).__module__)
+APART = ("_method", "_registry", "_errors", "_storage", "_taxonomy")  # shared files that no layer runs
 
 
 @cache

@@ -17,6 +17,7 @@ class Nested:
     """
 
     nested = True
+    version = 1
     level: str
 
     @property

@@ -31,6 +31,7 @@ class DropBlock:
     formula = "ŷ = 0 for a whole attention or MLP"
     needs = ("gram",)
     nested = True
+    version = 1
 
     def refuses(self, site: Site) -> str | None:
         return None if site.roles in ROLES else "it leaves out a whole attention or MLP"

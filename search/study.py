@@ -23,12 +23,11 @@ from rankfront.search.choices import OURS, Format, Refit
 from rankfront.search.config import SearchConfig, StudyConfig, load_config, make_config, preferred_loss, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.errors import Interrupted
-from rankfront.search.inputs.capacity import check_length
 from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype, set_threads
-from rankfront.search.inputs.model import count_parameters, load_tokenizer, skeleton
+from rankfront.search.inputs.model import load_tokenizer
+from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.resolve import resolve
-from rankfront.search.inputs.sites import find_sites
 from rankfront.search.inputs.source import Source, cache_folder
 from rankfront.search.inputs.text import cut, hash_tokens, scattered
 from rankfront.search.measure.prepare import prepare_store
@@ -310,7 +309,8 @@ class Study:
             )
         dtype = pick_dtype(earlier.get("dtype", self.config.model.dtype), device)
         cache = cache_folder().resolve()
-        check_length(skeleton(source), self.config.data.length, "data.length")  # before minutes of sampling
+        outline = outline_of(source, self.config.model.attention)
+        outline.capacity.check_length(self.config.data.length, "data.length")  # before minutes of sampling
         own = OwnText(source, dtype, device, cache, self._own_text() if drawn is None else drawn, progress)
         tokens = cut(load_tokenizer(source), self.config.data.splits(), self.config.data.length, own)
         if self._scatters:
@@ -318,11 +318,11 @@ class Study:
         config = self._settled
         if config.space.rank_multiple == "device":
             timed = next(iter(timed_objectives(config.objectives).values()), None)
-            shapes = shapes_of(find_sites(skeleton(source)))
+            shapes = shapes_of(outline.sites)
             config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
         groups = 0 if search.sampler == OURS else search.groups
         loss = preferred_loss(config) or "perplexity"
-        return Setup(config, source, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+        return Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
 
     def _own_text(self) -> dict[str, Tensor]:
         """The model's own texts that the run's folder has."""
@@ -332,9 +332,8 @@ class Study:
         """Raise `InputError` where no plan of the space can meet the study's limits."""
         limits = self._limits(())
         if any(limit.figure in COSTS for limit in limits):
-            inside = {site: place.block is not None for site, place in space.sites.items()}
-            dense = count_parameters(skeleton(setup.source))
-            check_reachable(limits, space.wanted(), Prices(inside, dense, DTYPES[setup.dtype].itemsize))
+            prices = Prices(setup.outline.inside, setup.outline.parameters, DTYPES[setup.dtype].itemsize)
+            check_reachable(limits, space.wanted(), prices)
 
     @property
     def _scatters(self) -> bool:

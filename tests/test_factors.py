@@ -2,14 +2,16 @@
 
 import multiprocessing
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from common import linear_site, rank_option
 
-from rankfront.methods import Gram, InputError, Statistics, get_method, method_names, source_of
+from rankfront.methods import Gram, InputError, Statistics, get_method, method_names
 from rankfront.methods.layers import matrix_of
 from rankfront.search.atomic import HOST
+from rankfront.search.factors import calibration
 from rankfront.search.factors.store import FactorStore
 
 SITE = linear_site(12, 8)
@@ -78,27 +80,19 @@ def test_the_key_is_all_that_factors_depend_on(tmp_path):
     assert len({store.folder(get_method(name)) for name in METHODS}) == len(METHODS)
 
 
-def test_the_key_changes_with_the_code(tmp_path, monkeypatch):
-    before = make_store(tmp_path).folder(get_method("svd"))
-    monkeypatch.setattr("rankfront.search.factors.store.source_of", lambda method: "changed")
-    assert make_store(tmp_path).folder(get_method("svd")) != before
+def test_the_key_changes_with_the_version_alone(tmp_path):
+    method = get_method("svd")
+    before = make_store(tmp_path).folder(method)
+    assert make_store(tmp_path).folder(replace(method, version=method.version + 1)) != before
+    assert make_store(tmp_path).folder(replace(method)) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "counted", "apart"),
-    [
-        ("svd", ["class LowRank", "def eigh_descending"], ["def pursuit", "class SharedBasis"]),
-        ("lrt", ["class LowRank", "published_ranks"], ["def pursuit"]),
-        ("cospadi", ["def pursuit", "class Fitted"], ["class LowRankTransformer"]),
-        ("hola", ["class SharedBasis", "class LowRank"], ["def pursuit"]),
-        ("tucker", ["def measured"], ["class LowRankTransformer"]),
-    ],
-)
-def test_a_method_counts_the_code_that_it_builds_on(name, counted, apart):
-    """Of its own file and of what that imports, but of no other method's."""
-    source = source_of(get_method(name))
-    assert all(part in source for part in counted)
-    assert not any(part in source for part in apart)
+def test_the_key_changes_with_the_version_of_the_statistics_where_they_are_read(tmp_path, monkeypatch):
+    before = {name: make_store(tmp_path).folder(get_method(name)) for name in ("svd", "svd-llm")}
+    monkeypatch.setattr(calibration, "VERSION", calibration.VERSION + 1)
+    after = {name: make_store(tmp_path).folder(get_method(name)) for name in ("svd", "svd-llm")}
+    assert after["svd"] == before["svd"]
+    assert after["svd-llm"] != before["svd-llm"]
 
 
 @pytest.mark.parametrize("place", ["start", "middle", "end", "cut short", "empty"])

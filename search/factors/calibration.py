@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import Gram, Site, Statistics, narrow_outputs
 
+VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
 STATISTIC_BYTES = 4  # sums are kept in fp32
 GRAM_BYTES = 20  # the sum, and while its sites are factored its regularised form and root in fp64

@@ -8,7 +8,6 @@ and `check` look at.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import time
 import zlib
 from collections import defaultdict
@@ -30,7 +29,6 @@ from rankfront.methods import (
     Site,
     Statistics,
     get_method,
-    source_of,
 )
 from rankfront.search.atomic import drop_left, file_state, read_checked, write_checked, write_whole
 from rankfront.search.factors import calibration
@@ -63,7 +61,7 @@ class FactorStore:
     """Prepared factors of one model on one calibration text.
 
     A file per (site, method), or per (site, option) for methods that do not nest. The folder's name hashes
-    weights, the method's code, the factors' dtype and, for methods that need statistics, the calibration; so
+    weights, the method's version, the factors' dtype and, for methods that need statistics, the calibration; so
     what is found under it is what would be computed again. Files appear whole or not at all.
 
     ``unmade`` are those that could not be made for a cause that may pass, such as a shortage of memory, with their
@@ -87,8 +85,8 @@ class FactorStore:
         self._open: dict[Path, _Mapped] = {}
 
     def folder(self, method: Method) -> Path:
-        text = self.calibration_hash + inspect.getsource(calibration) if method.needs else "no text"
-        key = _digest(self.fingerprint, text, str(self.dtype), source_of(method), method.formula)
+        text = f"{self.calibration_hash} {calibration.VERSION}" if method.needs else "no text"
+        key = _digest(self.fingerprint, text, str(self.dtype), str(method.version), method.formula)
         return self.root / f"{method.name}-{key}"
 
     def path(self, site: Site, option: Option) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
-from rankfront.search.inputs.capacity import learned_positions
+from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.decoding import cache_bytes, decoder
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import load_model, load_tokenizer
@@ -174,7 +174,7 @@ class OwnText:
 
     def _batch(self, model: Any, tokenizer: Any, seed: int, number: int, tokens: int) -> Tensor:
         context = getattr(model.config, "max_position_embeddings", None) or ROW  # what rotary ones were trained for
-        length = min(ROW, learned_positions(model) or ROW, context)
+        length = min(ROW, capacity_of(model).positions or ROW, context)
         together = min(BATCH, max(1, CACHE_BYTES // max(1, length * cache_bytes(model))))
         parts = range(0, BATCH, together)
         steps = length * len(parts)

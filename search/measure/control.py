@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfront.objectives import score
-from rankfront.search.inputs.capacity import learned_positions
+from rankfront.search.inputs.capacity import capacity_of
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "My favourite animal is the")
 CONTINUED = 12  # tokens
@@ -22,7 +22,7 @@ Report = Mapping[str, Any]  # what was measured of a plan on the report split, s
 def continuations(model: Any, tokenizer: Any) -> list[str]:
     """What follows each of `PROMPTS`: the likeliest token, `CONTINUED` times or until the end token."""
     device = next(model.parameters()).device
-    room = (learned_positions(model) or CONTINUED + 512) - CONTINUED
+    room = (capacity_of(model).positions or CONTINUED + 512) - CONTINUED
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer(prompt)["input_ids"][-room:]], device=device)

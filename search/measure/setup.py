@@ -10,10 +10,8 @@ from torch import Tensor
 
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors.store import FactorStore
-from rankfront.search.inputs.capacity import check_length, check_tokens
 from rankfront.search.inputs.device import DTYPES
-from rankfront.search.inputs.model import skeleton, use_attention
-from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.outline import Outline
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.plans.latency_table import timed_objectives
@@ -27,6 +25,7 @@ class Setup:
     Attributes:
         config: the validated study.
         source: the model, resolved where the study was launched: paths are absolute.
+        outline: the model without its weights.
         dtype, device: as resolved at the study's first launch.
         fingerprint: hash of the weights.
         tokens: split -> windows (W, L).
@@ -39,6 +38,7 @@ class Setup:
 
     config: StudyConfig
     source: Source
+    outline: Outline
     dtype: str
     device: str
     fingerprint: str
@@ -64,10 +64,9 @@ class Setup:
 
 
 def make_space(setup: Setup) -> Space:
-    """The study's space, from the model's skeleton: no weights are read."""
-    model = skeleton(setup.source)
-    use_attention(model, setup.config.model.attention)
-    check_tokens(model, setup.tokens)
+    """The study's space; `InputError` where its model cannot read what the study measures on."""
+    capacity = setup.outline.capacity
+    capacity.check_tokens(setup.tokens)
     for name, timed in timed_objectives(setup.config.objectives).items():
-        check_length(model, timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
-    return Space(find_sites(model), setup.config.space, setup.groups)
+        capacity.check_length(timed.prompt + timed.decode, f"objectives.{name}.prompt + decode")
+    return Space(setup.outline.sites, setup.config.space, setup.groups)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rankfront.methods import prepack
 from rankfront.objectives import generate, score
-from rankfront.search.inputs.capacity import check_length, check_tokens, learned_positions
+from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype
 from rankfront.search.inputs.model import count_bytes, count_parameters, load_model, load_tokenizer
 from rankfront.search.inputs.resolve import resolve
@@ -40,13 +40,14 @@ def evaluate(
     dtype = pick_dtype(dtype, device)
     tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]
     model = load_model(source, DTYPES[dtype], device)
-    check_length(model, length, "--length")
-    check_tokens(model, {"evaluate": tokens})
+    capacity = capacity_of(model)
+    capacity.check_length(length, "--length")
+    capacity.check_tokens({"evaluate": tokens})
     stored = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
     if prepacked:
         prepack(model)
     scores = score(model, tokens)
-    positions = learned_positions(model) or PROMPT + DECODE
+    positions = capacity.positions or PROMPT + DECODE
     prompt = tokens.flatten()[: max(1, min(PROMPT, positions - DECODE))][None].to(device)
     generate(model, prompt, 1)
     runs = [generate(model, prompt, DECODE) for _ in range(ROUNDS)]

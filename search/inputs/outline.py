@@ -1,0 +1,43 @@
+"""What a search reads of a model without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rankfront.methods import Site
+from rankfront.search.inputs.capacity import Capacity, capacity_of
+from rankfront.search.inputs.model import count_parameters, skeleton, use_attention
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.source import Source
+from rankfront.search.names import Place
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's shapes and names.
+
+    Attributes:
+        sites: every weight that can be treated, and where it is.
+        parameters: stored values, each once.
+        capacity: what it can read.
+    """
+
+    sites: Mapping[Site, Place]
+    parameters: int
+    capacity: Capacity
+
+    @property
+    def inside(self) -> dict[Site, bool]:
+        """Every site, and whether it is inside a block."""
+        return {site: place.block is not None for site, place in self.sites.items()}
+
+
+def outline_of(source: Source, attention: str | None = None) -> Outline:
+    """Of the model's `skeleton` with transformers' attention implementation ``attention``.
+
+    Raises `InputError` where the model cannot be searched, or has no such implementation.
+    """
+    model = skeleton(source)
+    use_attention(model, attention)
+    return Outline(find_sites(model), count_parameters(model), capacity_of(model))
