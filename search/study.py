@@ -217,7 +217,7 @@ class Study:
 
     def _space(self) -> Space:
         """What our sampler chooses from: a variable for each site."""
-        return Space(find_sites(skeleton(self.source)), self._settled.space, 0)
+        return Space(outline_of(self.source).sites, self._settled.space, 0)
 
     def answer(self, *constraints: str) -> Answer:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``, and the study's own;
