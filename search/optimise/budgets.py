@@ -30,6 +30,11 @@ def target_budgets(predictor: Predictor) -> np.ndarray:
     return np.array(sorted(found))
 
 
+def uses_up(size: float, targets: np.ndarray, slack: float) -> bool:
+    """Whether the least of ``targets`` that allows a plan of ``size`` allows less than ``slack`` more."""
+    return bool(targets[targets >= size].min(initial=np.inf) - size < slack)
+
+
 def _budgets(predictor: Predictor) -> np.ndarray:
     """Sizes at which the objective is at `ROUND` fractions of the dense model's: it is a straight line in the size."""
     menu, costs = predictor.menu, predictor.goal.costs

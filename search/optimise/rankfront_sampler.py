@@ -12,14 +12,14 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.config import StudyConfig
-from rankfront.search.optimise.budgets import target_budgets
+from rankfront.search.optimise.budgets import target_budgets, uses_up
 from rankfront.search.optimise.goal import make_goal
-from rankfront.search.optimise.predictor import Places, Predictor, rung_of
+from rankfront.search.optimise.predictor import Places, Predictor
 from rankfront.search.optimise.surrogate import Coefficients
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
@@ -91,43 +91,6 @@ class RankfrontSampler(BaseSampler):
 
     def _key(self, params: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(self.predictor.plan_of(params) or ())
-
-    def slopes_due(self, study: optuna.Study) -> int | None:
-        """The trial whose plan slopes should be measured around next; None where proposals should be measured first.
-
-        After `Tuning.steps_after_slopes` proposals: of the front members without slopes, the one where most is to gain,
-        by its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at
-        targets first, for steps end there.
-        """
-        trials = study.get_trials(deepcopy=False)
-        self.predictor.learn(trials)
-        asked = [t for t in trials if keys.SLOPES_OF in t.user_attrs and not is_void(t.user_attrs)]
-        last = max((t.number for t in asked), default=-1)
-        if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
-            return None
-        since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
-        enough = self.tuning.steps_after_slopes
-        if since < enough[len(asked) % len(enough)]:
-            return None
-        front = sorted(self.predictor.front(), key=self.menu.size)
-        done = {tuple(self.predictor.plan_of(t.params) or ()) for t in asked}
-        stored = np.array([self.menu.least, *map(self.menu.size, front), self.menu.dense]) / self.menu.dense
-        references = np.array([self.menu.size(taylor.plan) for taylor in self.predictor.taylor_models])
-        at_targets = self._at_targets({tuple(plan): 0.0 for plan in front})
-        best: tuple[bool, float, int] | None = None
-        levels = np.array([self.predictor.measured[tuple(plan)].level for plan in front])
-        for i, plan in enumerate(front, start=1):
-            found = self.predictor.measured[tuple(plan)]
-            if (levels[stored[1:-1] <= stored[i] + self.tuning.slack] < found.level - self.tuning.same).any():
-                continue  # for hardly more storage there is something better
-            inside = float(self.goal.unit(np.array([found.values]))[0, self.goal.quality])
-            nearby = int((np.abs(references / self.menu.dense - stored[i]) < self.tuning.near_slopes).sum())
-            gap = min(stored[i + 1] - stored[i - 1], self.tuning.widest_gap)
-            gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
-            rank = tuple(plan) in at_targets, gain, found.trial
-            if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
-                best = rank
-        return None if best is None else best[2]
 
     # -- proposing
 
@@ -215,9 +178,8 @@ class RankfrontSampler(BaseSampler):
 
     def _at_targets(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
         """Those of ``candidates`` that use up what a target allows: cautious steps up stop short of it."""
-        sizes = {c: self.menu.size(c) for c in candidates}
-        unused = {c: self.targets[self.targets >= size].min(initial=np.inf) - size for c, size in sizes.items()}
-        return {c: worse for c, worse in candidates.items() if unused[c] < self.tuning.slack * self.menu.dense}
+        slack = self.tuning.slack * self.menu.dense
+        return {c: worse for c, worse in candidates.items() if uses_up(self.menu.size(c), self.targets, slack)}
 
     def _switches(self, front: Sequence[list[int]], coefficients: Coefficients, priced: Menu) -> list[list[int]]:
         """Front members with one site moved to another option and a second one moved to stay within the budget."""

@@ -36,6 +36,7 @@ from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS, slope_tokens
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries, requeue
+from rankfront.search.run.slopes import next_reference
 from rankfront.search.storage.checked import asked_again
 from rankfront.search.storage.front import Row, StudyReader, StudyState, dense_row, front_of
 
@@ -360,7 +361,8 @@ class Driver:
         """Queue slopes at the next stop of a path, else around the plan that our sampler names, where the limit leaves
         tokens for them and a trial."""
         if isinstance(self.sampler, RankfrontSampler) and not self._waiting() and not self._goes_on(self.sampler):
-            number = self.sampler.slopes_due(self.study)
+            self.sampler.predictor.learn(self.state.trials)
+            number = next_reference(self.state.trials, self.sampler.predictor, self.sampler.targets)
             if number is not None:
                 self._enqueue_slopes(number)
         self._state = None

@@ -1,0 +1,55 @@
+"""Which measured plan slopes are measured around next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
+from rankfront.search.optimise.budgets import uses_up
+from rankfront.search.optimise.predictor import Predictor, rung_of
+
+
+def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets: np.ndarray) -> int | None:
+    """The trial whose plan slopes should be measured around next, of a study's ``trials``, which ``predictor`` has
+    learned from; None where proposals should be measured first.
+
+    After `Tuning.steps_after_slopes` proposals: of the front members without slopes, the one where most is to gain, by
+    its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at ``targets``
+    first, for steps end there.
+    """
+    asked = [t for t in trials if keys.SLOPES_OF in t.user_attrs and not is_void(t.user_attrs)]
+    if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
+        return None
+    last = max((t.number for t in asked), default=-1)
+    since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
+    enough = predictor.tuning.steps_after_slopes
+    if since < enough[len(asked) % len(enough)]:
+        return None
+    done = {tuple(predictor.plan_of(t.params) or ()) for t in asked}
+    return _most_to_gain(predictor, targets, done)
+
+
+def _most_to_gain(predictor: Predictor, targets: np.ndarray, done: set[tuple[int, ...]]) -> int | None:
+    """The trial of the front member where slopes promise most, those ``done`` and hopeless ones aside."""
+    tuning, menu, goal = predictor.tuning, predictor.menu, predictor.goal
+    front = sorted(predictor.front(), key=menu.size)
+    stored = np.array([menu.least, *map(menu.size, front), menu.dense]) / menu.dense
+    references = np.array([menu.size(taylor.plan) for taylor in predictor.taylor_models])
+    levels = np.array([predictor.measured[tuple(plan)].level for plan in front])
+    best: tuple[bool, float, int] | None = None
+    for i, plan in enumerate(front, start=1):
+        found = predictor.measured[tuple(plan)]
+        if (levels[stored[1:-1] <= stored[i] + tuning.slack] < found.level - tuning.same).any():
+            continue  # for hardly more storage there is something better
+        inside = float(goal.unit(np.array([found.values]))[0, goal.quality])
+        nearby = int((np.abs(references / menu.dense - stored[i]) < tuning.near_slopes).sum())
+        gap = min(stored[i + 1] - stored[i - 1], tuning.widest_gap)
+        gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
+        rank = uses_up(menu.size(plan), targets, tuning.slack * menu.dense), gain, found.trial
+        if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
+            best = rank
+    return None if best is None else best[2]
