@@ -54,13 +54,13 @@ class Fitted:
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
         raise NotImplementedError
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         return ("weight",) if self.needs == ("gram",) else ()
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)["weight"]
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         found = {}

@@ -141,10 +141,10 @@ class LowRank(Nested):
         storage = low_rank_storage(left.shape[0], right.shape[1], rank)
         return {"weight": Factors("low-rank", {"left": left, "right": right}, {"rank": rank}, storage)}
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)["weight"]
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         largest = max(map(self.kept, options))

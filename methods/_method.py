@@ -80,24 +80,24 @@ class Site:
         name: the module path, with what is treated of it where a module holds several.
         weights: what the site claims. The last one is the `anchor`.
         heads: of the attention that the weights belong to; None elsewhere.
-        apart: whether each weight keeps its own place in the model's function, as those of several blocks do: then each
-            of them is a part that is looked at on its own, and there is no one anchor.
+        separate: whether the weights are at different places of the model's function, as those of several blocks are:
+            then each is an anchor, and the `parts` are looked at one by one.
     """
 
     name: str
     weights: tuple[Weight, ...]
     heads: Heads | None = None
-    apart: bool = False
+    separate: bool = False
 
     @property
     def anchor(self) -> Weight:
-        """The weight that alone could bring about what a joint treatment does (see `Method.alone`)."""
+        """The weight whose replacement alone, by `Method.equivalent`, has the effect of the joint treatment."""
         return self.weights[-1]
 
     @property
     def parts(self) -> tuple[Site, ...]:
-        """What each anchor stands for: the site itself, or every one of its weights where they are apart."""
-        return tuple(Site(self.name, (weight,)) for weight in self.weights) if self.apart else (self,)
+        """One site for each anchor: the site itself, or each of its weights where they are `separate`."""
+        return tuple(Site(self.name, (weight,)) for weight in self.weights) if self.separate else (self,)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -249,24 +249,25 @@ class Method(Protocol):
     def error(self, prepared: Prepared, option: Option) -> float:
         """‖(W − Ŵ) S‖²_F at ``option``, the predicted squared error in the method's own metric."""
 
-    def refits(self, site: Site) -> tuple[str, ...]:
-        """The roles, all reading one input, whose Gram is what the fit reads: a sequential refit replaces it and them.
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
+        """The roles that a sequential refit fits again, to the Gram of the one input that they all read.
 
-        Empty where the method cannot be fitted again that way.
+        Empty where the fit reads anything else.
         """
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
-        """What the site's anchor would have to run, everything else dense, for the model to do the same.
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+        """The equivalent weight: factors at the anchor with which the model, dense elsewhere, computes the same.
 
-        ``site``, here and in `along`, is one of the `Site.parts` of the site that was prepared.
+        ``site``, here and in `gradient_dot_outputs`, is one of the `Site.parts` of the site that was prepared.
         """
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
-        """Label -> gᵀ (ŷ − b) (tokens,) of what `alone` runs, b the anchor's dense bias, for every one of ``options``.
+        """Dot products gᵀ (ŷ − b), (tokens,), by label of every option: slopes of the loss are their sums.
 
-        ``g`` (tokens, m) are gradients at the anchor's output and ``x`` (tokens, n) its inputs in the dense model.
+        ŷ are outputs of the `equivalent` weight, b the anchor's dense bias, ``g`` (tokens, m) gradients at the anchor's
+        output and ``x`` (tokens, n) its inputs in the dense model.
         """
 
 

@@ -36,10 +36,11 @@ class Nested:
         """What the components that go hold: Σ_{i > k} ``energy``_i."""
         return float(prepared["energy"][self.kept(option) :].double().sum())
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         return ("weight",) if self.needs == ("gram",) and site.roles == ("weight",) else ()
 
     def running(self, components: Tensor, options: Sequence[Option]) -> dict[str, Tensor]:
-        """Label -> the sum (tokens,) of an option's own ``components`` (tokens, the largest k), for `Method.along`."""
+        """Sums (tokens,) of the first k of ``components`` (tokens, the largest k), by label: what
+        `Method.gradient_dot_outputs` gives."""
         sums = components.cumsum(1)
         return {option.label: sums[:, self.kept(option) - 1] for option in options}

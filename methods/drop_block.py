@@ -70,14 +70,14 @@ class DropBlock:
     def error(self, prepared: Prepared, option: Option) -> float:
         return float(prepared["energy"].double().sum())
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         return ()
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         zeros = torch.zeros(site.anchor.out_features, site.anchor.in_features)
         return plain_factors(zeros, site.anchor.storage, zeros[:, 0] if site.anchor.bias else None)
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         gone = -(g.float() * prepared["bias"].to(g.device)).sum(1)

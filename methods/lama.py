@@ -141,10 +141,10 @@ class LowRankAffinity(Nested):
             found[role] = Factors("heads", tensors, settings, Storage(rows.numel(), bits))
         return found
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         return ()
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         heads, kept = heads_of(site), self.kept(option)
         spread = by_query(heads, prepared["spread"][:kept]).float()  # (ρ, queries, d)
         whole = torch.einsum("rqd,rqn->qdn", spread, prepared["query"][:kept].float()).flatten(0, 1)
@@ -153,7 +153,7 @@ class LowRankAffinity(Nested):
             bias = torch.einsum("rqd,rq->qd", spread, prepared["query.bias"][:kept].float()).flatten()
         return plain_factors(whole, site.anchor.storage, bias)
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         heads, largest = heads_of(site), max(map(self.kept, options))

@@ -112,17 +112,17 @@ class Nystrom(Nested):
         """Ŵ_down (N, k)."""
         return prepared["ahead"][:, :kept] @ prepared["back"][:kept, :kept]
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         return ("down",)
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         kept = self.kept(option)
         down = self._down(prepared, kept)
         whole = down.new_zeros(len(down), site.anchor.in_features)
         whole[:, prepared["order"][:kept]] = down
         return plain_factors(whole, site.anchor.storage)
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         largest = max(map(self.kept, options))

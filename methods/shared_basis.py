@@ -53,7 +53,7 @@ class SharedBasis(Nested):
         return LowRank(self.name, self.paper, WHITENING)
 
     def refuses(self, site: Site) -> str | None:
-        if not site.apart or not self.claims(site):
+        if not site.separate or not self.claims(site):
             return f"it treats {self.wanted} together"
         return self._core.refuses(_stacked(site))
 
@@ -93,19 +93,19 @@ class SharedBasis(Nested):
             )
         return found
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         """Siblings read one input; blocks that share a basis read several, of which one comes after the other."""
         return () if site.roles[0].isdigit() else site.roles
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)[site.anchor.role]
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         first, last = prepared[f"rows.{site.anchor.role}"].tolist()
         own = prepared | {"left": prepared["left"][:, first:last]}
-        return self._core.along(site, own, options, g, x)
+        return self._core.gradient_dot_outputs(site, own, options, g, x)
 
 
 def _stacked(site: Site) -> Site:

@@ -123,16 +123,16 @@ class ValueOutput(Nested):
             ),
         }
 
-    def refits(self, site: Site) -> tuple[str, ...]:
+    def refit_roles(self, site: Site) -> tuple[str, ...]:
         return ("value",)
 
-    def alone(self, site: Site, prepared: Prepared, option: Option) -> Factors:
+    def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         heads, kept = heads_of(site), self.kept(option)
         basis = by_query(heads, prepared["basis"][:kept])  # (ρ, queries, d)
         whole = torch.einsum("rmq,rqd->mqd", prepared["output"][:kept].float(), basis.float()).flatten(1)
         return plain_factors(whole, site.anchor.storage)
 
-    def along(
+    def gradient_dot_outputs(
         self, site: Site, prepared: Prepared, options: Sequence[Option], g: Tensor, x: Tensor
     ) -> dict[str, Tensor]:
         heads, largest = heads_of(site), max(map(self.kept, options))

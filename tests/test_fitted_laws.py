@@ -325,16 +325,16 @@ def test_what_loading_fills_has_the_shapes_of_the_factors(name, shape, dtype):
 
 @each_case
 def test_products_with_gradients_are_those_of_the_matrix(name, shape):
-    """`along` gives gᵀ Ŵ x."""
+    """`gradient_dot_outputs` gives gᵀ Ŵ x."""
     generator = torch.Generator().manual_seed(5)
     g, x = torch.randn(7, shape[0], generator=generator), torch.randn(7, shape[1], generator=generator)
     method, site = get_method(name), common.linear_site(*shape)
     for option in walked(name, shape):
         prepared = prepare(name, make_weight(shape), make_sample(shape), option)
         expected = torch.einsum("ti,ij,tj->t", g.double(), rebuilt(name, prepared, option, shape), x.double())
-        found = method.along(site, prepared, [option], g, x)[option.label]
+        found = method.gradient_dot_outputs(site, prepared, [option], g, x)[option.label]
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-        alone = method.alone(site, prepared, option)
+        alone = method.equivalent(site, prepared, option)
         assert torch.equal(matrix_of(alone, *shape).double(), rebuilt(name, prepared, option, shape))
 
 

@@ -113,7 +113,7 @@ def test_running_sums_over_components_are_each_options_own(monkeypatch, windows,
         tensors = get_method("svd").truncate(prepared, option)["weight"].tensors
         return {option.label: (g.float() * (x.float() @ (tensors["left"] @ tensors["right"]).float().T)).sum(1)}
 
-    slow = SimpleNamespace(nested=False, storage=get_method("svd").storage, along=one_by_one)
+    slow = SimpleNamespace(nested=False, storage=get_method("svd").storage, gradient_dot_outputs=one_by_one)
     monkeypatch.setattr("rankfront.search.factors.gradient.get_method", lambda name: slow)
     alone = quadratic_divergence(model, windows, wanted, store, SEED)
     assert running.keys() == alone.keys()

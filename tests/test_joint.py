@@ -183,16 +183,16 @@ def test_all_joint_sites_together_run_alone_too(worlds, name, method):
 
 @each_pair
 def test_products_are_those_of_the_stand_in(worlds, name, method):
-    """along(g, x) = gᵀ (ŷ − b), token by token, with ŷ what `alone` gives and b the dense bias."""
+    """gradient_dot_outputs(g, x) = gᵀ (ŷ − b), token by token, with ŷ what `equivalent` gives and b the dense bias."""
     world, generator = worlds(name), torch.Generator().manual_seed(0)
     for site, options in world.treated(method):
         prepared, anchor = world.prepared(site, options[0]), site.anchor
         g = torch.randn(7, anchor.out_features, generator=generator)
         x = torch.randn(7, anchor.in_features, generator=generator)
-        found = get_method(method).along(site, prepared, options, g, x)
+        found = get_method(method).gradient_dot_outputs(site, prepared, options, g, x)
         assert found.keys() == {option.label for option in options}
         for option in options:
-            tensors = get_method(method).alone(site, prepared, option).tensors
+            tensors = get_method(method).equivalent(site, prepared, option).tensors
             y = x @ tensors["weight"].float().T
             if "bias" in tensors:
                 y = y + tensors["bias"].float() - world.weights(site)[f"{anchor.role}.bias"]
@@ -234,7 +234,7 @@ def test_nystrom_error_is_that_of_the_down_projection(worlds, name):
         for option in options:
             prepared = world.prepared(site, option)
             kept = prepared["order"][: option["neurons"]]
-            down = get_method("nystrom").alone(site, prepared, option).tensors["weight"].double()
+            down = get_method("nystrom").equivalent(site, prepared, option).tensors["weight"].double()
             assert (down[:, [i for i in range(down.shape[1]) if i not in set(kept.tolist())]] == 0).all()
             delta = weight - down
             measured = float(torch.einsum("ij,jk,ik->", delta, gram, delta))

@@ -168,7 +168,9 @@ def test_what_has_no_gram_to_replace_stays(residents, method):
     resident.compressed.apply(plan)
     before = logits(resident)
     assert plan.choices
-    assert not any(get_method(method).refits(site) for site in resident.compressed.sites if site.name in plan.by_site)
+    assert not any(
+        get_method(method).refit_roles(site) for site in resident.compressed.sites if site.name in plan.by_site
+    )
     with refitted(resident.compressed, plan):
         assert torch.equal(logits(resident), before)
 

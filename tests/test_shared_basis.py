@@ -81,7 +81,7 @@ def rebuilt(world, site, option):
 @pytest.mark.parametrize("name", OFFERED)
 def test_every_architecture_says_what_can_share(name):
     runs, siblings = OFFERED[name]
-    apart = [site for site in find_sites(common.architecture(name).build()) if site.apart]
+    apart = [site for site in find_sites(common.architecture(name).build()) if site.separate]
     assert len([site for site in apart if site.roles == ("0", "1")]) == runs
     assert {site.roles for site in apart if site.roles[0] != "0"} == siblings
     for site in apart:
@@ -125,7 +125,7 @@ def test_it_is_the_truncated_svd_of_the_stack(worlds, name, method):
 @pytest.mark.parametrize("shapes", [((20, 14), (20, 14)), ((7, 9), (12, 9), (5, 9))])
 def test_the_full_rank_reproduces_every_weight(shapes):
     roles = ("0", "1") if len(shapes) == 2 else ("query", "key", "value")
-    site = Site("s", tuple(Weight(r, r, *shape) for r, shape in zip(roles, shapes, strict=True)), apart=True)
+    site = Site("s", tuple(Weight(r, r, *shape) for r, shape in zip(roles, shapes, strict=True)), separate=True)
     method = get_method("shared-basis" if len(shapes) == 2 else "hola")
     weights = {r: make_weight(shape, seed=i) for i, (r, shape) in enumerate(zip(roles, shapes, strict=True))}
     statistics = {
@@ -172,7 +172,7 @@ def test_products_are_those_of_each_weight(worlds, name, method):
         for part in site.parts:
             g = torch.randn(7, part.anchor.out_features, generator=generator)
             x = torch.randn(7, part.anchor.in_features, generator=generator)
-            found = world.method.along(part, prepared, options, g, x)
+            found = world.method.gradient_dot_outputs(part, prepared, options, g, x)
             for option in options:
                 factors = world.method.truncate(prepared, option)[part.anchor.role]
                 matrix = matrix_of(factors, part.anchor.out_features, part.anchor.in_features)

@@ -64,7 +64,9 @@ def outputs(name: str) -> dict[str, dict[str, Any]]:
         products = []
         for part in site.parts:
             own = _sample(part.anchor.out_features, part.anchor.in_features, 2)
-            products += method.along(part, prepared, [option], own.g[:4].float(), own.x[:4].float())[option.label]
+            products += method.gradient_dot_outputs(part, prepared, [option], own.g[:4].float(), own.x[:4].float())[
+                option.label
+            ]
         found[f"{site.name} {option.label}"] = {
             "error": method.error(prepared, option),
             "products": [float(product) for product in products],

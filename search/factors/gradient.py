@@ -117,7 +117,7 @@ class _Scored:
 def products(
     options: Sequence[Option], site: Site, part: Site, store: FactorStore, dense: nn.Module, g: Tensor, x: Tensor
 ) -> dict[str, Tensor]:
-    """What `Method.along` gives at the anchor of a ``part`` of the ``site``, for options of several methods.
+    """`Method.gradient_dot_outputs` at the anchor of a ``part`` of the ``site``, of options of several methods.
 
     Of an embedding table, ``dense``, gᵀ ê for the rows ê that x, token ids, look up.
     """
@@ -133,10 +133,10 @@ def products(
     for name, chosen in by_method.items():
         method = get_method(name)
         if method.nested:
-            found |= method.along(part, store.load(site, chosen[0]), chosen, g, x)
+            found |= method.gradient_dot_outputs(part, store.load(site, chosen[0]), chosen, g, x)
         else:
             for option in chosen:
-                found |= method.along(part, store.load(site, option), [option], g, x)
+                found |= method.gradient_dot_outputs(part, store.load(site, option), [option], g, x)
     return found
 
 

@@ -42,7 +42,7 @@ def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.M
         for family in SIBLINGS:
             siblings = [weight for role, weight in (attention | mlp).items() if role in family]
             if len(siblings) == len(family) and len({weight.in_features for weight in siblings}) == 1:
-                yield _site(parent, siblings, apart=True)
+                yield _site(parent, siblings, separate=True)
         if len(attention) == len(ATTENTION):
             heads = _heads(model, module, attention)
             if heads is not None:
@@ -74,7 +74,7 @@ def runs_of_blocks(prefix: str, number: int, found: Sequence[dict[str, nn.Module
                 for place, other in enumerate(members)
                 if other is not None
             )
-            yield first, f"{name} x {count}", Site(f"{prefix}.{first}-{number}.{name}", weights, apart=True)
+            yield first, f"{name} x {count}", Site(f"{prefix}.{first}-{number}.{name}", weights, separate=True)
 
 
 def _weights(
@@ -95,10 +95,10 @@ def weight_at(role: str, path: str, module: nn.Module, **more: Any) -> Weight:
     return Weight(role, path, rows, columns, bias=getattr(module, "bias", None) is not None, **more)
 
 
-def _site(parent: str, weights: list[Weight], heads: Heads | None = None, apart: bool = False) -> Site:
+def _site(parent: str, weights: list[Weight], heads: Heads | None = None, separate: bool = False) -> Site:
     """Named after what it claims: ``model.layers.0.self_attn.v_proj+o_proj``."""
     children = "+".join(weight.path.rpartition(".")[2] for weight in weights)
-    return Site(f"{parent}.{children}", tuple(weights), heads, apart)
+    return Site(f"{parent}.{children}", tuple(weights), heads, separate)
 
 
 def _fits(mlp: dict[str, Weight]) -> bool:

@@ -179,7 +179,7 @@ class CompressedModel:
                     for weight in site.weights:
                         set_module(self.model, weight.path, self.dense_modules[weight.path])
                     for part in site.parts:
-                        factors = get_method(option.method).alone(part, self.store.load(site, option), option)
+                        factors = get_method(option.method).equivalent(part, self.store.load(site, option), option)
                         role, path = part.anchor.role, part.anchor.path
                         set_module(self.model, path, self.made({role: [path]}, {role: factors})[path])
             yield

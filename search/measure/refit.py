@@ -64,7 +64,7 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
     by_block: dict[int, dict[Site, Option]] = {}
     for site, place in compressed.sites.items():
         option = compressed.current.get(site.name, DENSE_OPTION)
-        if option != DENSE_OPTION and place.block is not None and get_method(option.method).refits(site):
+        if option != DENSE_OPTION and place.block is not None and get_method(option.method).refit_roles(site):
             by_block.setdefault(place.block, {})[site] = option
     reads = {site: _reads(site, option) for own in by_block.values() for site, option in own.items()}
     calls = _calls(model, found, ids[0])
@@ -107,7 +107,7 @@ def _batches(windows: Tensor, device: str) -> list[Tensor]:
 
 def _reads(site: Site, option: Option) -> str:
     """The module whose inputs' Gram the fit reads; others of the site that are fitted again have the same inputs."""
-    roles = get_method(option.method).refits(site)
+    roles = get_method(option.method).refit_roles(site)
     return next(weight.path for weight in site.weights if weight.role in roles)
 
 
@@ -228,7 +228,7 @@ def _fit(compressed: CompressedModel, site: Site, option: Option, sums: _Sums) -
         weights = weights_at(compressed.model, site)
     assert sums.own is not None
     statistics = Statistics(sums.tokens, gram=Gram(sums.own))
-    roles = method.refits(site)
+    roles = method.refit_roles(site)
     weights |= {role: sums.target(weights[role]) for role in roles}
     prepared = method.prepare(site, weights, dict.fromkeys(roles, statistics), [option])
     compressed.replace(site, method.truncate(prepared, option))
