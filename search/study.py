@@ -191,7 +191,7 @@ class Study:
         rows = [row for row in self.rows() if row.state == "complete"]
         tables = timings_of(self.config.objectives, self._optuna().user_attrs)
         return {
-            name: timing.calibrated(objective, [(row.plan.by_site, row.values[name]) for row in rows])
+            name: timing.calibrated(objective, [(row.plan, row.values[name]) for row in rows])
             for name, (objective, timing) in tables.items()
         }
 

@@ -1,4 +1,4 @@
-"""Baseline allocators of the literature that our search is compared with: (menu, budget) -> the plan as places in it.
+"""Baseline allocators of the literature that our search is compared with: (menu, budget) -> the plan as a choice of it.
 
 Every one meets its budget exactly or below, never above; `InputError` where nothing on the menu fits.
 """
@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankfront.search.plans.knapsack import Places, check_budget
-from rankfront.search.plans.menu import TINY, Line, Menu
+from rankfront.search.plans.knapsack import check_budget
+from rankfront.search.plans.menu import TINY, Line, Menu, Places
 
 
 def _cheapest_from(line: Line, keep: float) -> int:
@@ -32,7 +32,7 @@ def _rule(menu: Menu, choose: Callable[[Line], int]) -> Places:
         if len(line.options) > 1 and covered.isdisjoint(line.claims):
             covered.update(line.claims)
             places[i] = choose(line)
-    return places
+    return tuple(places)
 
 
 def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places]) -> Places:
@@ -43,7 +43,7 @@ def _largest_within(menu: Menu, budget: float, rule: Callable[[float], Places]) 
         return rule(high)
     best = rule(low)
     if menu.size(best) > budget:
-        best = list(menu.cheapest)
+        best = menu.cheapest
     for _ in range(60):
         middle = (low + high) / 2
         places = rule(middle)
@@ -121,4 +121,4 @@ def sensitivity(menu: Menu, budget: float) -> Places:
         if saved > 0 and not any(places[rival] for rival in menu.rivals[i]):
             places[i] = k
             stored -= saved
-    return places if stored <= budget else list(menu.cheapest)
+    return tuple(places) if stored <= budget else menu.cheapest

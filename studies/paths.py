@@ -61,11 +61,11 @@ def path(bench: Bench, menu: Menu, tokens: int) -> Iterator[tuple[Plan, int]]:
     sizes = stops(START * menu.dense, targets, STEP * menu.dense)
     unread = bench.setup.tokens["search"][TRIAL_TOKENS // length :]
     generator = torch.Generator().manual_seed(0)
-    plan, slopes = Plan.of(menu.choices(knapsack(menu, sizes[0]))), []
+    plan, slopes = menu.decode(knapsack(menu, sizes[0])), []
     for stop, size in enumerate(sizes[1:], start=1):
         windows = unread[torch.randperm(len(unread), generator=generator)[: tokens // length]]
         slopes.append(bench.slopes(menu, plan, windows, stop))
-        plan = Plan.of(menu.choices(next_plan(slopes, menu, size)))
+        plan = menu.decode(next_plan(slopes, menu, size))
         if size in targets:
             yield plan, PASSES["perplexity"] * tokens * stop
 

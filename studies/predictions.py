@@ -50,12 +50,12 @@ def line(run: str) -> str:
     missed: list[list[float]] = [[], []]
     scores: list[list[float]] = [[], []]
     for trial in state.trials:
-        plan = predictor.plan_of(trial.params)
+        plan = predictor.history.plan_of(trial.params)
         if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
             continue
         predictor.learn(state.trials[: trial.number])
         level = predictor.goal.log_divergence(trial.values[predictor.goal.quality], predictor.goal.dense)
-        for kind, found in enumerate((predictor._uncorrected(np.array([plan])), predictor.levels([plan]))):
+        for kind, found in enumerate((predictor.uncorrected(np.array([plan])), predictor.levels([plan]))):
             (predicted,), (claimed,) = found
             missed[kind].append(abs(level - predicted))
             scores[kind].append((level - predicted) / claimed)

@@ -45,7 +45,7 @@ from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.knapsack import knapsack, sweep
-from rankfront.search.plans.menu import Menu, Predictions, make_menu
+from rankfront.search.plans.menu import Menu, Places, Predictions, make_menu
 from rankfront.search.plans.menu_jobs import GROUP_BANDS, PROBE_FRACTIONS, group_plans, menu_record, probe_options
 from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS
 
@@ -132,7 +132,7 @@ class Bench:
                 None,
                 seed,
             )
-        places = menu.places(plan.by_site)
+        places = menu.encode(plan)
         assert places is not None
         pairs = [np.array([found[line.site][option.label] for option in line.options]) for line in menu.lines]
         for line, place in zip(pairs, places, strict=True):
@@ -140,15 +140,15 @@ class Bench:
         first, second = ([line[:, column] for line in pairs] for column in (0, 1))
         return TaylorModel(0, np.array(places), 1.0, first, second, windows.numel())
 
-    def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], list[int]]) -> None:
+    def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], Places]) -> None:
         """Allocate at every fraction of the grid."""
         begun = time.perf_counter()
         found.menu = menu = make_menu(self.wanted, predictions)
-        found.plans = {keep: Plan.of(menu.choices(allocator(menu, keep * menu.dense))) for keep in GRID}
+        found.plans = {keep: menu.decode(allocator(menu, keep * menu.dense)) for keep in GRID}
         found.overhead += time.perf_counter() - begun
 
 
-def spectrum_row(allocator: Callable[[Menu, float], list[int]]) -> Callable[[Bench, int, int], Found]:
+def spectrum_row(allocator: Callable[[Menu, float], Places]) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
         bench.solve(found, bench.spectrum, allocator)
@@ -158,7 +158,7 @@ def spectrum_row(allocator: Callable[[Menu, float], list[int]]) -> Callable[[Ben
 
 
 def probe_row(
-    fractions: tuple[float, ...] | None, allocator: Callable[[Menu, float], list[int]]
+    fractions: tuple[float, ...] | None, allocator: Callable[[Menu, float], Places]
 ) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
@@ -190,7 +190,7 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
 def context_row(bench: Bench, budget: int, seed: int) -> Found:
     """Our menu corrected by slopes around its own plan at `REFERENCE`, and a knapsack, nothing more."""
     found = menu_row(grouped=True)(bench, budget, seed)
-    menu, reference = found.menu, Plan.of(found.menu.choices(knapsack(found.menu, REFERENCE * found.menu.dense)))
+    menu, reference = found.menu, found.menu.decode(knapsack(found.menu, REFERENCE * found.menu.dense))
     bench.resident.compressed.apply(reference)
     windows = bench.resident.tokens.spare(1, SLOPE_TOKENS)
     found.tokens += PASSES["perplexity"] * windows.numel()
@@ -201,7 +201,7 @@ def context_row(bench: Bench, budget: int, seed: int) -> Found:
     surrogate.corrections = [context] if context is not None else []
     for keep in GRID:
         solved = sweep(menu, surrogate.losses(surrogate.mean, keep))
-        found.plans[keep] = Plan.of(menu.choices(solved.solve(keep * menu.dense)))
+        found.plans[keep] = menu.decode(solved.solve(keep * menu.dense))
     found.overhead += time.perf_counter() - begun
     return found
 
@@ -227,17 +227,17 @@ def evolution_row(bench: Bench, budget: int, seed: int) -> Found:
                 tokens = pool[rng.sample(range(len(pool)), windows)]
                 losses = []
                 for places in offspring:
-                    bench.resident.compressed.apply(Plan.of(menu.choices(places)))
+                    bench.resident.compressed.apply(menu.decode(places))
                     losses.append(score(bench.resident.compressed.model, tokens).loss)
                     found.tokens += tokens.numel()
                 order = np.argsort(losses, kind="stable")
                 offspring = [offspring[i] for i in order[:survivors]]
             parent = offspring[0]
-        found.plans[keep] = Plan.of(menu.choices(parent))
+        found.plans[keep] = menu.decode(parent)
     return found
 
 
-def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> list[int]:
+def _switch(menu: Menu, parent: Places, limit: float, rng: random.Random) -> Places:
     """``parent`` with one to three sites a level cheaper and others dearer while the budget allows."""
     plan = list(parent)
     for _ in range(rng.randint(1, 3)):
@@ -248,7 +248,7 @@ def _switch(menu: Menu, parent: list[int], limit: float, rng: random.Random) -> 
             if menu.size(raised) <= limit:
                 plan = raised
                 break
-    return plan
+    return tuple(plan)
 
 
 def study_row(name: str, sampler: str, changes: Mapping[str, object]) -> Callable[[Bench, int, int], Found]:

@@ -24,10 +24,10 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
-from rankfront.search.optimise.predictor import damped
+from rankfront.search.optimise.solvers import damped
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.optimise.tuning import Tuning
-from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.menu import Menu, Places
 
 KEPT = (0.8, 0.6, 0.4)
 PIECES = (128, 512)
@@ -63,7 +63,7 @@ def main() -> None:
             taylor = bench.slopes(found.menu, plan, drawn(unread, length)[: tokens // length], 0)
             cells = []
             for promised, step in steps(found.menu, taylor, excess):
-                kept = 1 - (loss(bench, Plan.of(found.menu.choices(step))) - dense) / excess
+                kept = 1 - (loss(bench, found.menu.decode(step)) - dense) / excess
                 moved = int((np.array(step) != taylor.places).sum())
                 cells.append(f"{moved}: {promised:.2f}, {kept:.2f}")
             lines.append(f"| {keep:g} | {excess:.3f} | {length} | {tokens:,} | {'; '.join(cells)} |")
@@ -83,7 +83,7 @@ def loss(bench: Bench, plan: Plan) -> float:
     return math.log(score(bench.resident.compressed.model, bench.resident.tokens.windows(0)).perplexity)
 
 
-def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, list[int]]]:
+def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, Places]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
     _, plans, promised = damped(replace(taylor, divergence=excess), Scaling(), menu, np.geomspace(*Tuning().dampings))
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):

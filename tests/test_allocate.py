@@ -107,7 +107,7 @@ def test_dense_is_reachable(menu, allocate, more):
 def test_dense_is_reachable_beside_an_option_that_costs_nothing(name):
     """A prediction of next to nothing at one site does not make it compressed when there is no need."""
     menu = Menu((make_line("free", [80, 40], [0.0, TINY]), make_line("hard", [80, 40], [0.0, 3.0])))
-    assert ROWS[name](menu, menu.dense) == [0, 0]
+    assert ROWS[name](menu, menu.dense) == (0, 0)
 
 
 def test_too_small_a_budget_is_refused_in_one_line(menu, allocate):
@@ -372,7 +372,7 @@ def test_a_joint_site_that_is_worth_it_is_taken(allocate):
     places = allocate(menu, 100)
     assert menu.size(places) <= 100
     if allocate in (ROWS["knapsack"], ROWS["knapsack_several"], ROWS["sensitivity"]):
-        assert places == [0, 0, 1]
+        assert places == (0, 0, 1)
 
 
 def test_a_region_with_more_choices_than_points_stays_near_the_optimum():

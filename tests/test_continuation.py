@@ -119,9 +119,9 @@ def check_paths(study):
     even, expected = predictor.menu.even, sizes_of(study, predictor)
     found = stops_of(study)
     for number, path in found.items():
-        slopes, sizes = predictor.along(path), []
+        slopes, sizes = predictor.history.along(path), []
         for i, stop in enumerate(path):
-            plan = predictor.plan_of(stop.params)
+            plan = predictor.history.plan_of(stop.params)
             sizes.append(even.size(plan))
             if i:
                 assert plan == next_plan(slopes[:i], even, expected[i])

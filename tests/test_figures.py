@@ -42,7 +42,7 @@ def value(resident, plan, name, **settings):
 
 def disjoint_plan(resident, seed):
     """Random options, of sites that share weights one."""
-    return Plan.of(resident.compressed.space.disjoint(random_plan(resident, seed).by_site))
+    return resident.compressed.space.disjoint(random_plan(resident, seed))
 
 
 def counted(model, context):

@@ -10,7 +10,7 @@ import transformers
 from launching import make_run, measured, small_data, verify_here
 from rows import JOINT_METHODS, SHARED_METHODS
 
-from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method, method_names
+from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.inputs.model import load_model
@@ -370,10 +370,11 @@ def test_the_search_believes_the_plans_that_were_measured(model_folder, text_fil
     predictor, _, _ = prior_predictor(state, study.config, study._space())
     menu = predictor.menu
     predictor.learn(state.trials)
-    assert {rows[known.trial].origin.partition(":")[0] for known in predictor.measured.values()} >= {"anchor", "menu"}
-    for places, known in predictor.measured.items():
+    measured = predictor.history.measured
+    assert {rows[known.trial].origin.partition(":")[0] for known in measured.values()} >= {"anchor", "menu"}
+    for places, known in measured.items():
         assert menu.compatible(places)
-        assert Plan.of(menu.choices(places)).key == rows[known.trial].plan_key
+        assert menu.decode(places).key == rows[known.trial].plan_key
     for budget in np.linspace(menu.least / menu.dense + 0.01, 0.9, 9):
         assert study.answer(f"block_parameters<={budget}").figures["block_parameters"] <= budget
 
@@ -399,15 +400,13 @@ def test_anchors_of_a_single_method_leave_joint_sites_dense(model_folder, text_f
     data["search"]["groups"] = 0
     space = make_space(Study(data).setup())
     for anchor in space.anchors((0.8,)):
-        draws = space.anchor_parameters(anchor)
-        options = {v.name: v.options[draws[v.name]] for v in space.variables}
-        treated = space.disjoint(options)
+        treated = space.decode(space.anchor_parameters(anchor)).by_site
         if anchor.method == "svd-llm":
             assert {option.method for option in treated.values()} == {"svd-llm"}
         if anchor.method == "nystrom":
             assert "nystrom" in {option.method for option in treated.values()}
         if anchor.label == "dense":
-            assert all(option == DENSE_OPTION for option in options.values())
+            assert not treated
 
 
 @pytest.mark.parametrize(

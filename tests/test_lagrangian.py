@@ -106,7 +106,7 @@ def test_an_option_of_which_nothing_is_known_is_not_taken():
             plan = solver.solve(budget)
             assert menu.size(plan) <= budget
             assert math.isfinite(total(losses, plan))
-            assert plan[:2] == centre[:2]
+            assert tuple(plan[:2]) == tuple(centre[:2])
 
 
 @pytest.mark.parametrize(("seed", "lines", "options"), SMALL)
@@ -155,7 +155,7 @@ def test_a_joint_site_stays_where_nothing_is_known_of_leaving_it():
     menu = Menu((*singles, replace(make_line("a+b", [160, 100], [0.0, 0.1]), weights=("a", "b"))))
     solver = Lagrangian(menu, [np.array([0.0, -0.1]), np.array([0.0, 2.0]), np.array([np.inf, 0.0])])
     for budget in (100, 120, 150):
-        assert solver.solve(budget) == [0, 0, 1]
+        assert solver.solve(budget) == (0, 0, 1)
 
 
 def weighed_joint_menu(random, blocks=8):
@@ -196,7 +196,7 @@ def test_exchanges_never_treat_a_weight_twice_where_options_may_be_dearer_than_d
 @pytest.mark.parametrize("more", [0, 1, 10**9])
 def test_dense_is_reachable(more):
     for menu in (random_menu(1, 6, 4), joint_menu(0, 1), Menu((make_line("alone", [80], [0.0]),))):
-        assert Lagrangian(menu, divergences(menu)).solve(menu.dense + more) == [0] * len(menu.lines)
+        assert Lagrangian(menu, divergences(menu)).solve(menu.dense + more) == menu.untreated
 
 
 def test_the_least_budget_is_met():

@@ -54,7 +54,7 @@ def every_choice(menu):
 
 def bounds(figures, name, count):
     """Figures of plans, a bit more and a bit less: as tight as limits get."""
-    values = sorted({figures.of(plan)[name] for plan in every_choice(figures.menu)} - {math.nan})
+    values = sorted({figures.of(figures.menu.decode(plan))[name] for plan in every_choice(figures.menu)} - {math.nan})
     chosen = [value for value in values if math.isfinite(value)][:: max(len(values) // count, 1)]
     return [bound for value in chosen for bound in (value, 1.001 * value)]
 
@@ -64,7 +64,7 @@ def bounds(figures, name, count):
 def test_the_solution_under_several_limits_is_the_best_by_brute_force(names, operator):
     figures = make_figures()
     menu = figures.menu
-    known = [(figures.of(plan), menu.divergence(plan)) for plan in every_choice(menu)]
+    known = [(figures.of(menu.decode(plan)), menu.divergence(plan)) for plan in every_choice(menu)]
     solved = refused = 0
     for each in itertools.product(*(bounds(figures, name, 4) for name in names)):
         limits = [Constraint(name, operator, bound) for name, bound in zip(names, each, strict=True)]
@@ -77,7 +77,7 @@ def test_the_solution_under_several_limits_is_the_best_by_brute_force(names, ope
             refused += 1
             continue
         assert menu.compatible(plan)
-        assert met(limits, figures.of(plan))
+        assert met(limits, figures.of(menu.decode(plan)))
         if within:
             assert menu.divergence(plan) <= min(within) + 1e-12
         solved += 1
@@ -90,19 +90,20 @@ def test_fewer_bytes_at_as_many_parameters_are_chosen_where_bytes_are_limited():
     figures = make_figures()
     menu = figures.menu
     alone = knapsack(menu, 0.6 * menu.dense)
-    kept, heavy = (figures.of(alone)[name] for name in ("parameter_count", "bytes"))
+    kept, heavy = (figures.of(menu.decode(alone))[name] for name in ("parameter_count", "bytes"))
     limits = [Constraint("parameter_count", "<=", kept), Constraint("bytes", "<=", 0.9 * heavy)]
     plan = knapsack_several(menu, math.inf, figures.budgets(limits))
-    assert met(limits, figures.of(plan))
-    assert any("int8" in option.method for option in menu.choices(plan).values())
-    shrunk = next(p for p in (knapsack(menu, b) for b in range(menu.size(alone), 0, -1)) if met(limits, figures.of(p)))
+    assert met(limits, figures.of(menu.decode(plan)))
+    assert any("int8" in option.method for option in menu.decode(plan).by_site.values())
+    smaller = (knapsack(menu, budget) for budget in range(menu.size(alone), 0, -1))
+    shrunk = next(plan for plan in smaller if met(limits, figures.of(menu.decode(plan))))
     assert menu.divergence(plan) < menu.divergence(shrunk)
 
 
 def test_limits_from_below_are_kept_too():
     figures = make_figures()
     limits = [Constraint("bytes", "<=", 34_000), Constraint("parameters", ">=", 0.68)]
-    found = figures.of(knapsack_several(figures.menu, math.inf, figures.budgets(limits)))
+    found = figures.of(figures.menu.decode(knapsack_several(figures.menu, math.inf, figures.budgets(limits))))
     assert met(limits, found)
     assert found["parameters"] < 1
 
@@ -124,7 +125,7 @@ def test_limits_on_one_size_allow_the_plans_that_it_allows(names, levels, operat
         limits = [Constraint(name, operator, bound) for name, bound in zip(names, each, strict=True)]
         most = figures.size(limits)
         for plan in plans:
-            assert met(limits, figures.of(plan)) == (figures.menu.size(plan) <= most)
+            assert met(limits, figures.of(figures.menu.decode(plan))) == (figures.menu.size(plan) <= most)
 
 
 @pytest.mark.parametrize("text", ["block_parameters<=0.7", "bytes<=34000", "latency<=0.9", "parameters>=0.7"])
@@ -139,12 +140,12 @@ def test_what_was_not_timed_is_not_taken_under_a_limit_on_latency():
     figures = make_figures()
     line = next(line for line in figures.menu.lines if line.site == "head")
     places = [line.options.index(UNTIMED) if each is line else 0 for each in figures.menu.lines]
-    assert math.isnan(figures.of(places)["latency"])
-    assert not met([Constraint("latency", "<=", 9)], figures.of(places))
+    assert math.isnan(figures.of(figures.menu.decode(places))["latency"])
+    assert not met([Constraint("latency", "<=", 9)], figures.of(figures.menu.decode(places)))
     losses = [np.where([o == UNTIMED for o in each.options], -9.0, each.divergence) for each in figures.menu.lines]
-    assert knapsack_several(figures.menu, math.inf, losses=losses) == places
+    assert knapsack_several(figures.menu, math.inf, losses=losses) == tuple(places)
     budgets = figures.budgets([Constraint("latency", "<=", 9)])
-    assert knapsack_several(figures.menu, math.inf, budgets, losses) == [0] * len(places)
+    assert knapsack_several(figures.menu, math.inf, budgets, losses) == (0,) * len(places)
 
 
 def test_what_only_measuring_tells_is_no_budget():

@@ -40,7 +40,7 @@ def test_what_a_model_does_is_predicted_from_a_few_trials(name, text_file, tmp_p
     resident = JobRunner(study.setup())
     menu = menu_of(study.config, resident.compressed.space, menu_record(study._optuna().user_attrs), "float32", {})
     plans = [disjoint_plan(resident, seed) for seed in range(40)]
-    found = [(places, value(resident, plan, name)) for plan in plans if (places := menu.places(plan.by_site))]
+    found = [(places, value(resident, plan, name)) for plan in plans if (places := menu.encode(plan))]
     assert len(found) > 20
     saved, measured = savings(menu, [places for places, _ in found]), np.array([each for _, each in found])
     predicted = fitted(saved[:15], measured[:15], saved[15:])

@@ -11,6 +11,7 @@ from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_meth
 from rankfront.search.measure.predictions import scaled_predictions, spectrum_predictions
 from rankfront.search.plans.menu import TINY, make_menu, values_stored
 from rankfront.search.plans.menu_jobs import probe_options
+from rankfront.search.plans.plan import Plan
 
 GRID = Grid((0.2, 0.4, 0.6, 0.8), 2)
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
@@ -109,11 +110,11 @@ def test_options_without_a_prediction_are_left_out():
 def test_sums_are_over_the_lines():
     menu = make_menu(WANTED, random_predictions(0))
     places = [1, 0, 3]
-    chosen = menu.choices(places)
+    chosen = menu.decode(places)
     stored = sum(
         site.storage.parameters
-        if chosen[site.name] == DENSE_OPTION
-        else get_method(chosen[site.name].method).storage(site, chosen[site.name]).parameters
+        if chosen.option(site.name) == DENSE_OPTION
+        else get_method(chosen.option(site.name).method).storage(site, chosen.option(site.name)).parameters
         for site in WANTED
     )
     assert menu.size(places) == stored
@@ -137,8 +138,8 @@ def test_several_costs_are_weighed_against_each_other():
     plans = [[int(chooser.integers(len(line.options))) for line in menu.lines] for _ in range(20)]
     dense = np.array(menu.costs([0] * len(menu.lines)))
     for plan in plans:
-        chosen = menu.choices(plan)
-        costs = [sum(size(site, chosen[site.name]) for site in WANTED) for size in (values_stored, bits)]
+        chosen = menu.decode(plan)
+        costs = [sum(size(site, chosen.option(site.name)) for site in WANTED) for size in (values_stored, bits)]
         assert menu.costs(plan) == costs
         for weights in ([1, 0], [0, 1], [0.3, 0.7]):
             weighed = menu.weighed(weights)
@@ -158,29 +159,29 @@ def test_what_is_cheaper_by_any_cost_stays_on_the_menu():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_choices_and_places_are_each_others_inverse(seed):
+def test_encoding_a_plan_and_decoding_it_are_each_others_inverse(seed):
     menu = make_menu(WANTED, random_predictions(seed))
     random = np.random.default_rng(seed)
-    places = [int(random.integers(len(line.options))) for line in menu.lines]
-    assert menu.places(menu.choices(places)) == places
+    places = tuple(int(random.integers(len(line.options))) for line in menu.lines)
+    assert menu.encode(menu.decode(places)) == places
 
 
 def test_a_site_that_a_plan_does_not_name_is_dense():
     menu = make_menu(WANTED, random_predictions(0))
-    assert menu.places({}) == [0, 0, 0]
-    assert menu.places({"tall": menu.lines[1].options[2]}) == [0, 2, 0]
+    assert menu.encode(Plan(())) == (0, 0, 0)
+    assert menu.encode(Plan.of({"tall": menu.lines[1].options[2]})) == (0, 2, 0)
 
 
 def test_an_option_off_the_menu_has_no_place():
     menu = make_menu(WANTED, random_predictions(0))
-    assert menu.places({"tall": Option.of("svd", rank=1)}) is None
+    assert menu.encode(Plan.of({"tall": Option.of("svd", rank=1)})) is None
 
 
 def test_a_treated_site_off_the_menu_has_no_place():
     """A plan that compresses an embedding without a prediction is not the plan that leaves it dense."""
     menu = make_menu(WANTED, random_predictions(0))
-    assert menu.places({"lm_head": DENSE_OPTION}) == [0, 0, 0]
-    assert menu.places({"lm_head": Option.of("svd", rank=2)}) is None
+    assert menu.encode(Plan.of({"lm_head": DENSE_OPTION})) == (0, 0, 0)
+    assert menu.encode(Plan.of({"lm_head": Option.of("svd", rank=2)})) is None
 
 
 # -- predictions
@@ -288,4 +289,4 @@ def test_a_menu_of_a_model_covers_its_space(resident):
     menu = make_menu(wanted, spectrum_predictions(wanted, resident.compressed.store))
     assert {line.site for line in menu.lines} == {site.name for site in wanted}
     treated = common.random_plan(resident, 0)
-    assert menu.choices(menu.places(treated.by_site)) == {site.name: treated.option(site.name) for site in wanted}
+    assert menu.decode(menu.encode(treated)) == treated

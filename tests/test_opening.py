@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from launching import again, check_whole, make_run, quiet, small_data
-from test_rankfront_sampler import make_driver
+from test_rankfront_study import make_driver
 
 from rankfront.search.choices import OURS
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
+from rankfront.search.optimise.solvers import corrected
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.study import Study
@@ -142,7 +143,7 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
     study = make_run(data, tmp_path / "run")
     predictor = predictor_of(study)
     assert predictor.surrogate.corrections
-    even, solver = predictor.menu.even, predictor.solver(menu=predictor.menu.even)
+    even, solver = predictor.menu.even, corrected(predictor, menu=predictor.menu.even)
     apart = []
     for keep in WARM_START:
         if keep * even.dense >= even.least:

@@ -2,8 +2,9 @@
 
 import pytest
 from launching import again, make_run, quiet
+from synthetic import Problem, measure_slopes, slopes_due
 from test_fidelity import DENSE, make_data
-from test_rankfront_sampler import Problem, make_driver, measure_slopes, slopes_due
+from test_rankfront_study import make_driver
 
 from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted

@@ -8,8 +8,9 @@ from rankfront.methods import DENSE_OPTION, Grid, InputError, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.names import Place
-from rankfront.search.plans.plan import check_disjoint
-from rankfront.search.plans.space import Space, Tied
+from rankfront.search.plans.plan import Plan, check_disjoint
+from rankfront.search.plans.space import Space
+from rankfront.search.plans.variables import Tied
 
 KEEP = (0.3, 0.5, 0.8)
 KINDS = common.GATED
@@ -232,8 +233,7 @@ def test_anchor_draws_are_draws_that_a_sampler_makes():
     space.suggest(drawn, {})
     for anchor in space.anchors([0.5]):
         assert space.anchor_parameters(anchor).keys() == drawn.params.keys()
-        fixed = optuna.trial.FixedTrial(space.anchor_parameters(anchor))
-        assert space.suggest(fixed, {}) == ask(space, space.anchor_parameters(anchor))
+        assert space.decode(space.anchor_parameters(anchor)) == ask(space, space.anchor_parameters(anchor))
 
 
 def test_draws_name_only_offered_options():
@@ -267,9 +267,9 @@ def test_general_samplers_never_treat_a_weight_twice():
     option = next(iter(space.choices[pair[0]].options.values()))
     space.choices[joint] = space.choices[pair[0]]
     drawn = dict.fromkeys([*singles, joint.name], option)
-    kept = space.disjoint(drawn)
+    kept = space.disjoint(Plan.of(drawn)).by_site
     assert set(kept) == set(drawn) - {site.name for site in pair}
-    assert set(space.disjoint(drawn | {joint.name: DENSE_OPTION})) == set(singles)
+    assert set(space.disjoint(Plan.of(drawn | {joint.name: DENSE_OPTION})).by_site) == set(singles)
     check_disjoint([site for site in space.choices if site.name in kept])
     with pytest.raises(
         InputError, match=r"treats 'model.layers.0.* twice, at 'model.layers.0.*leave one of them dense"

@@ -69,30 +69,33 @@ def counted(monkeypatch):
     [(Latency(), 1 - (0.3 + 1.0 + 0.2 + 0.5) / 10), (LatencyPrefill(), 1 - 0.5 / 2), (LatencyDecode(), 1 - 1.5 / 8)],
 )
 def test_a_plan_takes_what_its_sites_take_and_the_rest(objective, expected):
-    assert TABLE.ratio(objective, {"a": FAST, "b": FAST}) == pytest.approx(expected)
-    assert TABLE.ratio(objective, {"a": DENSE_OPTION, "b": DENSE_OPTION}) == 1.0
-    assert TABLE.ratio(objective, {"a": SLOW}) > 1
+    assert TABLE.ratio(objective, Plan.of({"a": FAST, "b": FAST})) == pytest.approx(expected)
+    assert TABLE.ratio(objective, Plan.of({"a": DENSE_OPTION, "b": DENSE_OPTION})) == 1.0
+    assert TABLE.ratio(objective, Plan.of({"a": SLOW})) > 1
 
 
 def test_what_was_not_timed_is_not_predicted():
-    assert TABLE.ratio(Latency(), {"b": SLOW}) is None
-    assert TABLE.ratio(Latency(), {"c": FAST}) is None
+    assert TABLE.ratio(Latency(), Plan.of({"b": SLOW})) is None
+    assert TABLE.ratio(Latency(), Plan.of({"c": FAST})) is None
     assert TABLE.seconds(Latency(), "c", FAST) is None
 
 
 @pytest.mark.parametrize("slope", [0.4, 1.0, 1.3])
 def test_trials_say_how_much_of_a_saving_comes_true(slope):
-    objective, plans = Latency(), [{"a": FAST}, {"b": FAST}, {"a": FAST, "b": FAST}, {"a": SLOW}] * 25
+    objective, plans = (
+        Latency(),
+        [Plan.of(each) for each in ({"a": FAST}, {"b": FAST}, {"a": FAST, "b": FAST}, {"a": SLOW})] * 25,
+    )
     trials = [(plan, 1 + slope * (TABLE.ratio(objective, plan) - 1)) for plan in plans]
-    found = TABLE.calibrated(objective, [*trials, ({}, 1.07), ({"a": DENSE_OPTION}, 0.9)])
+    found = TABLE.calibrated(objective, [*trials, (Plan(()), 1.07), (Plan.of({"a": DENSE_OPTION}), 0.9)])
     assert found.trials == 100
     assert found.timing.slope == pytest.approx(slope, abs=0.02)
     assert found.worst < 0.01
-    assert found.timing.ratio(objective, {"a": FAST}) == pytest.approx(trials[0][1], abs=0.01)
+    assert found.timing.ratio(objective, Plan.of({"a": FAST})) == pytest.approx(trials[0][1], abs=0.01)
 
 
 def test_without_trials_nothing_is_corrected_or_claimed():
-    found = TABLE.calibrated(Latency(), [({}, 1.2)])
+    found = TABLE.calibrated(Latency(), [(Plan(()), 1.2)])
     assert found.timing.slope == 1.0
     assert math.isnan(found.median)
     assert found.figures() == {"trials": 0, "slope": 1.0, "median": None, "worst": None}
@@ -101,8 +104,8 @@ def test_without_trials_nothing_is_corrected_or_claimed():
 
 def test_tables_go_through_the_storage():
     found = unpack(json.loads(json.dumps({"sites": pack(SITES), "whole": TABLE.whole})))
-    assert found.ratio(Latency(), {"a": FAST, "b": FAST}) == pytest.approx(
-        TABLE.ratio(Latency(), {"a": FAST, "b": FAST})
+    assert found.ratio(Latency(), Plan.of({"a": FAST, "b": FAST})) == pytest.approx(
+        TABLE.ratio(Latency(), Plan.of({"a": FAST, "b": FAST}))
     )
 
 

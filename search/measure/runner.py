@@ -29,7 +29,6 @@ from rankfront.search.plans.latency_table import pack
 from rankfront.search.plans.menu_jobs import menu_jobs
 from rankfront.search.plans.plan import Plan, cost_of
 from rankfront.search.plans.slope_cost import PASSES
-from rankfront.search.plans.space import Single
 
 FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a job, which becomes a value of its record
 
@@ -216,10 +215,10 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
             setup.config.search.seed + job.number,
         )
     packed = {}
-    for variable in compressed.space.variables:
-        if isinstance(variable, Single) and variable.name in found:
-            pairs = [found[variable.name].get(option.label) for option in variable.options]
-            packed[variable.name] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
+    for site, options in compressed.space.options.items():
+        if site in found:
+            pairs = [found[site].get(option.label) for option in options]
+            packed[site] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
     read = windows.numel()
     return {"slopes": packed, SLOPE_TOKENS: read, "tokens": PASSES[setup.loss] * read, "seconds": clock.seconds}
 

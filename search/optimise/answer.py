@@ -15,17 +15,19 @@ from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES
 from rankfront.search.optimise.goal import menu_of
-from rankfront.search.optimise.predictor import Places, Predictor
+from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
+from rankfront.search.optimise.solvers import nearby
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.latency_table import Timings, timings_of
 from rankfront.search.plans.limits import COSTS, Figures, met
-from rankfront.search.plans.menu import Menu, stored
+from rankfront.search.plans.menu import Menu, Places, stored
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
+from rankfront.search.plans.variables import Parameters
 from rankfront.search.storage.front import Row, StudyState, check_dense, dense_row
 
 GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
@@ -47,7 +49,7 @@ class Answer:
     """
 
     plan: Plan
-    draws: dict[str, int]
+    draws: Parameters
     predicted: float
     figures: dict[str, float]
     trial: int | None
@@ -78,23 +80,21 @@ def answer(
         if limit.figure not in names or not limit.operator.startswith("<"):
             raise InputError(f"limit {limit} is not on what a plan decides: use FIGURE<=NUMBER with {', '.join(names)}")
     together = [*(Constraint.parse(text) for text in config.search.where), *limits]
-    dense_plan = (0,) * len(menu.lines)
-    plans = {dense_plan: 0.0}
-    if not met(together, learned.of(dense_plan)):  # nothing is better than dense
-        pessimism = dict.fromkeys(predictor.measured, 0.0) | learned.solved(together)
+    plans = {menu.untreated: 0.0}
+    if not met(together, learned.of(menu.untreated)):  # nothing is better than dense
+        pessimism = dict.fromkeys(predictor.history.measured, 0.0) | learned.solved(together)
         plans = {plan: worse for plan, worse in pessimism.items() if met(together, learned.of(plan))}
     if not plans:
-        cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.figures.of(menu.cheapest).items())
+        cheapest = ", ".join(f"{name}={value:.6g}" for name, value in learned.predicted(menu.cheapest).items())
         wanted = " and ".join(map(str, together))
         raise InputError(f"no plan meets {wanted}; the cheapest has {cheapest}: raise the limit")
     best, value = learned.best(plans)
-    measured = predictor.measured.get(best)
-    figures = learned.figures.of(best)
+    measured, figures = predictor.history.measured.get(best), learned.predicted(best)
     shown = {name: figures[name] for name in COSTS} | {f"{name}_predicted": figures[name] for name in timings}
     if measured is not None:
         shown |= {name: learned.of(best)[name] for name in timings}
-    options = menu.choices(best)
-    return Answer(Plan.of(options, origin), space.draws(options), value, shown, measured.trial if measured else None)
+    draws = space.encode(menu.decode(best))
+    return Answer(space.decode(draws, origin), draws, value, shown, measured.trial if measured else None)
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,22 @@ class _Learned:
     objectives: list[str]
     _seen: dict[Places, dict[str, float]] = field(default_factory=dict)
 
-    def of(self, places: Sequence[int]) -> dict[str, float]:
-        """Every figure that is known of a choice: those of its options; as measured, where it was."""
-        plan = tuple(places)
-        if plan not in self._seen:
-            measured = self.predictor.measured.get(plan)
+    def of(self, places: Places) -> dict[str, float]:
+        """Every figure that is known of a plan: those of its options; as measured, where it was."""
+        if places not in self._seen:
+            measured = self.predictor.history.measured.get(places)
             values = {} if measured is None else dict(zip(self.objectives, measured.values, strict=True))
-            self._seen[plan] = self.figures.of(places) | values
-        return self._seen[plan]
+            self._seen[places] = self.predicted(places) | values
+        return self._seen[places]
+
+    def predicted(self, places: Places) -> dict[str, float]:
+        """Every figure that a plan's options decide."""
+        return self.figures.of(self.predictor.menu.decode(places))
 
     def best(self, pessimism: Mapping[Places, float]) -> tuple[Places, float]:
         """Of plans the one of least divergence, and the modelled objective's value there: measured where the plan was,
         else predicted. To be chosen, a prediction must be better by so many of its standard deviations."""
-        goal, measured, plans = self.predictor.goal, self.predictor.measured, list(pessimism)
+        goal, measured, plans = self.predictor.goal, self.predictor.history.measured, list(pessimism)
         levels, errors = self.predictor.levels(plans)
         pessimistic = levels + np.array(list(pessimism.values())) * errors
         known = {plan: measured[plan].values[goal.quality] for plan in plans if plan in measured}
@@ -130,22 +133,20 @@ class _Learned:
         """Plans that are not measured yet, or not all of them, and are expected to meet ``limits``; by how many
         standard deviations each kind turns out worse than predicted."""
         menu = self.predictor.menu
-        cheapest, dense = self.figures.of(menu.cheapest), self.figures.of([0] * len(menu.lines))
+        cheapest, dense = self.predicted(menu.cheapest), self.predicted(menu.untreated)
         upper = [limit for limit in limits if limit.figure in self.figures.names and limit.operator.startswith("<")]
         size = self.figures.size(limits)
         budget = _budget(cheapest, dense, upper, menu.least, menu.dense) if size is None else size
         found, bounds = self._knapsack(limits, budget / menu.dense, size)
         if found is None:
             return {}
-        worse, nearby = self.predictor.tuning, [share * menu.size(found) for share in NEARBY] if size is None else []
-        steps = dict.fromkeys(map(tuple, self.predictor.nearby([budget, *nearby])), worse.steps_worse)
-        return {tuple(found): worse.solutions_worse} | {
-            plan: d for plan, d in steps.items() if met(bounds, self.of(plan))
-        }
+        worse, stored = self.predictor.tuning, [share * menu.size(found) for share in NEARBY] if size is None else []
+        steps = dict.fromkeys(nearby(self.predictor, [budget, *stored]), worse.steps_worse)
+        return {found: worse.solutions_worse} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
 
     def _knapsack(
         self, limits: Sequence[Constraint], share: float, size: float | None
-    ) -> tuple[list[int] | None, list[Constraint]]:
+    ) -> tuple[Places | None, list[Constraint]]:
         """The menu as corrected for plans of ``share`` of the dense size, solved under all ``limits`` that options
         decide, None where no plan meets them; and the limits that it was solved under in the end. ``size`` is what
         they come to, where they all limit the size.
@@ -160,7 +161,7 @@ class _Learned:
                 places = self._least(losses, bounds, size)
             except InputError:  # where this is the first, what was measured may still meet them
                 return places, bounds
-            predicted, known = self.figures.of(places), self.of(places)
+            predicted, known = self.predicted(places), self.of(places)
             if all(not limit.missed(known[limit.figure]) for limit in limits if limit.figure in predicted):
                 return places, bounds
             bounds = [
@@ -171,7 +172,7 @@ class _Learned:
             ]
         return places, bounds
 
-    def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint], size: float | None) -> list[int]:
+    def _least(self, losses: Sequence[np.ndarray], bounds: Sequence[Constraint], size: float | None) -> Places:
         """The plan of nearly least ``losses`` within ``bounds``: along multipliers where they come to ``size``, in
         milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
         menu = self.predictor.menu
@@ -184,17 +185,17 @@ class _Learned:
         wrong about that plan."""
         if limit.figure not in self.figures.tables:
             return limit
-        figure, measured = limit.figure, self.predictor.measured
-        pairs = [(self.figures.of(plan)[figure], self.of(plan)[figure]) for plan in measured]
+        figure, measured = limit.figure, self.predictor.history.measured
+        pairs = [(self.predicted(plan)[figure], self.of(plan)[figure]) for plan in measured]
         predicted, value = max((pair for pair in pairs if not limit.missed(pair[0])), default=(1.0, limit.bound))
         return replace(limit, bound=limit.bound * predicted / value) if limit.missed(value) else limit
 
 
 def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -> Figures:
     """Those of the run's menu, its latency tables corrected by the trials."""
-    plans = [(predictor.menu.choices(plan), found.values) for plan, found in predictor.measured.items()]
+    plans = [(predictor.menu.decode(plan), found.values) for plan, found in predictor.history.measured.items()]
     tables = {
-        name: (objective, timing.calibrated(objective, [(options, v[column]) for options, v in plans]).timing)
+        name: (objective, timing.calibrated(objective, [(plan, v[column]) for plan, v in plans]).timing)
         for (name, (objective, timing)), column in zip(timings.items(), predictor.goal.timed, strict=True)
     }
     inside = {site: place.block is not None for site, place in space.sites.items()}
@@ -216,9 +217,8 @@ def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataF
             site = sites[line.site]
             own = stored(site, option)
             figures = {"parameters": own.parameters, "bytes": own.bytes(value_bytes), "divergence": divergence}
-            figures |= {
-                name: timing.ratio(objective, {line.site: option}) for name, (objective, timing) in timings.items()
-            }
+            alone = Plan.of({line.site: option})
+            figures |= {name: timing.ratio(objective, alone) for name, (objective, timing) in timings.items()}
             found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
     return pd.DataFrame(found)
 

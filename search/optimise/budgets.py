@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankfront.search.optimise.predictor import Predictor, Solver
+from rankfront.search.optimise.predictor import Predictor
+from rankfront.search.optimise.solvers import Solver
 from rankfront.search.plans.knapsack import sweep
 
 ROUND = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # of the dense model's
@@ -21,11 +22,10 @@ def target_budgets(predictor: Predictor) -> np.ndarray:
         return np.zeros(0)
     budgets = np.floor(_budgets(predictor) + ROUNDING)
     found = {float(budget) for budget in budgets if menu.least <= budget <= menu.dense}
-    ends = [0] * len(menu.lines), menu.cheapest
-    if not all(predictor.may_meet(menu.choices(end)) for end in ends):
+    if not all(predictor.may_meet(menu.decode(end)) for end in (menu.untreated, menu.cheapest)):
         solved = sweep(menu)
         most = _most(predictor, solved)
-        within = {budget for budget in found if predictor.may_meet(menu.choices(solved.solve(budget)))}
+        within = {budget for budget in found if predictor.may_meet(menu.decode(solved.solve(budget)))}
         found = {budget for budget in within if budget <= most} | ({most} if most < menu.dense else set()) or found
     return np.array(sorted(found))
 
@@ -38,7 +38,7 @@ def uses_up(size: float, targets: np.ndarray, slack: float) -> bool:
 def _budgets(predictor: Predictor) -> np.ndarray:
     """Sizes at which the objective is at `ROUND` fractions of the dense model's: it is a straight line in the size."""
     menu, costs = predictor.menu, predictor.goal.costs
-    dense, cheapest = costs(menu.choices([0] * len(menu.lines))), costs(menu.choices(menu.cheapest))
+    dense, cheapest = costs(menu.decode(menu.untreated)), costs(menu.decode(menu.cheapest))
     column = min((column for column in dense if dense[column] > cheapest[column]), default=None)
     if column is None:
         return np.array(ROUND) * menu.dense
@@ -52,18 +52,18 @@ def _most(predictor: Predictor, solved: Solver) -> float:
     """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
     is none."""
     menu = predictor.menu
-    if predictor.may_meet(menu.choices([0] * len(menu.lines))):
+    if predictor.may_meet(menu.decode(menu.untreated)):
         return float(menu.dense)
     most, above = np.inf, float(menu.dense)
     for budget in np.linspace(menu.dense, menu.least, TRIES):
         plan = solved.solve(float(budget))
-        if predictor.may_meet(menu.choices(plan)):
+        if predictor.may_meet(menu.decode(plan)):
             most = float(menu.size(plan))
             break
         above = float(budget)
     for _ in range(BISECTIONS if np.isfinite(most) else 0):
         plan = solved.solve((most + above) / 2)
-        if predictor.may_meet(menu.choices(plan)):
+        if predictor.may_meet(menu.decode(plan)):
             most = float(menu.size(plan))
         else:
             above = (most + above) / 2

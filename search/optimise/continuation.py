@@ -30,9 +30,10 @@ from optuna.trial import FrozenTrial
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.optimise.predictor import Predictor
+from rankfront.search.optimise.solvers import corrected
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.lagrangian import Lagrangian
-from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
 
 START, END = 0.95, 0.7  # kept fractions
@@ -75,7 +76,7 @@ def _mean(values: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     return mean
 
 
-def next_plan(path: Sequence[TaylorModel], menu: Menu, size: float) -> list[int]:
+def next_plan(path: Sequence[TaylorModel], menu: Menu, size: float) -> Places:
     """The plan of ``size`` in the menu's that slopes along ``path`` promise to lose least; `InputError` where nothing
     is as small."""
     return Lagrangian(menu, pooled(path).losses(Scaling())).solve(size)
@@ -100,16 +101,16 @@ class Paths:
     space: Space
     predictor: Predictor
     targets: Sequence[float]
-    enqueue: Callable[[str, str, Mapping[str, int]], int]
+    enqueue: Callable[[str, str, Mapping[str, int | str]], int]
 
     @cached_property
     def sizes(self) -> list[float]:
         """Where a path stops; nowhere without targets between `START` and `END`."""
         even = self.predictor.menu.even
         start, least = math.floor(START * even.dense + ROUNDING), max(math.floor(END * even.dense), even.least)
-        solved = self.predictor.solver(menu=even)
+        solved = corrected(self.predictor, menu=even)
         within = [target for target in self.targets if least <= target < start]
-        reachable = [target for target in within if self.predictor.may_meet(even.choices(solved.solve(target)))]
+        reachable = [target for target in within if self.predictor.may_meet(even.decode(solved.solve(target)))]
         return stops(start, reachable, STEP * even.dense) if reachable else []
 
     def advance(self, spent: int, passes: int, readable: int, left: np.ndarray, trial: int) -> bool:
@@ -151,10 +152,10 @@ class Paths:
     def _stop(self, number: int, tokens: int, before: Sequence[FrozenTrial]) -> None:
         """Queue slopes at the stop after those ``before`` it, and at a target its plan first."""
         even, size = self.predictor.menu.even, self.sizes[len(before)]
-        found = self.predictor.along(before)
-        places = next_plan(found, even, size) if found else self.predictor.solver(menu=even).solve(size)
-        chosen = even.choices(places)
-        draws, reference = self.space.draws(chosen), None
+        found = self.predictor.history.along(before)
+        places = next_plan(found, even, size) if found else corrected(self.predictor, menu=even).solve(size)
+        chosen = even.decode(places)
+        draws, reference = self.space.encode(chosen), None
         if before and size in self.targets and self.predictor.may_meet(chosen):
             reference = self.enqueue(PATH, f"{number}, keep={size / even.dense:.3g}", draws)
         attributes = {keys.ORIGIN: keys.SLOPES, keys.SLOPES_OF: reference, PATH: number, keys.SLOPE_TOKENS: tokens}

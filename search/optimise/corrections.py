@@ -66,7 +66,7 @@ def corrections_of(taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int,
     variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
     known = np.isfinite(increase) & np.isfinite(variance) & (predicted > 0) & (feature >= 0)
     logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features)))
-    return Corrections(menu.size(taylor.plan) / menu.dense, logs)
+    return Corrections(menu.size(taylor.places) / menu.dense, logs)
 
 
 def _factors(

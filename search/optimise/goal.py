@@ -70,7 +70,7 @@ class Goal:
     Attributes:
         loss: log-divergence of a plan -> value of the quality objective.
         log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
-        costs: options by site -> values of the objectives that the plan alone decides, by position.
+        costs: plan -> values of the objectives that the plan alone decides, by position.
         timed: position -> a latency among the objectives, and its table.
         spread: standard deviation of a measured divergence, in nats, where a trial scores `SPREAD_TOKENS` tokens.
         dense: value of the quality objective for the dense model, at the first rung.
@@ -83,7 +83,7 @@ class Goal:
 
     loss: Callable[[float], float]
     log_divergence: Callable[[float, float], float]
-    costs: Callable[[Mapping[str, Option]], Mapping[int, float]]
+    costs: Callable[[Plan], Mapping[int, float]]
     dense: float
     quality: int
     count: int
@@ -114,8 +114,8 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
     def log_divergence(value: float, dense: float) -> float:
         return math.log(max(value if base is None else math.log(value / dense), SMALLEST))
 
-    def costs(options: Mapping[str, Option]) -> dict[int, float]:
-        cost = prices.of(Plan.of(options))
+    def costs(plan: Plan) -> dict[int, float]:
+        cost = prices.of(plan)
         found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
         return {i: value for i, value in found.items() if value is not None}
 

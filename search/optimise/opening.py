@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import moocore
 import numpy as np
 import optuna
-from optuna.trial import FixedTrial
 
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
 from rankfront.search.optimise.predictor import Predictor
+from rankfront.search.optimise.solvers import corrected
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.menu_jobs import GROUP_BANDS, GROUPED, group_plans, menu_jobs
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Anchor, Space
+from rankfront.search.plans.variables import Parameters
 
 # Kept fractions of the treated weights at which the predicted front is measured, where no target is nearby: where they
 # are few of those that an objective counts, targets are far apart. The reference plan, at `REFERENCE` or as near as
@@ -84,16 +85,16 @@ def opening_budgets(targets: Iterable[float], dense: float) -> list[float]:
     return sorted([*opened, *(keep * dense for keep in lonely)], reverse=True)
 
 
-def warm_start(predictor: Predictor, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, dict[str, int]]]:
+def warm_start(predictor: Predictor, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, Parameters]]:
     """(label, draws) of the front that the menu and slopes so far predict, at ``budgets`` in stored values, every cost
     weighed alike: of what may meet the study's limits."""
     even = predictor.menu.even
-    solved = predictor.solver(menu=even)
+    solved = corrected(predictor, menu=even)
     for budget in budgets:
         if budget >= even.least:
-            chosen = even.choices(solved.solve(budget))
+            chosen = even.decode(solved.solve(budget))
             if predictor.may_meet(chosen):
-                yield f"keep={budget / even.dense:.3g}", space.draws(chosen)
+                yield f"keep={budget / even.dense:.3g}", space.encode(chosen)
 
 
 def reference_first(budgets: Iterable[float], dense: float) -> list[float]:
@@ -104,8 +105,7 @@ def reference_first(budgets: Iterable[float], dense: float) -> list[float]:
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:
     """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as."""
     anchors = space.anchors(fractions)
-    draws = (FixedTrial(space.anchor_parameters(anchor)) for anchor in anchors)
-    found = [menu.places(space.suggest(trial, {}).by_site) for trial in draws]
+    found = [menu.encode(space.decode(space.anchor_parameters(anchor))) for anchor in anchors]
     known = np.array([(*menu.costs(places), menu.divergence(places)) for places in found if places is not None])
     kept = iter(moocore.is_nondominated(known, keep_weakly=False))
     return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]

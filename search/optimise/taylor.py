@@ -44,11 +44,6 @@ class TaylorModel:
     second: Sequence[np.ndarray]
     tokens: int = EARLIER_TOKENS
 
-    @property
-    def plan(self) -> list[int]:
-        """The reference, as plain integers."""
-        return [int(place) for place in self.places]
-
     def sums(self, plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Σ a and Σ b of plans (T, lines), (T,) each."""
         a = np.stack([values[plans[:, i]] for i, values in enumerate(self.first)], axis=1)

@@ -13,12 +13,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from rankfront.methods import InputError
-from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.regions import Merged
 
 MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
 REPAIRS = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
-Places = list[int]
 
 
 def check_budget(menu: Menu, budget: float) -> None:
@@ -55,14 +54,14 @@ class Sweep:
         last = len(self.loss) - 1
         column = last if budget >= self.menu.dense else min(int(budget // self.unit), last)
         if not np.isfinite(self.loss[column]):  # rounding costs up to the grid can lose the very cheapest plans
-            return list(self.menu.cheapest)
+            return self.menu.cheapest
         places = [0] * len(self.menu.lines)
         for region, picks in zip(reversed(self.merged), self.picks[::-1], strict=True):
             choice = int(picks[column])
             column -= ceil(int(region.costs[choice]) / self.unit)
             for member, place in zip(region.members, region.places[choice], strict=True):
                 places[member] = int(place)
-        return places
+        return tuple(places)
 
 
 def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
@@ -157,8 +156,8 @@ def knapsack_several(
             )
         if found.x is None:
             break
-        places = [int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)]
-        over = changes[:, starts + places].sum(1) - room
+        places = tuple(int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True))
+        over = changes[:, starts + np.array(places)].sum(1) - room
         if (over <= 0).all():
             return places
         tighter -= 2**attempt * np.maximum(over, 0)  # the solver's tolerance let it through

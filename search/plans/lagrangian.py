@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rankfront.search.plans.knapsack import check_budget, sweep
-from rankfront.search.plans.menu import Menu
+from rankfront.search.plans.menu import Menu, Places
 
 MULTIPLIERS = 48  # from one that keeps everything dense to one that keeps everything cheapest
 BISECTIONS = 8  # multipliers tried between two of those for a given budget
@@ -29,7 +29,6 @@ LAST = 2  # candidates that are filled up
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
 UNLIKELY = 1e6  # nats; the same where differences of losses are added up, which digits have to be left for
-Places = list[int]
 
 
 @dataclass
@@ -87,7 +86,7 @@ class Lagrangian:
         distinct = {tuple(places): places for places in candidates}.values()
         refined = [self._exchange(self._fill(places, budget), budget) for places in distinct]
         values = [self.value(places) for places in refined]
-        return list(map(int, refined[int(np.argmin(values))]))
+        return tuple(map(int, refined[int(np.argmin(values))]))
 
     def _stored(self, places: np.ndarray) -> float:
         return float(self.menu.dense - self._saved[self._all, places].sum())

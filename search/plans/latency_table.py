@@ -20,6 +20,7 @@ from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Run, Timed
 from rankfront.search.attributes import TIMING
+from rankfront.search.plans.plan import Plan
 
 PHASES = ("prefill", "decode")
 Seconds = dict[str, float]  # phase -> seconds
@@ -44,20 +45,19 @@ class Timing:
         found = self.sites.get(site, {}).get(option.label)
         return None if found is None else objective.of(Run(**found))
 
-    def ratio(self, objective: Timed, options: Mapping[str, Option]) -> float | None:
+    def ratio(self, objective: Timed, plan: Plan) -> float | None:
         """The objective's predicted value, as a ratio to dense; None where an option was not timed."""
         more = 0.0
-        for site, option in options.items():
-            if option != DENSE_OPTION:
-                ours, dense = (self.seconds(objective, site, each) for each in (option, DENSE_OPTION))
-                if ours is None or dense is None:
-                    return None
-                more += ours - dense
+        for site, option in plan.choices:
+            ours, dense = (self.seconds(objective, site, each) for each in (option, DENSE_OPTION))
+            if ours is None or dense is None:
+                return None
+            more += ours - dense
         return 1.0 + self.slope * more / objective.of(Run(**self.whole))
 
-    def calibrated(self, objective: Timed, trials: Sequence[tuple[Mapping[str, Option], float]]) -> Calibrated:
-        """What it predicts beside what trials (options, measured ratio) gave."""
-        known = [(self.ratio(objective, options), measured) for options, measured in trials if any_treated(options)]
+    def calibrated(self, objective: Timed, trials: Sequence[tuple[Plan, float]]) -> Calibrated:
+        """What it predicts beside what trials (plan, measured ratio) gave; the dense plan takes as long as itself."""
+        known = [(self.ratio(objective, plan), measured) for plan, measured in trials if plan.choices]
         pairs = np.array([(p, m) for p, m in known if p is not None]).reshape(-1, 2) - 1.0
         doubt = float(np.mean(pairs[:, 0] ** 2)) if len(pairs) else 1.0
         slope = float((pairs[:, 0] @ pairs[:, 1] + doubt) / (pairs[:, 0] @ pairs[:, 0] + doubt)) if doubt else 1.0
@@ -67,11 +67,6 @@ class Timing:
 
 
 Timings = Mapping[str, tuple[Timed, Timing]]  # objective -> it and its table
-
-
-def any_treated(options: Mapping[str, Option]) -> bool:
-    """Whether a plan is not the dense one, which takes as long as itself."""
-    return any(option != DENSE_OPTION for option in options.values())
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,10 @@ class Figures:
     def _prices(self) -> Prices:
         return Prices(self.sites, self.model_values, self.value_bytes)
 
-    def of(self, places: Sequence[int]) -> dict[str, float]:
-        """Every figure of a choice: `COSTS` exactly, latencies predicted; NaN where an option was not timed."""
-        options = self.menu.choices(places)
-        exact = exact_figures(self._prices.of(Plan.of(options)))
-        ratios = {name: timing.ratio(objective, options) for name, (objective, timing) in self.tables.items()}
+    def of(self, plan: Plan) -> dict[str, float]:
+        """Every figure of a plan: `COSTS` exactly, latencies predicted; NaN where an option was not timed."""
+        exact = exact_figures(self._prices.of(plan))
+        ratios = {name: timing.ratio(objective, plan) for name, (objective, timing) in self.tables.items()}
         timed = {name: np.nan if ratio is None else ratio for name, ratio in ratios.items()}
         return exact | timed
 
@@ -113,7 +112,7 @@ class Figures:
     def _latencies(self, figure: str) -> list[np.ndarray]:
         """What each option adds to the predicted latency, line by line; infinite where it was not timed."""
         objective, timing = self.tables[figure]
-        ratios = [[timing.ratio(objective, {line.site: o}) for o in line.options] for line in self.menu.lines]
+        ratios = [[timing.ratio(objective, Plan.of({line.site: o})) for o in line.options] for line in self.menu.lines]
         return [np.array([np.inf if ratio is None else FINE * (ratio - 1) for ratio in own]) for own in ratios]
 
 

@@ -9,10 +9,12 @@ from functools import cached_property
 import numpy as np
 
 from rankfront.methods import DENSE_OPTION, Option, Site, Storage, get_method
-from rankfront.search.plans.regions import Region, regions_of
+from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.regions import Region, regions_of, rivals_of
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
 GRAINS = 50_000  # of the whole size where several costs are weighed against each other
+Places = tuple[int, ...]  # a plan as an index into the options of each line of a menu
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
 
 
@@ -51,9 +53,10 @@ class Line:
 class Menu:
     """One line per site that may be treated; what is outside them is not counted here.
 
-    A choice, ``places``, is an index into each line's options. Lines that share weights are rivals: of those at most
-    one is treated, and the others stand at dense, index 0, whatever becomes of their weights. Every weight that a
-    joint line claims has a line of its own, if only with dense on it; ValueError otherwise.
+    A choice is an index into each line's options (`Places`): `encode` makes it of a plan, `decode` the plan of it.
+    Lines that share weights are rivals: of those at most one is treated, and the others stand at dense, index 0,
+    whatever becomes of their weights. Every weight that a joint line claims has a line of its own, if only with dense
+    on it; ValueError otherwise.
     """
 
     lines: tuple[Line, ...]
@@ -70,6 +73,11 @@ class Menu:
         return int(sum(line.sizes[0] for line in self.lines if not line.weights))
 
     @property
+    def untreated(self) -> Places:
+        """The choice that leaves every site dense."""
+        return (0,) * len(self.lines)
+
+    @property
     def count(self) -> int:
         """How many costs every option has, the size among them."""
         return 1 + (len(self.lines[0].more) if self.lines else 0)
@@ -81,14 +89,12 @@ class Menu:
         """
         if self.count == 1:
             return self
-        share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs([0] * len(self.lines)), 1)
+        share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs(self.untreated), 1)
         lines = tuple(
             replace(line, sizes=np.ceil(GRAINS * np.minimum(share @ line.costs, 1)).astype(int), more=())
             for line in self.lines
         )
-        menu = replace(self, lines=lines)
-        menu.__dict__.update(regions=self.regions, rivals=self.rivals)  # found once
-        return menu
+        return replace(self, lines=lines)
 
     @cached_property
     def even(self) -> Menu:
@@ -103,28 +109,18 @@ class Menu:
         return [int(cost) for cost in total]
 
     @cached_property
-    def _sites(self) -> frozenset[str]:
-        return frozenset(line.site for line in self.lines)
+    def _claims(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(line.claims for line in self.lines)
 
-    @cached_property
-    def _place_of(self) -> list[dict[Option, int]]:
-        """For each line, where its options stand."""
-        return [{option: place for place, option in enumerate(line.options)} for line in self.lines]
-
-    @cached_property
+    @property
     def regions(self) -> tuple[Region, ...]:
         """Lines grouped by the weights that they share."""
-        return regions_of([line.claims for line in self.lines])
+        return regions_of(self._claims)
 
-    @cached_property
+    @property
     def rivals(self) -> tuple[tuple[int, ...], ...]:
         """For each line, the other lines that share a weight with it."""
-        by_weight: dict[str, list[int]] = {}
-        for number, line in enumerate(self.lines):
-            for weight in line.claims:
-                by_weight.setdefault(weight, []).append(number)
-        shared = [{other for weight in line.claims for other in by_weight[weight]} for line in self.lines]
-        return tuple(tuple(sorted(others - {number})) for number, others in enumerate(shared))
+        return rivals_of(self._claims)
 
     @cached_property
     def least(self) -> int:
@@ -132,19 +128,19 @@ class Menu:
         return self.size(self.cheapest)
 
     @cached_property
-    def cheapest(self) -> list[int]:
+    def cheapest(self) -> Places:
         """The choice that stores least."""
         places = [0] * len(self.lines)
         for region in self.regions:
             for number, place in region.cheapest([self.lines[i].sizes for i in region.members]).items():
                 places[number] = place
-        return places
+        return tuple(places)
 
     def compatible(self, places: Sequence[int]) -> bool:
         """Whether no weight is treated twice."""
         return not any(place and any(places[other] for other in self.rivals[i]) for i, place in enumerate(places))
 
-    def size(self, places: Sequence[int]) -> int:
+    def size(self, places: Sequence[int] | np.ndarray) -> int:
         """Size of the choice ``places``."""
         saved = sum(line.sizes[0] - line.sizes[k] for line, k in zip(self.lines, places, strict=True) if k)
         return self.dense - int(saved)
@@ -153,21 +149,27 @@ class Menu:
         """Predicted divergence of ``places``, taken as additive."""
         return float(sum(line.divergence[place] for line, place in zip(self.lines, places, strict=True)))
 
-    def choices(self, places: Sequence[int]) -> dict[str, Option]:
-        """Site name -> option."""
-        return {line.site: line.options[place] for line, place in zip(self.lines, places, strict=True)}
+    def decode(self, places: Sequence[int]) -> Plan:
+        """The plan that a choice stands for."""
+        return Plan.of({line.site: line.options[place] for line, place in zip(self.lines, places, strict=True)})
 
-    def places(self, option_of: Mapping[str, Option]) -> list[int] | None:
-        """Where a plan's options stand in the lines; None where a treatment is not on the menu."""
-        if any(option != DENSE_OPTION for site, option in option_of.items() if site not in self._sites):
-            return None
-        found = []
-        for line, place_of in zip(self.lines, self._place_of, strict=True):
-            place = place_of.get(option_of.get(line.site, DENSE_OPTION))
-            if place is None:
+    def encode(self, plan: Plan) -> Places | None:
+        """The choice that is ``plan``; None where a treatment is not on the menu."""
+        found = [0] * len(self.lines)
+        for site, option in plan.choices:
+            line, places = self._places.get(site, (0, {}))
+            if option not in places:
                 return None
-            found.append(place)
-        return found
+            found[line] = places[option]
+        return tuple(found)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, dict[Option, int]]]:
+        """Site -> its line, and where options stand in it."""
+        return {
+            line.site: (number, {option: place for place, option in enumerate(line.options)})
+            for number, line in enumerate(self.lines)
+        }
 
 
 Size = Callable[[Site, Option], int]  # what budgets count, of an option or dense

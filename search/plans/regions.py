@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 import numpy as np
@@ -175,7 +175,8 @@ def _spread(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate([hull, even]))
 
 
-def regions_of(claims: Sequence[tuple[str, ...]]) -> tuple[Region, ...]:
+@lru_cache(maxsize=8)  # a menu whose costs are weighed anew claims the same weights
+def regions_of(claims: tuple[tuple[str, ...], ...]) -> tuple[Region, ...]:
     """Lines grouped by shared weights, in the order of their first lines."""
     group_of: dict[str, list[int]] = {}
     for number, claim in enumerate(claims):
@@ -189,3 +190,14 @@ def regions_of(claims: Sequence[tuple[str, ...]]) -> tuple[Region, ...]:
     return tuple(
         Region(tuple(group), tuple(claims[member] for member in group)) for group in sorted(groups, key=lambda g: g[0])
     )
+
+
+@lru_cache(maxsize=8)
+def rivals_of(claims: tuple[tuple[str, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """For each line, the other lines that share a weight with it."""
+    by_weight: dict[str, list[int]] = {}
+    for number, claim in enumerate(claims):
+        for weight in claim:
+            by_weight.setdefault(weight, []).append(number)
+    shared = [{other for weight in claim for other in by_weight[weight]} for claim in claims]
+    return tuple(tuple(sorted(others - {number})) for number, others in enumerate(shared))

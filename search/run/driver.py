@@ -23,8 +23,9 @@ from rankfront.search.optimise.accuracy import Calibration, calibration
 from rankfront.search.optimise.continuation import Paths
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.halving import Promotion, SuccessiveHalving, claim, promotion_of
+from rankfront.search.optimise.history import rung_of
 from rankfront.search.optimise.opening import MenuJobs, anchors_to_beat, opening_budgets, reference_first, warm_start
-from rankfront.search.optimise.predictor import Predictor, rung_of
+from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
 from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
@@ -183,7 +184,7 @@ class Driver:
         if self.config.search.untie and not self.ours:
             if record is None:
                 return
-            self.space.untie(record["predictions"], self.config.search.untie)
+            self.space = self.space.untied(record["predictions"], self.config.search.untie)
         self.record = record
         self._enqueue_anchors(self.space.anchors(() if self.ours else self.config.search.anchors))
         self._start_ours()
@@ -464,7 +465,7 @@ class Driver:
                 trial.set_user_attr(keys.ORIGIN, self.config.search.sampler)
             if isinstance(self.sampler, RankfrontSampler) and rung == 0:
                 self.sampler.predictor.learn(self.state.trials)  # which a queued trial does not bring about
-                trial.set_user_attr(keys.PREDICTED, self.sampler.predictor.predict(plan.by_site))
+                trial.set_user_attr(keys.PREDICTED, self.sampler.predictor.predict(plan))
             trial.set_user_attr(keys.PLAN, plan.to_json())
             trial.set_user_attr(keys.PLAN_KEY, plan.key)
             trial.set_user_attr(keys.SECONDS, {"propose": time.monotonic() - begun})

@@ -10,7 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.optimise.budgets import uses_up
-from rankfront.search.optimise.predictor import Predictor, rung_of
+from rankfront.search.optimise.history import rung_of
+from rankfront.search.optimise.predictor import Predictor
+from rankfront.search.plans.menu import Places
 
 
 def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets: np.ndarray) -> int | None:
@@ -29,20 +31,20 @@ def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets:
     enough = predictor.tuning.steps_after_slopes
     if since < enough[len(asked) % len(enough)]:
         return None
-    done = {tuple(predictor.plan_of(t.params) or ()) for t in asked}
+    done = {predictor.history.plan_of(t.params) for t in asked}
     return _most_to_gain(predictor, targets, done)
 
 
-def _most_to_gain(predictor: Predictor, targets: np.ndarray, done: set[tuple[int, ...]]) -> int | None:
+def _most_to_gain(predictor: Predictor, targets: np.ndarray, done: set[Places | None]) -> int | None:
     """The trial of the front member where slopes promise most, those ``done`` and hopeless ones aside."""
-    tuning, menu, goal = predictor.tuning, predictor.menu, predictor.goal
-    front = sorted(predictor.front(), key=menu.size)
+    tuning, menu, goal, history = predictor.tuning, predictor.menu, predictor.goal, predictor.history
+    front = sorted(history.front(), key=menu.size)
     stored = np.array([menu.least, *map(menu.size, front), menu.dense]) / menu.dense
-    references = np.array([menu.size(taylor.plan) for taylor in predictor.taylor_models])
-    levels = np.array([predictor.measured[tuple(plan)].level for plan in front])
+    references = np.array([menu.size(taylor.places) for taylor in history.taylor_models])
+    levels = np.array([history.measured[plan].level for plan in front])
     best: tuple[bool, float, int] | None = None
     for i, plan in enumerate(front, start=1):
-        found = predictor.measured[tuple(plan)]
+        found = history.measured[plan]
         if (levels[stored[1:-1] <= stored[i] + tuning.slack] < found.level - tuning.same).any():
             continue  # for hardly more storage there is something better
         inside = float(goal.unit(np.array([found.values]))[0, goal.quality])
@@ -50,6 +52,6 @@ def _most_to_gain(predictor: Predictor, targets: np.ndarray, done: set[tuple[int
         gap = min(stored[i + 1] - stored[i - 1], tuning.widest_gap)
         gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
         rank = uses_up(menu.size(plan), targets, tuning.slack * menu.dense), gain, found.trial
-        if tuple(plan) not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
+        if plan not in done and inside < 1 and (best is None or rank[:2] > best[:2]):
             best = rank
     return None if best is None else best[2]

@@ -1,0 +1,171 @@
+"""What the trials of a study measured: levels of divergence by plan, and Taylor models around some plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import moocore
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.search import attributes as keys
+from rankfront.search.optimise.goal import SPREAD_TOKENS, Goal
+from rankfront.search.optimise.taylor import EARLIER_TOKENS, TaylorModel
+from rankfront.search.plans.menu import Menu, Places
+from rankfront.search.plans.space import Space
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan that is known: its trial, log-divergence, and values as they would be at the first rung.
+
+    ``spread`` is the standard deviation of the divergence, in nats.
+    """
+
+    trial: int
+    level: float
+    values: list[float]
+    spread: float = 0.0
+
+
+def rung_of(trial: FrozenTrial) -> int:
+    """The fidelity that a trial was measured at, 0 the cheapest."""
+    return int(trial.user_attrs.get(keys.RUNG, 0))
+
+
+class History:
+    """The plans of a menu that the trials of a study measured, each at the highest rung that it has reached.
+
+    Quality is read relative to the dense model of the same rung, whose windows are others; `measured` holds the values
+    as they would be at the first.
+
+    Args:
+        menu: what plans are looked up in.
+        space: what trials drew from.
+        goal: the objectives.
+    """
+
+    def __init__(self, menu: Menu, space: Space, goal: Goal) -> None:
+        self.menu = menu
+        self.space = space
+        self.goal = goal
+        self.measured: dict[Places, Measured] = {}
+        self.taylor_of: dict[int, TaylorModel] = {}  # by the trial that measured them
+        self._finished = 0
+        self._plans: dict[int, Places | None] = {}  # by trial; a finished one never changes
+        self._slopes: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}  # a and b by trial
+
+    def read(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Read what ``trials`` measured; whether more of them are finished than when it was read last."""
+        finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        if len(finished) == self._finished:
+            return False
+        self._finished = len(finished)
+        complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
+        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self._plan(t) or [1])}
+        dense = {0: self.goal.dense} | at_dense
+        self.measured = {}
+        for trial in sorted(complete, key=rung_of):
+            plan, rung = self._plan(trial), rung_of(trial)
+            if plan is not None and rung in dense:
+                self.measured[plan] = self._measured(trial, any(plan), dense[rung])
+        if any(map(any, self.measured)):
+            known = [trial for trial in finished if self._plan(trial) in self.measured]
+            found = {trial.number: self._taylor_model(trial) for trial in known}
+            self.taylor_of = {number: taylor for number, taylor in found.items() if taylor is not None}
+        return True
+
+    def _measured(self, trial: FrozenTrial, treated: bool, dense: float) -> Measured:
+        level, values = self.goal.log_divergence(trial.values[self.goal.quality], dense), list(trial.values)
+        if rung_of(trial):
+            values[self.goal.quality] = self.goal.loss(level) if treated else self.goal.dense
+        tokens = trial.user_attrs.get(keys.FIDELITY, SPREAD_TOKENS)
+        return Measured(trial.number, level, values, self.goal.spread * math.sqrt(SPREAD_TOKENS / tokens))
+
+    def plan_of(self, parameters: Mapping[str, Any]) -> Places | None:
+        """A trial's parameters as a choice of the menu; None where it took an option that is not on it."""
+        return self.menu.encode(self.space.decode(parameters))
+
+    def _plan(self, trial: FrozenTrial) -> Places | None:
+        """`plan_of` of a finished trial, worked out once."""
+        if trial.number not in self._plans:
+            self._plans[trial.number] = self.plan_of(trial.params)
+        return self._plans[trial.number]
+
+    # -- slopes
+
+    @property
+    def taylor_models(self) -> list[TaylorModel]:
+        """Those around measured plans, in the order of the trials that measured their slopes."""
+        return list(self.taylor_of.values())
+
+    def along(self, trials: Sequence[FrozenTrial]) -> list[TaylorModel]:
+        """The slopes that ``trials`` measured, of those that did, in order; what was measured around need not be."""
+        return [taylor for trial in trials if (taylor := self._taylor_model(trial)) is not None]
+
+    def _taylor_model(self, trial: FrozenTrial) -> TaylorModel | None:
+        """The slopes that a trial measured, or None; the divergence is NaN where the reference's is not known."""
+        packed, plan = trial.user_attrs.get(keys.SLOPES), self._plan(trial)
+        if packed is None or plan is None:
+            return None
+        if trial.number not in self._slopes:
+            self._slopes[trial.number] = self._unpacked(packed, plan)
+        reference, tokens = self.measured.get(plan), trial.user_attrs.get(keys.SLOPE_TOKENS, EARLIER_TOKENS)
+        number, divergence = (
+            (trial.number, math.nan) if reference is None else (reference.trial, math.exp(reference.level))
+        )
+        return TaylorModel(number, np.array(plan), divergence, *self._slopes[trial.number], tokens)
+
+    def _unpacked(self, packed: Mapping[str, Sequence[Any]], plan: Places) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """a and b of every option, line by line, around ``plan``."""
+        first, second = [], []
+        for line, drawn, place in zip(self.menu.lines, self._drawn, plan, strict=True):
+            known = np.array(packed.get(line.site, [[], []]), dtype=float)  # (2, options), nan where there is none
+            a, b = np.append(known, [[np.nan], [np.nan]], axis=1)[:, drawn if known.size else -np.ones_like(drawn)]
+            a[place] = b[place] = 0.0
+            first.append(np.where(np.isnan(a), 0.0, a))
+            second.append(np.where(np.isnan(b), np.inf, b))
+        return first, second
+
+    @cached_property
+    def _drawn(self) -> list[np.ndarray]:
+        """Of every line, where the study's variable has each option; -1 where it has not, as it is for all options of a
+        weight that only joint sites treat."""
+        places = [{o: i for i, o in enumerate(self.space.options.get(line.site, ()))} for line in self.menu.lines]
+        return [
+            np.array([own.get(option, -1) for option in line.options])
+            for own, line in zip(places, self.menu.lines, strict=True)
+        ]
+
+    # -- values
+
+    @property
+    def values(self) -> np.ndarray:
+        """Of the measured plans, (N, d)."""
+        values = np.array([found.values for found in self.measured.values()], dtype=float)
+        return values.reshape(-1, self.goal.count)
+
+    def met(self) -> np.ndarray:
+        """Of those that meet the study's limits, (N, d)."""
+        values = self.values
+        met: np.ndarray = values[self.goal.excess(values) == 0]
+        return met
+
+    def front(self) -> list[Places]:
+        """The non-dominated plans that meet the study's limits, without the dense one."""
+        values = self.values
+        within = np.flatnonzero(self.goal.excess(values) == 0)
+        plans = list(self.measured)
+        kept = within[moocore.is_nondominated(values[within])] if len(within) else within
+        return [plans[number] for number in kept if any(plans[number])]
+
+    def excess_rate(self, column: int, dense: float) -> float:
+        """Nats by which the loss rises for each nat of divergence, with the perplexity of objective ``column``: the
+        median over measured plans; 1 where there is none."""
+        pairs = [(known.values[column], known.level) for plan, known in self.measured.items() if any(plan)]
+        rates = [math.log(value / dense) / math.exp(level) for value, level in pairs if value > dense]
+        return float(np.median(rates)) if rates else 1.0
