@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # each command imports what it needs
     from rich.console import Console
 
     from rankfront.search.optimise.answer import Answer
+    from rankfront.search.output.results import Results
     from rankfront.search.storage.front import Row
-    from rankfront.search.study import Study
 
 app = typer.Typer(
     add_completion=False,
@@ -114,7 +114,7 @@ def launch(
     settings = [*(overrides or []), *(f"search.{k}={v}" for k, v in limits.items() if v is not None)]
     found = Study(study, run, settings)
     found.launch(terminal(), address, rebuild)
-    _print_front(found, [])
+    _print_front(found.read(), [])
 
 
 @app.command(
@@ -161,51 +161,53 @@ def front(
     """Show the Pareto front of a run."""
     from rankfront.search.study import Study
 
-    study = Study.open(run)
+    found = Study.open(run).read()
     if csv is not None:
+        from rankfront.search.storage.front import frame
+
         csv = csv.expanduser()
-        study.frame().to_csv(csv, index=False)
+        frame(found.rows).to_csv(csv, index=False)
         _say(terminal(), f"wrote {csv}")
     if html is not None:
         html = html.expanduser()
         from rankfront.search.output.report import write_report
 
-        write_report(study, html)
+        write_report(found, html)
         _say(terminal(), f"wrote {html}")
     if as_json:
         from rankfront.search.output.tables import front_json
 
-        _print_json(front_json(study, where or []))
+        _print_json(front_json(found, where or []))
     elif csv is None and html is None:
-        _print_front(study, where or [])
+        _print_front(found, where or [])
 
 
-def _print_front(study: Study, where: list[str]) -> None:
+def _print_front(found: Results, where: list[str]) -> None:
     from rankfront.search.output.tables import front_table
 
-    damaged = study.damages()
-    if damaged:
+    if found.damages:
         output().print(
-            f"damaged, and left out until the study is launched again, which measures them anew: {', '.join(damaged)}",
+            "damaged, and left out until the study is launched again, which measures them anew:"
+            f" {', '.join(found.damages)}",
             soft_wrap=True,
         )
-    rows = study.front(*where)
-    output().print(front_table(study, rows))
-    box = study.box()
+    rows = found.front(*where)
+    output().print(front_table(found, rows))
+    box = found.box
     corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
-    _say(output(), f"hypervolume {study.hypervolume():.4f} of the box {corners} (ideal to reference)")
-    calibration = study.calibration()
+    _say(output(), f"hypervolume {found.hypervolume():.4f} of the box {corners} (ideal to reference)")
+    calibration = found.calibration()
     if calibration is not None:
         _say(output(), calibration)
-    for name, calibrated in study.latency().items():
+    for name, calibrated in found.latency().items():
         _say(output(), f"{name}, {calibrated}")
-    unmade = study.latency_failure()
+    unmade = found.latency_failure
     if unmade is not None:
         _say(output(), f"the latency table could not be made ({unmade}): launch the study again")
-    failed = [row for row in study.rows() if row.state == "failed" and row.counts]
+    failed = [row for row in found.rows if row.state == "failed" and row.counts]
     if failed:
         _say(output(), f"{len(failed)} failed trials, such as {failed[0].number}: {failed[0].failure}")
-    warning = study.warning(rows)
+    warning = found.warning(rows)
     if warning is not None:
         _say(output(), warning)
     if any(row.report is None for row in rows):
@@ -243,8 +245,8 @@ def show(
     from rankfront.search.output.tables import plan_json, plan_table
     from rankfront.search.study import Study
 
-    study = Study.open(run)
-    plan = plan_json(study, study.trial(trial))
+    found = Study.open(run).read()
+    plan = plan_json(found, found.trial(trial))
     if as_json:
         _print_json(plan)
     else:
@@ -273,7 +275,7 @@ def export_command(
         *(f"{name}<={bound!r}" for name, bound in limits.items() if bound is not None),
     ]
     study = Study.open(run)
-    row = _pick(study, trial, constraints, knee)
+    row = _pick(study.read(), trial, constraints, knee)
     with terminal().status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
     where_to = out.resolve() if out.is_symlink() else out
@@ -287,17 +289,17 @@ def export_command(
         terminal().print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _pick(study: Study, trial: int | None, constraints: list[str], knee: bool) -> Row:
+def _pick(found: Results, trial: int | None, constraints: list[str], knee: bool) -> Row:
     if trial is not None:
         if constraints or knee:
             raise InputError(
                 "--trial names one trial, so limits and --knee have nothing to choose: leave one of them out"
             )
-        row = study.trial(trial)
+        row = found.trial(trial)
         if row.state != "complete":
             raise InputError(f"trial {trial} is {row.state} ({row.failure or 'no values'}): name a complete one")
         return row
-    return study.knee(*constraints) if knee else study.best(*constraints)
+    return found.knee(*constraints) if knee else found.best(*constraints)
 
 
 @app.command("evaluate", epilog="Example: rankfront evaluate exported/demo --text pydoc --windows 8")

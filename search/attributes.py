@@ -24,6 +24,7 @@ ASKED = "asked"  # of a damaged trial: parameters and attributes that it was que
 
 # Of a trial, when it starts and ends.
 PLAN, PLAN_KEY = "plan", "plan_key"
+STORED = "stored"  # values at each site that the plan treats, in its order
 PREDICTED = "predicted"
 SECONDS = "seconds"
 TOKENS, FIDELITY = "tokens", "fidelity"
@@ -35,11 +36,13 @@ MEASURED = (FAILURE, LOST, SECONDS, PREDICTED, PLAN, PLAN_KEY)  # what a failed 
 
 # Of the study.
 TIMING = "timing"
+SITES = "sites"  # of the model, see `inputs.known_sites`
 
 INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
 DAMAGED = "damaged: its record in the storage does not match its checksum; the next launch measures it again"
 
 Attributes = Mapping[str, Any]
+Report = Mapping[str, Any]  # what was measured of a plan on the report split, see `measure.control.reported`
 
 
 def is_void(attributes: Attributes) -> bool:

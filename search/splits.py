@@ -12,6 +12,7 @@ from rankfront.methods import InputError
 
 SPLITS = ("calibrate", "search", "report")
 PYDOC, SELF = "pydoc", "self"
+PROMPTS = ("The capital of France is", "Water boils at a temperature of", "My favourite animal is the")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def measure(memory: Remembering, text: str, space: str, row: str, budget: int, s
     run = RESULTS / "runs" / f"ablation-{space}-{row}-{budget}-{seed}".replace(" ", "-")
     study = Study(settings(text, torch.get_num_threads()), run, overrides, replace(Tuning(), **tuned))
     shutil.rmtree(run, ignore_errors=True)  # of a cell that was stopped: what it measured is remembered
-    with patch("rankfront.search.study.JobRunner", memory):
+    with patch("rankfront.search.run.launch.JobRunner", memory):
         study.launch(Console(quiet=True), report=False)
     plans: dict[float, Plan] = {}
     for keep in GRID:

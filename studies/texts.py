@@ -27,9 +27,9 @@ from rankfront.objectives import score
 from rankfront.search import Plan, Study
 from rankfront.search.inputs.own_text import OwnText, degenerate
 from rankfront.search.inputs.text import cut
-from rankfront.search.measure.control import PROMPTS, continuations
+from rankfront.search.measure.control import continuations
 from rankfront.search.measure.runner import JobRunner
-from rankfront.search.splits import Split
+from rankfront.search.splits import PROMPTS, Split
 
 KEEPS = (0.9, 0.8, 0.6)
 LENGTH, CALIBRATE, SEARCH, JUDGED = 512, 64, 20, 12  # tokens; windows

@@ -18,7 +18,8 @@ from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.answer import _Learned
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Plan, cost_of
-from rankfront.search.study import SOLVES, Study
+from rankfront.search.run.solving import SOLVES
+from rankfront.search.study import Study
 
 
 @pytest.fixture(scope="module")

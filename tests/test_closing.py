@@ -208,7 +208,7 @@ def test_promotions_carry_no_prediction(solved):
 
 
 def test_the_picture_compares_like_with_like(solved):
-    drawn = sum(len(trace.x) for trace in front_figure(solved).data)
+    drawn = sum(len(trace.x) for trace in front_figure(solved.read()).data)
     assert drawn <= len(comparable(solved.rows())) < len(complete(solved))
 
 

@@ -10,10 +10,11 @@ from launching import make_run, measured, quiet, small_data, verify_here
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
-from rankfront.search.measure.control import PROMPTS, reported
+from rankfront.search.measure.control import reported
 from rankfront.search.output.control_check import front_warning, hidden_loss, warning
 from rankfront.search.output.export import export
 from rankfront.search.output.report import write_report
+from rankfront.search.splits import PROMPTS
 from rankfront.search.study import Study
 
 DENSE = {"perplexity": 16.4, "control": 29.5}
@@ -127,7 +128,7 @@ def test_front_says_it_in_table_json_page_and_one_line(study, tmp_path, capsys, 
     trial = data["trials"][worst.number]
     assert trial["report"]["control"] == lost["control"]
     assert trial["report"]["continuations"] == lost["continuations"]
-    write_report(study, tmp_path / "page.html")
+    write_report(study.read(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "perplexity on self" in page
     assert line in page

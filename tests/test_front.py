@@ -240,6 +240,15 @@ def test_the_correlation_at_a_size_is_the_partial_one():
     assert equal.at_size == pytest.approx(equal.spearman)
 
 
+@pytest.mark.parametrize("count", [8, 50, 400])
+def test_rank_correlations_are_scipys_with_and_without_equals(count):
+    random = np.random.default_rng(count)
+    for values in (random.integers(0, count // 2, (2, count)).astype(float), random.normal(size=(2, count))):
+        found = calibration(predicted_rows(*values, np.full(count, 0.5)), "divergence")
+        assert found.spearman == pytest.approx(stats.spearmanr(*values).statistic)
+        assert found.kendall == pytest.approx(stats.kendalltau(*values).statistic)
+
+
 def test_there_is_none_where_nothing_is_left_to_tell():
     sizes, own, by_size = ladder(40, 0)
     few = calibration(predicted_rows(by_size[:7], by_size[:7] * np.exp(own[:7]), sizes[:7]), "divergence")

@@ -366,8 +366,8 @@ def test_the_search_believes_the_plans_that_were_measured(model_folder, text_fil
     data = small_data(model_folder, text_file, sampler="rankfront", trials=22, anchors=[0.8, 0.4])
     data["space"] |= {"methods": ["svd-llm", *METHODS], "keep": [0.4, 0.6, 0.8]}
     study = make_run(data, tmp_path / "run")
-    state, rows = study._state(), {row.number: row for row in study.rows()}
-    predictor, _, _ = prior_predictor(state, study.config, study._space())
+    state, rows = study.read().state, {row.number: row for row in study.rows()}
+    predictor, _, _ = prior_predictor(state, study.config, study.read().space)
     menu = predictor.menu
     predictor.learn(state.trials)
     measured = predictor.history.measured

@@ -40,8 +40,8 @@ def opening(study):
 
 def predictor_of(study):
     """What a run taught."""
-    state = study._state()
-    predictor, _, _ = prior_predictor(state, study.config, study._space())
+    state = study.read().state
+    predictor, _, _ = prior_predictor(state, study.config, study.read().space)
     predictor.learn(state.trials)
     return predictor
 

@@ -81,20 +81,20 @@ def data(model_folder, text_file, tmp_path, monkeypatch):
 
 def test_a_study_keeps_what_its_device_liked(data, tmp_path, monkeypatch):
     """Its options have such ranks, and a later launch, on a device that likes another, goes on with them."""
-    monkeypatch.setattr("rankfront.search.study.measured_multiple", lambda *_: 4)
+    monkeypatch.setattr("rankfront.search.run.resolving.measured_multiple", lambda *_: 4)
     study = make_run(data, tmp_path / "run")
     assert study.run.definition().resolved["rank_multiple"] == "4"
     taken = [o["rank"] for row in study.rows() for o in row.plan.by_site.values() if o.method == "svd"]
     assert taken
     assert all(rank % 4 == 0 for rank in taken)
     assert any(rank % 8 for rank in taken)
-    monkeypatch.setattr("rankfront.search.study.measured_multiple", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr("rankfront.search.run.resolving.measured_multiple", lambda *_: pytest.fail("asked again"))
     assert Study.open(study.run.path).setup().config.space.rank_multiple == 4
 
 
 def test_menu_and_answers_know_the_grid(data, tmp_path, monkeypatch):
     """They read the run, not the study file, which says no more than to ask."""
-    monkeypatch.setattr("rankfront.search.study.measured_multiple", lambda *_: 3)
+    monkeypatch.setattr("rankfront.search.run.resolving.measured_multiple", lambda *_: 3)
     data["space"]["keep"], data["search"]["sampler"], data["search"]["trials"] = [0.5, 0.9], "rankfront", 6
     study = make_run(data, tmp_path / "run")
     offered = {option.label for own in make_space(study.setup()).wanted().values() for option in own}

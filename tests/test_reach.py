@@ -64,7 +64,7 @@ def test_a_limit_that_the_smallest_meets_is_not(joint):
 
 def test_it_is_said_before_anything_is_calibrated(model_folder, text_file, tmp_path, monkeypatch):
     data = small_data(model_folder, text_file, where=["parameters<=0.0001"])
-    monkeypatch.setattr("rankfront.search.study.prepare_store", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("rankfront.search.run.launch.prepare_store", lambda *_, **__: pytest.fail("calibrated"))
     with pytest.raises(InputError, match="the smallest parameters is 0"):
         Study(data, tmp_path / "run").launch()
     assert not (tmp_path / "run" / "study.json").exists()

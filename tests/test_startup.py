@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import typer
+from launching import make_run, small_data
 
 from rankfront.search.__main__ import app, run
+from rankfront.search.choices import OURS
 
 HEAVY = ("torch", "transformers", "ray", "scipy", "pandas", "optuna", "numpy")
 SCRIPT = """
@@ -43,6 +45,36 @@ def test_methods_are_listed_without_what_they_run_on():
     code, found = imported("methods", "--json")
     assert code == 0
     assert not {"torch", "transformers", "ray", "scipy"} & set(found)
+
+
+READERS = """
+import json, sys
+from rankfront.search.__main__ import run
+imported = []
+for arguments in json.loads(sys.argv[1]):
+    code = run(arguments)
+    imported.append([code, sorted(set(sys.argv[2:]) & sys.modules.keys())])
+print("\\n" + json.dumps(imported))
+"""
+
+
+def test_a_run_is_read_without_what_measured_it(model_folder, text_file, tmp_path):
+    """Nor are frames imported where none is made. The last command is of a run that kept no sites, as those before."""
+    study = make_run(small_data(model_folder, text_file, sampler=OURS, trials=9), tmp_path / "run")
+    found, run = study.read(), str(tmp_path / "run")
+    assert found.calibration() is not None
+    treated = next(row.number for row in found.front() if not row.is_dense)
+    commands = [
+        ["front", run],
+        ["front", run, "--json", "--where", "parameters<=0.9"],
+        ["show", run, str(treated)],
+        ["show", run, "0", "--json"],
+        ["front", run, "--html", str(tmp_path / "page.html")],
+        ["front", run, "--csv", str(tmp_path / "trials.csv")],
+    ]
+    heavy = ["torch", "transformers", "ray", "scipy", "pandas"]
+    found = fresh(READERS, json.dumps(commands), *heavy)
+    assert found == [[0, []]] * 5 + [[0, ["pandas"]]]
 
 
 def test_importing_the_methods_imports_none_of_them():

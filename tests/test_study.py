@@ -294,7 +294,7 @@ def test_one_device_runs_trials_in_this_process(unplaced, tmp_path, monkeypatch)
 @pytest.mark.parametrize(("devices", "address", "wanted"), [(2, None, 2), (1, "auto", 1)])
 def test_several_devices_or_a_cluster_get_an_actor_each(unplaced, tmp_path, monkeypatch, devices, address, wanted):
     asked = []
-    monkeypatch.setattr("rankfront.search.study.count_devices", lambda device: devices)
+    monkeypatch.setattr("rankfront.search.run.resolving.count_devices", lambda device: devices)
     monkeypatch.setattr("rankfront.search.run.workers.run", lambda *given: asked.append(given[2:]))
     Study(unplaced, tmp_path / "run").launch(quiet(), address)
     ((workers, resources, where),) = asked

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from rankfront.objectives import score
+from rankfront.search.attributes import Report
 from rankfront.search.inputs.capacity import capacity_of
+from rankfront.search.splits import PROMPTS
 
-PROMPTS = ("The capital of France is", "Water boils at a temperature of", "My favourite animal is the")
 CONTINUED = 12  # tokens
-
-Report = Mapping[str, Any]  # what was measured of a plan on the report split, see `reported`
 
 
 @torch.inference_mode()

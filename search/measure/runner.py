@@ -12,7 +12,7 @@ from torch import nn
 from rankfront.methods import InputError, Option, Site
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives._running import note_running
-from rankfront.search.attributes import SLOPE_TOKENS
+from rankfront.search.attributes import SLOPE_TOKENS, STORED
 from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
 from rankfront.search.inputs.own_text import Progress
 from rankfront.search.inputs.text import hash_tokens
@@ -26,6 +26,7 @@ from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.measure.timing import time_sites, time_whole
 from rankfront.search.plans.job import Job, Kind, Record
 from rankfront.search.plans.latency_table import pack
+from rankfront.search.plans.menu import values_stored
 from rankfront.search.plans.menu_jobs import menu_jobs
 from rankfront.search.plans.plan import Plan, cost_of
 from rankfront.search.plans.slope_cost import PASSES
@@ -123,11 +124,13 @@ def measure_trial(runner: JobRunner, job: Job) -> Record:
         values = {name: make_objective(name, settings).value(subject) for name, settings in config.objectives.items()}
         perplexity = subject.scores.perplexity
         note_running(subject)
+    named = {site.name: site for site in runner.compressed.sites}
     bad = {name: value for name, value in {"perplexity": perplexity, **values}.items() if not math.isfinite(value)}
     if bad:
         return {"failure": f"not finite: {', '.join(f'{name} is {value}' for name, value in bad.items())}"}
     return {
         "values": values,
+        STORED: [values_stored(named[site], option) for site, option in job.plan.choices],
         "perplexity": perplexity,
         "parameters": subject.cost.parameters,
         "block_parameters": subject.cost.block_parameters,

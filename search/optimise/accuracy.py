@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
-from scipy import stats
 
 from rankfront.search import attributes as keys
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
@@ -81,12 +84,33 @@ def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:
     sizes = np.array([row.attributes.get(keys.BLOCK_PARAMETERS, math.nan) for row in known])
     return Calibration(
         trials=len(pairs),
-        spearman=float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
-        kendall=float(stats.kendalltau(pairs[:, 0], pairs[:, 1]).statistic),
+        spearman=float(np.corrcoef(ranks_of(pairs[:, 0]), ranks_of(pairs[:, 1]))[0, 1]),
+        kendall=kendall_tau(pairs[:, 0], pairs[:, 1]),
         at_size=_partial(pairs[:, 0], pairs[:, 1], sizes),
         front_error=float(np.median(at_front)) if at_front else math.nan,
         error=_recent_error(rows, pairs, objective),
     )
+
+
+def ranks_of(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 of ``values`` (T,), the mean rank for equals."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    found: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[group]
+    return found
+
+
+def kendall_tau(x: np.ndarray, y: np.ndarray) -> float:
+    """Kendall's τ_b = (C − D) / √((P − P_x) (P − P_y)) of two sequences (T,), C pairs in the same order in both, D in
+    opposite ones, P of all pairs, P_x and P_y those of equals."""
+    seen: list[float] = []  # the second of pairs whose first is less, in order
+    excess = 0  # C − D
+    for _, equal in groupby(sorted(zip(x.tolist(), y.tolist(), strict=True)), itemgetter(0)):
+        added = [second for _, second in equal]
+        excess += sum(bisect_left(seen, each) + bisect_right(seen, each) - len(seen) for each in added)
+        for each in added:
+            insort(seen, each)
+    pairs = [math.comb(len(x), 2) - sum(math.comb(count, 2) for count in Counter(z.tolist()).values()) for z in (x, y)]
+    return excess / math.sqrt(math.prod(pairs))
 
 
 def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> float | None:
@@ -94,7 +118,7 @@ def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> 
     their ranks after a regression on the ranks of the sizes."""
     if len(sizes) < MIN_PREDICTIONS or not np.isfinite(sizes).all():
         return None
-    ranks = np.array([stats.rankdata(values) for values in (predicted, measured, sizes)])
+    ranks = np.array([ranks_of(values) for values in (predicted, measured, sizes)])
     ranks -= ranks.mean(1, keepdims=True)
     by_size = ranks[2] / max(float(ranks[2] @ ranks[2]), 1.0)
     left = ranks[:2] - np.outer(ranks[:2] @ ranks[2], by_size)  # (2, T)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rankfront.search.measure.control import Report
+from rankfront.search.attributes import Report
 from rankfront.search.storage.front import Row
 
 BEYOND = 2.0  # times the excess on the report split that the control text may lose without a word

@@ -23,17 +23,19 @@ from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import staged
+from rankfront.search.attributes import Report
 from rankfront.search.choices import Format, Refit
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import quiet
 from rankfront.search.measure.compressed_model import CompressedModel
-from rankfront.search.measure.control import PROMPTS, Report, reported
+from rankfront.search.measure.control import reported
 from rankfront.search.measure.joining import separate
 from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.output import verify
 from rankfront.search.output.control_check import warning
 from rankfront.search.plain import markdown
+from rankfront.search.splits import PROMPTS
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export

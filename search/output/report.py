@@ -8,11 +8,11 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from rankfront.search.atomic import write_whole
-from rankfront.search.measure.control import PROMPTS
+from rankfront.search.output.results import Results
 from rankfront.search.output.tables import plan_json
 from rankfront.search.plain import plain
+from rankfront.search.splits import PROMPTS
 from rankfront.search.storage.front import Row, comparable
-from rankfront.search.study import Study
 
 GROUPS = ("dominated", "uniform anchors", "front")
 COLOURS = {"dominated": "#b8bdc6", "uniform anchors": "#d98e04", "front": "#1f5fbf"}
@@ -21,12 +21,12 @@ PLAIN = {"displayModeBar": False}
 SIZE_AXES = ("parameters", "block_parameters", "bytes", "latency")
 
 
-def front_figure(study: Study) -> go.Figure:
+def front_figure(found: Results) -> go.Figure:
     """The trials in the first objective against the first size-like one; quality on a logarithmic axis."""
-    names = list(study.config.objectives)
+    names = list(found.config.objectives)
     quality = names[0] if names[0] not in SIZE_AXES else next((n for n in names if n not in SIZE_AXES), names[0])
     size = next((name for name in SIZE_AXES if name in names and name != quality), names[-1])
-    rows, front = comparable(study.rows()), {row.number for row in study.front()}
+    rows, front = comparable(found.rows), {row.number for row in found.front()}
     ceiling = SPAN * min((row.values[quality] for row in rows), default=1.0)
     shown = [row for row in rows if row.values[quality] <= ceiling]
     figure = go.Figure()
@@ -44,7 +44,7 @@ def front_figure(study: Study) -> go.Figure:
     left_out = len(rows) - len(shown)
     note = f" ({left_out} trials above the picture)" if left_out else ""
     figure.update_layout(
-        title=f"{_escaped(study.config.model.name)}: {len(rows)} trials, {len(front)} on the front{note}",
+        title=f"{_escaped(found.config.model.name)}: {len(rows)} trials, {len(front)} on the front{note}",
         template="plotly_white",
         legend={"orientation": "h", "y": -0.2},
         margin={"l": 70, "r": 20, "t": 60, "b": 60},
@@ -74,10 +74,10 @@ def _hover(row: Row) -> str:
     return "<br>".join([f"trial {row.number} ({_escaped(row.origin)})", *figures])
 
 
-def plan_figure(study: Study, row: Row) -> go.Figure:
+def plan_figure(found: Results, row: Row) -> go.Figure:
     """Kept fraction of every site of ``row``'s plan: kind of projection down, depth across."""
     cells: dict[str, dict[int, tuple[float, str]]] = {}
-    for site in plan_json(study, row)["sites"]:
+    for site in plan_json(found, row)["sites"]:
         parts = site["site"].split(".")
         depth = next((int(part) for part in parts if part.isdigit()), None)
         if depth is not None:
@@ -110,42 +110,42 @@ def plan_figure(study: Study, row: Row) -> go.Figure:
     return figure
 
 
-def write_report(study: Study, path: Path) -> None:
+def write_report(found: Results, path: Path) -> None:
     """Write the page to ``path``, replacing it whole."""
-    knee = study.knee()
-    box = study.box()
+    knee = found.knee()
+    box = found.box
     corners = ", ".join(f"{name} {low:.4g} to {box.reference[name]:.4g}" for name, low in box.ideal.items())
     page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{_escaped(study.run.path)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{_escaped(found.path)}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ padding: .25rem .6rem; border-bottom: 1px solid #e3e6ea; text-align: right }}
 td:nth-child(2), th:nth-child(2), .said td, .said th {{ text-align: left }}
 </style></head><body>
-<h1>{_escaped(study.config.model.name)}</h1>
-<p>Hypervolume {study.hypervolume():.4f} of the box {_escaped(corners)} (ideal to reference).
+<h1>{_escaped(found.config.model.name)}</h1>
+<p>Hypervolume {found.hypervolume():.4f} of the box {_escaped(corners)} (ideal to reference).
 The search split chose these trials; the report split, which the search never saw, and the control text, which is of
 another domain, give the last columns.</p>
-{front_figure(study).to_html(full_html=False, include_plotlyjs=True, config=PLAIN)}
-{_table(study)}
-{_continuations(study)}
-{plan_figure(study, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
+{front_figure(found).to_html(full_html=False, include_plotlyjs=True, config=PLAIN)}
+{_table(found)}
+{_continuations(found)}
+{plan_figure(found, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
 """
     path.parent.resolve(strict=True)  # a folder that is not there is a slip, and none is made
     write_whole(path, page.encode())
 
 
-def _table(study: Study) -> str:
-    names = list(study.config.objectives)
+def _table(found: Results) -> str:
+    names = list(found.config.objectives)
     reported = {"perplexity": "report perplexity"}
-    control = study.config.data.control
+    control = found.config.data.control
     if control.windows:
         reported["control"] = f"perplexity on {control.label}"
     head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, *reported.values()])
     lines = []
-    for row in study.front():
+    for row in found.front():
         cells = [str(row.number), row.origin, *(f"{value:.4g}" for value in row.values.values())]
         measured = [(row.report or {}).get(name) for name in reported]
         cells += ["-" if value is None else f"{value:.4g}" for value in measured]
@@ -153,15 +153,15 @@ def _table(study: Study) -> str:
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
-def _continuations(study: Study) -> str:
+def _continuations(found: Results) -> str:
     """What dense and every member of the front say after `PROMPTS`, and a line where the control text lost much."""
-    said = {"dense": (study.dense_report() or {}).get("continuations")}
-    said |= {f"trial {row.number}": (row.report or {}).get("continuations") for row in study.front()}
+    said = {"dense": (found.dense_report or {}).get("continuations")}
+    said |= {f"trial {row.number}": (row.report or {}).get("continuations") for row in found.front()}
     lines = [
         "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in (name, *texts)) + "</tr>"
         for name, texts in said.items()
         if texts
     ]
     head = "".join(f"<th>{_escaped(prompt)} …</th>" for prompt in PROMPTS)
-    warning = _escaped(study.warning(study.front()) or "")
+    warning = _escaped(found.warning(found.front()) or "")
     return f'<p>{warning}</p><table class="said"><tr><th>likeliest</th>{head}</tr>{"".join(lines)}</table>'

@@ -4,51 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.table import Table
 
 from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
 from rankfront.search.attributes import SECONDS
 from rankfront.search.constraint import Constraint
-from rankfront.search.inputs.model import skeleton
-from rankfront.search.inputs.sites import find_sites
-from rankfront.search.measure.control import PROMPTS
+from rankfront.search.output.results import Results
 from rankfront.search.plain import literal
 from rankfront.search.plans.menu import values_stored
-from rankfront.search.storage.front import Row, box_of, dense_row, hypervolume
+from rankfront.search.splits import PROMPTS
+from rankfront.search.storage.front import Row, dense_row
 from rankfront.search.storage.picking import holding
-from rankfront.search.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REPORTED = ("perplexity", "refitted", "control", "continuations")
 
 
-def front_json(study: Study, where: Sequence[str]) -> dict[str, Any]:
+def front_json(found: Results, where: Sequence[str]) -> dict[str, Any]:
     """The documented shape of ``rankfront front --json``: every trial, or the complete ones that meet ``where``."""
-    everything = study.rows()
-    members = study.front()
+    members = found.front()
     front = {row.number for row in members}
-    dense = dense_row(everything)
-    settings = study.config.objectives
-    box = box_of(settings, dense) if dense else None
-    calibration = study.calibration()
+    dense = dense_row(found.rows)
+    settings, control = found.config.objectives, found.config.data.control
+    calibration = found.calibration()
     constraints = [Constraint.parse(text) for text in where]
-    rows = [row for row in everything if row.state == "complete"] if where else everything
+    rows = [row for row in found.rows if row.state == "complete"] if where else found.rows
     return {
         "objectives": list(settings),
         "units": {name: make_objective(name, options).unit for name, options in settings.items()},
         "dense": trial_json(dense, front) if dense else None,
-        "hypervolume": hypervolume(members, box) if box else None,
+        "hypervolume": found.hypervolume() if dense else None,
         "calibration": asdict(calibration) if calibration else None,
-        "latency": {name: found.figures() for name, found in study.latency().items()},
-        "damaged": study.damages(),
-        "control": study.config.data.control.label if study.config.data.control.windows else None,
+        "latency": {name: predicted.figures() for name, predicted in found.latency().items()},
+        "damaged": found.damages,
+        "control": control.label if control.windows else None,
         "prompts": list(PROMPTS),
-        "warning": study.warning(members),
-        "ideal": box.ideal if box else None,
-        "reference": box.reference if box else None,
+        "warning": found.warning(members),
+        "ideal": found.box.ideal if dense else None,
+        "reference": found.box.reference if dense else None,
         "trials": [trial_json(row, front) for row in holding(rows, constraints)],
     }
 
@@ -82,15 +80,15 @@ def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
     }
 
 
-def front_table(study: Study, rows: Sequence[Row]) -> Table:
+def front_table(found: Results, rows: Sequence[Row]) -> Table:
     """The front as a rich table: number, origin, objectives, kept fractions, perplexity on the report split."""
-    names = list(study.config.objectives)
+    names = list(found.config.objectives)
     more = [name for name in ("parameters", "block_parameters") if name not in names]
-    table = Table(title=literal(f"Pareto front of {study.run.path}: {len(rows)} trials"), title_justify="left")
+    table = Table(title=literal(f"Pareto front of {found.path}: {len(rows)} trials"), title_justify="left")
     reported = {"perplexity": "report perplexity"}
-    if study.config.search.refit != "none":
+    if found.config.search.refit != "none":
         reported["refitted"] = "refitted"
-    if study.config.data.control.windows:
+    if found.config.data.control.windows:
         reported["control"] = "control perplexity"
     for name in ["trial", "origin", *names, *more, *reported.values()]:
         table.add_column(name, justify="left" if name == "origin" else "right")
@@ -103,18 +101,19 @@ def front_table(study: Study, rows: Sequence[Row]) -> Table:
     return table
 
 
-def plan_json(study: Study, row: Row) -> dict[str, Any]:
+def plan_json(found: Results, row: Row) -> dict[str, Any]:
     """The documented shape of ``rankfront show --json``: every site with its method, level and cost."""
-    sites = []
-    found = find_sites(skeleton(study.source))
-    unknown = row.plan.by_site.keys() - {site.name for site in found}
+    plan = row.plan if row.stored is None else row.plan_to_show  # what no trial measured is worked out by the methods
+    unknown = plan.by_site.keys() - {site.name for site in found.sites}
     if unknown:
         raise InputError(
-            f"the plan of trial {row.number} names {min(unknown)!r}, which {study.config.model.name} has not"
+            f"the plan of trial {row.number} names {min(unknown)!r}, which {found.config.model.name} has not"
         )
-    for site in found:
-        option = row.plan.option(site.name)
-        own, dense = (values_stored(site, each) for each in (option, DENSE_OPTION))
+    stored = {} if row.stored is None else dict(zip(plan.by_site, row.stored, strict=True))
+    sites = []
+    for site in found.sites:
+        option, dense = plan.option(site.name), values_stored(site, DENSE_OPTION)
+        own = stored[site.name] if site.name in stored else values_stored(site, option)
         sites.append(
             {
                 "site": site.name,

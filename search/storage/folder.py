@@ -78,6 +78,15 @@ class Run:
         except InputError as error:
             raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
 
+    def resolved(self) -> dict[str, str]:
+        """What `Definition` says of the first launch; nothing before it."""
+        return self.definition().resolved if self.file.exists() else {}
+
+    def settled(self, config: StudyConfig) -> StudyConfig:
+        """``config`` with the grid of ranks that the first launch found, where it was to ask the device."""
+        known = self.resolved().get("rank_multiple")
+        return config if known is None else config.on_grid(int(known))
+
     def remembered(self, config: StudyConfig) -> StudyConfig:
         """``config`` with the absolute paths of the first launch for relative ones that name nothing from here."""
         if not self.file.exists():

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moocore
 import numpy as np
 import optuna
-import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError, check_choice
@@ -19,6 +18,9 @@ from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.plans.plan import Plan
 
+if TYPE_CHECKING:  # a front is shown without a frame
+    import pandas as pd
+
 Settings = Mapping[str, dict[str, Any]]
 DENSE_KEY = Plan(()).key
 
@@ -26,7 +28,8 @@ DENSE_KEY = Plan(()).key
 @dataclass(frozen=True)
 class Row:
     """One trial, flat. ``values`` follow the study's objectives; ``report`` is measured on the report split;
-    ``within`` says whether it meets the study's own limits, ``retried`` whether another trial measures it again."""
+    ``within`` says whether it meets the study's own limits, ``retried`` whether another trial measures it again,
+    ``stored`` how many values each site stores that the plan treats, in its order; None where that was not kept."""
 
     number: int
     state: str
@@ -39,6 +42,7 @@ class Row:
     failure: str | None = None
     within: bool = True
     retried: bool = False
+    stored: tuple[int, ...] | None = None
 
     @property
     def counts(self) -> bool:
@@ -63,6 +67,11 @@ class Row:
             raise InputError(f"trial {self.number} has no plan ({why}): name another")
         return Plan.from_json(self.plan_json, f"the plan of trial {self.number}")
 
+    @cached_property
+    def plan_to_show(self) -> Plan:
+        """`plan`, its levels as they are stored: no method is imported to check them."""
+        return self.plan if self.plan_json is None else Plan.from_json(self.plan_json, levels=False)
+
     def figure(self, name: str) -> float:
         """An objective's value, or another measured figure such as ``block_parameters``."""
         found = self.values.get(name, self.attributes.get(name, self.attributes.get(keys.NOTES, {}).get(name)))
@@ -79,7 +88,7 @@ STATES = {
     TrialState.WAITING: "waiting",
     TrialState.PRUNED: "repeated",
 }
-OWN_COLUMNS = (keys.ORIGIN, keys.PLAN, keys.PLAN_KEY, keys.FAILURE, keys.LABEL)
+OWN_COLUMNS = (keys.ORIGIN, keys.PLAN, keys.PLAN_KEY, keys.FAILURE, keys.LABEL, keys.STORED)
 
 
 class StudyReader:
@@ -157,6 +166,7 @@ def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] |
         failure=attributes.get(keys.FAILURE),
         within=all(excess <= 0 for excess in trial.constraints.values()),
         retried=again,
+        stored=tuple(attributes[keys.STORED]) if keys.STORED in attributes else None,
     )
 
 
@@ -292,6 +302,8 @@ def knee(rows: Sequence[Row], box: Box) -> Row:
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """One flat row per trial: nested records become columns such as ``seconds.apply``."""
+    import pandas as pd
+
     front = {row.number for row in front_of(rows)}
     records = []
     for row in rows:

@@ -1,0 +1,95 @@
+"""A study resolved on this machine: device, dtype, tokens, the grid of ranks, and how many workers it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfront.methods import InputError
+from rankfront.search.choices import OURS
+from rankfront.search.config import StudyConfig, preferred_loss
+from rankfront.search.inputs.device import count_devices, pick_device, pick_dtype
+from rankfront.search.inputs.model import load_tokenizer
+from rankfront.search.inputs.outline import outline_of
+from rankfront.search.inputs.own_text import OwnText, Progress
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.source import cache_folder
+from rankfront.search.inputs.text import cut, hash_tokens, scattered
+from rankfront.search.measure.ranks import measured_multiple, shapes_of
+from rankfront.search.measure.setup import Setup
+from rankfront.search.plans.latency_table import timed_objectives
+from rankfront.search.storage.folder import Run
+
+SCATTERED = "scattered"  # the order of windows of the search split in a run with rungs
+
+
+def make_setup(
+    run: Run,
+    config: StudyConfig,
+    progress: Progress = lambda phase, done, total: None,
+    drawn: dict[str, Tensor] | None = None,
+) -> Setup:
+    """Resolve the study on this machine: tokens, dtype, device, fingerprint, the grid of ranks.
+
+    ``drawn`` has the model's own texts that the run knows, by default from its folder; what is sampled is added.
+    """
+    source = resolve(config.model.name, config.model.trust_remote_code)
+    earlier = run.resolved()
+    device = pick_device(earlier.get("device", config.model.device))
+    search = config.search
+    if device.startswith("cuda") and (search.workers or 0) > 1 and search.resources.gpu == 0:
+        raise InputError(
+            f"search.workers is {search.workers} on {device} and search.resources.gpu is 0: say what share of a GPU"
+            " a trial takes, such as 0.5"
+        )
+    dtype = pick_dtype(earlier.get("dtype", config.model.dtype), device)
+    cache = cache_folder().resolve()
+    outline = outline_of(source, config.model.attention)
+    outline.capacity.check_length(config.data.length, "data.length")  # before minutes of sampling
+    own = OwnText(source, dtype, device, cache, own_text(run) if drawn is None else drawn, progress)
+    tokens = cut(load_tokenizer(source), config.data.splits(), config.data.length, own)
+    if scatters(run, config):
+        tokens["search"] = scattered(tokens["search"])
+    config = run.settled(config)
+    if config.space.rank_multiple == "device":
+        timed = next(iter(timed_objectives(config.objectives).values()), None)
+        shapes = shapes_of(outline.sites)
+        config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
+    groups = 0 if search.sampler == OURS else search.groups
+    loss = preferred_loss(config) or "perplexity"
+    return Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+
+
+def own_text(run: Run) -> dict[str, Tensor]:
+    """The model's own texts that the run's folder has."""
+    return {seed: torch.from_numpy(ids) for seed, ids in run.own_text().items()}
+
+
+def scatters(run: Run, config: StudyConfig) -> bool:
+    """Whether rungs read windows from all over the search split; runs that an earlier version began go on as they
+    were, with the text's beginning."""
+    known = run.resolved() if run.file.exists() else {"windows": SCATTERED}
+    return bool(config.search.rungs) and known.get("windows") == SCATTERED
+
+
+def resolved_as(run: Run, config: StudyConfig, setup: Setup) -> dict[str, str]:
+    """What ``auto``, the texts and the device came to, as the run's definition keeps it."""
+    hashes = {f"tokens.{name}": hash_tokens(windows) for name, windows in setup.tokens.items()}
+    found = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
+    if config.space.rank_multiple == "device":
+        found["rank_multiple"] = str(setup.config.space.rank_multiple)
+    return found | ({"windows": SCATTERED} if scatters(run, config) else {})
+
+
+def placed(config: StudyConfig, device: str, address: str | None) -> StudyConfig:
+    """The configuration with a number of workers: one for each device unless it says how many, none for a single
+    device that needs no cluster, and a whole GPU for each where it does not say how much."""
+    search = config.search
+    if search.workers is not None:
+        return config
+    devices = count_devices(device)
+    workers = devices if devices > 1 or address is not None else 0
+    share = search.resources.gpu or float(device.startswith("cuda") and workers > 0)
+    resources = search.resources.model_copy(update={"gpu": share})
+    search = search.model_copy(update={"workers": workers, "resources": resources})
+    return config.model_copy(update={"search": search})

@@ -1,0 +1,66 @@
+"""Answering a budget: the plan expected to be best within some limits, and one more trial that measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from rankfront.methods import InputError
+from rankfront.search import attributes as keys
+from rankfront.search.config import StudyConfig
+from rankfront.search.constraint import Constraint
+from rankfront.search.optimise.answer import Answer
+from rankfront.search.optimise.halving import promotion_of
+from rankfront.search.plans.latency_table import timed_objectives
+from rankfront.search.run.launch import Launch
+from rankfront.search.storage.checked import close
+from rankfront.search.storage.folder import Run
+from rankfront.search.storage.front import Row, rows_of
+from rankfront.search.storage.picking import holds
+
+SOLVES = 3  # plans measured for an answer at most, where tables predict a latency too low
+
+
+def solve(
+    run: Run, config: StudyConfig, constraints: Sequence[str], expected: Callable[[], Answer], console: Console | None
+) -> None:
+    """Measure the plan that is ``expected`` to be best, unless it was measured before; with rungs at each, up to the
+    rung at which the front stands. Where a latency turns out above its limit though its table predicted otherwise, what
+    is expected then is measured too, `SOLVES` plans in all at most."""
+    every = [Constraint.parse(text) for text in (*config.search.where, *constraints)]
+    timed = [limit for limit in every if limit.figure in timed_objectives(config.objectives)]
+    found = expected()
+    for tries_left in reversed(range(SOLVES)):
+        row = _measure(run, config, found, constraints, console)
+        if found.trial is not None or row is None or all(holds(row, limit) for limit in timed) or not tries_left:
+            return
+        try:
+            found = expected()
+        except InputError:  # nothing more is expected to meet them: what was measured decides
+            return
+
+
+def _measure(
+    run: Run, config: StudyConfig, found: Answer, constraints: Sequence[str], console: Console | None
+) -> Row | None:
+    """The trial that measured what was found for ``constraints``, at the highest rung; None where it failed."""
+    number = found.trial
+    if number is None:
+        with run.lock():
+            storage = run.study(config, write=True)
+            storage.enqueue_trial(found.draws, user_attrs={keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
+            number = storage.get_trials(deepcopy=False)[-1].number
+            close(storage)
+    rows = _rows(run, config)
+    if promotion_of(rows, number) is not None:
+        trials = sum(row.counts for row in rows) + max(len(config.search.rungs), 1)
+        limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
+        search = config.search.model_copy(update=limits)
+        Launch(run, config.model_copy(update={"search": search}), only=number).measure(console)
+    measured = (row for row in _rows(run, config) if row.plan_key == found.plan.key and row.state == "complete")
+    return max(measured, key=lambda row: row.rung, default=None)
+
+
+def _rows(run: Run, config: StudyConfig) -> list[Row]:
+    return rows_of(run.study(config), list(config.objectives))
