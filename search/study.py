@@ -17,9 +17,8 @@ from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.constraint import Constraint
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.results import Results
-from rankfront.search.storage.checked import damages
 from rankfront.search.storage.folder import Run
-from rankfront.search.storage.front import Box, Row, StudyReader, frame
+from rankfront.search.storage.front import Box, Row, frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,9 +83,8 @@ class Study:
 
     def read(self) -> Results:
         """All that the study has found until now."""
-        storage = self._optuna()
-        state = StudyReader(storage, list(self.config.objectives)).read()
-        return Results(self.run.settled(self.config), self.run.path, state, damages(storage))
+        state, damaged = self.run.read(self.config)
+        return Results(self.run.settled(self.config), self.run.path, state, damaged)
 
     def _optuna(self, write: bool = False) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)

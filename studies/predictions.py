@@ -45,15 +45,15 @@ def main() -> None:
 def line(run: str) -> str:
     """The run's line of the table."""
     study = Study.open(run)
-    found = study.read()
-    predictor, _, _ = prior_predictor(found.state, found.config, found.space)
+    past = study.read()
+    predictor, _, _ = prior_predictor(past.state, past.config, past.space)
     missed: list[list[float]] = [[], []]
     scores: list[list[float]] = [[], []]
-    for trial in found.state.trials:
+    for trial in past.state.trials:
         plan = predictor.history.plan_of(trial.params)
         if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
             continue
-        predictor.learn(found.state.trials[: trial.number])
+        predictor.learn(past.state.trials[: trial.number])
         level = predictor.goal.log_divergence(trial.values[predictor.goal.quality], predictor.goal.dense)
         for kind, found in enumerate((predictor.uncorrected(np.array([plan])), predictor.levels([plan]))):
             (predicted,), (claimed,) = found

@@ -96,7 +96,7 @@ def test_no_flipped_byte_changes_a_figure_unseen(own, capsys):
     """In cells that decide something, systematically; anywhere, at random."""
     database, draw = own.run.database, random.Random(0)
     content, (_, expected, _) = database.read_bytes(), front_of(own.run.path, capsys)
-    cells = cells_of(database)
+    cells = [cell for cell in cells_of(database) if cell in content]  # what is longer than a page is in pieces
     assert expected["damaged"] == []
     places = [draw.choice(list(places_of(content, cell))) for cell in draw.sample(cells, FLIPS)]
     places += [draw.randrange(len(content)) for _ in range(FLIPS)]
@@ -399,7 +399,7 @@ def test_a_full_database_loses_nothing_that_was_finished(model_folder, text_file
         return connection
 
     with monkeypatch.context() as patch:
-        patch.setattr("rankfront.search.storage.folder.to_write", full)
+        patch.setattr("rankfront.search.storage.database.to_write", full)
         with pytest.raises(InputError, match="full") as caught:
             study.launch(quiet())
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.run.launch import Launch
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
-from rankfront.search.storage.front import Row, rows_of
+from rankfront.search.storage.front import Row
 from rankfront.search.storage.picking import holds
 
 SOLVES = 3  # plans measured for an answer at most, where tables predict a latency too low
@@ -52,15 +52,11 @@ def _measure(
             storage.enqueue_trial(found.draws, user_attrs={keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
             number = storage.get_trials(deepcopy=False)[-1].number
             close(storage)
-    rows = _rows(run, config)
+    rows = run.read(config)[0].rows
     if promotion_of(rows, number) is not None:
         trials = sum(row.counts for row in rows) + max(len(config.search.rungs), 1)
         limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
         search = config.search.model_copy(update=limits)
         Launch(run, config.model_copy(update={"search": search}), only=number).measure(console)
-    measured = (row for row in _rows(run, config) if row.plan_key == found.plan.key and row.state == "complete")
+    measured = (row for row in run.read(config)[0].rows if row.plan_key == found.plan.key and row.state == "complete")
     return max(measured, key=lambda row: row.rung, default=None)
-
-
-def _rows(run: Run, config: StudyConfig) -> list[Row]:
-    return rows_of(run.study(config), list(config.objectives))

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages._rdb import models
-from sqlalchemy.engine import ExceptionContext
+from optuna.trial import FrozenTrial
+from sqlalchemy.engine import Engine, ExceptionContext, create_engine
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from rankfront.methods import InputError
 from rankfront.search.storage.checked import CheckedStorage
+from rankfront.search.storage.records import Records, damaged_names, number_damaged
 from rankfront.search.urls import parse_url
 
 PATIENCE = 60  # seconds that a statement waits for another process to let go of the database
@@ -57,25 +63,84 @@ def opening(shown: str, url: str = "") -> Iterator[None]:
         raise InputError(f"the study's storage {shown} cannot be opened ({reason}): restore it or use --run") from error
 
 
-def checked(url: str, shown: str, connect: Connect | None, create: bool, guard: Callable[[], None]) -> CheckedStorage:
-    """The storage at ``url``, whose errors are `InputError` of one line from here on; ``create`` what it lacks."""
-    secret = str(parse_url(url).password or "")
-    arguments = {} if connect is None else {"creator": connect}
-    escaped = url.replace("{", "{{").replace("}", "}}")  # Optuna fills in a template
-    storage = CheckedStorage(escaped, guard, engine_kwargs=arguments, skip_table_creation=not create)
+@dataclass(frozen=True)
+class Place:
+    """Where a study lies.
 
-    @sqlalchemy.event.listens_for(storage.engine, "handle_error")
+    Attributes:
+        url: of its database.
+        shown: the same for messages, without a password.
+        file: the SQLite file that it is; None for other databases.
+        name: the study's in the database.
+    """
+
+    url: str
+    shown: str
+    file: Path | None
+    name: str
+
+
+def checked(place: Place, connect: Connect | None, create: bool, guard: Callable[[], None]) -> CheckedStorage:
+    """The storage at ``place``, whose errors are `InputError` of one line from here on; ``create`` what it lacks."""
+    arguments = {} if connect is None else {"creator": connect}
+    escaped = place.url.replace("{", "{{").replace("}", "}}")  # Optuna fills in a template
+    storage = CheckedStorage(escaped, guard, engine_kwargs=arguments, skip_table_creation=not create)
+    _refuse_errors(storage.engine, place)
+    if create:
+        _complete(storage)
+    return storage
+
+
+def _refuse_errors(engine: Engine, place: Place) -> None:
+    """From here on, what the database refuses is an `InputError` of one line."""
+    secret = str(parse_url(place.url).password or "")
+
+    @sqlalchemy.event.listens_for(engine, "handle_error")
     def refuse(context: ExceptionContext) -> None:
         if not isinstance(context.sqlalchemy_exception, IntegrityError):  # which Optuna handles
             reason = reason_of(context.original_exception, secret)
             raise InputError(
-                f"the study's storage {shown} failed ({reason}): every trial it holds is kept; mend that, and launch"
-                " again to go on"
+                f"the study's storage {place.shown} failed ({reason}): every trial it holds is kept; mend that, and"
+                " launch again to go on"
             ) from context.original_exception
 
-    if create:
-        _complete(storage)
-    return storage
+
+def read_study(place: Place) -> tuple[list[FrozenTrial], dict[str, Any], list[str]]:
+    """(trials by number, attributes, names of what is damaged) of the study at ``place``, which is only read.
+
+    No object of Optuna's storage is made: it imports what migrates databases, which takes longer than reading one.
+    """
+    with opening(place.shown, place.url):
+        connect = None if place.file is None else partial(read_only, place.file)
+        engine = create_engine(place.url) if connect is None else create_engine(ANY_FILE, creator=connect)
+        try:
+            if not _has_newest_schema(engine):
+                checked(place, connect, False, lambda: None)  # raises where it cannot be read
+            _refuse_errors(engine, place)
+            return _read_study(engine, place)
+        finally:
+            engine.dispose()
+
+
+def _read_study(engine: Engine, place: Place) -> tuple[list[FrozenTrial], dict[str, Any], list[str]]:
+    studies, records = models.StudyModel.__table__, Records(engine)
+    with engine.connect() as connection:
+        number = connection.scalar(sqlalchemy.select(studies.c.study_id).where(studies.c.study_name == place.name))
+    if number is None:
+        raise InputError(f"the study's storage {place.shown} does not hold this run: launch it first")
+    trials = records.trials(models.TrialModel.__table__.c.study_id == number)
+    number_damaged(trials)
+    known = records.attributes(number)
+    trials.sort(key=lambda trial: trial.number)
+    return trials, known, damaged_names(trials, records.dropped)
+
+
+def _has_newest_schema(engine: Engine) -> bool:
+    """Whether the tables are as the last of Optuna's migrations leaves them, going by the names of their files."""
+    files = (Path(models.__file__).parent / "alembic" / "versions").glob("v*.py")
+    newest = max((file.stem.rstrip("_") for file in files), key=lambda name: re.split(r"(\d+)", name), default=None)
+    with engine.connect() as connection:
+        return bool(connection.scalar(sqlalchemy.text("SELECT version_num FROM alembic_version")) == newest)
 
 
 def _complete(storage: CheckedStorage) -> None:
@@ -143,3 +208,25 @@ def never_used(file: Path) -> bool:
             return tables <= known and not any(connection.execute(f"SELECT 1 FROM {name}").fetchone() for name in used)
         except sqlite3.DatabaseError:
             return False
+
+
+def open_study(place: Place, objectives: int, create: bool, guard: Callable[[], None]) -> optuna.Study:
+    """The study in a database of the user's; with ``create``, to write, and what is not there yet is made."""
+    connect = partial(read_only, place.file) if place.file is not None and not create else None
+    with opening(place.shown, place.url):
+        storage = checked(place, connect, create, guard)
+        try:
+            return optuna.load_study(study_name=place.name, storage=storage)
+        except KeyError:
+            if not create:
+                raise InputError(f"the study's storage {place.shown} does not hold this run: launch it first") from None
+        return optuna.create_study(study_name=place.name, storage=storage, directions=["minimize"] * objectives)
+
+
+def open_file(place: Place, file: Path, objectives: int, write: bool, guard: Callable[[], None]) -> optuna.Study:
+    """The study in a run's own ``file``; with ``write`` it is made where it is not there or was never used."""
+    with opening(place.shown):
+        if write and (not file.exists() or never_used(file)):
+            create_file(file, place.name, objectives)
+        storage = checked(place, partial(to_write if write else read_only, file), False, guard)
+        return optuna.load_study(study_name=place.name, storage=storage)

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,8 @@ from safetensors.numpy import load_file, save
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
 from rankfront.search.config import StudyConfig, definition_of, make_config, moved
-from rankfront.search.storage.database import (
-    ANY_FILE,
-    checked,
-    create_file,
-    never_used,
-    opening,
-    read_only,
-    to_write,
-)
+from rankfront.search.storage.database import ANY_FILE, Place, open_file, open_study, read_study
+from rankfront.search.storage.front import StudyState, state_of
 from rankfront.search.urls import masked, parse_url, sqlite_file, without_password
 
 VERSION = 1
@@ -159,36 +151,36 @@ class Run:
         To read, nothing is made or written, and there are no trials before the first launch. With ``write``, under the
         run's lock, what is not there yet is made.
         """
-        if config.search.storage is None:
-            return self._own(len(config.objectives), write)
-        url, shown = self._url(config.search.storage), repr(masked(config.search.storage))
-        file = sqlite_file(url, self.path)
-        if file is not None and not file.exists() and not write:
-            raise InputError(f"the study's storage {shown} does not exist: restore it, or launch the study")
-        connect = partial(read_only, file) if file is not None and not write else None
-        name = f"{STUDY_NAME}-{self.identity()}"
-        with opening(shown, url):
-            storage = checked(url, shown, connect, write, self._guard())
-            try:
-                return optuna.load_study(study_name=name, storage=storage)
-            except KeyError:
-                if not write:
-                    raise InputError(f"the study's storage {shown} does not hold this run: launch it first") from None
-            return optuna.create_study(
-                study_name=name, storage=storage, directions=["minimize"] * len(config.objectives)
-            )
-
-    def _own(self, objectives: int, write: bool) -> optuna.Study:
-        """The study in the run folder."""
-        file, shown = self.database, repr(str(self.database))
-        if not write and not file.exists():
+        place, objectives = self._place(config), len(config.objectives)
+        if config.search.storage is not None:
+            self._check_there(place, write)
+            return open_study(place, objectives, write, self._guard())
+        if not write and not self.database.exists():
             return optuna.create_study(directions=["minimize"] * objectives)
-        with opening(shown):
-            if write and (not file.exists() or never_used(file)):
-                create_file(file, STUDY_NAME, objectives)
-            connect = partial(to_write if write else read_only, file)
-            storage = checked(ANY_FILE, shown, connect, False, self._guard())
-            return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        return open_file(place, self.database, objectives, write, self._guard())
+
+    def read(self, config: StudyConfig) -> tuple[StudyState, list[str]]:
+        """The study as it is, and names of what is damaged in it; it is empty before the first launch."""
+        place = self._place(config)
+        if config.search.storage is not None:
+            self._check_there(place)
+        elif not self.database.exists():
+            return state_of({}, [], ()), []
+        trials, known, damaged = read_study(place)
+        return state_of(known, trials, list(config.objectives)), damaged
+
+    def _place(self, config: StudyConfig) -> Place:
+        if config.search.storage is None:
+            return Place(ANY_FILE, repr(str(self.database)), self.database, STUDY_NAME)
+        url = self._url(config.search.storage)
+        shown, file = repr(masked(config.search.storage)), sqlite_file(url, self.path)
+        return Place(url, shown, file, f"{STUDY_NAME}-{self.identity()}")
+
+    @staticmethod
+    def _check_there(place: Place, write: bool = False) -> None:
+        """Raise `InputError` where the file of a database that is read is not there."""
+        if place.file is not None and not place.file.exists() and not write:
+            raise InputError(f"the study's storage {place.shown} does not exist: restore it, or launch the study")
 
     def _url(self, text: str) -> str:
         """The storage URL ``text``; a relative SQLite file lies in the run folder."""

@@ -101,22 +101,7 @@ class StudyReader:
 
     def read(self) -> StudyState:
         """The study as it is now."""
-        known, trials = self.study.user_attrs, self.study.get_trials(deepcopy=False)
-        again = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
-        rows = [
-            self._row(trial, known.get(keys.report_of(trial.number)), trial.number in again)
-            for trial in trials
-            if trial.state != TrialState.PRUNED and keys.SLOPES_OF not in trial.user_attrs
-        ]
-        return StudyState(trials, known, rows)
-
-    def _row(self, trial: FrozenTrial, report: dict[str, Any] | None, again: bool) -> Row:
-        row = self._rows.get(trial.number)
-        if row is None or row.report != report or row.retried != again:
-            row = _row(trial, self.objectives, report, again)
-            if trial.state.is_finished():
-                self._rows[trial.number] = row
-        return row
+        return state_of(self.study.user_attrs, self.study.get_trials(deepcopy=False), self.objectives, self._rows)
 
 
 @dataclass(frozen=True)
@@ -143,6 +128,29 @@ class StudyState:
         """Tokens that trials, slopes and the menu ran through the model, a backward pass counted as two forward
         ones."""
         return int(keys.menu_tokens(self.known) + sum(t.user_attrs.get(keys.TOKENS, 0) for t in self.trials))
+
+
+def state_of(
+    known: Mapping[str, Any],
+    trials: Sequence[FrozenTrial],
+    objectives: Sequence[str],
+    made: dict[int, Row] | None = None,
+) -> StudyState:
+    """A study with these attributes and trials; rows of finished trials are taken from ``made``, and kept there."""
+    made = {} if made is None else made
+    again = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
+    rows = []
+    for trial in trials:
+        if trial.state == TrialState.PRUNED or keys.SLOPES_OF in trial.user_attrs:
+            continue
+        report, retried = known.get(keys.report_of(trial.number)), trial.number in again
+        row = made.get(trial.number)
+        if row is None or row.report != report or row.retried != retried:
+            row = _row(trial, objectives, report, retried)
+            if trial.state.is_finished():
+                made[trial.number] = row
+        rows.append(row)
+    return StudyState(trials, known, rows)
 
 
 def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
