@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import uuid
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -131,19 +131,19 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"run {str(self.path)!r} is a file: name a folder, new or of an earlier launch")
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InputError(
-                    f"run {str(self.path)!r} is being launched by process {holder}: wait for it, stop it, or use --run"
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        lock, holder = FileLock(self.path / "lock"), self.path / "launcher"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            process = holder.read_text(encoding="utf-8") if holder.exists() else "unknown"
+            raise InputError(
+                f"run {str(self.path)!r} is being launched by process {process}: wait for it, stop it, or use --run"
+            ) from error
+        try:
+            write_whole(holder, str(os.getpid()).encode())  # the lock itself cannot be read everywhere
             yield
+        finally:
+            lock.release()
 
     def study(self, config: StudyConfig, write: bool = False) -> optuna.Study:
         """The Optuna study: in the run folder's SQLite file, or at the study's own storage URL.
