@@ -45,7 +45,8 @@ class Study:
         for row in study.front(): print(row.values, row.report)
         study.export("small", study.best("block_parameters<=0.8"))
 
-    Every method that reads looks at the storage anew; `read` looks once, for several questions.
+    Every method that reads looks at the storage anew; `read` looks once, for several questions. The class is long
+    because it is the one face: whatever may be asked has a method here, of a few lines.
     """
 
     config: StudyConfig

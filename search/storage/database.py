@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from rankfront.methods import InputError
 from rankfront.search.storage.checked import CheckedStorage
 from rankfront.search.storage.records import Records, damaged_names, number_damaged
-from rankfront.search.urls import parse_url
+from rankfront.search.urls import masked, parse_url, sqlite_file
 
 PATIENCE = 60  # seconds that a statement waits for another process to let go of the database
 ANY_FILE = "sqlite:///study.db"  # names the dialect where a function connects
@@ -79,6 +79,40 @@ class Place:
     file: Path | None
     name: str
 
+    def check_there(self) -> None:
+        """Raise `InputError` where the file of a database that is to be read is not there."""
+        if self.file is not None and not self.file.exists():
+            raise InputError(f"the study's storage {self.shown} does not exist: restore it, or launch the study")
+
+
+def place_of(text: str, folder: Path, name: str) -> Place:
+    """Where the study ``name`` lies at the storage URL ``text``; a relative SQLite file is in the run's ``folder``."""
+    url, file = parse_url(text), sqlite_file(text, folder.absolute())
+    if file is None:
+        return Place(text, repr(masked(text)), None, name)
+    before = Path(str(url.database))  # where earlier versions had it: in the folder they were started in
+    if before.exists() and not file.exists():
+        raise InputError(
+            f"the study's storage {text!r} is {str(file)!r}, for it is relative to the run folder, and there is"
+            f" {str(before.absolute())!r}: move it there, or write its absolute path"
+        )
+    return Place(url.set(database=str(file)).render_as_string(hide_password=False), repr(masked(text)), file, name)
+
+
+def guard_of(definition: Path, database: Path) -> Callable[[], None]:
+    """Raises `InputError` from when on these files of a run are gone or replaced: writing to a database that was opened
+    goes on without an error, and all of it is lost."""
+    opened = {path: path.stat().st_ino for path in (definition, database) if path.exists()}
+
+    def guard() -> None:
+        if not all(path.exists() and path.stat().st_ino == number for path, number in opened.items()):
+            raise InputError(
+                f"run {str(definition.parent)!r} was deleted or replaced while it was being launched: nothing that is"
+                " measured can be kept; restore it, or launch again to begin anew"
+            )
+
+    return guard
+
 
 def checked(place: Place, connect: Connect | None, create: bool, guard: Callable[[], None]) -> CheckedStorage:
     """The storage at ``place``, whose errors are `InputError` of one line from here on; ``create`` what it lacks."""
@@ -110,6 +144,7 @@ def read_study(place: Place) -> tuple[list[FrozenTrial], dict[str, Any], list[st
 
     No object of Optuna's storage is made: it imports what migrates databases, which takes longer than reading one.
     """
+    place.check_there()
     with opening(place.shown, place.url):
         connect = None if place.file is None else partial(read_only, place.file)
         engine = create_engine(place.url) if connect is None else create_engine(ANY_FILE, creator=connect)
@@ -212,6 +247,8 @@ def never_used(file: Path) -> bool:
 
 def open_study(place: Place, objectives: int, create: bool, guard: Callable[[], None]) -> optuna.Study:
     """The study in a database of the user's; with ``create``, to write, and what is not there yet is made."""
+    if not create:
+        place.check_there()
     connect = partial(read_only, place.file) if place.file is not None and not create else None
     with opening(place.shown, place.url):
         storage = checked(place, connect, create, guard)

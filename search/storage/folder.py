@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
 from rankfront.search.config import StudyConfig, definition_of, make_config, moved
-from rankfront.search.storage.database import ANY_FILE, Place, open_file, open_study, read_study
+from rankfront.search.storage.database import ANY_FILE, Place, guard_of, open_file, open_study, place_of, read_study
 from rankfront.search.storage.front import StudyState, state_of
-from rankfront.search.urls import masked, parse_url, sqlite_file, without_password
+from rankfront.search.urls import masked, parse_url, without_password
 
 VERSION = 1
 STUDY_NAME = "rankfront"
@@ -153,18 +153,15 @@ class Run:
         """
         place, objectives = self._place(config), len(config.objectives)
         if config.search.storage is not None:
-            self._check_there(place, write)
-            return open_study(place, objectives, write, self._guard())
+            return open_study(place, objectives, write, guard_of(self.file, self.database))
         if not write and not self.database.exists():
             return optuna.create_study(directions=["minimize"] * objectives)
-        return open_file(place, self.database, objectives, write, self._guard())
+        return open_file(place, self.database, objectives, write, guard_of(self.file, self.database))
 
     def read(self, config: StudyConfig) -> tuple[StudyState, list[str]]:
         """The study as it is, and names of what is damaged in it; it is empty before the first launch."""
         place = self._place(config)
-        if config.search.storage is not None:
-            self._check_there(place)
-        elif not self.database.exists():
+        if config.search.storage is None and not self.database.exists():
             return state_of({}, [], ()), []
         trials, known, damaged = read_study(place)
         return state_of(known, trials, list(config.objectives)), damaged
@@ -172,42 +169,7 @@ class Run:
     def _place(self, config: StudyConfig) -> Place:
         if config.search.storage is None:
             return Place(ANY_FILE, repr(str(self.database)), self.database, STUDY_NAME)
-        url = self._url(config.search.storage)
-        shown, file = repr(masked(config.search.storage)), sqlite_file(url, self.path)
-        return Place(url, shown, file, f"{STUDY_NAME}-{self.identity()}")
-
-    @staticmethod
-    def _check_there(place: Place, write: bool = False) -> None:
-        """Raise `InputError` where the file of a database that is read is not there."""
-        if place.file is not None and not place.file.exists() and not write:
-            raise InputError(f"the study's storage {place.shown} does not exist: restore it, or launch the study")
-
-    def _url(self, text: str) -> str:
-        """The storage URL ``text``; a relative SQLite file lies in the run folder."""
-        url, file = parse_url(text), sqlite_file(text, self.path.absolute())
-        if file is None:
-            return text
-        before = Path(str(url.database))  # where earlier versions had it: in the folder they were started in
-        if before.exists() and not file.exists():
-            raise InputError(
-                f"the study's storage {text!r} is {str(file)!r}, for it is relative to the run folder, and there is"
-                f" {str(before.absolute())!r}: move it there, or write its absolute path"
-            )
-        return url.set(database=str(file)).render_as_string(hide_password=False)
-
-    def _guard(self) -> Callable[[], None]:
-        """Raises `InputError` from when on the run's files are gone or replaced: writing to a database that was opened
-        goes on without an error, and all of it is lost."""
-        opened = {path: path.stat().st_ino for path in (self.file, self.database) if path.exists()}
-
-        def guard() -> None:
-            if not all(path.exists() and path.stat().st_ino == number for path, number in opened.items()):
-                raise InputError(
-                    f"run {str(self.path)!r} was deleted or replaced while it was being launched: nothing that is"
-                    " measured can be kept; restore it, or launch again to begin anew"
-                )
-
-        return guard
+        return place_of(config.search.storage, self.path, f"{STUDY_NAME}-{self.identity()}")
 
     def _refuse_move(self, before: str | None, config: StudyConfig) -> None:
         """`InputError` where the study's storage is another one than ``before``, which does not hold the run."""
