@@ -217,7 +217,7 @@ def to_write(file: Path) -> sqlite3.Connection:
 
 def _lenient(connection: sqlite3.Connection) -> sqlite3.Connection:
     """Spoiled text is read, and found by its checksum, rather than refused with all that is beside it."""
-    connection.text_factory = lambda content: content.decode("utf-8", "replace")
+    connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     return connection
 
 
