@@ -3,7 +3,8 @@
     python studies/startup.py RUN [TURNS]
 
 RUN is a finished run, such as the one that `make demo` leaves. Every command and its control are run in turns, each in
-an interpreter of its own; medians over TURNS (5) go into studies/results/startup.md.
+an interpreter of its own; medians over TURNS (5) go into studies/results/startup.md. What is loaded is a tiny random
+Llama, exported in both forms: its weights take no time to read.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from common import write_page
+from driver_overhead import make_study, quiet
 
 PAGE = """# Start-up
 
@@ -35,6 +39,7 @@ def two(name: str) -> None: "Two."
 app(["--help"])
 """
 LIBRARIES = "import optuna, sqlalchemy, pandas, rich"
+LOAD = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({!r})"
 COMMAND = "import sys; from rankfront.search.__main__ import run; sys.exit(run({}))"
 
 
@@ -46,7 +51,22 @@ def seconds(code: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def export(folder: Path) -> tuple[str, str]:
+    """(factored, dense) exports of one plan of a tiny model."""
+    study = make_study(folder, "random", trials=3)
+    study.launch(quiet(), report=False)
+    row = next(row for row in study.rows() if not row.is_dense)
+    for form in ("factored", "dense"):
+        study.export(folder / form, row, form)
+    return str(folder / "factored"), str(folder / "dense")
+
+
 def main(run: str, turns: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        measure(run, turns, *export(Path(folder)))
+
+
+def measure(run: str, turns: int, factored: str, dense: str) -> None:
     typer, libraries = ("a bare typer application's --help", BARE), (LIBRARIES, LIBRARIES)
     rows = [
         ("`rankfront --help`", COMMAND.format(["--help"]), typer, 1.5),
@@ -56,6 +76,12 @@ def main(run: str, turns: int) -> None:
         ("`rankfront front`", COMMAND.format(["front", run]), libraries, 1.5),
         ("`rankfront show`", COMMAND.format(["show", run, "0"]), libraries, 1.5),
         ("`import rankfront.methods`", "import rankfront.methods", ("import transformers", "import transformers"), 1.2),
+        (
+            "loading an export",
+            f"import rankfront.methods; {LOAD.format(factored)}",
+            ("loading the same model, dense", LOAD.format(dense)),
+            1.2,
+        ),
     ]
     lines = ["| | seconds | control | seconds | ratio | goal |", "| --- | ---: | --- | ---: | ---: | ---: |"]
     for name, code, (label, control), goal in rows:

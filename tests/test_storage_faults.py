@@ -382,7 +382,12 @@ def test_reading_makes_no_database(own, tmp_path, monkeypatch):
     missing = Study(again(own, storage=f"sqlite:///{tmp_path / 'none.db'}").config, own.run.path)
     with pytest.raises(InputError, match="does not exist"):
         missing.rows()
-    assert sorted(path.name for path in own.run.path.iterdir()) == ["lock", "self.safetensors", "study.json"]
+    assert sorted(path.name for path in own.run.path.iterdir()) == [
+        "launcher",
+        "lock",
+        "self.safetensors",
+        "study.json",
+    ]
     assert not (tmp_path / "none.db").exists()
 
 

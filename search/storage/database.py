@@ -260,10 +260,11 @@ def open_study(place: Place, objectives: int, create: bool, guard: Callable[[], 
         return optuna.create_study(study_name=place.name, storage=storage, directions=["minimize"] * objectives)
 
 
-def open_file(place: Place, file: Path, objectives: int, write: bool, guard: Callable[[], None]) -> optuna.Study:
-    """The study in a run's own ``file``; with ``write`` it is made where it is not there or was never used."""
+def open_file(place: Place, definition: Path, file: Path, objectives: int, write: bool) -> optuna.Study:
+    """The study in the ``file`` beside its ``definition``; with ``write`` it is made where it is missing or unused."""
     with opening(place.shown):
         if write and (not file.exists() or never_used(file)):
             create_file(file, place.name, objectives)
+        guard = guard_of(definition, file)
         storage = checked(place, partial(to_write if write else read_only, file), False, guard)
         return optuna.load_study(study_name=place.name, storage=storage)

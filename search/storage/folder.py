@@ -156,7 +156,7 @@ class Run:
             return open_study(place, objectives, write, guard_of(self.file, self.database))
         if not write and not self.database.exists():
             return optuna.create_study(directions=["minimize"] * objectives)
-        return open_file(place, self.database, objectives, write, guard_of(self.file, self.database))
+        return open_file(place, self.file, self.database, objectives, write)
 
     def read(self, config: StudyConfig) -> tuple[StudyState, list[str]]:
         """The study as it is, and names of what is damaged in it; it is empty before the first launch."""
