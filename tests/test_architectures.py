@@ -1,5 +1,7 @@
 """Every architecture: its sites are found, and factors at full rank leave its logits alone."""
 
+import json
+
 import common
 import pytest
 import torch
@@ -7,8 +9,9 @@ from torch import nn
 
 from rankfront.methods import InputError, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
+from rankfront.search.inputs.known_sites import pack_sites, unpack_sites
 from rankfront.search.inputs.model import count_parameters
-from rankfront.search.inputs.sites import blocks
+from rankfront.search.inputs.sites import blocks, find_sites
 
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # fp32 through two blocks
 
@@ -37,6 +40,12 @@ def test_sites_inside_the_blocks_are_its_linears(architecture, model):
     for site, place in inside.items():
         assert site.name == f"{architecture.blocks}.{place.block}.{place.kind}"
         assert [(w.role, w.path, w.kind, w.tied) for w in site.weights] == [("weight", site.name, "linear", ())]
+
+
+def test_sites_are_the_same_after_they_were_kept(model):
+    sites = find_sites(model)
+    again = unpack_sites(json.loads(json.dumps(pack_sites(sites))))
+    assert list(again.items()) == list(sites.items())
 
 
 def test_sites_outside_are_the_head_and_the_table(architecture, model):

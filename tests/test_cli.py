@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from common import save_folder
@@ -14,8 +15,11 @@ from optuna.trial import TrialState
 
 from rankfront.methods import FAMILIES, method_names
 from rankfront.search.__main__ import run
+from rankfront.search.attributes import SITES
 from rankfront.search.errors import Interrupted
+from rankfront.search.output.tables import plan_json
 from rankfront.search.plans.plan import Plan
+from rankfront.search.storage.front import StudyState
 from rankfront.search.study import Study
 
 TRIALS = 7
@@ -216,6 +220,17 @@ def test_show(finished_run, ok):
         assert 0 < site["keep"] <= 1
     table = ok("show", finished_run.run.path, number)
     assert all(site in table for site, _ in plan.choices)
+
+
+def test_a_run_of_an_earlier_version_is_shown_through_its_model(finished_run):
+    """One that kept neither sites nor what each of them stores: to the same figures."""
+    found = finished_run.read()
+    known = {name: record for name, record in found.state.known.items() if name != SITES}
+    rows = [replace(row, stored=None) for row in found.rows]
+    earlier = replace(found, state=StudyState(found.state.trials, known, rows))
+    assert SITES in found.state.known
+    for row in found.front():
+        assert plan_json(earlier, earlier.trial(row.number)) == plan_json(found, row)
 
 
 def test_reading_changes_nothing(finished_run, ok):

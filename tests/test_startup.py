@@ -59,7 +59,7 @@ print("\\n" + json.dumps(imported))
 
 
 def test_a_run_is_read_without_what_measured_it(model_folder, text_file, tmp_path):
-    """Nor are frames imported where none is made. The last command is of a run that kept no sites, as those before."""
+    """Nor are frames imported where none is made."""
     study = make_run(small_data(model_folder, text_file, sampler=OURS, trials=9), tmp_path / "run")
     found, run = study.read(), str(tmp_path / "run")
     assert found.calibration() is not None

@@ -15,14 +15,14 @@ Sites = Mapping[Site, Place]
 
 
 def pack_sites(sites: Sites) -> list[dict[str, Any]]:
-    """``sites`` as plain data, in their order; fields at their defaults are left out."""
+    """``sites`` as plain data, in their order, by the names of their fields; those at their defaults are left out."""
     return [
         {
             "name": site.name,
             "weights": [_without_defaults(asdict(weight), Weight) for weight in site.weights],
             "place": [place.block, place.kind],
             **({"heads": asdict(site.heads)} if site.heads else {}),
-            **({"apart": True} if site.apart else {}),
+            **({"separate": True} if site.separate else {}),
         }
         for site, place in sites.items()
     ]
@@ -39,7 +39,7 @@ def unpack_sites(record: list[dict[str, Any]]) -> dict[Site, Place]:
             each["name"],
             tuple(Weight(**weight | {"tied": tuple(weight.get("tied", ()))}) for weight in each["weights"]),
             _heads(each.get("heads")),
-            each.get("apart", False),
+            each.get("separate", False),
         ): Place(*each["place"])
         for each in record
     }
