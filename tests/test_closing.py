@@ -15,6 +15,7 @@ from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.samplers import OPTUNA_SAMPLERS, make_sampler
 from rankfront.search.output.report import front_figure
 from rankfront.search.run.driver import Driver
+from rankfront.search.run.launch import Launch
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
 from rankfront.search.storage.picking import best_meeting
 
@@ -195,7 +196,8 @@ def test_a_plan_known_below_the_front_is_carried_too(solved):
     reached = {row.plan_key: row.rung for row in complete(solved)}
     below = next(row for row in complete(solved) if reached[row.plan_key] == 0)
     count = len(complete(solved))
-    again(solved, trials=100).launch(quiet(), only=below.number)
+    longer = again(solved, trials=100)
+    Launch(longer.run, longer.config, only=below.number).measure(quiet())
     rungs = [row.rung for row in complete(solved) if row.plan_key == below.plan_key]
     assert rungs == list(range(TOP + 1))
     assert len(complete(solved)) == count + TOP
