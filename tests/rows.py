@@ -178,7 +178,7 @@ class FittedRow:
         exact: (name, m, n) -> an option that reproduces W, or None where the family cannot.
         own: (name, m, n) -> the options that laws walk, from the cheapest; by default those offered on a fine grid.
         falls: whether its error never rises with its level; False where the fit is a local optimum, and says so.
-        slow: whether it is the code of another row at a published setting that takes long: fewer sizes are walked.
+        slow: whether it is the code of another row at a published setting that takes long: one shape is walked.
         gridded: whether its levels follow the kept fractions asked for in stored values; those in fewer bits do not.
         tables: whether it treats embedding tables.
         noise: of the whole loss, what rounding leaves at any level.

@@ -322,6 +322,18 @@ def every_choice(menu):
     return (p for p in itertools.product(*(range(len(line.options)) for line in menu.lines)) if menu.compatible(p))
 
 
+def some_choices(menu, count):
+    """Random choices that treat no weight twice: line after line in random order, where the others leave room."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        places = [0] * len(menu.lines)
+        for number in random.permutation(len(places)):
+            tried = [*places]
+            tried[number] = int(random.integers(len(menu.lines[number].options)))
+            places = tried if menu.compatible(tried) else places
+        yield places
+
+
 @pytest.fixture(params=JOINT, ids=str)
 def joint(request):
     return JOINT[request.param]
@@ -337,7 +349,7 @@ def test_joint_sites_are_never_treated_beside_their_own_weights(joint, allocate)
 def test_stored_values_of_a_joint_choice_count_every_weight_once(joint):
     dense = {line.site: int(line.sizes[0]) for line in joint.lines if not line.weights}
     assert joint.dense == sum(dense.values())
-    for places in itertools.islice(every_choice(joint), 0, None, 997):
+    for places in some_choices(joint, 200):
         treated = [(line, place) for line, place in zip(joint.lines, places, strict=True) if place]
         taken = {weight for line, _ in treated for weight in line.claims}
         untouched = sum(stored for weight, stored in dense.items() if weight not in taken)

@@ -36,7 +36,8 @@ FLOOR = 1e-5  # of the whole loss
 
 each_method = pytest.mark.parametrize("name", FITTED_ROWS)
 FAST = [name for name, row in FITTED_ROWS.items() if not row.slow]
-CASES = [(name, shape) for name, row in FITTED_ROWS.items() for shape in (SHAPES[::4] if row.slow else SHAPES)]
+# A slow row is the code of another at a published setting: that other row walks every shape.
+CASES = [(name, shape) for name, row in FITTED_ROWS.items() for shape in (SHAPES[:1] if row.slow else SHAPES)]
 each_case = pytest.mark.parametrize(
     ("name", "shape"), CASES, ids=lambda case: "x".join(map(str, case)) if isinstance(case, tuple) else case
 )
