@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file stays on one process. Files go in the order of their names: with the fewest tests last, xdist's own order, the
+# longest of all would run alone in the end.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check catalogue stored-outputs clean
+.PHONY: demo test quick check catalogue stored-outputs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +20,10 @@ demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh studies/demo.sh
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
+
+quick: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
