@@ -85,7 +85,8 @@ def loss(bench: Bench, plan: Plan) -> float:
 
 def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, Places]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
-    _, plans, promised = damped(replace(taylor, divergence=excess), Scaling(), menu, np.geomspace(*Tuning().dampings))
+    dampings = np.geomspace(*Tuning().dampings)
+    _, plans, promised = damped(replace(taylor, divergence=excess), Scaling.prior(), menu, dampings)
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):
         yield float(promised[place]), plans[place]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from synthetic import TUNING, Both, Problem, around
 
-from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.plans.knapsack import sweep
+
+ROUND = TUNING.round_fractions
 
 
 def test_switches_keep_the_budget():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from rankfront.methods import Option
-from rankfront.search.optimise.corrections import PRIOR, WIDTH, Corrections, corrections_of, factors_at
+from rankfront.search.optimise.corrections import Corrections, corrections_of, factors_at
 from rankfront.search.optimise.surrogate import Surrogate
-from rankfront.search.optimise.taylor import SECOND, TaylorModel
+from rankfront.search.optimise.taylor import TaylorModel
+from rankfront.search.optimise.tuning import DEFAULT
 from rankfront.search.plans.menu import Line, Menu
 
 SITES, LEVELS = 24, 5
@@ -25,7 +26,7 @@ def line(i):
 
 
 MENU = Menu(tuple(line(i) for i in range(SITES)))
-FEATURES = Surrogate(MENU, ["kind"] * SITES, [0] * SITES, 0).features
+FEATURES = Surrogate(MENU, ["kind"] * SITES, [0] * SITES, 0).terms.features
 
 
 def around(places, factors, scale=2.0, noise=0.0):
@@ -38,7 +39,7 @@ def around(places, factors, scale=2.0, noise=0.0):
         a = (
             increase
             - increase[place]
-            - SECOND[0] * (b - b[place])
+            - DEFAULT.second_order[0] * (b - b[place])
             + noise * np.sqrt(b) * random.standard_normal(len(b))
         )
         a[0] = increase[0] - increase[place]  # taking a site's treatment back is straight
@@ -101,10 +102,10 @@ def test_factors_fade_with_the_distance_in_size():
     """At a reference nearly its own factors, between two a mean of them, far from all of them none."""
     one, other = Corrections(0.3, np.array([1.0, -1.0])), Corrections(0.8, np.array([0.0, 0.4]))
     at = factors_at([one, other], np.array([0.3, 0.8, 0.55, 3.0]), 2)
-    assert at[0] == pytest.approx(one.logs / (1 + PRIOR), abs=0.01)
-    assert at[1] == pytest.approx(other.logs / (1 + PRIOR), abs=0.01)
-    near = np.exp(-0.5 * (0.25 / WIDTH) ** 2)
-    assert at[2] == pytest.approx((one.logs + other.logs) * near / (2 * near + PRIOR))
+    assert at[0] == pytest.approx(one.logs / (1 + DEFAULT.factor_prior), abs=0.01)
+    assert at[1] == pytest.approx(other.logs / (1 + DEFAULT.factor_prior), abs=0.01)
+    near = np.exp(-0.5 * (0.25 / DEFAULT.factor_width) ** 2)
+    assert at[2] == pytest.approx((one.logs + other.logs) * near / (2 * near + DEFAULT.factor_prior))
     assert abs(at[3]).max() < 1e-9
     assert not factors_at([], np.array([0.5]), 2).any()
 
@@ -113,10 +114,10 @@ def test_the_surrogate_reads_each_plan_by_its_own_size():
     """Predictions and the losses for an allocator agree with adding up by hand, at every size."""
     surrogate = Surrogate(MENU, ["kind"] * SITES, [0] * SITES, 0)
     random = np.random.default_rng(3)
-    surrogate.corrections = [Corrections(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
+    surrogate.terms.corrections = [Corrections(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
     for plan in random.integers(0, 2 * LEVELS + 1, (20, SITES)):
         share = MENU.size(list(plan)) / MENU.dense
-        logs = factors_at(surrogate.corrections, np.array([share]), len(FEATURES))[0]
+        logs = factors_at(surrogate.terms.corrections, np.array([share]), len(FEATURES))[0]
         expected = sum(
             MENU.lines[i].divergence[place] * np.exp(logs[FEATURES[i, MENU.lines[i].options[place].method]])
             for i, place in enumerate(plan)

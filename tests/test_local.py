@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 
 from rankfront.search.optimise.taylor import (
-    BOUNDS,
-    FIRST,
-    FLOOR,
-    LEAST_SHARE,
-    SECOND,
     Scaling,
     TaylorModel,
     learn_scalings,
     surest,
 )
+from rankfront.search.optimise.tuning import DEFAULT
 
 LINES, OPTIONS, DIVERGENCE = 30, 5, 0.4
-PRIOR = Scaling(FIRST[0], SECOND[0])
+PRIOR = Scaling.prior()
+FIRST, SECOND = DEFAULT.first_order, DEFAULT.second_order
+BOUNDS = DEFAULT.first_bounds, DEFAULT.second_bounds
 
 
 def make_local(seed=0, trial=0, places=None, divergence=DIVERGENCE):
@@ -65,7 +63,7 @@ def test_a_prediction_is_the_formula(scaling):
     taylor = make_local()
     plans = near(taylor, 1, 12, 6)
     expected = [DIVERGENCE + slow_change(taylor, plan, scaling.first, scaling.second) for plan in plans]
-    assert min(expected) > LEAST_SHARE * DIVERGENCE
+    assert min(expected) > DEFAULT.least_left * DIVERGENCE
     logs, errors = taylor.predict(plans, scaling)
     assert logs == pytest.approx(np.log(expected))
     assert errors.shape == logs.shape
@@ -79,7 +77,7 @@ def test_the_centre_is_predicted_as_measured():
     taylor = make_local()
     logs, errors = taylor.predict(np.concatenate([taylor.places[None], near(taylor, 0, 20, 3)]), PRIOR)
     assert logs[0] == pytest.approx(math.log(DIVERGENCE))
-    assert errors[0] == pytest.approx(FLOOR / DIVERGENCE)
+    assert errors[0] == pytest.approx(DEFAULT.change_floor / DIVERGENCE)
     assert errors.argmin() == 0
 
 
@@ -87,7 +85,7 @@ def test_no_prediction_falls_below_the_floor():
     """However far downhill the slopes point, part of the centre's divergence stays."""
     taylor = make_local()
     downhill = np.array([int(a.argmin()) for a in taylor.first])
-    floor = math.log(LEAST_SHARE * DIVERGENCE)
+    floor = math.log(DEFAULT.least_left * DIVERGENCE)
     found = [taylor.predict(downhill[None], Scaling(alpha, 1.0))[0][0] for alpha in (0.1, 1.0, 100.0, 1e6)]
     assert found == sorted(found, reverse=True)
     assert min(found) == pytest.approx(floor)
@@ -208,7 +206,6 @@ def test_without_data_it_stays_at_the_prior():
     for plans in (none, far, taylor.places[None]):
         scaling = learn_trust(taylor, plans, np.full(len(plans), 5.0))
         assert (scaling.first, scaling.second) == pytest.approx((FIRST[0], SECOND[0]))
-    assert Scaling() == PRIOR
 
 
 def test_an_option_of_which_nothing_is_known_teaches_nothing():

@@ -11,13 +11,13 @@ from test_rankfront_study import make_driver
 from rankfront.search.choices import OURS
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
-from rankfront.search.optimise.budgets import ROUND
 from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
 from rankfront.search.optimise.solvers import corrected
 from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.study import Study
 
+ROUND = Tuning().round_fractions
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
 
 
@@ -142,7 +142,7 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
     data["space"] = {"methods": ["svd-llm", "gptq-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
     study = make_run(data, tmp_path / "run")
     predictor = predictor_of(study)
-    assert predictor.surrogate.corrections
+    assert predictor.surrogate.terms.corrections
     even, solver = predictor.menu.even, corrected(predictor, menu=predictor.menu.even)
     apart = []
     for keep in WARM_START:

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Option
-from rankfront.search.optimise.goal import SMALLEST
-from rankfront.search.optimise.surrogate import NOISE, SPREAD, Coefficients, Surrogate
-from rankfront.search.optimise.tuning import Tuning
+from rankfront.search.optimise.surrogate import Coefficients, Surrogate
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Line, Menu
 
 RESIDUALS = Tuning().residuals
@@ -120,7 +119,7 @@ def test_measured_plans_are_reproduced():
     assert root_mean_square(surrogate.predict(plans) - observed) < 0.5 * root_mean_square(
         surrogate.explained(plans) - observed
     )
-    assert root_mean_square(surrogate.predict(plans) - observed) < NOISE
+    assert root_mean_square(surrogate.predict(plans) - observed) < DEFAULT.unexplained
     neighbour = plans.copy()
     neighbour[:, -1] = (neighbour[:, -1] + 1) % (2 * LEVELS + 1)
     shift = surrogate.predict(neighbour) - surrogate.explained(neighbour)
@@ -130,7 +129,7 @@ def test_measured_plans_are_reproduced():
 def test_one_trial_is_enough_to_fit():
     surrogate, plan = make_surrogate(), random_plans(1, 0)
     surrogate.fit(plan, truth(plan, offset=1.0))
-    assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=NOISE)
+    assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=DEFAULT.unexplained)
 
 
 # -- noise
@@ -138,7 +137,12 @@ def test_one_trial_is_enough_to_fit():
 
 def near_dense_plans(count, seed):
     """Plans (count, SITES) of one option each that hurts by less than twice the spread."""
-    mild = [(i, k) for i, line in enumerate(MENU.lines) for k in np.flatnonzero(line.divergence < 2 * SPREAD) if k]
+    mild = [
+        (i, k)
+        for i, line in enumerate(MENU.lines)
+        for k in np.flatnonzero(line.divergence < 2 * DEFAULT.loss_spread)
+        if k
+    ]
     plans = np.zeros((count, SITES), dtype=int)
     for plan, which in zip(plans, np.random.default_rng(seed).permutation(len(mild)), strict=False):
         plan[mild[which][0]] = mild[which][1]
@@ -151,14 +155,14 @@ def test_near_dense_measurements_spoil_nothing():
     for seed in range(8):
         random, factors = np.random.default_rng(seed), true_factors(seed)
         plans = np.vstack([random_plans(12, seed), near_dense_plans(8, seed)])
-        measured = np.exp(truth(plans, factors=factors)) + SPREAD * random.standard_normal(len(plans))
+        measured = np.exp(truth(plans, factors=factors)) + DEFAULT.loss_spread * random.standard_normal(len(plans))
         unseen = random_plans(100, 100 + seed)
         for all_of_them in (True, False):
-            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * SPREAD
+            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * DEFAULT.loss_spread
             surrogate = make_surrogate()
-            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], SMALLEST)))
+            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], DEFAULT.least_divergence)))
             errors[all_of_them].append(root_mean_square(surrogate.predict(unseen) - truth(unseen, factors=factors)))
-        surrogate.fit(plans, np.log(np.maximum(measured, SMALLEST)))
+        surrogate.fit(plans, np.log(np.maximum(measured, DEFAULT.least_divergence)))
         residuals.append(surrogate.residual)
     assert np.median(errors[True]) <= 1.05 * np.median(errors[False])
     assert np.median(residuals) <= RESIDUALS[0]
@@ -167,10 +171,10 @@ def test_near_dense_measurements_spoil_nothing():
 def test_what_is_below_the_spread_is_only_known_to_be_small():
     """How far below, noise decides; no plan is made out to be worse by it than a measurement of it could."""
     plans, predicted = np.vstack([random_plans(12, 0), near_dense_plans(2, 0)]), []
-    for least in (SMALLEST, 0.1 * SPREAD, SPREAD):
+    for least in (DEFAULT.least_divergence, 0.1 * DEFAULT.loss_spread, DEFAULT.loss_spread):
         surrogate, observed = make_surrogate(), truth(plans)
         observed[-2:] = np.log(least)
-        surrogate.fit(plans, observed, SPREAD)
+        surrogate.fit(plans, observed, DEFAULT.loss_spread)
         predicted.append(surrogate.predict(plans))
     assert predicted[0] == pytest.approx(predicted[2])
     assert predicted[1] == pytest.approx(predicted[2])
@@ -194,7 +198,7 @@ def test_what_earlier_trials_had_predicted_of_each():
     """The innovations against conditioning one trial after the other on those before it."""
     surrogate, plans = make_surrogate(), random_plans(12, 0)
     surrogate.fit(plans, truth(plans, 0.3, 1.1, true_factors()))
-    gap, covariance = surrogate._linearised(surrogate.mean)
+    gap, covariance = surrogate.linearised(surrogate.mean)
     slow = [gap[t] - covariance[t, :t] @ np.linalg.solve(covariance[:t, :t], gap[:t]) for t in range(len(gap))]
     assert surrogate.ahead() == pytest.approx(slow)
 
@@ -240,7 +244,7 @@ def test_samples_spread_as_the_posterior_does():
     """Covariance R (I − Jᵀ (J Jᵀ + K + N)⁻¹ J) Rᵀ of the coefficients, K of residuals of alike plans and N of noise."""
     surrogate, plans = make_surrogate(), random_plans(8, 0)
     surrogate.fit(plans, truth(plans))
-    jacobian = surrogate._jacobian(surrogate.mean) @ surrogate._root
+    jacobian = surrogate.jacobian(surrogate.mean) @ surrogate.root
     alike = np.exp(-(plans[:, None, :] != plans[None, :, :]).mean(-1) / 0.2)
     gain = jacobian @ jacobian.T + surrogate.residual**2 * alike + np.diag(surrogate.noise**2)
     left = np.eye(jacobian.shape[1]) - jacobian.T @ np.linalg.solve(gain, jacobian)
@@ -260,7 +264,7 @@ def test_the_jacobian_is_that_of_finite_differences():
     def predicted(changed):
         return surrogate.explained(plans, Coefficients(changed[-2], changed[-1], changed[:-2]))
 
-    jacobian = surrogate._jacobian(at)
+    jacobian = surrogate.jacobian(at)
     assert jacobian.shape == (len(plans), len(values))
     assert values.size == SITES * len(METHODS) + 2
     for column in range(len(values)):
@@ -285,4 +289,4 @@ def test_it_leans_on_neighbours_where_the_menu_is_no_guide():
     untold.fit(plans, observed)
     assert untold.residual == max(RESIDUALS)
     for coefficients in (untold.mean, untold.sample()):  # which residuals there are, the coefficients decide
-        assert root_mean_square(untold.predict(plans, coefficients) - observed) < 2 * NOISE
+        assert root_mean_square(untold.predict(plans, coefficients) - observed) < 2 * DEFAULT.unexplained

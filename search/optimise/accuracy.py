@@ -13,17 +13,8 @@ from operator import itemgetter
 import numpy as np
 
 from rankfront.search import attributes as keys
+from rankfront.search.optimise.tuning import DEFAULT
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
-
-RECENT = 16  # trials
-MIN_PREDICTIONS = 8  # fewer say nothing about a rank correlation or a median
-POOR_SPEARMAN = 0.8
-# Of log-divergence. On synthetic problems of 6 and 30 sites whose menu is off by a factor of 1.6 a site, with and
-# without interactions and 10% noise, the median over 8 to 16 trials was 0.02 to 0.25; with the menu's divergences
-# shuffled between sites and off by a factor of 7, 0.28 to 0.86 over the first 10 to 14.
-POOR_ERROR = 0.3
-FAINT = 0.02  # nats a token; of less, noise of a few thousandths decides the logarithm
-LEAST_LEFT = 0.02  # of the variance of ranks; what size leaves of less is of a few neighbours that swap places
 
 
 @dataclass(frozen=True)
@@ -36,8 +27,8 @@ class Calibration:
         at_size: Spearman's partial correlation given the size, for size alone orders plans of all sizes well; None
             where too few trials, or nearly none of the order but what size decides, are left to tell.
         front_error: median relative error of the predictions of front members.
-        error: median error of the log-divergence predicted of the last `RECENT` trials, measured or predicted below
-            `FAINT` counted as that.
+        error: median error of the log-divergence predicted of the last `Tuning.recent` trials, measured or predicted
+            below `Tuning.faint` counted as that.
     """
 
     trials: int
@@ -50,8 +41,8 @@ class Calibration:
     @property
     def poor(self) -> bool:
         """Whether the predictions are too poor to lean on: in their order, or in how much recent plans would hurt."""
-        wrong = self.spearman < POOR_SPEARMAN or self.error > POOR_ERROR
-        return self.trials >= MIN_PREDICTIONS and wrong
+        wrong = self.spearman < DEFAULT.poor_spearman or self.error > DEFAULT.poor_error
+        return self.trials >= DEFAULT.least_predictions and wrong
 
     @property
     def brief(self) -> str:
@@ -116,13 +107,13 @@ def kendall_tau(x: np.ndarray, y: np.ndarray) -> float:
 def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> float | None:
     """Spearman's correlation of ``predicted`` and ``measured`` given ``sizes``, (T,) each: that of what is left of
     their ranks after a regression on the ranks of the sizes."""
-    if len(sizes) < MIN_PREDICTIONS or not np.isfinite(sizes).all():
+    if len(sizes) < DEFAULT.least_predictions or not np.isfinite(sizes).all():
         return None
     ranks = np.array([ranks_of(values) for values in (predicted, measured, sizes)])
     ranks -= ranks.mean(1, keepdims=True)
     by_size = ranks[2] / max(float(ranks[2] @ ranks[2]), 1.0)
     left = ranks[:2] - np.outer(ranks[:2] @ ranks[2], by_size)  # (2, T)
-    if ((left**2).sum(1) < LEAST_LEFT * (ranks[:2] ** 2).sum(1)).any():
+    if ((left**2).sum(1) < DEFAULT.least_variance * (ranks[:2] ** 2).sum(1)).any():
         return None
     return float(left[0] @ left[1] / np.sqrt((left**2).sum(1).prod()))
 
@@ -130,9 +121,9 @@ def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> 
 def _recent_error(rows: Sequence[Row], pairs: np.ndarray, objective: str) -> float:
     """The median of |log D predicted − log D measured| over the last of ``pairs`` (T, 2) of ``objective``; NaN where
     the dense model, which perplexities are relative to, is not measured."""
-    divergences = pairs[-RECENT:]
+    divergences = pairs[-DEFAULT.recent :]
     if objective == "perplexity":
         dense = dense_row(rows, rung=0)
         divergences = np.log(divergences / (dense.values[objective] if dense else math.nan))
-    logs = np.log(np.maximum(divergences, FAINT))
+    logs = np.log(np.maximum(divergences, DEFAULT.faint))
     return float(np.median(np.abs(logs[:, 0] - logs[:, 1])))

@@ -94,5 +94,5 @@ class Acquisition:
         unknown = np.isnan(values).any(0)
         if unknown.any():
             saved = [savings(self.menu.even, each) for each in (list(history.measured), candidates)]
-            values[:, unknown] = fitted(saved[0], history.values[:, unknown], saved[1])
+            values[:, unknown] = fitted(saved[0], history.values[:, unknown], saved[1], self.tuning.ridges)
         return values

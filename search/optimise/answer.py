@@ -30,10 +30,6 @@ from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Parameters
 from rankfront.search.storage.front import Row, StudyState, check_dense, dense_row
 
-GAP = 1e-3  # of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds
-TRIES = 3  # knapsacks solved for an answer, each further below limits on latency that the one before missed as measured
-NEARBY = (1.0, 0.98, 0.95)  # by what an integer program's plan stores: budgets for slopes, which see no other limit
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -140,9 +136,10 @@ class _Learned:
         found, bounds = self._knapsack(limits, budget / menu.dense, size)
         if found is None:
             return {}
-        worse, stored = self.predictor.tuning, [share * menu.size(found) for share in NEARBY] if size is None else []
-        steps = dict.fromkeys(nearby(self.predictor, [budget, *stored]), worse.steps_worse)
-        return {found: worse.solutions_worse} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
+        tuning = self.predictor.tuning
+        stored = [share * menu.size(found) for share in tuning.answer_shares] if size is None else []
+        steps = dict.fromkeys(nearby(self.predictor, [budget, *stored]), tuning.steps_worse)
+        return {found: tuning.solutions_worse} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
 
     def _knapsack(
         self, limits: Sequence[Constraint], share: float, size: float | None
@@ -156,7 +153,7 @@ class _Learned:
         predictor, bounds = self.predictor, [self._tightened(limit) for limit in limits]
         losses = predictor.surrogate.losses(predictor.surrogate.mean, share)
         places = None
-        for _ in range(TRIES):
+        for _ in range(predictor.tuning.answer_tries):
             try:
                 places = self._least(losses, bounds, size)
             except InputError:  # where this is the first, what was measured may still meet them
@@ -177,7 +174,8 @@ class _Learned:
         milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
         menu = self.predictor.menu
         if size is None:
-            return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, GAP)
+            gap = self.predictor.tuning.answer_gap
+            return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, gap)
         return Lagrangian(menu, losses).solve(size)
 
     def _tightened(self, limit: Constraint) -> Constraint:

@@ -9,14 +9,12 @@ from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.solvers import Solver
 from rankfront.search.plans.knapsack import sweep
 
-ROUND = (0.95, *(round(0.1 * tenths, 1) for tenths in range(9, 0, -1)))  # of the dense model's
-TRIES, BISECTIONS = 32, 8  # budgets at which limits are looked for, and halvings after that
 ROUNDING = 1e-6  # stored values
 
 
 def target_budgets(predictor: Predictor) -> np.ndarray:
-    """Budgets in the menu's size, rising: `ROUND` fractions of the first objective that options decide, and what the
-    limits allow; none where several costs are weighed anew each time."""
+    """Budgets in the menu's size, rising: `Tuning.round_fractions` of the first objective that options decide, and what
+    the limits allow; none where several costs are weighed anew each time."""
     menu = predictor.menu
     if menu.count > 1:
         return np.zeros(0)
@@ -36,14 +34,15 @@ def uses_up(size: float, targets: np.ndarray, slack: float) -> bool:
 
 
 def _budgets(predictor: Predictor) -> np.ndarray:
-    """Sizes at which the objective is at `ROUND` fractions of the dense model's: it is a straight line in the size."""
-    menu, costs = predictor.menu, predictor.goal.costs
+    """Sizes at which the objective is at `Tuning.round_fractions` of the dense model's: it is a straight line in the
+    size."""
+    menu, costs, rounded = predictor.menu, predictor.goal.costs, np.array(predictor.tuning.round_fractions)
     dense, cheapest = costs(menu.decode(menu.untreated)), costs(menu.decode(menu.cheapest))
     column = min((column for column in dense if dense[column] > cheapest[column]), default=None)
     if column is None:
-        return np.array(ROUND) * menu.dense
+        return rounded * menu.dense
     size = menu.size(menu.cheapest)
-    shares = (np.array(ROUND) * dense[column] - cheapest[column]) / (dense[column] - cheapest[column])
+    shares = (rounded * dense[column] - cheapest[column]) / (dense[column] - cheapest[column])
     budgets: np.ndarray = size + shares * (menu.dense - size)
     return budgets
 
@@ -51,17 +50,17 @@ def _budgets(predictor: Predictor) -> np.ndarray:
 def _most(predictor: Predictor, solved: Solver) -> float:
     """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
     is none."""
-    menu = predictor.menu
+    menu, tuning = predictor.menu, predictor.tuning
     if predictor.may_meet(menu.decode(menu.untreated)):
         return float(menu.dense)
     most, above = np.inf, float(menu.dense)
-    for budget in np.linspace(menu.dense, menu.least, TRIES):
+    for budget in np.linspace(menu.dense, menu.least, tuning.limit_tries):
         plan = solved.solve(float(budget))
         if predictor.may_meet(menu.decode(plan)):
             most = float(menu.size(plan))
             break
         above = float(budget)
-    for _ in range(BISECTIONS if np.isfinite(most) else 0):
+    for _ in range(tuning.limit_halvings if np.isfinite(most) else 0):
         plan = solved.solve((most + above) / 2)
         if predictor.may_meet(menu.decode(plan)):
             most = float(menu.size(plan))

@@ -79,7 +79,7 @@ def _mean(values: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
 def next_plan(path: Sequence[TaylorModel], menu: Menu, size: float) -> Places:
     """The plan of ``size`` in the menu's that slopes along ``path`` promise to lose least; `InputError` where nothing
     is as small."""
-    return Lagrangian(menu, pooled(path).losses(Scaling())).solve(size)
+    return Lagrangian(menu, pooled(path).losses(Scaling.prior())).solve(size)
 
 
 @dataclass(frozen=True, eq=False)

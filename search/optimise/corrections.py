@@ -19,16 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankfront.search.optimise.taylor import SECOND, TaylorModel
+from rankfront.search.optimise.taylor import TaylorModel
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.slope_cost import OWN_LABELS
 
-SPREAD = 0.5  # τ, of a factor around 1
-MODEL, BEND = 0.5, 0.25  # of a predicted increase, and of κ b: what even exact slopes would miss of them, deviations
 OVER_FISHER = 1 / OWN_LABELS  # variance of a slope a token, of that by the Fisher, 2 b; taken for KL too
-BOUNDS = (0.25, 4.0)  # of a factor
-WIDTH = 0.12  # kept fraction within which factors of one plan serve another
-PRIOR = 0.1  # k₀: far from every plan factors fade to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +40,9 @@ class Corrections:
     logs: np.ndarray
 
 
-def corrections_of(taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int, str], int]) -> Corrections | None:
+def corrections_of(
+    taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int, str], int], tuning: Tuning = DEFAULT
+) -> Corrections | None:
     """The factors by the slopes of ``taylor``; ``features`` are the places of (line, method).
 
     None where the plan treats nothing, or taking it back would not lower the loss: then λ says nothing.
@@ -59,18 +57,23 @@ def corrections_of(taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int,
     options = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options]
     feature = np.array([features.get(key, -1) for key in options])  # dense has none
     a, b = np.concatenate(taylor.first), np.concatenate(taylor.second)
-    bend = SECOND[0] * b
+    bend = tuning.second_order[0] * b
     increase = a - a[own_dense] + bend
     predicted = removed / alone * np.concatenate([line.divergence for line in menu.lines])
     noise = 2 * OVER_FISHER / taylor.tokens * (b + b[own_dense])
-    variance = noise + (MODEL * predicted) ** 2 + (BEND * bend) ** 2
+    variance = noise + (tuning.increase_error * predicted) ** 2 + (tuning.bend_error * bend) ** 2
     known = np.isfinite(increase) & np.isfinite(variance) & (predicted > 0) & (feature >= 0)
-    logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features)))
+    logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features), tuning))
     return Corrections(menu.size(taylor.places) / menu.dense, logs)
 
 
 def _factors(
-    increase: np.ndarray, predicted: np.ndarray, variance: np.ndarray, feature: np.ndarray, count: int
+    increase: np.ndarray,
+    predicted: np.ndarray,
+    variance: np.ndarray,
+    feature: np.ndarray,
+    count: int,
+    tuning: Tuning,
 ) -> np.ndarray:
     """f of all ``count`` pairs of line and method, (F,), from options whose pair is ``feature``, (K,) each: alike as
     they are, options of one pair say together what the surest says alone. 1 where nothing is known."""
@@ -79,17 +82,19 @@ def _factors(
     np.maximum.at(sure, feature, weights)
     whole = np.maximum(np.bincount(feature, weights, count), np.finfo(float).tiny)
     mean = np.bincount(feature, weights * increase / predicted, count) / whole
-    prior = 1 / SPREAD**2
-    found: np.ndarray = np.clip((sure * mean + prior) / (sure + prior), *BOUNDS)
+    prior = 1 / tuning.factor_deviation**2
+    found: np.ndarray = np.clip((sure * mean + prior) / (sure + prior), *tuning.factor_bounds)
     return found
 
 
-def factors_at(corrections: Sequence[Corrections], shares: np.ndarray, count: int) -> np.ndarray:
+def factors_at(
+    corrections: Sequence[Corrections], shares: np.ndarray, count: int, tuning: Tuning = DEFAULT
+) -> np.ndarray:
     """log f of every (line, method) for plans whose size is ``shares`` (T,) of dense, (T, ``count``)."""
     if not corrections:
         return np.zeros((len(shares), count))
     references = np.array([one.share for one in corrections])
-    near = np.exp(-0.5 * ((shares[:, None] - references) / WIDTH) ** 2)  # (T, corrections)
-    weights = near / (near.sum(1, keepdims=True) + PRIOR)
+    near = np.exp(-0.5 * ((shares[:, None] - references) / tuning.factor_width) ** 2)  # (T, corrections)
+    weights = near / (near.sum(1, keepdims=True) + tuning.factor_prior)
     mixed: np.ndarray = weights @ np.stack([one.logs for one in corrections])
     return mixed

@@ -17,7 +17,7 @@ from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES
-from rankfront.search.optimise.surrogate import SPREAD
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plans.plan import Plan, Prices
@@ -25,8 +25,6 @@ from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row, box_of
 
 NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
-SMALLEST = 1e-4  # nats a token; below that a difference from dense is noise, and a perplexity may even be better
-SPREAD_TOKENS = 4096  # that a trial scores where a difference in loss is uncertain by the surrogate's `SPREAD`
 
 
 def sizes_of(config: StudyConfig, dtype: str, timings: Timings) -> list[Size]:
@@ -72,7 +70,7 @@ class Goal:
         log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
         costs: plan -> values of the objectives that the plan alone decides, by position.
         timed: position -> a latency among the objectives, and its table.
-        spread: standard deviation of a measured divergence, in nats, where a trial scores `SPREAD_TOKENS` tokens.
+        spread: standard deviation of a measured divergence, in nats, where a trial scores `Tuning.spread_tokens`.
         dense: value of the quality objective for the dense model, at the first rung.
         quality: position of the quality objective.
         perplexity: position of a perplexity beside a divergence that is modelled, and the dense model's; else None.
@@ -94,7 +92,14 @@ class Goal:
     spread: float = 0.0
 
 
-def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings: Timings | None = None) -> Goal:
+def make_goal(
+    config: StudyConfig,
+    space: Space,
+    dense: Row,
+    dtype: str,
+    timings: Timings | None = None,
+    tuning: Tuning = DEFAULT,
+) -> Goal:
     """The objectives of a study whose dense model is measured.
 
     Perplexity is read as divergence through its logarithm: log(perplexity / dense) is the excess loss in nats a token.
@@ -112,7 +117,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
         return divergence if base is None else base * math.exp(divergence)
 
     def log_divergence(value: float, dense: float) -> float:
-        return math.log(max(value if base is None else math.log(value / dense), SMALLEST))
+        return math.log(max(value if base is None else math.log(value / dense), tuning.least_divergence))
 
     def costs(plan: Plan) -> dict[int, float]:
         cost = prices.of(plan)
@@ -129,7 +134,8 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, dtype: str, timings
     place = names.index(quality)
     beside = quality != "perplexity" and "perplexity" in names
     other = (names.index("perplexity"), dense.values["perplexity"]) if beside else None
-    spread = 0.0 if base is None else SPREAD  # a divergence is of whole distributions: no token is drawn from them
+    # A divergence is of whole distributions: no token is drawn from them.
+    spread = 0.0 if base is None else tuning.loss_spread
     return Goal(
         loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed, other, spread
     )

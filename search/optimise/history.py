@@ -13,8 +13,9 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.search import attributes as keys
-from rankfront.search.optimise.goal import SPREAD_TOKENS, Goal
+from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.taylor import EARLIER_TOKENS, TaylorModel
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
 
@@ -47,12 +48,14 @@ class History:
         menu: what plans are looked up in.
         space: what trials drew from.
         goal: the objectives.
+        tuning: how uncertain a measurement is.
     """
 
-    def __init__(self, menu: Menu, space: Space, goal: Goal) -> None:
+    def __init__(self, menu: Menu, space: Space, goal: Goal, tuning: Tuning = DEFAULT) -> None:
         self.menu = menu
         self.space = space
         self.goal = goal
+        self.tuning = tuning
         self.measured: dict[Places, Measured] = {}
         self.taylor_of: dict[int, TaylorModel] = {}  # by the trial that measured them
         self._finished = 0
@@ -83,8 +86,9 @@ class History:
         level, values = self.goal.log_divergence(trial.values[self.goal.quality], dense), list(trial.values)
         if rung_of(trial):
             values[self.goal.quality] = self.goal.loss(level) if treated else self.goal.dense
-        tokens = trial.user_attrs.get(keys.FIDELITY, SPREAD_TOKENS)
-        return Measured(trial.number, level, values, self.goal.spread * math.sqrt(SPREAD_TOKENS / tokens))
+        most = self.tuning.spread_tokens
+        spread = self.goal.spread * math.sqrt(most / trial.user_attrs.get(keys.FIDELITY, most))
+        return Measured(trial.number, level, values, spread)
 
     def plan_of(self, parameters: Mapping[str, Any]) -> Places | None:
         """A trial's parameters as a choice of the menu; None where it took an option that is not on it."""

@@ -1,9 +1,10 @@
 """What measured plans say of others that share many options with them: what missed the ones will miss the others.
 
-    log D(p) − predicted(p) ~ GP(0, σ(p) σ(q) exp(−share of lines that differ / `ALIKE`)),    measured with noise
+    log D(p) − predicted(p) ~ GP(0, σ(p) σ(q) exp(−share of lines that differ / `Tuning.alike`)),    measured with noise
 
 with σ the standard deviation that a prediction claims for itself. Steps of one length from one plan, say, are all as
-much worse than their slopes promise, which the slopes of a single step cannot teach.
+much worse than their slopes promise, which the slopes of a single step cannot teach. What it gains is in
+studies/results/predictions.md.
 
 Source: Gaussian-process regression, Rasmussen & Williams (2006), equations 2.23 and 2.24.
 """
@@ -14,15 +15,12 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial.distance import cdist
 
-ALIKE = 0.2  # share of the lines that differ, at which what one plan says of another falls to 1/e
-# Of the logarithm, beside the measurement's own spread: what plans as good as alike differ by. What all this gains is
-# in studies/results/predictions.md.
-NOISE = 0.02
+from rankfront.search.optimise.tuning import DEFAULT, Tuning
 
 
-def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """exp(−share of lines that differ / `ALIKE`) of plans (A, lines) and (B, lines), (A, B)."""
-    kernel: np.ndarray = np.exp(-cdist(a, b, "hamming") / ALIKE)
+def alike(a: np.ndarray, b: np.ndarray, tuning: Tuning = DEFAULT) -> np.ndarray:
+    """exp(−share of lines that differ / `Tuning.alike`) of plans (A, lines) and (B, lines), (A, B)."""
+    kernel: np.ndarray = np.exp(-cdist(a, b, "hamming") / tuning.alike)
     return kernel
 
 
@@ -34,18 +32,27 @@ class Neighbours:
         levels: their log-divergence, (T,).
         errors: standard deviations that are claimed for predictions of it, (T,).
         spreads: standard deviations of what was measured, (T,).
+        tuning: its constants.
     """
 
-    def __init__(self, plans: np.ndarray, levels: np.ndarray, errors: np.ndarray, spreads: np.ndarray) -> None:
+    def __init__(
+        self,
+        plans: np.ndarray,
+        levels: np.ndarray,
+        errors: np.ndarray,
+        spreads: np.ndarray,
+        tuning: Tuning = DEFAULT,
+    ) -> None:
         self.plans = plans
+        self.tuning = tuning
         self._levels, self._errors = levels, errors
-        self._covariance = np.outer(errors, errors) * alike(plans, plans) + np.diag(NOISE**2 + spreads**2)
-        self._factor = cho_factor(self._covariance)
+        noise = np.diag(tuning.alike_noise**2 + spreads**2)
+        self._factor = cho_factor(np.outer(errors, errors) * alike(plans, plans, tuning) + noise)
 
     def correct(self, plans: np.ndarray, errors: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it, where
         the same model has ``predicted`` (T,) of the measured ones."""
-        shared = np.outer(errors, self._errors) * alike(plans, self.plans)  # (N, T)
+        shared = np.outer(errors, self._errors) * alike(plans, self.plans, self.tuning)  # (N, T)
         correction: np.ndarray = shared @ cho_solve(self._factor, self._levels - predicted)
         explained = (shared * cho_solve(self._factor, shared.T).T).sum(1)
         return correction, np.sqrt(np.maximum(errors**2 - explained, 0.0))

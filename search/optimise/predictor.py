@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from rankfront.search.optimise.accuracy import MIN_PREDICTIONS, POOR_ERROR, RECENT
 from rankfront.search.optimise.corrections import Corrections, corrections_of
 from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.history import History
@@ -39,7 +38,7 @@ class Predictor:
         self.menu = menu
         self.space = space
         self.goal = goal
-        self.history = History(menu, space, goal)
+        self.history = History(menu, space, goal, tuning)
         places = {site.name: place for site, place in space.sites.items()}
         at = [places[line.site] for line in menu.lines]
         blocks = [-1 if place.block is None else place.block for place in at]
@@ -62,30 +61,32 @@ class Predictor:
             return
         plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
         corrections = [self._correction(number, taylor) for number, taylor in self.history.taylor_of.items()]
-        self.surrogate.corrections = [found for found in corrections if found is not None]
+        self.surrogate.terms.corrections = [found for found in corrections if found is not None]
         self.surrogate.fit(plans, levels, spreads)
         self._assess()
-        self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels))
+        self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels), self.tuning)
         if self.tuning.neighbours:
             predicted, errors = self.uncorrected(plans)
             # What noise made large is no surer for it.
-            self.neighbours = Neighbours(plans, levels, errors, spreads / np.exp(np.minimum(levels, predicted)))
+            relative = spreads / np.exp(np.minimum(levels, predicted))
+            self.neighbours = Neighbours(plans, levels, errors, relative, self.tuning)
 
     def _assess(self) -> None:
         """Estimate the surrogate's error from what it would have predicted of recent trials.
 
         By the rule of `Calibration.poor`, though of the surrogate alone: slopes do not make it better.
         """
-        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < self.tuning.prior_error])[-RECENT:]
+        tuning = self.tuning
+        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < tuning.prior_error])[-tuning.recent :]
         median = float(np.median(missed)) if len(missed) else 0.0
-        self.poor = len(missed) >= MIN_PREDICTIONS and median > POOR_ERROR
-        variances = [self.tuning.prior_error**2] * self.tuning.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
+        self.poor = len(missed) >= tuning.least_predictions and median > tuning.poor_error
+        variances = [tuning.prior_error**2] * tuning.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
         self.error = math.sqrt(sum(variances) / len(variances))
 
     def _correction(self, number: int, taylor: TaylorModel) -> Corrections | None:
         """What the slopes of trial ``number`` say of the menu: worked out once, for it does not depend on the level."""
         if number not in self._corrections:
-            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.features)
+            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.terms.features, self.tuning)
         return self._corrections[number]
 
     # -- predicting
@@ -121,7 +122,7 @@ class Predictor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`levels` of plans (T, lines) by surrogate and slopes alone."""
         logs = self.surrogate.predict(places, coefficients)
-        near, errors = surest(self.history.taylor_models, places, self.scalings)
+        near, errors = surest(self.history.taylor_models, places, self.scalings, self.tuning)
         weight = self.error**2 / (self.error**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
         return mixed, np.minimum(self.error * np.sqrt(1 - weight), self.tuning.prior_error)

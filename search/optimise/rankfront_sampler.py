@@ -125,5 +125,5 @@ def make_rankfront_sampler(
     tuning: Tuning = DEFAULT,
 ) -> RankfrontSampler:
     """Our sampler for a study whose menu and dense model are measured."""
-    goal = make_goal(config, space, dense, origin["dtype"], timings)
+    goal = make_goal(config, space, dense, origin["dtype"], timings, tuning)
     return RankfrontSampler(Predictor(menu, space, goal, config.search.seed, tuning), config.search.seed)

@@ -28,7 +28,7 @@ def corrected(predictor: Predictor, coefficients: Coefficients | None = None, me
     ``menu`` is the same with its costs weighed otherwise; budgets are in its size.
     """
     used, priced = coefficients or predictor.surrogate.mean, menu or predictor.menu
-    if predictor.surrogate.corrections:
+    if predictor.surrogate.terms.corrections:
         return _Banded(predictor.surrogate, used, priced)
     return sweep(priced, predictor.surrogate.losses(used))
 

@@ -55,6 +55,73 @@ class Tuning:
     bands: int = 10  # shares of the dense size that the corrected menu is solved for each by itself; guess
     band_rounds: int = 3  # of solving for a budget whose plan turns out of another band; guess
     nearest: int = 2  # plans with slopes that an answer steps from; guess
+    # Ridges of objectives that nothing predicts: on what all methods save in common, and on what each does; guess.
+    ridges: tuple[float, float] = (1e-5, 1e-3)
+
+    # -- surrogate: standard deviations of its prior, in log-divergence. The single-site ones follow the spread of the
+    # gradient's prediction around measured single-site divergences on smollm2-135m (0.56), not kept: guess.
+    site_deviation: float = 0.4
+    kind_deviation: float = 0.3
+    block_deviation: float = 0.2
+    method_deviation: float = 0.3
+    offset_deviation: float = 1.0  # of a around 0; guess
+    slope_deviation: float = 0.3  # of c around 1; guess
+    unexplained: float = 0.05  # of a measurement: what neither terms nor neighbours can explain; guess
+    # Of a measurement, in nats: the error of a difference in loss over so many tokens; guess.
+    loss_spread: float = 0.004
+    spread_tokens: int = 4096
+    newton_steps: int = 6  # of each fit; guess
+
+    # -- Taylor models: prior of α and κ, mean and standard deviation. What the first steps from the menu's plan at keep
+    # 0.8 of smollm2-135m gave for switches of 10 to 100 sites (α 0.7 to 0.8, κ 3 to 4), not kept: guess.
+    first_order: tuple[float, float] = (0.75, 0.2)
+    second_order: tuple[float, float] = (3.0, 1.5)
+    first_bounds: tuple[float, float] = (0.2, 1.5)  # of α; guess
+    second_bounds: tuple[float, float] = (1.0, 12.0)  # of κ; guess
+    change_error: float = 0.25  # of a predicted change, relative to its terms; guess
+    change_floor: float = 0.004  # of the same, in nats; guess
+    taught_below: float = 0.5  # of a reference's divergence: changes surer than that teach α and κ; guess
+    taught_elsewhere: float = 3.0  # times as large is the error of what another reference teaches; guess
+    least_left: float = 0.3  # of a reference's divergence that a prediction leaves at least; guess
+
+    # -- correction factors of the menu by slopes
+    factor_deviation: float = 0.5  # of a factor around 1; guess
+    # What even exact slopes would miss: of a predicted increase, and of κ b; guess.
+    increase_error: float = 0.5
+    bend_error: float = 0.25
+    factor_bounds: tuple[float, float] = (0.25, 4.0)  # guess
+    factor_width: float = 0.12  # share of the size within which factors of one plan serve another; guess
+    factor_prior: float = 0.1  # weight of no correction: far from every plan factors fade to 1; guess
+
+    # -- neighbours
+    alike: float = 0.2  # share of the lines that differ, at which what one plan says of another falls to 1/e; guess
+    alike_noise: float = 0.02  # what plans as good as alike differ by, beside the measurement's own spread; guess
+
+    # -- accuracy of predictions
+    recent: int = 16  # trials; guess
+    least_predictions: int = 8  # fewer say nothing about a rank correlation or a median; guess
+    poor_spearman: float = 0.8  # guess
+    # Of log-divergence. On synthetic problems of 6 and 30 sites whose menu is off by a factor of 1.6 a site, with and
+    # without interactions and 10% noise, the median over 8 to 16 trials was 0.02 to 0.25; with the menu's divergences
+    # shuffled between sites and off by a factor of 7, 0.28 to 0.86 over the first 10 to 14. study: test_predictor.py
+    poor_error: float = 0.3
+    faint: float = 0.02  # nats a token; of less, noise of a few thousandths decides the logarithm; guess
+    # Of the variance of ranks; what size leaves of less is of a few neighbours that swap places. guess
+    least_variance: float = 0.02
+    # Nats a token; below, a difference from dense is noise, and a perplexity may even be better. guess
+    least_divergence: float = 1e-4
+
+    # -- target budgets and answers
+    # Fractions of the dense model's at which limits are set. guess
+    round_fractions: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+    limit_tries: int = 32  # budgets at which the most that limits allow is looked for; guess
+    limit_halvings: int = 8  # after that; guess
+    # Of the predicted divergence, relative, between an answer's knapsack and the optimum: exact takes seconds. guess
+    answer_gap: float = 1e-3
+    # Knapsacks solved for an answer, each further below limits on latency that the one before missed as measured. guess
+    answer_tries: int = 3
+    # Of what an integer program's plan stores: budgets for slopes, which see no other limit. guess
+    answer_shares: tuple[float, ...] = (1.0, 0.98, 0.95)
 
 
 DEFAULT = Tuning()

@@ -15,9 +15,6 @@ import numpy as np
 
 from rankfront.search.plans.menu import Menu
 
-COMMON_RIDGE = 1e-5
-OWN_RIDGE = 1e-3
-
 
 def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
     """s (N, M) of plans, given as places in the menu, by the methods in alphabetical order."""
@@ -30,9 +27,9 @@ def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
     return found / menu.dense
 
 
-def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray, ridges: tuple[float, float]) -> np.ndarray:
     """Values (K, ...) of plans that save ``asked`` (K, M), from those (N, ...) measured of plans that save ``known``
-    (N, M); ones where nothing was."""
+    (N, M); ones where nothing was. ``ridges`` lie on a and on each a_m."""
     if not len(values):
         return np.ones((len(asked), *values.shape[1:]))
 
@@ -40,6 +37,6 @@ def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarr
         return np.hstack([np.ones((len(saved), 1)), saved.sum(1, keepdims=True), saved])
 
     x = design(known)
-    ridge = np.diag([0.0, COMMON_RIDGE, *[OWN_RIDGE] * known.shape[1]])
+    ridge = np.diag([0.0, ridges[0], *[ridges[1]] * known.shape[1]])
     found: np.ndarray = design(asked) @ np.linalg.lstsq(x.T @ x + ridge, x.T @ values, rcond=None)[0]
     return found
