@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from rankfront.methods import DENSE, DENSE_OPTION, InputError, Option, Site, get_method
+from rankfront.methods import DENSE, InputError, Option, Site, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.names import Place
 from rankfront.search.plans.plan import Plan
@@ -73,7 +73,7 @@ class Space:
         Sites of a group that differ in what they may choose (by a rule, say) get variables of their own.
         """
         if self.groups == 0:
-            return [self._single(site) for site in self.choices]
+            return [Single.of(site, choices) for site, choices in self.choices.items()]
         grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], dict[str, Choices]] = {}
         for site, choices in self.choices.items():
             group = self._group(site, self.groups)
@@ -101,12 +101,6 @@ class Space:
             hurt[group] = hurt.get(group, 0.0) + (known[len(known) // 2] if known else 0.0)
         alone = frozenset(sorted(hurt, key=lambda group: -hurt[group])[:count])
         return Space(self.sites, self.config, self.groups, alone)
-
-    def _single(self, site: Site) -> Single:
-        options = set(self.choices[site].options.values())
-        cost = {option: get_method(option.method).storage(site, option).parameters for option in options}
-        ordered = sorted(options, key=lambda option: (-cost[option], option.label))
-        return Single(site.name, self.choices[site], (DENSE_OPTION, *ordered))
 
     def _group(self, site: Site, bands: int) -> str:
         place, depth = self.sites[site], self._depth
@@ -152,16 +146,12 @@ class Space:
         """``plan`` without the sites whose weights a larger one treats."""
         kept: dict[str, Option] = {}
         claimed: set[str] = set()
-        for site in self._largest_first:
+        for site in sorted(self.choices, key=lambda site: -len(site.weights)):
             paths = {weight.path for weight in site.weights}
             if site.name in plan.by_site and claimed.isdisjoint(paths):
                 kept[site.name] = plan.by_site[site.name]
                 claimed |= paths
         return Plan.of(kept, dict(plan.origin))
-
-    @cached_property
-    def _largest_first(self) -> list[Site]:
-        return sorted(self.choices, key=lambda site: -len(site.weights))
 
     def anchor_parameters(self, anchor: Anchor) -> Parameters:
         """The draws that give the same method and kept fraction everywhere, to enqueue so that samplers learn from it.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import optuna
 
-from rankfront.methods import DENSE_OPTION, Option
+from rankfront.methods import DENSE_OPTION, Option, Site, get_method
 
 DENSE_KEEP = 1.0
 Parameters = dict[str, int | str]  # of a trial: variable -> what was drawn
@@ -105,6 +105,13 @@ class Single:
     name: str
     choices: Choices
     options: tuple[Option, ...]
+
+    @classmethod
+    def of(cls, site: Site, choices: Choices) -> Single:
+        options = set(choices.options.values())
+        cost = {option: get_method(option.method).storage(site, option).parameters for option in options}
+        ordered = sorted(options, key=lambda option: (-cost[option], option.label))
+        return cls(site.name, choices, (DENSE_OPTION, *ordered))
 
     @property
     def members(self) -> Collection[str]:
