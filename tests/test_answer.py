@@ -302,5 +302,6 @@ class Tabled:
 )
 def test_a_limit_moves_by_what_the_table_was_wrong_about_the_plan_nearest_to_it(plans, bound):
     measured = {(name,): SimpleNamespace(values=[value]) for name, (_, value) in plans.items()}
-    learned = _Learned(SimpleNamespace(measured=measured), Tabled(plans), ["latency"])
+    history, menu = SimpleNamespace(measured=measured), SimpleNamespace(decode=lambda places: places)
+    learned = _Learned(SimpleNamespace(history=history, menu=menu), Tabled(plans), ["latency"])
     assert learned._tightened(Constraint.parse("latency<=0.9")).bound == pytest.approx(bound)
