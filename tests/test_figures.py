@@ -139,7 +139,7 @@ def test_a_record_says_how_the_model_runs(residents, method, monkeypatch):
     assert notes["unpacked"] == (len(plan.choices) if method == "oats" else 0)
     assert notes["joined"] == 0
     monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: True)
-    resident.compressed.join()
+    resident.timed.join()
     again = resident.run(Job("trial", 1, plan))["notes"]
     assert again["joined"] == (0 if method == "oats" else 10)  # q/k/v and gate/up, in two blocks
     assert again["resident_bytes"] == notes["resident_bytes"]

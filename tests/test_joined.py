@@ -297,7 +297,7 @@ def test_joined_a_model_says_the_same(architecture, made):
         alone = resident.compressed.model(input_ids=ids).logits
         names = list(resident.compressed.model.state_dict())
         held = make_objective("resident_bytes", {}).value(resident.subject(plan, Clock()))
-        done = resident.compressed.join()
+        done = resident.timed.join()
         torch.testing.assert_close(resident.compressed.model(input_ids=ids).logits, alone, rtol=1e-4, atol=1e-4)
     assert list(resident.compressed.model.state_dict()) == names
     assert make_objective("resident_bytes", {}).value(resident.subject(plan, Clock())) == held
@@ -305,7 +305,7 @@ def test_joined_a_model_says_the_same(architecture, made):
     if architecture.name in KNOWN:
         assert groups == KNOWN[architecture.name]
     resident.compressed.apply(Plan(()))
-    resident.compressed.join()
+    resident.timed.join()
     with torch.inference_mode():
         resident.compressed.model(input_ids=ids)
 
@@ -319,7 +319,7 @@ def test_an_export_runs_as_joined_as_it_was_here(made, tmp_path, monkeypatch):
     exporting.export(resident.setup, row, out, "factored")
     loaded = AutoModelForCausalLM.from_pretrained(out)
     resident.compressed.apply(plan)
-    done = resident.compressed.join()
+    done = resident.timed.join()
     assert loaded.config.quantization_config.joined == done
     for group in done:
         members = [loaded.get_submodule(path) for path in group["modules"]]

@@ -302,7 +302,7 @@ def test_a_prepacked_study_joins_nothing(model_folder, text_file, monkeypatch):
     resident.compressed.apply(
         Plan.of({site.name: options[0] for site, options in resident.compressed.space.wanted().items()})
     )
-    assert resident.compressed.join() == []
+    assert resident.timed.join() == []
 
 
 def test_settings_that_contradict_each_other_are_refused():

@@ -5,25 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
 from rankfront.methods.layers import replacement, row_scale, set_module
-from rankfront.objectives.latency import Latency, Timed
-from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer, use_attention
 from rankfront.search.inputs.own_text import Progress
 from rankfront.search.inputs.sites import find_sites
-from rankfront.search.measure.joining import join_faster
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.setup import Setup, make_space
-from rankfront.search.measure.timing import Stopwatches
 from rankfront.search.names import Place
-from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.plans.plan import Plan, check_disjoint, check_option
 
 
@@ -87,35 +81,6 @@ class CompressedModel:
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.setup.source)
-
-    def join(self) -> list[dict[str, Any]]:
-        """Run right factors that read the same input as one product where that is faster; what is joined.
-
-        Nothing where weights are prepacked, each by itself.
-        """
-        if self.prepacks:
-            return []
-        lengths = next(iter(self.timed.values()), Latency())
-        return join_faster(self.modules, self._inputs, lengths, self.watches)
-
-    @cached_property
-    def timed(self) -> dict[str, Timed]:
-        return timed_objectives(self.setup.config.objectives)
-
-    @property
-    def prepacks(self) -> bool:
-        return any(objective.prepack for objective in self.timed.values())
-
-    @cached_property
-    def _inputs(self) -> dict[str, str]:
-        """Path of every linear -> path of the first that reads the same input."""
-        linears = [path for path, module in self.dense_modules.items() if not isinstance(module, nn.Embedding)]
-        with self.dense():
-            return shared_inputs(self.model, linears, self.setup.tokens["search"][:1, :8].to(self.setup.device))
-
-    @cached_property
-    def watches(self) -> Stopwatches:
-        return Stopwatches(Path(self.setup.cache), self.setup.device, DTYPES[self.setup.dtype], self.prepacks)
 
     def apply_one(self, site: Site, option: Option) -> None:
         """Make the model run dense but for one site."""

@@ -23,6 +23,7 @@ from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS, pred
 from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.measure.slopes import measure_slopes
+from rankfront.search.measure.timed_model import TimedModel
 from rankfront.search.measure.timing import time_sites, time_whole
 from rankfront.search.plans.job import Job, Kind, Record
 from rankfront.search.plans.latency_table import pack
@@ -40,6 +41,7 @@ class JobRunner:
     def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
         self.setup = setup
         self.compressed = CompressedModel(setup, progress)
+        self.timed = TimedModel(self.compressed)
         self.tokens = EvaluationTokens(setup.tokens["search"], setup.config.rung_windows(), setup.config.search.seed)
         self.teachers: dict[int, Teacher] = {}  # by rung
         self.probe_teacher: Teacher | None = None  # on the windows of the menu's probes
@@ -97,9 +99,9 @@ class JobRunner:
         compressed = self.compressed
         with clock.phase("apply"):
             compressed.apply(plan)
-        if compressed.timed:
+        if self.timed.objectives:
             with clock.phase("join"):
-                compressed.join()
+                self.timed.join()
         inside = {site: place.block is not None for site, place in compressed.sites.items()}
         cost = cost_of(plan, inside, compressed.dense_values, DTYPES[self.setup.dtype].itemsize)
         teacher = None
@@ -229,7 +231,7 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
 def measure_timing(runner: JobRunner, job: Job) -> Record:
     """The latency table of every latency among the objectives: name -> sites and the whole dense model."""
     clock, compressed = Clock(), runner.compressed
-    store, dense, watches = compressed.store, compressed.dense_modules, compressed.watches
+    store, dense, watches = compressed.store, compressed.dense_modules, runner.timed.watches
     compressed.apply(job.plan)
     outside = {site.name for site, place in compressed.sites.items() if place.block is None}
 
@@ -238,7 +240,7 @@ def measure_timing(runner: JobRunner, job: Job) -> Record:
 
     wanted, found = store.usable(compressed.space.wanted()), {}
     with clock.phase("timing"):
-        for name, objective in compressed.timed.items():
+        for name, objective in runner.timed.objectives.items():
             sites = time_sites(objective, wanted, outside, dense, store, made, watches)
             whole = time_whole(objective, compressed.model, runner.setup.tokens["search"])
             found[name] = {"sites": pack(sites), "whole": whole}

@@ -32,6 +32,7 @@ from rankfront.search.measure.control import reported
 from rankfront.search.measure.joining import separate
 from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
+from rankfront.search.measure.timed_model import TimedModel
 from rankfront.search.output import verify
 from rankfront.search.output.control_check import warning
 from rankfront.search.plain import markdown
@@ -167,7 +168,7 @@ def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) ->
 
 def _mark(model: Any, compressed: CompressedModel) -> None:
     """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
-    joined = compressed.join()
+    joined = TimedModel(compressed).join()
     separate(compressed.modules.values())  # files hold every factor by itself
     config = RankfrontConfig(modules=compressed.layers, tied=_tied(model, compressed.layers), joined=joined)
     model.config.quantization_config = config
