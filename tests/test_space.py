@@ -1,5 +1,7 @@
 """The space: which sites and options are open, and the variables that samplers draw."""
 
+import random
+
 import common
 import optuna
 import pytest
@@ -95,7 +97,6 @@ def test_a_tied_matrix_is_named_by_either_of_its_modules(pattern):
 def test_a_table_takes_only_methods_without_statistics():
     space = make_space(include=["model.embed_tokens"])
     assert space.methods == ["svd"]
-    assert space.needs == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -250,9 +251,25 @@ def test_an_anchor_between_levels_is_the_nearest_once():
     assert labels == ["dense", "svd keep=0.8", "svd keep=0.3"]
 
 
-def test_needs_are_those_of_the_methods_in_the_space():
-    assert make_space(methods=["svd"]).needs == frozenset()
-    assert make_space(methods=["svd", "asvd", "svd-llm"]).needs == {"absolute", "gram"}
+@pytest.mark.parametrize("seed", range(3))
+def test_encoding_a_plan_and_decoding_it_are_each_others_inverse(seed):
+    space = make_space(groups=0)
+    chooser = random.Random(seed)
+    plan = Plan.of({site.name: chooser.choice([DENSE_OPTION, *options]) for site, options in space.wanted().items()})
+    assert space.decode(space.encode(plan)) == plan
+    assert space.encode(space.decode({})) == dict.fromkeys(space.options, 0)
+    with pytest.raises(ValueError, match="tied"):
+        make_space(groups=2).encode(plan)
+
+
+def test_untying_makes_another_space():
+    space = make_space(deep_sites(3), 1)
+    kinds = [variable.name for variable in space.variables]
+    worst = next(iter(space.choices)).name
+    untied = space.untied({worst: {"some option": 1.0}}, 1)
+    assert [variable.name for variable in space.variables] == kinds
+    alone = {variable.name for variable in untied.variables} - set(kinds)
+    assert alone == {site.name for site in space.choices if site.name.endswith(worst.partition("layers.0.")[2])}
 
 
 # -- sites that share weights

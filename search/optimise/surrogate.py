@@ -81,9 +81,8 @@ class Surrogate:
         if not len(self._observed):
             return base
         left = self._observed - self.explained(self._plans, coefficients)
-        return base + self.residual**2 * alike(plans, self._plans, self.tuning) @ np.linalg.solve(
-            self._unexplained, left
-        )
+        near = alike(plans, self._plans, self.tuning)
+        return base + self.residual**2 * near @ np.linalg.solve(self._unexplained, left)
 
     @property
     def _unexplained(self) -> np.ndarray:

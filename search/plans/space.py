@@ -55,11 +55,6 @@ class Space:
         """Every method that some site may take."""
         return sorted({name for choices in self.choices.values() for name in choices.methods})
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Every statistic that some method needs."""
-        return frozenset(need for name in self.methods for need in get_method(name).needs)
-
     def wanted(self) -> dict[Site, list[Option]]:
         """Every option of every site, each once."""
         return {
