@@ -9,7 +9,7 @@ from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.solvers import Solver
 from rankfront.search.plans.knapsack import sweep
 
-ROUNDING = 1e-6  # stored values
+ROUNDING = 1e-6  # stored values; what floating point leaves below a whole number of them
 
 
 def target_budgets(predictor: Predictor) -> np.ndarray:

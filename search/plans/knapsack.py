@@ -16,6 +16,7 @@ from rankfront.methods import InputError
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.regions import Merged
 
+# Time against how near the optimum is; guess, both.
 MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
 REPAIRS = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
 

@@ -20,12 +20,14 @@ import numpy as np
 from rankfront.search.plans.knapsack import check_budget, sweep
 from rankfront.search.plans.menu import Menu, Places
 
+# How hard the solver tries; guess, all of them.
 MULTIPLIERS = 48  # from one that keeps everything dense to one that keeps everything cheapest
 BISECTIONS = 8  # multipliers tried between two of those for a given budget
 EXCHANGES = 200  # pairs of moves made at most
 PAIRED = 256  # moves up and moves down of which every pair is looked at
-FEW = 32  # lines
+FEW = 32  # lines, up to which the dynamic program's plan is a start too
 LAST = 2  # candidates that are filled up
+# Numerical.
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
 UNLIKELY = 1e6  # nats; the same where differences of losses are added up, which digits have to be left for

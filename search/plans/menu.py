@@ -13,7 +13,7 @@ from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.regions import Region, regions_of, rivals_of
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
-GRAINS = 50_000  # of the whole size where several costs are weighed against each other
+GRAINS = 50_000  # of the whole size where several costs are weighed against each other; guess
 Places = tuple[int, ...]  # a plan as an index into the options of each line of a menu
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
 

@@ -14,7 +14,7 @@ from math import ceil
 
 import numpy as np
 
-POINTS = 128  # combined choices of a region that an allocator sees
+POINTS = 128  # combined choices of a region that an allocator sees; guess
 
 
 @dataclass(frozen=True)
