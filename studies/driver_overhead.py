@@ -1,4 +1,4 @@
-"""What the driver itself costs: seconds and reads of storage a trial, and seconds to read and to relaunch a run.
+"""What scheduling itself costs: seconds and reads of storage a trial, and seconds to read and to relaunch a run.
 
     python studies/driver_overhead.py [--samplers random tpe rankfront] [--sizes 100 300 1000] [--runs FOLDER]
 
@@ -32,6 +32,7 @@ os.environ.setdefault("RANKFRONT_CACHE", tempfile.mkdtemp(prefix="rankfront-over
 
 import importlib.util  # noqa: E402
 
+import numpy as np  # noqa: E402
 import optuna  # noqa: E402
 import torch  # noqa: E402
 from common import RESULTS, keep_cells, provenance, read_cells, write_page  # noqa: E402
@@ -41,25 +42,26 @@ from rich.console import Console  # noqa: E402
 from rankfront.search.measure.prepare import prepare_store  # noqa: E402
 from rankfront.search.measure.runner import JobRunner  # noqa: E402
 from rankfront.search.measure.setup import make_space  # noqa: E402
-from rankfront.search.run.driver import Driver  # noqa: E402
 from rankfront.search.run.progress import Display  # noqa: E402
+from rankfront.search.run.scheduler import Scheduler  # noqa: E402
 from rankfront.search.study import Study  # noqa: E402
 
 LAST = 50
+READS = ("get_all_trials", "get_study_user_attrs")
 CELLS = RESULTS / "driver_overhead.jsonl"
-PAGE = """# What the driver costs
+PAGE = """# What scheduling costs
 
 Between two measurements, over the {last} trials before each size, on a tiny random Llama of 15 sites. How is said at
 the top of `studies/driver_overhead.py`.
 
-| sampler | trials | driver, ms a trial | lists of trials asked for, a trial | attributes of the study read, a trial |
-| --- | --- | --- | --- | --- |
+| sampler | trials | ms a trial | of processor time | reads of all trials, a trial | of the attributes of the study |
+| --- | --- | --- | --- | --- | --- |
 {lines}
 
 Seconds of reading a run and of launching it once more, imports aside:
 
-| sampler | trials | `front` | relaunch |
-| --- | --- | --- | --- |
+| sampler | trials | `front` | of processor time | relaunch | of processor time |
+| --- | --- | --- | --- | --- | --- |
 {reopened}
 
 ```
@@ -80,8 +82,7 @@ def _helpers() -> Any:
 @contextmanager
 def counted(reads: Counter[str]) -> Iterator[None]:
     """Within, ``reads`` counts what is asked of the storage."""
-    names = ("get_all_trials", "get_study_user_attrs")
-    originals = {name: getattr(_CachedStorage, name) for name in names}
+    originals = {name: getattr(_CachedStorage, name) for name in READS}
 
     def counting(name: str) -> Any:
         def read(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -91,12 +92,17 @@ def counted(reads: Counter[str]) -> Iterator[None]:
         return read
 
     try:
-        for name in names:
+        for name in READS:
             setattr(_CachedStorage, name, counting(name))
         yield
     finally:
         for name, original in originals.items():
             setattr(_CachedStorage, name, original)
+
+
+def clocks() -> np.ndarray:
+    """Seconds by the clock on the wall and of this process's processor time."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def quiet() -> Console:
@@ -125,30 +131,29 @@ def measure(study: Study, sizes: list[int]) -> None:
     prepare_store(setup, space, lambda phase, done, total: None)
     study.run.define(study.config, {"dtype": setup.dtype, "device": setup.device})
     runner, reads = JobRunner(setup), Counter[str]()
-    taken: list[tuple[int, float, int, int]] = []  # trials done, seconds and both counts until then
-    seconds = 0.0
+    taken: list[tuple[int, np.ndarray]] = []  # trials done; seconds, of processor time too, and both counts until then
+    spent_on_jobs = np.zeros(2)
     with counted(reads):
-        start = time.perf_counter()
         storage = study.run.study(study.config, write=True)
-        driver = Driver(storage, study.config, space, setup.origin(), Display(quiet()).search, report=False)
+        scheduler = Scheduler(storage, study.config, space, setup.origin(), Display(quiet()).search, report=False)
         spent = 0
         while True:
-            start = time.perf_counter()
-            job = driver.next()
-            seconds += time.perf_counter() - start
+            start = clocks()
+            job = scheduler.next()
+            spent_on_jobs += clocks() - start
             if job is None:
                 break
             record = runner.run(job)
-            start = time.perf_counter()
-            driver.finish(job, record)
-            seconds += time.perf_counter() - start
+            start = clocks()
+            scheduler.finish(job, record)
+            spent_on_jobs += clocks() - start
             if job.kind != "trial" or "failure" in record:
                 continue
             spent = spent + 1 if taken else sum(row.counts for row in study.rows())
-            taken.append((spent, seconds, reads["get_all_trials"], reads["get_study_user_attrs"]))
+            taken.append((spent, np.array([*spent_on_jobs, *(reads[name] for name in READS)])))
             if spent in sizes and len(taken) > LAST:
-                (_, s0, t0, a0), (_, s1, t1, a1) = taken[-1 - LAST], taken[-1]
-                figures = {"seconds": (s1 - s0) / LAST, "trials": (t1 - t0) / LAST, "attributes": (a1 - a0) / LAST}
+                means = (taken[-1][1] - taken[-1 - LAST][1]) / LAST
+                figures = dict(zip(("seconds", "processor", "trials", "attributes"), map(float, means), strict=True))
                 cell = {"sampler": study.config.search.sampler, "size": spent, **figures, "from": provenance()}
                 keep_cells(CELLS, [cell])
                 print(json.dumps(cell), flush=True)
@@ -156,11 +161,13 @@ def measure(study: Study, sizes: list[int]) -> None:
 
 def reopen(run: Path) -> dict[str, float]:
     """Seconds of the front and of a launch that has nothing to do, in this process."""
-    start = time.perf_counter()
+    start = clocks()
     Study.open(run).front()
-    between = time.perf_counter()
+    between = clocks()
     Study.open(run).launch(quiet(), report=False)
-    return {"front": between - start, "relaunch": time.perf_counter() - between}
+    (front, front_processor), (relaunch, relaunch_processor) = between - start, clocks() - between
+    processor = {"front_processor": float(front_processor), "relaunch_processor": float(relaunch_processor)}
+    return {"front": float(front), "relaunch": float(relaunch), **processor}
 
 
 def main() -> None:
@@ -194,12 +201,14 @@ def main() -> None:
             keep_cells(CELLS, [{"sampler": sampler, "size": most, **found, "from": provenance()}])
     cells = known()
     lines = [
-        f"| {sampler} | {size} | {1e3 * cell['seconds']:.1f} | {cell['trials']:.1f} | {cell['attributes']:.1f} |"
+        f"| {sampler} | {size} | {1e3 * cell['seconds']:.1f} | {1e3 * cell['processor']:.1f} | {cell['trials']:.1f} |"
+        f" {cell['attributes']:.1f} |"
         for (sampler, size), cell in cells.items()
         if size > 0
     ]
     reopened = [
-        f"| {sampler} | {-size} | {cell['front']:.2f} | {cell['relaunch']:.2f} |"
+        f"| {sampler} | {-size} | {cell['front']:.2f} | {cell['front_processor']:.2f} | {cell['relaunch']:.2f} |"
+        f" {cell['relaunch_processor']:.2f} |"
         for (sampler, size), cell in cells.items()
         if size < 0
     ]

@@ -25,7 +25,7 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.plan import Plan
-from rankfront.search.run.driver import Driver
+from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.storage.front import Row
 from rankfront.search.study import Study
 
@@ -60,13 +60,13 @@ def make_run(data: Mapping[str, Any], run: Path) -> Study:
     return study
 
 
-def make_driver(data: Mapping[str, Any], run: Path) -> tuple[Driver, JobRunner]:
-    """A driver over a study in memory, and its resident model."""
+def make_scheduler(data: Mapping[str, Any], run: Path) -> tuple[Scheduler, JobRunner]:
+    """A scheduler over a study in memory, and its resident model."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = Study(data, run)
     setup = study.setup()
     memory = optuna.create_study(directions=["minimize"] * 2)
-    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None), JobRunner(setup)
+    return Scheduler(memory, study.config, make_space(setup), setup.origin(), lambda status: None), JobRunner(setup)
 
 
 def again(study: Study, **search: Any) -> Study:

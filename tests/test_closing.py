@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import optuna
 import pytest
-from launching import again, make_driver, make_run, quiet
+from launching import again, make_run, make_scheduler, quiet
 from test_fidelity import DENSE, RUNGS, check_front, complete, make_data, members
 
 from rankfront.search.attributes import INTERRUPTED
@@ -14,8 +14,8 @@ from rankfront.search.constraint import Constraint
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.samplers import OPTUNA_SAMPLERS, make_sampler
 from rankfront.search.output.report import front_figure
-from rankfront.search.run.driver import Driver
 from rankfront.search.run.launch import Launch
+from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
 from rankfront.search.storage.picking import best_meeting
 
@@ -123,8 +123,7 @@ def test_the_limits_hold(model_folder, text_file, tmp_path, limit, expected):
 
 
 def test_no_closing_after_the_time_has_run_out(model_folder, text_file, tmp_path, monkeypatch):
-    spent = Driver.spent.fget
-    monkeypatch.setattr(Driver, "elapsed", property(lambda self: 100.0 if spent(self) >= 8 else 0.0))
+    monkeypatch.setattr(Scheduler, "elapsed", property(lambda self: 100.0 if self.state().spent >= 8 else 0.0))
     data = limited(model_folder, text_file, "random", trials=25, time="60s")
     study = make_run(data, tmp_path / "run")
     assert len(complete(study)) == 8
@@ -157,15 +156,15 @@ def test_a_closed_study_goes_on_at_the_first_rung_and_closes_again(model_folder,
 @pytest.mark.parametrize("workers", [2, 4])
 def test_several_workers_lift_the_front(model_folder, text_file, tmp_path, workers):
     """The last to start is the first to finish; nobody waits for nothing, and no limit is passed."""
-    driver, resident = make_driver(limited(model_folder, text_file, "random", trials=30), tmp_path / "run")
+    scheduler, resident = make_scheduler(limited(model_folder, text_file, "random", trials=30), tmp_path / "run")
     jobs, rows = [], []
-    while not driver.done:
-        while len(jobs) < workers and (job := driver.next()) is not None:
+    while not scheduler.done:
+        while len(jobs) < workers and (job := scheduler.next()) is not None:
             jobs.append(job)
         assert jobs
         job = jobs.pop()
-        driver.finish(job, resident.run(job))
-        rows = driver.rows()
+        scheduler.finish(job, resident.run(job))
+        rows = scheduler.state().rows
         assert sum(row.state in ("complete", "running") for row in rows) <= 30
     assert {row.rung for row in front_of(rows)} == {TOP}
 

@@ -12,12 +12,12 @@ from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES
-from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.budgets import target_budgets
-from rankfront.search.optimise.continuation import END, MORE, POOLED, START, STEP, Paths, next_plan, pooled, stops
+from rankfront.search.optimise.continuation import END, POOLED, START, STEP, next_plan, path_sizes, pooled, stops
 from rankfront.search.optimise.opening import opening_budgets
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.knapsack import sweep
+from rankfront.search.run.paths import MORE
 from rankfront.search.study import Study
 
 LINES, OPTIONS = 12, 5
@@ -87,9 +87,9 @@ def test_where_effects_add_up_the_path_is_the_knapsack_s_at_every_stop(seed):
 @pytest.fixture
 def data(model_folder, text_file, monkeypatch):
     """A study that goes a short path as soon as it may, and a longer one once that is worth it."""
-    monkeypatch.setattr("rankfront.search.optimise.continuation.FEWEST", 32)
+    monkeypatch.setattr("rankfront.search.run.paths.FEWEST", 32)
     monkeypatch.setattr("rankfront.search.optimise.continuation.STEP", 0.05)
-    monkeypatch.setattr("rankfront.search.run.driver.SLOPE_TOKENS", 32)
+    monkeypatch.setattr("rankfront.search.run.budget.SLOPE_TOKENS", 32)
     data = small_data(model_folder, text_file, sampler=OURS, trials=24, anchors=[], rungs=[64])
     data["data"]["search"]["windows"] = 32
     data["space"] |= {"methods": ["svd-llm"], "keep": [0.2, 0.4, 0.6, 0.8]}
@@ -109,7 +109,7 @@ def stops_of(study):
 def sizes_of(study, predictor):
     """Where its paths stop."""
     targets = opening_budgets(target_budgets(predictor), predictor.menu.even.dense)
-    return Paths(study._optuna(), make_space(study.setup()), predictor, targets, None).sizes
+    return path_sizes(predictor, targets)
 
 
 def check_paths(study):

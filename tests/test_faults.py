@@ -8,14 +8,14 @@ import sys
 import optuna
 import pytest
 import torch
-from launching import again, check_whole, make_driver, make_run, quiet, small_data, values_of
+from launching import again, check_whole, make_run, make_scheduler, quiet, small_data, values_of
 
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
 from rankfront.objectives.parameters import Parameters
+from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.measure.setup import make_space
-from rankfront.search.run.driver import INTERRUPTED
 from rankfront.search.study import Study
 
 TRIALS = 6
@@ -260,15 +260,15 @@ def test_a_tiny_time_limit_ends_the_launch_and_more_time_goes_on(data, tmp_path)
 def test_workers_together_spend_no_more_tokens_than_one(data, tmp_path, sampler):
     """What runs counts before it is told: at most the last job goes beyond the limit."""
     data["search"] |= {"tokens": 4 * 32 * 10 + 1, "trials": 100, "sampler": sampler}
-    driver, resident = make_driver(data, tmp_path / "run")
+    scheduler, resident = make_scheduler(data, tmp_path / "run")
     largest = 0
-    while not driver.done:
-        jobs = [job for job in (driver.next() for _ in range(8)) if job]
+    while not scheduler.done:
+        jobs = [job for job in (scheduler.next() for _ in range(8)) if job]
         for job in jobs:
-            before = driver.tokens
-            driver.finish(job, resident.run(job))
-            largest = max(largest, driver.tokens - before)
-    assert data["search"]["tokens"] <= driver.tokens < data["search"]["tokens"] + largest
+            before = scheduler.state().tokens
+            scheduler.finish(job, resident.run(job))
+            largest = max(largest, scheduler.state().tokens - before)
+    assert data["search"]["tokens"] <= scheduler.state().tokens < data["search"]["tokens"] + largest
 
 
 def test_a_limit_that_the_menu_alone_spends_is_refused(data, tmp_path):

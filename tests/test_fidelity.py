@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from launching import again, make_driver, make_run, quiet, small_data, verify_here
+from launching import again, make_run, make_scheduler, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import INTERRUPTED
@@ -354,14 +354,14 @@ def test_an_interrupted_dense_model_is_measured_again(data, tmp_path, monkeypatc
 
 def test_nothing_goes_on_before_the_dense_model_is_measured(data, tmp_path):
     """Of several workers the one with the dense model may be the last."""
-    driver, resident = make_driver(data, tmp_path / "run")
-    jobs = [driver.next() for _ in range(REDUCTION + 1)]
+    scheduler, resident = make_scheduler(data, tmp_path / "run")
+    jobs = [scheduler.next() for _ in range(REDUCTION + 1)]
     assert not jobs[0].plan.choices
     for job in jobs[1:]:
-        driver.finish(job, resident.run(job))
-    assert not [row for row in driver.rows() if row.rung]
-    driver.finish(jobs[0], resident.run(jobs[0]))
-    assert [row.state for row in driver.rows() if row.rung == 1] == ["waiting"] * 2  # dense, and one of three
+        scheduler.finish(job, resident.run(job))
+    assert not [row for row in scheduler.state().rows if row.rung]
+    scheduler.finish(jobs[0], resident.run(jobs[0]))
+    assert [row.state for row in scheduler.state().rows if row.rung == 1] == ["waiting"] * 2  # dense, and one of three
 
 
 def test_a_failed_trial_does_not_go_on(data, tmp_path, monkeypatch):

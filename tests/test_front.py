@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from rankfront.methods import InputError
+from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.constraint import Constraint
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.plans.plan import Plan
-from rankfront.search.run.driver import INTERRUPTED
 from rankfront.search.storage.front import Box, Row, box_of, dense_row, frame, front_of, hypervolume, knee
 from rankfront.search.storage.picking import holds, meeting
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from launching import again, check_whole, make_run, quiet, small_data
-from test_rankfront_study import make_driver
+from test_rankfront_study import make_scheduler
 
 from rankfront.search.choices import OURS
 from rankfront.search.measure.runner import MEASURES
@@ -117,13 +117,13 @@ def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, mo
 
 def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     """Room for a trial after them is left; as few as say little are none."""
-    monkeypatch.setattr("rankfront.search.run.driver.SLOPE_TOKENS", 16)
-    monkeypatch.setattr("rankfront.search.run.driver.slope_tokens", lambda spent, quality: 10**6)
-    driver = make_driver(Study(data))
-    (trial,) = driver.halving.tokens
+    monkeypatch.setattr("rankfront.search.run.budget.SLOPE_TOKENS", 16)
+    monkeypatch.setattr("rankfront.search.run.budget.slope_tokens", lambda spent, quality: 10**6)
+    scheduler = make_scheduler(Study(data))
+    (trial,) = scheduler.budget.tokens
     for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
-        driver.halving = replace(driver.halving, limit=np.array([100.0, left]))
-        assert driver._slope_tokens == expected
+        budget = replace(scheduler.budget, limit=np.array([100.0, left]))
+        assert budget.slope_tokens(scheduler.state(), scheduler.in_flight) == expected
 
 
 def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
@@ -195,7 +195,7 @@ def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatc
     assert any(row.origin == OURS for row in study.rows())
     monkeypatch.setattr("rankfront.search.optimise.opening.WARM_START", (0.87, 0.66, 0.43))
     monkeypatch.setattr(
-        "rankfront.search.run.driver.opening_budgets", lambda targets, dense: [0.87 * dense, 0.66 * dense]
+        "rankfront.search.run.rankfront_strategy.opening_budgets", lambda targets, dense: [0.87 * dense, 0.66 * dense]
     )
     longer = again(study, trials=14)
     longer.launch(quiet())

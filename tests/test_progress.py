@@ -6,13 +6,15 @@ from types import SimpleNamespace
 from launching import quiet
 
 from rankfront.search.optimise.accuracy import Calibration
-from rankfront.search.run.progress import Display, _status
+from rankfront.search.run.progress import Display, line_of
+from rankfront.search.run.scheduler import Status
 
 GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_error=0.034, error=0.08)
 
 
 def line(calibrated):
-    return _status([], ["perplexity"], "", calibrated)
+    config = SimpleNamespace(objectives={"perplexity": {}}, search=SimpleNamespace(time=None))
+    return line_of(Status(config, [], 0, 0.0, False), calibrated)
 
 
 def test_the_line_has_all_figures_of_the_calibration():

@@ -79,7 +79,7 @@ def test_proposals_go_on_until_every_plan_is_measured():
 
 
 def run_with_slopes(problem, study, sampler, trials, pending=1):
-    """Slopes wherever the sampler wants them, as the driver has it; the plans that were proposed."""
+    """Slopes wherever the sampler wants them, as the scheduler has it; the plans that were proposed."""
     plans, references = [], []
     while len(plans) < trials:
         number = slopes_due(sampler, study)

@@ -18,10 +18,11 @@ from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.goal import make_goal
 from rankfront.search.optimise.opening import REFERENCE, anchors_to_beat
+from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.menu_jobs import menu_jobs, menu_record
 from rankfront.search.plans.slope_cost import PASSES
-from rankfront.search.run.driver import Driver
+from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.study import Study
 
 
@@ -216,73 +217,74 @@ def test_the_seed_decides_a_whole_study(data, tmp_path):
 
 def test_several_workers_measure_different_plans(data, resident):
     """Four jobs at a time: the dense model beside the menu, then whatever is due."""
-    driver = make_driver(Study(data))
+    scheduler = make_scheduler(Study(data))
     kinds, origins = [], []
-    while not driver.done:
-        jobs = [job for job in (driver.next() for _ in range(4)) if job is not None]
+    while not scheduler.done:
+        jobs = [job for job in (scheduler.next() for _ in range(4)) if job is not None]
         kinds.append([job.kind for job in jobs])
         assert jobs
         for job in jobs:
-            driver.finish(job, resident.run(job))
-    rows = driver.rows()
+            scheduler.finish(job, resident.run(job))
+    rows = scheduler.state().rows
     origins = [row.origin for row in rows if row.state == "complete"]
     assert kinds[0] == ["menu", "trial"]
-    parts = driver.study.user_attrs["menu 0"]["jobs"]
+    parts = scheduler.study.user_attrs["menu 0"]["jobs"]
     assert sum(kind == "menu" for group in kinds for kind in group) == parts > 1
     assert origins.count(OURS) >= 2
     keys = [row.plan_key for row in rows if row.state == "complete"]
     assert len(set(keys)) == len(keys) == 14
 
 
-def make_driver(study):
-    """A driver over a study in memory."""
+def make_scheduler(study):
+    """A scheduler over a study in memory."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     setup = study.setup()
     memory = optuna.create_study(directions=["minimize"] * len(study.config.objectives))
-    return Driver(memory, study.config, make_space(setup), setup.origin(), lambda driver: None)
+    return Scheduler(memory, study.config, make_space(setup), setup.origin(), lambda status: None)
 
 
 def test_nothing_is_guessed_before_the_menu(data):
     """While a worker makes the menu, another measures the dense model, and the others wait."""
-    driver = make_driver(Study(data))
+    scheduler = make_scheduler(Study(data))
     for _ in range(6):
-        driver.next()
-    rows = [row for row in driver.rows() if row.state == "running"]
+        scheduler.next()
+    rows = [row for row in scheduler.state().rows if row.state == "running"]
     assert [row.origin for row in rows] == ["anchor: dense"]
-    assert driver.next() is None
-    assert not driver.done
+    assert scheduler.next() is None
+    assert not scheduler.done
 
 
 def test_two_anchors_that_are_one_plan_are_measured_once(data, resident):
     sites = [f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
     rules = [{"match": sites[0], "methods": ["svd"]}, {"match": sites[1], "methods": ["svd-llm"]}]
     data["space"] |= {"include": sites, "rule": rules}
-    driver = make_driver(Study(data))
-    while not driver.done:
-        job = driver.next()
+    scheduler = make_scheduler(Study(data))
+    while not scheduler.done:
+        job = scheduler.next()
         if job is not None:
-            driver.finish(job, resident.run(job))
-    keys = [row.plan_key for row in driver.rows() if row.state == "complete"]
+            scheduler.finish(job, resident.run(job))
+    keys = [row.plan_key for row in scheduler.state().rows if row.state == "complete"]
     assert len(set(keys)) == len(keys)
 
 
 def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(data):
     """At the same size the worse predicted one is left out, after the menu's own front; unknown ones are measured."""
     data["space"]["keep"], data["search"]["anchors"] = [0.3, 0.5], [0.3, 0.5]
-    driver, resident = make_driver(Study(data)), JobRunner(Study(data).setup())
-    while driver.menu is None:
-        job = driver.next()
-        driver.finish(job, resident.run(job))
-    anchors = driver.space.anchors(driver.config.search.anchors)
-    wanted = anchors_to_beat(driver.menu, driver.space, driver.config.search.anchors)
+    scheduler, resident = make_scheduler(Study(data)), JobRunner(Study(data).setup())
+    while not isinstance(scheduler.study.sampler, RankfrontSampler):
+        job = scheduler.next()
+        scheduler.finish(job, resident.run(job))
+    menu, space = scheduler.study.sampler.menu, scheduler.strategy.space
+    anchors = space.anchors(scheduler.config.search.anchors)
+    wanted = anchors_to_beat(menu, space, scheduler.config.search.anchors)
     assert anchors[0] in wanted
     predicted, expected = {}, []
     for anchor in anchors[1:]:
-        places = driver.menu.encode(driver.space.decode(driver.space.anchor_parameters(anchor)))
+        places = menu.encode(space.decode(space.anchor_parameters(anchor)))
         if places is None:
             expected.append(anchor)
         else:
-            found = (driver.menu.size(places), driver.menu.divergence(places))
+            found = (menu.size(places), menu.divergence(places))
             predicted.setdefault(found, anchor)
     for (size, divergence), anchor in predicted.items():
         others = predicted.keys() - {(size, divergence)}
@@ -290,10 +292,10 @@ def test_of_the_anchors_those_are_measured_that_no_other_is_predicted_to_beat(da
             expected.append(anchor)
     assert set(wanted[1:]) == set(expected)
     assert 0 < len(expected) < len(anchors[1:])
-    waiting = driver.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    waiting = scheduler.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
     assert [trial.user_attrs["anchor"] for trial in waiting][-len(wanted) + 1 :] == [a.label for a in wanted[1:]]
-    lines = tuple(Line(line.site, line.options[:1], line.sizes[:1], line.divergence[:1]) for line in driver.menu.lines)
-    assert anchors_to_beat(Menu(lines), driver.space, driver.config.search.anchors) == anchors
+    lines = tuple(Line(line.site, line.options[:1], line.sizes[:1], line.divergence[:1]) for line in menu.lines)
+    assert anchors_to_beat(Menu(lines), space, scheduler.config.search.anchors) == anchors
 
 
 @pytest.mark.parametrize("sampler", [OURS, "random"])
@@ -341,7 +343,7 @@ def test_a_menu_without_any_prediction_is_refused_in_one_line(data, tmp_path, mo
 
 def test_a_dense_model_that_cannot_be_measured_ends_the_study(data, tmp_path, monkeypatch):
     """Without it there is no sampler: no launch may wait for ever, the first or a later one."""
-    rounds, following, run = itertools.count(), Driver.next, JobRunner.run
+    rounds, following, run = itertools.count(), Scheduler.next, JobRunner.run
 
     def counted(self):
         assert next(rounds) < 100, "it waits for what never comes"
@@ -350,7 +352,7 @@ def test_a_dense_model_that_cannot_be_measured_ends_the_study(data, tmp_path, mo
     def failing(self, job):
         return run(self, job) if job.kind == "menu" or job.plan.choices else {"failure": "not finite: perplexity"}
 
-    monkeypatch.setattr(Driver, "next", counted)
+    monkeypatch.setattr(Scheduler, "next", counted)
     monkeypatch.setattr(JobRunner, "run", failing)
     for _ in range(2):
         with pytest.raises(InputError, match="dense model could not be measured") as caught:

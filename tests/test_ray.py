@@ -27,7 +27,7 @@ from rankfront.search.config import ResourcesConfig
 from rankfront.search.errors import GaveUp
 from rankfront.search.measure.setup import make_space
 from rankfront.search.plans.menu_jobs import menu_jobs
-from rankfront.search.run import driver, retries, workers
+from rankfront.search.run import retries, scheduler, workers
 from rankfront.search.run.workers import DIED, KILLED, reason_of
 from rankfront.search.study import Study
 
@@ -108,7 +108,7 @@ def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoi
 def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, monkeypatch, spoil):
     """One line says so, each death has its reason; what was finished is kept, and with the cause gone the next launch
     goes on."""
-    for module in (driver, retries):
+    for module in (scheduler, retries):
         monkeypatch.setattr(module, "ATTEMPTS", 1)
     deaths = "{2: lambda: os.kill(os.getpid(), 9), 3: lambda: {}['no such thing'], 4: lambda: sys.exit(7)}"
     spoil("trial 2", "trial 3", "trial 4", code=f"import sys\n{deaths}[job.number]()")

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from launching import again, check_whole, make_driver, make_run, quiet, small_data, values_of
+from launching import again, check_whole, make_run, make_scheduler, quiet, small_data, values_of
 
 from rankfront.methods import InputError
 from rankfront.search.choices import OURS
@@ -161,64 +161,64 @@ def test_the_dense_models_failure_is_said_first_and_in_its_own_words(data, tmp_p
 def test_a_menu_that_fails_beside_the_dense_model_waits_for_its_word(data, tmp_path):
     data["search"]["sampler"] = OURS
     for dense in ({"failure": "not finite: perplexity is nan"}, None):
-        driver, resident = make_driver(data, tmp_path / "run")
-        menu, first = driver.next(), driver.next()
+        scheduler, resident = make_scheduler(data, tmp_path / "run")
+        menu, first = scheduler.next(), scheduler.next()
         assert (first.kind, menu.kind) == ("trial", "menu")
-        driver.finish(menu, {"failure": "ValueError: nothing"})
-        assert driver.next() is None
+        scheduler.finish(menu, {"failure": "ValueError: nothing"})
+        assert scheduler.next() is None
         if dense:
             with pytest.raises(InputError, match="dense model could not be measured"):
-                driver.finish(first, dense)
+                scheduler.finish(first, dense)
         else:
-            driver.finish(first, resident.run(first))
+            scheduler.finish(first, resident.run(first))
             with pytest.raises(InputError, match=r"menu could not be made .*search\.menu"):
-                driver.next()
+                scheduler.next()
 
 
-# -- deaths, as the driver hears of them
+# -- deaths, as the scheduler hears of them
 
 
 def test_plans_that_kill_their_workers_fail_and_the_launch_goes_on(data, tmp_path):
     """However many they are, as long as others are measured in between."""
-    driver, resident = make_driver(data | {"search": data["search"] | {"trials": 12}}, tmp_path / "run")
+    scheduler, resident = make_scheduler(data | {"search": data["search"] | {"trials": 12}}, tmp_path / "run")
     deadly = range(1, 2 * MAX_LOST + 2, 2)
-    while not driver.done:
-        job = driver.next()
+    while not scheduler.done:
+        job = scheduler.next()
         if job.kind == "trial" and job.number in deadly:
-            driver.lost(job, DEATH)
+            scheduler.lost(job, DEATH)
         else:
-            driver.finish(job, resident.run(job))
-    assert {row.number for row in driver.rows() if row.state == "failed"} == set(deadly)
-    assert driver.spent == 12
+            scheduler.finish(job, resident.run(job))
+    assert {row.number for row in scheduler.state().rows if row.state == "failed"} == set(deadly)
+    assert scheduler.state().spent == 12
 
 
 def test_many_deaths_in_a_row_do_not_end_a_launch_whose_jobs_get_through_in_the_end(data, tmp_path):
     """Several workers die at their jobs, one after the other, and their successors measure them."""
-    driver, resident = make_driver(data, tmp_path / "run")
-    first = driver.next()
-    driver.finish(first, resident.run(first))
-    jobs = [driver.next() for _ in range(4)]
+    scheduler, resident = make_scheduler(data, tmp_path / "run")
+    first = scheduler.next()
+    scheduler.finish(first, resident.run(first))
+    jobs = [scheduler.next() for _ in range(4)]
     for _ in range(ATTEMPTS - 1):
         for job in jobs:
-            driver.lost(job, DEATH)
-        jobs = [driver.next() for _ in range(4)]
+            scheduler.lost(job, DEATH)
+        jobs = [scheduler.next() for _ in range(4)]
     for job in jobs:
-        driver.finish(job, resident.run(job))
-    assert [row.state for row in driver.rows() if row.state != "waiting"] == ["complete"] * 5
+        scheduler.finish(job, resident.run(job))
+    assert [row.state for row in scheduler.state().rows if row.state != "waiting"] == ["complete"] * 5
 
 
 def test_where_workers_die_whatever_they_measure_the_launch_gives_up(data, tmp_path):
-    driver, resident = make_driver(data, tmp_path / "run")
-    first = driver.next()
-    driver.finish(first, resident.run(first))
+    scheduler, resident = make_scheduler(data, tmp_path / "run")
+    first = scheduler.next()
+    scheduler.finish(first, resident.run(first))
     deaths = 0
     with pytest.raises(GaveUp, match=DEATH) as caught:  # noqa: PT012 - that it is raised at last is the point
         while True:
             deaths += 1
-            driver.lost(driver.next(), DEATH)
+            scheduler.lost(scheduler.next(), DEATH)
     assert "\n" not in str(caught.value)
     assert deaths == MAX_LOST * ATTEMPTS
-    assert {row.failure for row in driver.rows() if row.state == "failed"} == {f"{DEATH}; {ATTEMPTS} attempts"}
+    assert {row.failure for row in scheduler.state().rows if row.state == "failed"} == {f"{DEATH}; {ATTEMPTS} attempts"}
 
 
 def test_lost_slopes_are_measured_by_the_next_launch(data, tmp_path, monkeypatch):
@@ -240,13 +240,13 @@ def test_lost_slopes_are_measured_by_the_next_launch(data, tmp_path, monkeypatch
 def test_a_lost_latency_table_is_timed_again(data, tmp_path):
     data["search"]["sampler"] = OURS
     data["objectives"] = {"perplexity": {}, "latency": {"prompt": 8, "decode": 2}}
-    driver, _ = make_driver(data, tmp_path / "run")
-    job = driver.next()
+    scheduler, _ = make_scheduler(data, tmp_path / "run")
+    job = scheduler.next()
     assert job == Job("timing", 0, job.plan)
     for _ in range(ATTEMPTS - 1):
-        driver.lost(job, DEATH)
-        assert driver.next() == job
-        assert driver.next() is None  # alone
-    driver.lost(job, DEATH)
-    assert driver.study.user_attrs["timing"] == {"failure": f"{DEATH}; {ATTEMPTS} attempts", "lost": True}
-    assert driver.next().kind == "menu"
+        scheduler.lost(job, DEATH)
+        assert scheduler.next() == job
+        assert scheduler.next() is None  # alone
+    scheduler.lost(job, DEATH)
+    assert scheduler.study.user_attrs["timing"] == {"failure": f"{DEATH}; {ATTEMPTS} attempts", "lost": True}
+    assert scheduler.next().kind == "menu"

@@ -4,13 +4,13 @@ import pytest
 from launching import again, make_run, quiet
 from synthetic import Problem, measure_slopes, slopes_due
 from test_fidelity import DENSE, make_data
-from test_rankfront_study import make_driver
+from test_rankfront_study import make_scheduler
 
 from rankfront.search.choices import OURS
 from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
-from rankfront.search.run.driver import Driver
+from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.study import Study
 
 
@@ -38,8 +38,10 @@ def test_the_goal_is_that_of_the_first_rung_after_a_resume(model_folder, text_fi
     longer, dense = again(study, trials=30), {}
     dense = {row.rung: row.values["perplexity"] for row in study.rows() if row.plan_key == DENSE}
     setup = longer.setup()
-    driver = Driver(longer._optuna(write=True), longer.config, make_space(setup), setup.origin(), lambda driver: None)
-    assert driver.sampler.goal.dense == dense[0] != dense[1]
+    scheduler = Scheduler(
+        longer._optuna(write=True), longer.config, make_space(setup), setup.origin(), lambda status: None
+    )
+    assert scheduler.study.sampler.goal.dense == dense[0] != dense[1]
 
 
 @pytest.mark.parametrize("what", ["interrupted", "failed"])
@@ -70,10 +72,10 @@ def test_a_run_without_the_dense_model_at_the_highest_rung_goes_on(
 
 def test_slopes_lost_with_their_worker_count_for_nothing(model_folder, text_file, tmp_path):
     study = Study(make_data(model_folder, text_file, OURS, rungs=[]), tmp_path / "run")
-    driver, resident = make_driver(study), JobRunner(study.setup())
-    while (job := driver.next()).kind != "slopes":
-        driver.finish(job, resident.run(job))
-    spent, rows = driver.spent, len([row for row in driver.rows() if row.plan_key])
-    driver.lost(job, "the worker died")
-    assert driver.spent == spent
-    assert len(driver.rows()) == rows
+    scheduler, resident = make_scheduler(study), JobRunner(study.setup())
+    while (job := scheduler.next()).kind != "slopes":
+        scheduler.finish(job, resident.run(job))
+    spent, rows = scheduler.state().spent, len([row for row in scheduler.state().rows if row.plan_key])
+    scheduler.lost(job, "the worker died")
+    assert scheduler.state().spent == spent
+    assert len(scheduler.state().rows) == rows

@@ -155,7 +155,7 @@ def test_a_killed_launchers_trial_is_closed(model_folder, text_file, tmp_path, m
     study = Study(make_data(model_folder, text_file), tmp_path / "run")
     with monkeypatch.context() as patch:
         fail_at(patch, 4, SystemExit())
-        patch.setattr("rankfront.search.run.driver.Driver.abandon", lambda self: None)
+        patch.setattr("rankfront.search.run.scheduler.Scheduler.abandon", lambda self: None)
         with pytest.raises(SystemExit):
             study.launch(quiet())
     assert [row.state for row in study.rows()].count("running") == 1
@@ -257,7 +257,9 @@ def test_a_small_space_is_exhausted_and_the_study_ends(model_folder, text_file, 
 
 def test_no_time_is_left_for_searching_but_reports_are_made(model_folder, text_file, tmp_path, monkeypatch):
     study = Study(make_data(model_folder, text_file, time="1h"), tmp_path / "run")
-    monkeypatch.setattr("rankfront.search.run.driver.Driver.elapsed", property(lambda self: 3600.0 * (self.spent >= 3)))
+    monkeypatch.setattr(
+        "rankfront.search.run.scheduler.Scheduler.elapsed", property(lambda self: 3600.0 * (self.state().spent >= 3))
+    )
     study.launch(quiet())
     assert len(values(study)) == 3
     assert all(row.report is not None for row in study.front())

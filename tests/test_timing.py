@@ -21,7 +21,7 @@ from rankfront.search.optimise.goal import menu_of, sizes_of
 from rankfront.search.output.tables import menu_table
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.latency_table import Timing, pack, timings_of, unpack
-from rankfront.search.run import driver
+from rankfront.search.run import rankfront_strategy
 
 SMALL = {"prompt": 6, "decode": 2, "rounds": 2, "seconds": 0}
 FAST, SLOW = Option.of("svd", rank=2), Option.of("svd", rank=9)
@@ -161,9 +161,9 @@ def test_a_table_made_on_resuming_is_used(data, counted, tmp_path, monkeypatch):
         broken.setattr("rankfront.search.measure.runner.time_sites", lambda *arguments: 1 / 0)
         make_run(data, tmp_path / "run")
     seen = []
-    real = driver.make_rankfront_sampler
+    real = rankfront_strategy.make_rankfront_sampler
     monkeypatch.setattr(
-        driver, "make_rankfront_sampler", lambda *arguments: seen.append(arguments[5]) or real(*arguments)
+        rankfront_strategy, "make_rankfront_sampler", lambda *arguments: seen.append(arguments[5]) or real(*arguments)
     )
     Study(data | {"search": data["search"] | {"trials": 12}}, tmp_path / "run").launch(quiet())
     assert [list(timings) for timings in seen] == [["latency"]]

@@ -13,6 +13,8 @@ from operator import itemgetter
 import numpy as np
 
 from rankfront.search import attributes as keys
+from rankfront.search.choices import OURS
+from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.optimise.tuning import DEFAULT
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
 
@@ -59,6 +61,11 @@ class Calibration:
             f" log-divergence of recent trials {self.error:.2f}"
             + (" (poor: trust the measured trials, not the predictions)" if self.poor else "")
         )
+
+
+def calibration_of(config: StudyConfig, rows: Sequence[Row]) -> Calibration | None:
+    """How well our sampler's predictions held in a study so far; None with another sampler, or too few of them."""
+    return calibration(rows, quality_of(config)) if config.search.sampler == OURS else None
 
 
 def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:

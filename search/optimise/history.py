@@ -18,6 +18,7 @@ from rankfront.search.optimise.taylor import EARLIER_TOKENS, TaylorModel
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
+from rankfront.search.storage.trials import rung_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class Measured:
     level: float
     values: list[float]
     spread: float = 0.0
-
-
-def rung_of(trial: FrozenTrial) -> int:
-    """The fidelity that a trial was measured at, 0 the cheapest."""
-    return int(trial.user_attrs.get(keys.RUNG, 0))
 
 
 class History:

@@ -1,4 +1,4 @@
-"""What a search measures before its sampler proposes: the menu, plans of its predicted front, anchors."""
+"""What a search measures before its sampler proposes: plans of the front that its menu predicts, anchors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import moocore
 import numpy as np
-import optuna
 
-from rankfront.methods import InputError
-from rankfront.search import attributes as keys
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.solvers import corrected
-from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu import Menu
-from rankfront.search.plans.menu_jobs import GROUP_BANDS, GROUPED, group_plans, menu_jobs
-from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.plans.variables import Parameters
 
@@ -27,53 +21,6 @@ from rankfront.search.plans.variables import Parameters
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 REFERENCE = 0.6
 NEARBY = 0.05  # kept fraction
-
-
-class MenuJobs:
-    """The jobs that a study's menu is measured in. Their records are attributes of the study.
-
-    Args:
-        study: where the records are.
-        space: what the menu is of.
-        source: ``search.menu``.
-    """
-
-    def __init__(self, study: optuna.Study, space: Space, source: str) -> None:
-        self.study = study
-        self.space = space
-        self.source = source
-        self.running: set[int] = set()
-
-    def missing(self) -> list[Job]:
-        """Those without a record, as far as is known: the first job decides how many there are."""
-        known = self.study.user_attrs
-        plans = self._plans(known.get(keys.menu_part(0)))
-        return [Job("menu", part, plan) for part, plan in enumerate(plans) if keys.menu_part(part) not in known]
-
-    def next(self) -> Job | None:
-        """The next of those that neither have a record nor run; it runs from now on."""
-        job = next((job for job in self.missing() if job.number not in self.running), None)
-        if job is not None:
-            self.running.add(job.number)
-        return job
-
-    def finish(self, part: int, record: Record) -> None:
-        """Keep what a job measured; `InputError` where it failed."""
-        self.running.discard(part)
-        if "failure" in record:
-            advice = "give a trial more memory, or set" if "lost" in record else "set"
-            raise InputError(
-                f"the menu could not be made by {self.source!r} ({record['failure']}): {advice} search.menu to another"
-            )
-        first = self.study.user_attrs.get(keys.menu_part(0), record if part == 0 else None)
-        self.study.set_user_attr(keys.menu_part(part), record | {"jobs": len(self._plans(first))})
-
-    def _plans(self, first: Record | None) -> list[Plan]:
-        """The plan of each job: dense, but where a group is probed, which the ``first`` job's record decides on."""
-        plans = [Plan(())] * menu_jobs(self.source, len(self.space.choices))
-        if self.source == GROUPED and first is not None:
-            plans += group_plans(self.space.bands(GROUP_BANDS), self.space.wanted(), first["predictions"])
-        return plans
 
 
 def opening_budgets(targets: Iterable[float], dense: float) -> list[float]:

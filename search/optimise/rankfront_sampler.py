@@ -106,7 +106,7 @@ class RankfrontSampler(BaseSampler):
             fresh = dict.fromkeys((plan for plan in stepped if plan not in tried), self.tuning.steps_worse)
             if fresh:
                 return self.acquisition.best(fresh, coefficients)
-        return stepped[0]  # the space is exhausted, which the driver notices
+        return stepped[0]  # the space is exhausted, which the scheduler notices
 
 
 def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:

@@ -10,11 +10,10 @@ from typing import Any
 
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
-from rankfront.search.choices import OURS
-from rankfront.search.config import StudyConfig, quality_of
+from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.inputs.known_sites import Sites, known_sites
-from rankfront.search.optimise.accuracy import Calibration, calibration
+from rankfront.search.optimise.accuracy import Calibration, calibration_of
 from rankfront.search.output.control_check import front_warning
 from rankfront.search.plans.latency_table import Calibrated, timings_of
 from rankfront.search.plans.space import Space
@@ -102,7 +101,7 @@ class Results:
 
     def calibration(self) -> Calibration | None:
         """How well our sampler's predictions held; None where there are too few, or another sampler ran."""
-        return calibration(self.rows, quality_of(self.config)) if self.config.search.sampler == OURS else None
+        return calibration_of(self.config, self.rows)
 
     def latency(self) -> dict[str, Calibrated]:
         """How well the latency table predicted, for every latency among the objectives that has one."""

@@ -1,4 +1,4 @@
-"""A launch: the study resolved, its factors made, and every job of the driver measured."""
+"""A launch: the study resolved, its factors made, and every job of the scheduler measured."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Prices
 from rankfront.search.plans.reach import check_reachable
 from rankfront.search.plans.space import Space
-from rankfront.search.run.driver import Driver, Stop
 from rankfront.search.run.progress import Display
 from rankfront.search.run.resolving import make_setup, own_text, placed, resolved_as
+from rankfront.search.run.scheduler import Scheduler, Stop
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
 
@@ -110,12 +110,12 @@ class Launch:
             if keys.SITES not in storage.user_attrs:
                 storage.set_user_attr(keys.SITES, pack_sites(space.sites))
             listener, origin = display.search, setup.origin()
-            driver = Driver(storage, config, space, origin, listener, self.report, stop, self.only, self.tuning)
-            if self.rebuild or not driver.done:
+            scheduler = Scheduler(storage, config, space, origin, listener, self.report, stop, self.only, self.tuning)
+            if self.rebuild or not scheduler.done:
                 prepared = _prepared(setup, space, progress, display, self.rebuild)
-                display.search(driver)
-                driver.begin()
-                measure_all(driver, prepared, config, self.address)
+                display.search(scheduler.status())
+                scheduler.begin()
+                measure_all(scheduler, prepared, config, self.address)
         finally:
             close(storage)
 
@@ -127,21 +127,21 @@ def _prepared(setup: Setup, space: Space, progress: Progress, display: Display, 
     return replace(setup, unmade=store.unmade)
 
 
-def measure_all(driver: Driver, setup: Setup, config: StudyConfig, address: str | None) -> None:
-    """Measure what the driver asks for until it is done, in this process or on workers."""
+def measure_all(scheduler: Scheduler, setup: Setup, config: StudyConfig, address: str | None) -> None:
+    """Measure what the scheduler asks for until it is done, in this process or on workers."""
     try:
         if config.search.workers:
             from rankfront.search.run import workers  # ray is loaded only where it is used
 
-            workers.run(driver, setup, config.search.workers, config.search.resources, address)
+            workers.run(scheduler, setup, config.search.workers, config.search.resources, address)
             return
         runner = JobRunner(setup)
-        while not driver.done:
-            job = driver.next()
+        while not scheduler.done:
+            job = scheduler.next()
             if job is not None:
-                driver.finish(job, runner.run(job))
+                scheduler.finish(job, runner.run(job))
     finally:
-        driver.abandon()
+        scheduler.abandon()
 
 
 def check_limits(setup: Setup, space: Space) -> None:

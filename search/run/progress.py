@@ -9,10 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rankfront.search.attributes import BLOCK_PARAMETERS
 from rankfront.search.factors.store import FactorStore
-from rankfront.search.optimise.accuracy import Calibration
+from rankfront.search.optimise.accuracy import Calibration, calibration_of
 from rankfront.search.plain import literal
-from rankfront.search.run.driver import Driver
-from rankfront.search.storage.front import Row, comparable, front_of
+from rankfront.search.run.scheduler import Status
+from rankfront.search.storage.front import comparable, front_of
 
 BUDGETS = (
     0.9,
@@ -74,29 +74,30 @@ class Display:
             )
             self.console.print(literal(said), soft_wrap=True)
 
-    def search(self, driver: Driver) -> None:
+    def search(self, status: Status) -> None:
         """The live line: trials done, front size, best at each budget, time left."""
-        rows = driver.rows()
-        status = _status(rows, list(driver.config.objectives), _left(driver), driver.calibration(rows))
-        self.phase("search (trials)", driver.spent, driver.config.search.trials, status)
-        if not driver.searching and not driver.running:
-            front = front_of(rows)
+        limits = status.config.search
+        line = line_of(status, calibration_of(status.config, status.rows))
+        self.phase("search (trials)", status.spent, limits.trials, line)
+        if status.closed:
+            front = front_of(status.rows)
             self.phase("report", sum(row.report is not None for row in front), len(front))
-        if not self.console.is_terminal and driver.spent > self.reported:
-            self.reported = driver.spent
-            self.console.print(f"trial {driver.spent}/{driver.config.search.trials}  {status}", soft_wrap=True)
+        if not self.console.is_terminal and status.spent > self.reported:
+            self.reported = status.spent
+            self.console.print(f"trial {status.spent}/{limits.trials}  {line}", soft_wrap=True)
 
 
-def _left(driver: Driver) -> str:
-    limit = driver.config.search.time
+def _left(status: Status) -> str:
+    limit = status.config.search.time
     if limit is None:
         return ""
-    minutes, seconds = divmod(round(max(0.0, limit - driver.elapsed)), 60)
+    minutes, seconds = divmod(round(max(0.0, limit - status.elapsed)), 60)
     return f"{minutes}:{seconds:02d} left"
 
 
-def _status(rows: list[Row], objectives: list[str], left: str, calibrated: Calibration | None) -> str:
-    first = objectives[0]
+def line_of(status: Status, calibrated: Calibration | None) -> str:
+    """Front size, best at each budget, how well predictions held, time left, failures."""
+    rows, first = status.rows, next(iter(status.config.objectives))
     measured = comparable(rows)
     best = []
     for budget in BUDGETS:
@@ -107,5 +108,10 @@ def _status(rows: list[Row], objectives: list[str], left: str, calibrated: Calib
     held = f"predictions hold to {calibrated.brief}" if calibrated else ""
     if calibrated and calibrated.poor:
         held += " (poor: leaning on measured neighbours)"
-    parts = [f"front {len(front_of(rows))}", f"best {first} at keep {', '.join(best)}" if best else "", held, left]
+    parts = [
+        f"front {len(front_of(rows))}",
+        f"best {first} at keep {', '.join(best)}" if best else "",
+        held,
+        _left(status),
+    ]
     return " · ".join(part for part in [*parts, f"{failed} failed" if failed else ""] if part)

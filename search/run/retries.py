@@ -1,14 +1,10 @@
-"""What a worker's death or a shortage of memory took is measured again: a few times in this launch, and by the next."""
+"""What a worker's death or a shortage of memory took is measured again, a few times in this launch; see `recovery` for
+the next."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-import optuna
-
-from rankfront.methods import DENSE
-from rankfront.search import attributes as keys
-from rankfront.search.attributes import is_void
 from rankfront.search.plans.job import Job
 
 ATTEMPTS = 3  # at a job in one launch, guess: a passing shortage passes, a job that is too large costs two more workers
@@ -50,20 +46,3 @@ class Retries:
 
     def _spent(self, job: Job) -> bool:
         return self.attempts[job.kind, job.number] >= ATTEMPTS
-
-
-def requeue(study: optuna.Study) -> None:
-    """Queue again the trials and slopes that an earlier launch lost for good, and a dense model that failed.
-
-    What is queued names in ``again`` the trial that it repeats, which counts no more. A path goes on without the slopes
-    that it ended at.
-    """
-    trials = study.get_trials(deepcopy=False)
-    repeated = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
-    for trial in trials:
-        known = trial.user_attrs
-        failed = keys.FAILURE in known and not is_void(known)
-        dense = known.get(keys.LABEL) == DENSE and not known.get(keys.RUNG)
-        if failed and (dense or keys.LOST in known) and trial.number not in repeated and keys.PATH not in known:
-            kept = {key: value for key, value in known.items() if key not in keys.MEASURED}
-            study.enqueue_trial(trial.params, user_attrs=kept | {keys.AGAIN: trial.number})

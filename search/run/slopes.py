@@ -10,9 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.optimise.budgets import uses_up
-from rankfront.search.optimise.history import rung_of
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.plans.menu import Places
+from rankfront.search.storage.trials import rung_of
 
 
 def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets: np.ndarray) -> int | None:

@@ -33,7 +33,7 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.plan import Plan
-from rankfront.search.run.driver import Driver
+from rankfront.search.run.scheduler import Scheduler
 
 FINISHED: str = Searcher.FINISHED
 DIED = "the worker process died"
@@ -106,7 +106,7 @@ class _Watch(tune.Callback):
         self.bridge = bridge
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.bridge.driver.stop.check()
+        self.bridge.scheduler.stop.check()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         words = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
@@ -122,29 +122,29 @@ class _InTurn(FIFOScheduler):
 
 
 class _Bridge(Searcher):
-    """Tune's view of the driver: suggest is `Driver.next`, on_trial_complete is `Driver.finish`.
+    """Tune's view of the scheduler: suggest is `Scheduler.next`, on_trial_complete is `Scheduler.finish`.
 
     Tune ends an actor that has nothing to do while another is, or starts, and makes a new one for the next job. So a
     worker without a job is told to wait for a moment instead.
     """
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         super().__init__(metric="done", mode="max")
-        self.driver = driver
+        self.scheduler = scheduler
         self.jobs: dict[str, Job | None] = {}
         self.actors = 0  # that live, or start
         self.naps = 0  # since there was a job
         self.error: BaseException | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.error is not None or self.driver.done:
+        if self.error is not None or self.scheduler.done:
             return FINISHED
         try:
-            job = self.driver.next()
+            job = self.scheduler.next()
         except (KeyboardInterrupt, InputError) as raised:
             self.error = raised
             return FINISHED
-        if job is None and self.driver.done:
+        if job is None and self.scheduler.done:
             return FINISHED
         if job is None and len(self.jobs) >= self.actors:
             return None
@@ -160,7 +160,7 @@ class _Bridge(Searcher):
         job = self.jobs.pop(trial_id)
         try:
             if job is not None:
-                self.driver.lost(job, reason)
+                self.scheduler.lost(job, reason)
         except Exception as raised:  # noqa: BLE001 - as below
             self.error = raised
 
@@ -174,7 +174,7 @@ class _Bridge(Searcher):
             record = result["record"].record
             if "refused" in record:  # the job stays running: it is marked interrupted, and measured another time
                 raise InputError(record["refused"])
-            self.driver.finish(job, record)
+            self.scheduler.finish(job, record)
         except Exception as raised:  # noqa: BLE001 - Tune would swallow it; `run` raises it again
             self.error = raised
 
@@ -189,12 +189,12 @@ class _Bridge(Searcher):
         """Nothing, likewise."""
 
 
-def run(driver: Driver, setup: Setup, workers: int, resources: ResourcesConfig, address: str | None) -> None:
-    """Measure until the driver is done, on ``workers`` resident workers of a new local cluster or of ``address``.
+def run(scheduler: Scheduler, setup: Setup, workers: int, resources: ResourcesConfig, address: str | None) -> None:
+    """Measure until the scheduler is done, on ``workers`` resident workers of a new local cluster or of ``address``.
 
     Raises `InputError` where a worker refused the study for a cause that is the user's.
     """
-    bridge = _Bridge(driver)
+    bridge = _Bridge(scheduler)
     with _connected(address, workers, resources), tempfile.TemporaryDirectory(prefix="rankfront-tune-") as scratch:
         trainable = tune.with_resources(
             tune.with_parameters(Worker, setup=setup, cpus=resources.cpu),

@@ -101,7 +101,8 @@ class StudyReader:
 
     def read(self) -> StudyState:
         """The study as it is now."""
-        return state_of(self.study.user_attrs, self.study.get_trials(deepcopy=False), self.objectives, self._rows)
+        known = dict(self.study._storage.get_study_user_attrs(self.study._study_id))  # not a deep copy, as Optuna's is
+        return state_of(known, self.study.get_trials(deepcopy=False), self.objectives, self._rows)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ class StudyState:
     def waiting(self) -> list[FrozenTrial]:
         """The queue."""
         return [trial for trial in self.trials if trial.state == TrialState.WAITING]
+
+    @cached_property
+    def measured(self) -> set[tuple[str | None, int]]:
+        """(plan, rung) of all that was measured, failed by itself, or runs: not to be measured once more."""
+        return {(row.plan_key, row.rung) for row in self.rows if row.counts or row.state == "running"}
 
     @cached_property
     def spent(self) -> int:

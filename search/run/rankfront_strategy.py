@@ -1,0 +1,226 @@
+"""Our sampler's schedule: latency table, menu and dense model, the front that they predict, slopes, proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from rankfront.methods import InputError
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import is_void
+from rankfront.search.choices import OURS
+from rankfront.search.config import StudyConfig, quality_of
+from rankfront.search.optimise.goal import menu_of
+from rankfront.search.optimise.opening import anchors_to_beat, opening_budgets, reference_first, warm_start
+from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
+from rankfront.search.optimise.samplers import make_sampler
+from rankfront.search.optimise.tuning import Tuning
+from rankfront.search.plans.job import Job, Record
+from rankfront.search.plans.latency_table import timed_objectives, timings_of
+from rankfront.search.plans.menu_jobs import menu_record
+from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.space import Space
+from rankfront.search.run.budget import Budget
+from rankfront.search.run.in_flight import InFlight
+from rankfront.search.run.menu import MenuJobs
+from rankfront.search.run.paths import Paths
+from rankfront.search.run.slopes import next_reference
+from rankfront.search.run.strategy import enqueue_anchors
+from rankfront.search.storage.front import StudyState, dense_row
+from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
+
+REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are measured; on disk
+
+
+class RankfrontStrategy:
+    """The dense model, the menu and, for latencies, their table first: what is predicted is made of them. Then the
+    predicted front, slopes and proposals; see `Proposals`.
+
+    Args:
+        study: whose queue is filled.
+        config: of the study; `InputError` where no objective can be modelled.
+        space: what trials draw from.
+        origin: what plans say of where they come from.
+        budget, in_flight: what may be spent.
+        opens: whether the predicted front is queued; not where one plan alone is to be measured.
+        tuning: constants of the sampler.
+        state: the study as it is.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        config: StudyConfig,
+        space: Space,
+        origin: Mapping[str, str],
+        budget: Budget,
+        in_flight: InFlight,
+        opens: bool,
+        tuning: Tuning,
+        state: StudyState,
+    ) -> None:
+        quality_of(config)
+        self.study = study
+        self.config = config
+        self.space = space
+        self.origin = origin
+        self.budget = budget
+        self.in_flight = in_flight
+        self.opens = opens
+        self.tuning = tuning
+        self.menu_jobs = MenuJobs(study, space, config.search.menu)
+        timed = bool(timed_objectives(config.objectives))
+        self.wants_timing = timed and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
+        self.proposals: Proposals | None = None  # once what they are made of is measured
+        study.sampler = make_sampler("random", config.search.seed, len(state.trials))  # until then; never asked
+
+    def jobs(self, state: StudyState) -> list[Job]:
+        if self.wants_timing:
+            return [Job("timing", 0, Plan(()))]
+        return [] if self.proposals is not None else self.menu_jobs.missing(state.known)
+
+    def keep(self, job: Job, record: Record, state: StudyState) -> None:
+        if job.kind == "timing":
+            self.wants_timing = False
+            self.study.set_user_attr(keys.TIMING, record)  # a failure too: latency is then read off the trials alone
+        else:
+            self.menu_jobs.finish(job.number, record, state.known)
+
+    def advance(self, state: StudyState) -> None:
+        if self.proposals is not None:
+            return
+        enqueue_anchors(self.study, state, self.space, self.space.anchors(()))
+        dense, record = dense_row(state.rows, rung=0), menu_record(state.known)
+        if dense is None or record is None or self.wants_timing:
+            return
+        timings = timings_of(self.config.objectives, state.known)
+        menu = menu_of(self.config, self.space, record, self.origin["dtype"], timings)
+        if not menu.lines:
+            faster = " that is faster than dense" if timings else ""
+            raise InputError(
+                f"search.menu = {self.config.search.menu!r} predicts no option of this space{faster}: use another"
+                " source or sampler, or other methods"
+            )
+        sampler = make_rankfront_sampler(menu, self.space, self.config, dense, self.origin, timings, self.tuning)
+        self.study.sampler = sampler
+        self.proposals = Proposals(self.study, self.space, sampler, self.budget, self.in_flight)
+        if self.opens:
+            self.proposals.open(state)
+        anchors = anchors_to_beat(menu, self.space, self.config.search.anchors)
+        enqueue_anchors(self.study, state, self.space, anchors)
+
+    def ready(self, state: StudyState) -> bool:
+        return bool(state.waiting) or (self.proposals is not None and self.proposals.opened)
+
+    def open(self, state: StudyState) -> bool:
+        return self.proposals is not None and self.proposals.open(state)
+
+    def refine(self, state: StudyState) -> bool:
+        return self.proposals is not None and self.proposals.refine(state)
+
+    def predictions(self, plan: Plan, state: StudyState) -> dict[str, Any]:
+        return {} if self.proposals is None else {keys.PREDICTED: self.proposals.predict(plan, state)}
+
+
+class Proposals:
+    """What our sampler wants measured beside its proposals: the plan at the menu's reference and slopes around it, the
+    front that menu and slopes predict, then paths and more slopes.
+
+    Args:
+        study: whose queue is filled.
+        space: what trials draw from.
+        sampler: ours.
+        budget, in_flight: what may be spent.
+    """
+
+    def __init__(
+        self, study: optuna.Study, space: Space, sampler: RankfrontSampler, budget: Budget, in_flight: InFlight
+    ) -> None:
+        self.study = study
+        self.space = space
+        self.sampler = sampler
+        self.predictor = sampler.predictor
+        self.budget = budget
+        self.in_flight = in_flight
+        self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense)
+        self.paths = Paths(study, space, sampler.predictor, self.budgets, budget, in_flight)
+        self.opened = False  # whether all of the predicted front was queued
+
+    def open(self, state: StudyState) -> bool:
+        """Queue the predicted front, once slopes around the plan at its reference are measured or cannot be, for they
+        decide what the others are; until then what is missing of those. Whether anything was queued."""
+        if self.opened:
+            return False
+        trials = [t for t in state.trials if not is_void(t.user_attrs)]
+        reference = next((t for t in reversed(trials) if t.user_attrs.get(keys.LABEL) == REFERENCE_LABEL), None)
+        if reference is None:
+            if self._enqueue_reference():
+                return True
+        elif not self._has_slopes(reference, trials):
+            if not reference.state.is_finished() or _slopes_of(reference, trials) or state.waiting:
+                return False  # what waits comes first, and what the limits leave for slopes is known after it
+            if self._enqueue_slopes(reference.number, state):
+                return True
+        self.opened = True
+        return self._enqueue_front(state)
+
+    def _enqueue_reference(self) -> bool:
+        """Queue the plan of the budget that is nearest to the reference, of those that the limits allow, if any is."""
+        nearest = reference_first(self.budgets, self.predictor.menu.even.dense)
+        found = next(warm_start(self.predictor, self.space, nearest), None)
+        if found is not None:
+            enqueue(self.study, found[1], {keys.ORIGIN: "menu", keys.LABEL: REFERENCE_LABEL})
+        return found is not None
+
+    def _has_slopes(self, reference: FrozenTrial, trials: list[FrozenTrial]) -> bool:
+        """Whether slopes around the reference plan were measured, or cannot be because it failed."""
+        asked = _slopes_of(reference, trials)
+        failed = reference.state.is_finished() and reference.state != TrialState.COMPLETE
+        return reference.state.is_finished() and bool(asked or failed) and all(t.state.is_finished() for t in asked)
+
+    def _enqueue_front(self, state: StudyState) -> bool:
+        """Queue the predicted front; after proposals only what was interrupted is due, by its label."""
+        self.predictor.learn(state.trials)
+        labels = {trial.user_attrs.get(keys.LABEL) for trial in state.trials}
+        proposed = any(trial.user_attrs.get(keys.ORIGIN) == OURS for trial in state.trials)
+        known = labelled(state.trials, "menu")
+        count = len(known)
+        for label, draws in warm_start(self.predictor, self.space, self.budgets):
+            if label in labels or not proposed:
+                enqueue_missing(self.study, known, "menu", label, draws)
+        return len(known) > count
+
+    def refine(self, state: StudyState) -> bool:
+        """Queue the next stop of a path, else slopes around the plan where most is to gain, if any are due and the
+        limits leave tokens for them and a trial; whether anything was queued."""
+        if not self.opened or state.waiting:
+            return False
+        resumed = False
+        if self.predictor.tuning.paths:
+            resumed = self.paths.resume(state)
+            if self.paths.advance(state):
+                return True
+        self.predictor.learn(state.trials)
+        number = next_reference(state.trials, self.predictor, self.sampler.targets)
+        return (number is not None and self._enqueue_slopes(number, state)) or resumed
+
+    def _enqueue_slopes(self, number: int, state: StudyState) -> bool:
+        """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""
+        tokens = self.budget.slope_tokens(state, self.in_flight)
+        if tokens:
+            attributes = {keys.SLOPES_OF: number, keys.ORIGIN: keys.SLOPES, keys.SLOPE_TOKENS: tokens}
+            enqueue(self.study, state.trials[number].params, attributes)
+        return tokens > 0
+
+    def predict(self, plan: Plan, state: StudyState) -> float | None:
+        """The quality objective's value that is expected of ``plan``."""
+        self.predictor.learn(state.trials)  # which a queued trial does not bring about
+        return self.predictor.predict(plan)
+
+
+def _slopes_of(reference: FrozenTrial, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that measure slopes around the plan of another."""
+    return [trial for trial in trials if trial.user_attrs.get(keys.SLOPES_OF) == reference.number]

@@ -1,0 +1,149 @@
+"""Trials that run: taken from the queue or proposed, and told what they measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+
+from rankfront.methods import InputError
+from rankfront.search import attributes as keys
+from rankfront.search.attributes import INTERRUPTED
+from rankfront.search.config import StudyConfig
+from rankfront.search.constraint import Constraint
+from rankfront.search.errors import GaveUp
+from rankfront.search.optimise.halving import Promotion, promoted, promotions_due
+from rankfront.search.plans.job import Job, Record
+from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.slope_cost import SLOPE_TOKENS
+from rankfront.search.run.in_flight import InFlight
+from rankfront.search.run.phase import Phase
+from rankfront.search.run.strategy import Strategy
+from rankfront.search.storage.front import StudyState
+from rankfront.search.storage.trials import (
+    claim,
+    enqueue_promotion,
+    rung_of,
+    tell_failed,
+    tell_measured,
+    tell_repeated,
+    tell_slopes,
+    waiting_dense,
+)
+
+MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
+
+
+class Trials:
+    """Starts and tells the trials of a study.
+
+    Args:
+        study: whose trials they are.
+        config: of it.
+        origin: what plans say of where they come from.
+        strategy: fills the queue, and says what it expects of plans.
+        in_flight: where those that run are kept.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        config: StudyConfig,
+        origin: Mapping[str, str],
+        strategy: Strategy,
+        in_flight: InFlight,
+    ) -> None:
+        self.study = study
+        self.sampler = config.search.sampler
+        self.origin = origin
+        self.strategy = strategy
+        self.limits = [Constraint.parse(text) for text in config.search.where]
+        self.in_flight = in_flight
+        self.exhausted = False  # whether proposals only repeat what was measured
+
+    def next(self, phase: Phase, begun: float, again: Callable[[], Phase]) -> Job | None:
+        """The next trial whose plan was not measured before, with the seconds that proposing took since ``begun``; None
+        where none can start now. The study is read ``again`` after each that repeats one."""
+        for _ in range(MAX_REPEATS):
+            trial = self._ask(phase, again)
+            if trial is None:
+                return None
+            plan, rung, state = self.strategy.space.suggest(trial, self.origin), rung_of(trial), phase.state
+            if keys.SLOPES_OF in trial.user_attrs:
+                return self._start_slopes(trial, plan)
+            if (plan.key, rung) not in state.measured:
+                expected = self.strategy.predictions(plan, state) if rung == 0 else {}
+                return self._start(trial, plan, begun, expected)
+            tell_repeated(self.study, trial)
+            phase = again()
+        self.exhausted = True
+        return None
+
+    def _ask(self, phase: Phase, again: Callable[[], Phase]) -> optuna.Trial | None:
+        """The next of the queue, a proposal, or what promotes the front; None where none of them can start now."""
+        if not phase.exploring:
+            return None if phase.promotion is None else self._claim(phase.promotion, phase.state)
+        state = phase.state
+        dense = waiting_dense(state)
+        if dense is not None:
+            return claim(self.study, dense)
+        if self.strategy.open(state):
+            state = again().state
+        # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
+        return self.study.ask() if self.strategy.ready(state) else None
+
+    def _claim(self, promotion: Promotion, state: StudyState) -> optuna.Trial:
+        """The running trial that measures ``promotion``; whatever else is queued waits."""
+        for trial in state.waiting:
+            if promotion == (trial.user_attrs.get(keys.PROMOTED, trial.number), rung_of(trial)):
+                return claim(self.study, trial)
+        number = enqueue_promotion(self.study, state.trials[promotion.number], promotion.rung)
+        return claim(self.study, self.study.get_trials(deepcopy=False)[number])
+
+    def _start(self, trial: optuna.Trial, plan: Plan, begun: float, expected: Mapping[str, Any]) -> Job:
+        """The job that measures ``plan``, which ``trial`` drew, with what is ``expected`` of it and the seconds that
+        proposing it took since ``begun``."""
+        self.in_flight.trials[trial.number] = trial
+        if keys.ORIGIN not in trial.user_attrs:
+            trial.set_user_attr(keys.ORIGIN, self.sampler)
+        drawn = {keys.PLAN: plan.to_json(), keys.PLAN_KEY: plan.key}
+        for key, value in {**expected, **drawn, keys.SECONDS: {"propose": time.monotonic() - begun}}.items():
+            trial.set_user_attr(key, value)
+        return Job("trial", trial.number, plan, rung_of(trial))
+
+    def _start_slopes(self, trial: optuna.Trial, plan: Plan) -> Job:
+        """The job that measures slopes around ``plan``."""
+        self.in_flight.trials[trial.number] = trial
+        return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get(keys.SLOPE_TOKENS, SLOPE_TOKENS))
+
+    def finish(self, job: Job, record: Record) -> None:
+        """Tell a trial, or one that measured slopes, what came back. Raises `InputError` or `GaveUp` where that is a
+        failure of the dense model."""
+        trial = self.in_flight.trials.pop(job.number)
+        if job.kind == "slopes":
+            tell_slopes(self.study, trial, record)
+        elif keys.FAILURE not in record:
+            tell_measured(self.study, trial, record, self.limits)
+            self.in_flight.measured[record[keys.RUNG]] += 1
+        else:
+            lost = keys.LOST in record
+            tell_failed(self.study, trial, record[keys.FAILURE], lost)
+            if not job.plan.choices and job.rung == 0:
+                message = f"the dense model could not be measured ({record[keys.FAILURE]}): nothing to compare with"
+                raise GaveUp(f"{message}; give a trial more memory") if lost else InputError(message)
+
+    def abandon(self) -> None:
+        """Mark what still runs as interrupted; it is measured again at the next launch."""
+        while self.in_flight.trials:
+            tell_failed(self.study, self.in_flight.trials.popitem()[1], INTERRUPTED)
+        self.in_flight.reports.clear()
+
+
+def promote(study: optuna.Study, config: StudyConfig, state: StudyState) -> None:
+    """Queue the plans that successive halving moves on; with one rung there is nothing to move on to."""
+    rungs = len(config.rung_windows())
+    known = promoted(state.trials) if rungs > 1 else set()
+    for promotion in promotions_due(state.rows, known, rungs, config.search.reduction):
+        enqueue_promotion(study, state.trials[promotion.number], promotion.rung)
