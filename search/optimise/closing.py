@@ -17,7 +17,7 @@ from rankfront.search import attributes as keys
 from rankfront.search.optimise.halving import Promotion, in_order, known_at, reach
 from rankfront.search.storage.front import DENSE_KEY, Row, comparable, compressed_front, dense_row
 
-CLOSING_SHARE = 0.5  # of the limits: the most that promoting the front may take, a plan that joins it included
+CLOSING_SHARE = 0.5  # of the limits: the most that promoting the front may take, a plan that joins it included; guess
 
 
 @dataclass(frozen=True, eq=False)

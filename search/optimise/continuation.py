@@ -30,10 +30,10 @@ from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu, Places
 
-START, END = 0.95, 0.7  # kept fractions
+START, END = 0.95, 0.7  # kept fractions; guess, the end by runs on smollm2-135m that are not kept
 ROUNDING = 1e-6  # stored values: a target at `START` is rounded down too, and no stop below it
-STEP = 0.025  # between stops, at most
-POOLED = 5120  # tokens that the slopes of several stops come to together
+STEP = 0.025  # between stops, at most; guess
+POOLED = 5120  # tokens that the slopes of several stops come to together; guess
 
 
 def stops(start: float, targets: Sequence[float], step: float) -> list[float]:

@@ -17,7 +17,7 @@ from rankfront.search.plans.variables import Parameters
 # Kept fractions of the treated weights at which the predicted front is measured, where no target is nearby: where they
 # are few of those that an objective counts, targets are far apart. The reference plan, at `REFERENCE` or as near as
 # limits allow, comes first: slopes around it say of every site what it does in a compressed model, and the others are
-# solved for by that.
+# solved for by that. All guesses.
 WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 REFERENCE = 0.6
 NEARBY = 0.05  # kept fraction

@@ -20,6 +20,7 @@ from rankfront.search.attributes import menu_parts
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
 
+# All guesses.
 PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them and an interruption loses little
 PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
 GROUPED = "grouped"

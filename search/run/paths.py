@@ -20,9 +20,9 @@ from rankfront.search.run.in_flight import InFlight
 from rankfront.search.storage.front import StudyState
 from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
 
-FEWEST = 1536  # tokens of a stop; with 1,024 the plan at 0.9 is worse than the menu's (paths.md)
-SHARE = 0.3  # of what a study has spent: the cost of a path
-MORE = 2  # times the tokens of the path before, for another to be worth its own
+FEWEST = 1536  # tokens of a stop; with 1,024 the plan at 0.9 is worse than the menu's; study: results/paths.md
+SHARE = 0.3  # of what a study has spent: the cost of a path; guess
+MORE = 2  # times the tokens of the path before, for another to be worth its own; guess
 PATH = keys.PATH  # origin of the plans that are measured along one, and the attribute of its stops that numbers it
 
 
