@@ -1,11 +1,12 @@
 """Methods are found by name and described without importing what they run on."""
 
+import copy
 import dataclasses
 
 import pytest
 
 from rankfront.methods import InputError, _registry, describe_methods, get_method, method_names
-from rankfront.search.output.taxonomy import methods_table
+from rankfront.search.output.taxonomy import methods_json, methods_table
 
 
 def test_the_catalogue_says_what_the_methods_say_of_themselves():
@@ -27,6 +28,15 @@ def test_the_table_of_methods_leaves_them_as_they_are():
     before = describe_methods()
     methods_table()
     assert describe_methods() == before
+
+
+def test_what_a_caller_does_to_the_list_of_methods_changes_no_other_list():
+    for listed in (methods_json, describe_methods):
+        before = copy.deepcopy(listed())
+        for described in listed():
+            described["needs"].append("changed")
+            described["name"] = "changed"
+        assert listed() == before
 
 
 def test_the_catalogue_lists_every_file_and_no_other():

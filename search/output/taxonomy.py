@@ -28,7 +28,7 @@ def methods_json(model: str | None = None, trust_remote_code: bool = False) -> l
     """
     order = list(FAMILIES)
     methods = sorted(describe_methods(), key=lambda described: order.index(described["family"]))
-    found = [DENSE_ROW, *methods]
+    found = [DENSE_ROW | {"needs": []}, *methods]  # a caller's own to change, as those of the methods are
     if model is None:
         return found
     from rankfront.search.inputs.model import skeleton
