@@ -225,7 +225,7 @@ def proposals(name, promoting):
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study, found = optuna.create_study(directions=["minimize"] * 2, sampler=make_sampler(name, 0, 0)), []
-    for number in range(40 if name != "gp" else 14):
+    for number in range(40 if name != "gp" else 12):
         trial = study.ask()
         study.tell(trial, measure(trial))
         found.append(trial.params)

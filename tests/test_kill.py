@@ -1,6 +1,5 @@
 """Kill the launcher at any moment and launch again: nothing finished is lost, nothing is repeated."""
 
-import multiprocessing
 import shutil
 import time
 
@@ -67,16 +66,13 @@ def test_killed_while_preparing_and_while_searching(study_file, tmp_path):
 def test_killed_again_and_again(study_file, tmp_path):
     """At nine arbitrary moments, from before the first trial to the last; every launch gets a little further."""
     run, before = tmp_path / "run", {}
-    context = multiprocessing.get_context("forkserver")  # pays for the imports once
-    context.set_forkserver_preload(["rankfront.search.__main__"])
     for turn in range(9):
-        process = context.Process(target=command_line, args=(["launch", str(study_file), "--run", str(run)],))
-        process.start()
-        target = len(before) + turn % 5
-        wait_for(lambda target=target: finished(run) >= target, process.is_alive)
-        time.sleep(0.013 * turn)  # seconds, so that no two kills hit the same step
-        process.kill()
-        process.join(PATIENCE)
+        with started("launch", study_file, "--run", run) as process:
+            target = len(before) + turn % 5
+            wait_for(lambda target=target: finished(run) >= target, lambda process=process: process.poll() is None)
+            time.sleep(0.013 * turn)  # seconds, so that no two kills hit the same step
+            process.kill()
+            process.communicate(PATIENCE)
         if not (run / "study.json").is_file():
             continue
         study = Study.open(run)

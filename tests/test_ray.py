@@ -63,8 +63,10 @@ def test_a_callers_ray_stays(model_folder, text_file, tmp_path, refused):
         workers.ray.shutdown()
 
 
-def test_one_worker_lives_through_every_trial_and_two_go_on(data, tmp_path, spoil):
-    """Its figures are those of the same study in one process."""
+def test_one_worker_lives_through_every_trial_and_two_go_on(data, model_folder, tmp_path, monkeypatch, spoil):
+    """Its figures are those of the same study in one process. Relative paths mean the launcher's folder."""
+    monkeypatch.chdir(Path(model_folder).parent)
+    data["model"]["name"] = Path(model_folder).name
     processes = spoil()
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, TRIALS)
@@ -84,13 +86,6 @@ def test_one_worker_lives_through_every_trial_and_two_go_on(data, tmp_path, spoi
     longer.launch(quiet())
     check_whole(longer, before, TRIALS + 4)
     assert len(set(processes())) == 3
-
-
-def test_relative_paths_mean_the_launchers_folder(data, model_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(model_folder).parent)
-    data["model"]["name"] = Path(model_folder).name
-    data["search"]["trials"] = 2
-    check_whole(make_run(data, tmp_path / "run"), {}, 2)
 
 
 def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil):
@@ -165,17 +160,8 @@ def test_a_stop_ends_the_cluster_too(data, tmp_path, stop):
     check_whole(shorter, before, len(before) + 1)
 
 
-@pytest.mark.parametrize("source", ["probes", "gradient", "grouped"])
-def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, spoil, source):
-    """Probes are jobs like trials: every part is measured once, by whichever worker is free, and so are slopes. There
-    are never more workers than asked for, however short their jobs, and they have the launcher's priority."""
-    spoil()
-    data = small_data(model_folder, text_file, sampler=OURS, menu=source, trials=14, workers=2)
-    study = make_run(data, tmp_path / "run")
-    check_whole(study, {}, 14)
-    begun = Path(os.environ["JOURNAL"] + ".workers").read_text(encoding="utf-8").splitlines()
-    assert len(begun) == 2
-    assert {int(line.split()[1]) for line in begun} == {os.getpriority(os.PRIO_PROCESS, 0)}
+def check_parts(study, source):
+    """Every part of the menu is measured once, and so are slopes around trials."""
     attributes = study._optuna().user_attrs
     parts = [name for name in attributes if name.startswith("menu ")]
     wanted = make_space(study.setup()).wanted()
@@ -187,6 +173,26 @@ def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path
     slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
     assert slopes
     assert all("slopes" in trial.user_attrs for trial in slopes)
+
+
+@pytest.mark.parametrize("source", ["probes", "gradient"])
+def test_the_parts_of_a_menu_are_jobs_in_one_process_too(model_folder, text_file, tmp_path, source):
+    study = make_run(small_data(model_folder, text_file, sampler=OURS, menu=source, trials=14), tmp_path / "run")
+    check_whole(study, {}, 14)
+    check_parts(study, source)
+
+
+def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, spoil):
+    """Parts of the menu are jobs like trials: whichever worker is free measures them. There are never more workers than
+    asked for, however short their jobs, and they have the launcher's priority."""
+    spoil()
+    data = small_data(model_folder, text_file, sampler=OURS, menu="grouped", trials=14, workers=2)
+    study = make_run(data, tmp_path / "run")
+    check_whole(study, {}, 14)
+    begun = Path(os.environ["JOURNAL"] + ".workers").read_text(encoding="utf-8").splitlines()
+    assert len(begun) == 2
+    assert {int(line.split()[1]) for line in begun} == {os.getpriority(os.PRIO_PROCESS, 0)}
+    check_parts(study, "grouped")
 
 
 RAYS_WORDS = {
