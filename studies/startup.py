@@ -19,9 +19,12 @@ from pathlib import Path
 from common import write_page
 from driver_overhead import make_study, quiet
 
+from rankfront.search import Study
+
 PAGE = """# Start-up
 
-Processor seconds, user and system, of a fresh interpreter: medians of {turns} turns, each beside its control.
+Processor seconds, user and system, of a fresh interpreter: medians of {turns} turns, each beside its control. The run
+that is read has {trials} trials on {sites} sites.
 
 {lines}
 
@@ -89,7 +92,8 @@ def measure(run: str, turns: int, factored: str, dense: str) -> None:
         ours, theirs = (statistics.median(each) for each in zip(*pairs, strict=True))
         lines.append(f"| {name} | {ours:.2f} | {label} | {theirs:.2f} | {ours / theirs:.2f} | {goal} |")
         print(lines[-1], flush=True)
-    write_page("startup", PAGE, lines, turns=str(turns))
+    found = Study.open(run).read()
+    write_page("startup", PAGE, lines, turns=str(turns), trials=str(len(found.rows)), sites=str(len(found.sites)))
 
 
 if __name__ == "__main__":
