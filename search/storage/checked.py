@@ -74,7 +74,7 @@ class CheckedStorage(optuna.storages.RDBStorage):
 
     def _write(self) -> None:
         """Write what was set of trials since the last time, in one transaction: one for each name takes most of a
-        driver's time."""
+        scheduling's time."""
         unwritten, self._unwritten = self._unwritten, {}
         if not unwritten:
             return
