@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from launching import again, check_whole, finish, make_run, quiet, small_data, values_of
+from launching import again, check_whole, make_run, quiet, small_data, values_of
 
 from rankfront.methods import InputError
 from rankfront.objectives.latency import Timed
@@ -237,15 +237,14 @@ def test_a_run_that_has_not_begun(model_folder, text_file, tmp_path):
         study.answer("block_parameters<=0.8")
 
 
-def test_the_command_line(finished):
-    done = finish("solve", finished.run.path, "block_parameters<=0.72", "--no-measure")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_command_line(finished, capsys):
+    path = str(finished.run.path)
+    assert run(["solve", path, "block_parameters<=0.72", "--no-measure"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"predicted", "measured_by", "figures", "plan"}
     assert found["figures"]["block_parameters"] <= 0.72
-    wrong = finish("solve", finished.run.path, "speed<=1", "--no-measure")
-    assert wrong.returncode == 2
-    assert "is not on what a plan decides" in wrong.stderr
+    assert run(["solve", path, "speed<=1", "--no-measure"]) == 2
+    assert "is not on what a plan decides" in capsys.readouterr().err
 
 
 def test_the_menu_lists_every_option_with_what_it_stores(finished):
