@@ -41,7 +41,7 @@ def test_the_goal_is_that_of_the_first_rung_after_a_resume(model_folder, text_fi
     scheduler = Scheduler(
         longer._optuna(write=True), longer.config, make_space(setup), setup.origin(), lambda status: None
     )
-    assert scheduler.study.sampler.goal.dense == dense[0] != dense[1]
+    assert scheduler.study.sampler.predictor.goal.dense == dense[0] != dense[1]
 
 
 @pytest.mark.parametrize("what", ["interrupted", "failed"])

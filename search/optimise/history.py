@@ -65,15 +65,15 @@ class History:
             return False
         self._finished = len(finished)
         complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self._plan(t) or [1])}
+        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self.plan(t) or [1])}
         dense = {0: self.goal.dense} | at_dense
         self.measured = {}
         for trial in sorted(complete, key=rung_of):
-            plan, rung = self._plan(trial), rung_of(trial)
+            plan, rung = self.plan(trial), rung_of(trial)
             if plan is not None and rung in dense:
                 self.measured[plan] = self._measured(trial, any(plan), dense[rung])
         if any(map(any, self.measured)):
-            known = [trial for trial in finished if self._plan(trial) in self.measured]
+            known = [trial for trial in finished if self.plan(trial) in self.measured]
             found = {trial.number: self._taylor_model(trial) for trial in known}
             self.taylor_of = {number: taylor for number, taylor in found.items() if taylor is not None}
         return True
@@ -90,8 +90,10 @@ class History:
         """A trial's parameters as a choice of the menu; None where it took an option that is not on it."""
         return self.menu.encode(self.space.decode(parameters))
 
-    def _plan(self, trial: FrozenTrial) -> Places | None:
-        """`plan_of` of a finished trial, worked out once."""
+    def plan(self, trial: FrozenTrial) -> Places | None:
+        """`plan_of` a trial's parameters, worked out once where it is finished."""
+        if not trial.state.is_finished():
+            return self.plan_of(trial.params)
         if trial.number not in self._plans:
             self._plans[trial.number] = self.plan_of(trial.params)
         return self._plans[trial.number]
@@ -109,7 +111,7 @@ class History:
 
     def _taylor_model(self, trial: FrozenTrial) -> TaylorModel | None:
         """The slopes that a trial measured, or None; the divergence is NaN where the reference's is not known."""
-        packed, plan = trial.user_attrs.get(keys.SLOPES), self._plan(trial)
+        packed, plan = trial.user_attrs.get(keys.SLOPES), self.plan(trial)
         if packed is None or plan is None:
             return None
         if trial.number not in self._slopes:

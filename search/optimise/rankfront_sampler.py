@@ -46,7 +46,7 @@ class RankfrontSampler(BaseSampler):
     def __init__(self, predictor: Predictor, seed: int) -> None:
         self.predictor = predictor
         self.tuning = predictor.tuning
-        self.menu, self.space, self.goal = predictor.menu, predictor.space, predictor.goal
+        self.menu, self.space = predictor.menu, predictor.space
         self.candidates = Candidates(predictor, np.random.default_rng(seed))
         self.acquisition = Acquisition(predictor)
 
@@ -66,7 +66,7 @@ class RankfrontSampler(BaseSampler):
         everything = study.get_trials(deepcopy=False)
         self.predictor.learn(everything)
         others = [t for t in everything if t.number != trial.number and not is_void(t.user_attrs)]
-        tried = {plan for t in others if t.params and (plan := self.predictor.history.plan_of(t.params)) is not None}
+        tried = {plan for t in others if t.params and (plan := self.predictor.history.plan(t)) is not None}
         proposed = self.propose(tried, self._mode(trial.number, everything))
         return dict(self.space.encode(self.menu.decode(proposed)))
 
