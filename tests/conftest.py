@@ -25,7 +25,7 @@ from rankfront.search.study import Study
 # over fitted methods but for one of each family.
 SLOW = {
     "test_closing", "test_cluster", "test_continuation", "test_end_to_end", "test_export", "test_faults",
-    "test_fidelity", "test_hostile", "test_kill", "test_latency", "test_limits", "test_opening",
+    "test_fidelity", "test_hostile", "test_integers", "test_kill", "test_latency", "test_limits", "test_opening",
     "test_rankfront_sampler", "test_rankfront_study", "test_ray", "test_refit", "test_retries", "test_samplers",
     "test_slopes_and_rungs", "test_storage_faults", "test_timing", "test_wheel",
 }  # fmt: skip
