@@ -1,16 +1,19 @@
 """A control text beside every reported figure: a plan that loses more there than its report split shows is named."""
 
+import copy
 import json
 import math
 from dataclasses import replace
 
 import pytest
+import torch
 from common import random_plan
 from launching import make_run, measured, quiet, small_data, verify_here
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
-from rankfront.search.measure.control import reported
+from rankfront.search.measure import control
+from rankfront.search.measure.control import CONTINUED, continuations, reported
 from rankfront.search.output.control_check import front_warning, hidden_loss, warning
 from rankfront.search.output.export import export
 from rankfront.search.output.report import write_report
@@ -49,6 +52,30 @@ def test_what_a_control_text_loses_beyond_the_report_split(report, times):
         assert "\n" not in line
         assert "29.5" in line
         assert report.get("control_failure", "43.5") in line
+
+
+def one_by_one(model, tokenizer, prompt):
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    length = ids.shape[1]
+    for _ in range(CONTINUED):
+        likeliest = model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+        if int(likeliest) == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, likeliest], dim=1)
+    return tokenizer.decode(ids[0, length:].tolist())
+
+
+def test_prompts_are_continued_together_as_one_by_one(model, tokenizer, monkeypatch):
+    """Of several lengths; on every architecture, one of which ends early."""
+    prompts = ("a", "abc def", "hello there")
+    monkeypatch.setattr(control, "PROMPTS", prompts)
+    said = [one_by_one(model, tokenizer, prompt) for prompt in prompts]
+    assert continuations(model, tokenizer) == said
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer(said[1])["input_ids"][-1])
+    shorter = [one_by_one(model, tokenizer, prompt) for prompt in prompts]
+    assert shorter != said
+    assert continuations(model, tokenizer) == shorter
 
 
 def test_every_reported_plan_has_a_control_and_continuations(study):

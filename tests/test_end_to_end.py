@@ -7,12 +7,12 @@ import sys
 
 import psutil
 import pytest
-from launching import check_whole, finish, finished, started, values_of, wait_for
+from launching import check_whole, finished, started, values_of, wait_for
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.study import Study
 
-TRIALS = 6
+TRIALS = 4
 STUDY = """
 [model]
 name = "smollm2-135m"
@@ -20,9 +20,9 @@ name = "smollm2-135m"
 [data]
 length = 64
 calibrate = { text = "pydoc", windows = 8 }
-search    = { text = "pydoc", windows = 6 }
-report    = { text = "pydoc", windows = 6 }
-control   = { text = "pydoc", windows = 6 }
+search    = { text = "pydoc", windows = 2 }
+report    = { text = "pydoc", windows = 2 }
+control   = { text = "pydoc", windows = 2 }
 
 [space]
 include = ["model.layers.[0-2].*"]
@@ -34,7 +34,7 @@ keep = [0.5, 0.7, 0.9]
 
 [search]
 sampler = "tpe"
-trials = 6
+trials = 4
 workers = 1
 [search.resources]
 cpu = 2
@@ -67,7 +67,8 @@ def test_launch_kill_go_on_export_generate(tmp_path, capsys):
     before = values_of(Study.open(run))
     assert 2 <= len(before) < TRIALS
 
-    launched = finish("launch", file, "--run", run)
+    command = [sys.executable, "-m", "rankfront.search", "launch", file, "--run", run]
+    launched = subprocess.run(command, capture_output=True, text=True)  # the command itself; `started` forks
     assert launched.returncode == 0, launched.stderr
     study = Study.open(run)
     check_whole(study, before, TRIALS)

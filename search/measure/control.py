@@ -19,20 +19,24 @@ CONTINUED = 12  # tokens
 
 @torch.inference_mode()
 def continuations(model: Any, tokenizer: Any) -> list[str]:
-    """What follows each of `PROMPTS`: the likeliest token, `CONTINUED` times or until the end token."""
+    """What follows each of `PROMPTS`: the likeliest token, `CONTINUED` times or until the end token.
+
+    All at once, shorter ones filled up behind their end, where no causal model looks.
+    """
     device = next(model.parameters()).device
     room = (capacity_of(model).positions or CONTINUED + 512) - CONTINUED
-    found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"][-room:]], device=device)
-        length = ids.shape[1]
-        for _ in range(CONTINUED):
-            likeliest = model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
-            if int(likeliest) == tokenizer.eos_token_id:
-                break
-            ids = torch.cat([ids, likeliest], dim=1)
-        found.append(str(tokenizer.decode(ids[0, length:].tolist())))
-    return found
+    prompts = [tokenizer(prompt)["input_ids"][-room:] for prompt in PROMPTS]
+    rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    for _ in range(CONTINUED):
+        longest = max(map(len, rows))
+        filled = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=device)
+        likeliest = model(input_ids=filled, use_cache=False).logits.argmax(-1)
+        for number, row in enumerate(rows):
+            token = int(likeliest[number, len(row) - 1])
+            ended[number] |= token == tokenizer.eos_token_id
+            if not ended[number]:
+                row.append(token)
+    return [str(tokenizer.decode(row[len(prompt) :])) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any) -> Report:
