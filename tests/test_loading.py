@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -305,15 +306,15 @@ def test_a_dense_export_of_it_reloads_with_both_matrices(tied_folder, tmp_path):
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
 
 
-def test_sites_of_the_skeleton_that_differ_from_the_models_are_an_error_by_name(setup, monkeypatch):
-    tied = common.architecture("llama-tied").build()
-    monkeypatch.setattr("rankfront.search.measure.setup.skeleton", lambda source: tied)
-    assert "'lm_head'" in refusal(JobRunner, setup)
+def test_sites_of_the_skeleton_that_differ_from_the_models_are_an_error_by_name(setup):
+    tied = replace(setup.outline, sites=find_sites(common.architecture("llama-tied").build()))
+    assert "'lm_head'" in refusal(JobRunner, replace(setup, outline=tied))
 
 
 # -- code that comes with a model
 
 CODE = """
+from dataclasses import replace
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 Path({marker!r}).touch()

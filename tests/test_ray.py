@@ -141,8 +141,8 @@ def test_a_stop_ends_the_cluster_too(data, tmp_path, stop):
     run, file = tmp_path / "run", write_study(data, tmp_path / "study.toml")
     with started("launch", file, "--run", run) as process:
         reached = wait_for(lambda: finished(run) >= 2, lambda: process.poll() is None)
-        cluster = psutil.Process(process.pid).children(recursive=True)
-        _, stderr = stop(process)
+        cluster = psutil.Process(process.pid).children(recursive=True) if reached else []
+        _, stderr = stop(process) if reached else process.communicate()
     assert reached, stderr
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr

@@ -99,7 +99,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_its_windows(tmp_path, 
     data["data"]["search"]["windows"] = 12
     data["search"] |= {"rungs": [64], "trials": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(Study, "_scatters", False)
+        patch.setattr("rankfront.search.run.resolving.scatters", lambda *_: False)
         study = Study(data, run=tmp_path)
         study.launch(quiet())
         windows = hash_tokens(study.setup().tokens["search"])

@@ -72,7 +72,8 @@ class Results:
 
     def knee(self, *constraints: str) -> Row:
         """Of the `members` that meet ``constraints`` and the study's own, the nearest to the box's ideal corner."""
-        return fronts.knee(meeting(self.members, self._limits(constraints)), self.box)
+        box = self.box  # which names the cause where nothing was measured
+        return fronts.knee(meeting(self.members, self._limits(constraints)), box)
 
     def _limits(self, constraints: Sequence[str]) -> list[Constraint]:
         return [Constraint.parse(text) for text in (*self.config.search.where, *constraints)]
