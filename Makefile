@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A file stays on one process. Files go in the order of their names: with the fewest tests last, xdist's own order, the
 # longest of all would run alone in the end.
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One process more than there are cores, for tests of clusters and commands wait for others.
+PROCESSES = $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
+PARALLEL = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test quick check catalogue stored-outputs clean
