@@ -106,6 +106,11 @@ FORKS.set_forkserver_preload(
 )
 
 
+# In this process's environment, once a test has started a cluster in it. A forked one would take it for a user's wish,
+# and Ray was imported there without.
+WRITTEN_BY_RAY = "RAY_AUTH_MODE"
+
+
 def _forked(arguments: Sequence[str], environment: Mapping[str, str], stdout: str, stderr: str) -> None:
     """In the forked process: what a shell and an interpreter do before ``main``, then ``main``."""
     os.setsid()
@@ -149,7 +154,8 @@ class Command:
 @contextlib.contextmanager
 def started(*arguments: object, **environment: str) -> Iterator[Command]:
     """The command line in a process group of its own, its output kept; at the end it is gone, and all it started."""
-    process = Command([str(argument) for argument in arguments], os.environ | environment)
+    inherited = {name: value for name, value in os.environ.items() if name != WRITTEN_BY_RAY}
+    process = Command([str(argument) for argument in arguments], inherited | environment)
     try:
         yield process
     finally:
