@@ -41,7 +41,7 @@ def _processor() -> str:
 
 
 def provenance() -> str:
-    """Command, commit (with a mark where the tree was not clean, results aside) and machine, in three lines."""
+    """Command without folders, commit (marked where the tree was not clean, results aside), machine: three lines."""
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -52,7 +52,8 @@ def provenance() -> str:
         " with local changes" if git("status", "--porcelain", "-uno", ":!results") else ""
     )
     machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"\ncommand: python {' '.join(sys.argv)}\ncommit: {commit}\nmachine: {machine}"
+    command = " ".join(Path(each).name if Path(each).is_absolute() else each for each in sys.argv)
+    return f"\ncommand: python {command}\ncommit: {commit}\nmachine: {machine}"
 
 
 def read_cells(file: Path) -> list[Cell]:
