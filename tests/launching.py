@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +21,6 @@ import psutil
 from common import study_data
 from rich.console import Console
 
-from rankfront.search.__main__ import main
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.plans.job import Job
@@ -97,65 +94,22 @@ def write_study(data: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-# Forked off a server that has imported all that a launch does: a fresh interpreter takes seconds to.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["rankfront.search.study", "rankfront.search.run.workers", "rankfront.search.output.evaluate", "psutil", "gguf"]
-    + [f"transformers.models.{name}" for name in ("auto", "llama.configuration_llama", "llama.modeling_llama")]
-    + ["rankfront.search.optimise.rankfront_sampler", "transformers.tokenization_utils_tokenizers"]
-)
-
-
-# In this process's environment, once a test has started a cluster in it. A forked one would take it for a user's wish,
-# and Ray was imported there without.
-WRITTEN_BY_RAY = "RAY_AUTH_MODE"
-
-
-def _forked(arguments: Sequence[str], environment: Mapping[str, str], stdout: str, stderr: str) -> None:
-    """In the forked process: what a shell and an interpreter do before ``main``, then ``main``."""
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, name in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(name, os.O_WRONLY), number)
-    sys.argv = ["rankfront", *arguments]
-    main()
-
-
-class Command:
-    """The command line in a forked process that leads a process group, as `subprocess.Popen` would show it."""
-
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.args = arguments
-        self._folder = tempfile.TemporaryDirectory(prefix="rankfront-command-")
-        self._printed = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        for file in self._printed:
-            file.touch()
-        self._process = FORKS.Process(target=_forked, args=(arguments, dict(environment), *map(str, self._printed)))
-        self._process.start()
-        self.pid = self._process.pid
-        self.kill, self.terminate = self._process.kill, self._process.terminate
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Standard output and error, once it has ended."""
-        self._process.join(timeout)
-        assert self.returncode is not None, f"{self.args} runs for more than {timeout} s"
-        stdout, stderr = (file.read_text(encoding="utf-8") for file in self._printed)
-        return stdout, stderr
+def command(*arguments: object) -> list[str]:
+    """The command line in a process of its own."""
+    return [sys.executable, "-m", "rankfront.search", *(str(argument) for argument in arguments)]
 
 
 @contextlib.contextmanager
-def started(*arguments: object, **environment: str) -> Iterator[Command]:
-    """The command line in a process group of its own, its output kept; at the end it is gone, and all it started."""
-    inherited = {name: value for name, value in os.environ.items() if name != WRITTEN_BY_RAY}
-    process = Command([str(argument) for argument in arguments], inherited | environment)
+def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The command line in a process group of its own, its output piped; at the end it is gone, and all it started."""
+    process = subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -174,13 +128,13 @@ def finish(*arguments: object, **environment: str) -> subprocess.CompletedProces
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def ctrl_c(process: Command) -> tuple[str, str]:
+def ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What a terminal does: SIGINT to the whole process group. Returns standard output and error."""
     os.killpg(process.pid, signal.SIGINT)
     return process.communicate(timeout=PATIENCE)
 
 
-def sigterm(process: Command) -> tuple[str, str]:
+def sigterm(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What ``kill`` and schedulers do: SIGTERM to the launcher. Returns standard output and error."""
     process.terminate()
     return process.communicate(timeout=PATIENCE)

@@ -7,7 +7,7 @@ import sys
 
 import psutil
 import pytest
-from launching import check_whole, finished, started, values_of, wait_for
+from launching import check_whole, finish, finished, started, values_of, wait_for
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.study import Study
@@ -67,8 +67,7 @@ def test_launch_kill_go_on_export_generate(tmp_path, capsys):
     before = values_of(Study.open(run))
     assert 2 <= len(before) < TRIALS
 
-    command = [sys.executable, "-m", "rankfront.search", "launch", file, "--run", run]
-    launched = subprocess.run(command, capture_output=True, text=True)  # the command itself; `started` forks
+    launched = finish("launch", file, "--run", run)
     assert launched.returncode == 0, launched.stderr
     study = Study.open(run)
     check_whole(study, before, TRIALS)

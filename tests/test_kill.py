@@ -44,8 +44,8 @@ def test_killed_while_preparing_and_while_searching(study_file, tmp_path):
         with started("launch", study_file, "--run", run, **environment) as process:
             reached = wait_for(lambda: count() >= wanted, lambda: process.poll() is None)
             process.kill()
-            process.communicate()
-        assert reached, "the launch ended before it could be killed"
+            _, stderr = process.communicate()
+        assert reached, f"the launch ended before it could be killed: {stderr}"
 
     for count, wanted in ((factors, 3), (lambda: finished(run), 1), (lambda: finished(run), 9)):
         launch_and_kill(count, wanted)
