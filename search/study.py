@@ -87,10 +87,6 @@ class Study:
         state, damaged = self.run.read(self.config)
         return Results(self.run.settled(self.config), self.run.path, state, damaged)
 
-    def _optuna(self, write: bool = False) -> optuna.Study:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        return self.run.study(self.config, write)
-
     def rows(self) -> list[Row]:
         """Every trial, in order."""
         return list(self.read().rows)

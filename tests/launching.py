@@ -69,6 +69,12 @@ def make_scheduler(data: Mapping[str, Any], run: Path) -> tuple[Scheduler, JobRu
     return Scheduler(memory, study.config, make_space(setup), setup.origin(), lambda status: None), JobRunner(setup)
 
 
+def optuna_study(study: Study, write: bool = False) -> optuna.Study:
+    """The Optuna study of a run, as its storage has it."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return study.run.study(study.config, write)
+
+
 def again(study: Study, **search: Any) -> Study:
     """The same run with other keys under ``search``."""
     data = study.config.model_dump(mode="json")

@@ -15,6 +15,7 @@ from rankfront.search.constraint import Constraint
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.measure import runner, timing
 from rankfront.search.measure.setup import make_space
+from rankfront.search.names import inside_blocks
 from rankfront.search.optimise.answer import _Learned
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Plan, cost_of
@@ -255,7 +256,7 @@ def test_the_menu_lists_every_option_with_what_it_stores(finished):
     space = make_space(setup)
     wanted = space.wanted()
     assert set(frame.site) == {site.name for site in wanted}
-    inside = {site: place.block is not None for site, place in space.sites.items()}
+    inside = inside_blocks(space.sites)
     dense = cost_of(Plan(()), inside, 10**6, DTYPES[setup.dtype].itemsize)
     for site, options in wanted.items():
         rows = frame[frame.site == site.name].set_index("option")

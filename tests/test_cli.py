@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from common import save_folder
-from launching import again, contents, make_run, quiet, small_data, verify_here, write_study
+from launching import again, contents, make_run, optuna_study, quiet, small_data, verify_here, write_study
 from optuna.trial import TrialState
 
 from rankfront.methods import FAMILIES, method_names
@@ -81,7 +81,7 @@ def odd_run(finished_run, tmp_path):
     """A run whose folder, origins and failures mean something to terminals, to rich and to browsers."""
     folder = tmp_path / "[bold]x[" / "y]"
     shutil.copytree(finished_run.run.path, folder)
-    study = Study.open(folder)._optuna(write=True)
+    study = optuna_study(Study.open(folder), write=True)
     trial = study.ask()
     trial.set_user_attr("failure", ODD)
     study.tell(trial, state=TrialState.FAIL)
@@ -168,7 +168,7 @@ def test_front_json_is_as_documented(finished_run, ok):
 
 def test_front_json_is_json_for_every_reader(own_run, ok):
     """No NaN or Infinity, which Python writes and other readers refuse; failed trials included."""
-    raw = own_run._optuna(write=True)
+    raw = optuna_study(own_run, write=True)
     failed = raw.ask()
     failed.set_user_attr("failure", "RuntimeError: out of memory")
     raw.tell(failed, state=TrialState.FAIL)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from launching import check_whole, make_run, quiet, small_data
+from launching import check_whole, make_run, optuna_study, quiet, small_data
 from test_allocate import random_menu
 from test_opening import predictor_of
 
@@ -99,7 +99,7 @@ def data(model_folder, text_file, monkeypatch):
 def stops_of(study):
     """The trials that measured slopes along paths, by path; what was interrupted or waits still is left out."""
     found = {}
-    for trial in study._optuna().trials:
+    for trial in optuna_study(study).trials:
         own = "path" in trial.user_attrs and trial.state.is_finished()
         if own and trial.user_attrs.get("failure") != INTERRUPTED:
             found.setdefault(trial.user_attrs["path"], []).append(trial)
@@ -115,7 +115,7 @@ def sizes_of(study, predictor):
 def check_paths(study):
     """The laws of paths: each stop's plan is what slopes before it promise, within its size; what is measured there is
     that plan; a later path reads more."""
-    predictor, trials = predictor_of(study), study._optuna().trials
+    predictor, trials = predictor_of(study), optuna_study(study).trials
     even, expected = predictor.menu.even, sizes_of(study, predictor)
     found = stops_of(study)
     for number, path in found.items():
@@ -160,8 +160,8 @@ def test_no_path_is_begun_that_limits_would_cut_short(data, tmp_path):
     """Neither for want of tokens, nor where it ends above what limits allow."""
     whole = make_run(data, tmp_path / "whole")
     first = stops_of(whole)[1]
-    before = sum(t.user_attrs.get("tokens", 0) for t in whole._optuna().trials[: first[0].number])
-    menu = whole.tokens() - sum(t.user_attrs.get("tokens", 0) for t in whole._optuna().trials)
+    before = sum(t.user_attrs.get("tokens", 0) for t in optuna_study(whole).trials[: first[0].number])
+    menu = whole.tokens() - sum(t.user_attrs.get("tokens", 0) for t in optuna_study(whole).trials)
     cost = sum(stop.user_attrs["tokens"] for stop in first)
     data["search"] |= {"trials": 1000, "tokens": menu + before + cost // 2}
     assert not stops_of(make_run(data, tmp_path / "short"))
@@ -191,7 +191,7 @@ def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, s
     check_whole(study, {}, 16)
     path = check_paths(study)[1]
     assert len(path) >= 6
-    states = {t.number: t for t in study._optuna().trials}
+    states = {t.number: t for t in optuna_study(study).trials}
     for stop in path:
         reference = stop.user_attrs["slopes_of"]
         if reference is not None and states[reference].user_attrs.get("failure") == INTERRUPTED:
@@ -203,7 +203,7 @@ def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data
     measure, stopped = MEASURES["trial"], []
 
     def interrupted(self, job):
-        label = study._optuna().trials[job.number].user_attrs.get("anchor")
+        label = optuna_study(study).trials[job.number].user_attrs.get("anchor")
         if label == "1, keep=0.7" and not stopped:
             stopped.append(job.number)
             raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data
         study.launch(quiet())
     study.launch(quiet())
     check_paths(study)
-    (failed,), trials = stopped, study._optuna().trials
+    (failed,), trials = stopped, optuna_study(study).trials
     same = [t for t in trials if t.user_attrs.get("anchor") == "1, keep=0.7" and t.number != failed]
     assert [(t.state.name in ("COMPLETE", "PRUNED"), t.params) for t in same] == [(True, trials[failed].params)]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from common import random_plan
-from launching import make_run, measured, quiet, small_data, verify_here
+from launching import make_run, measured, optuna_study, quiet, small_data, verify_here
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
@@ -142,7 +142,7 @@ def test_front_says_it_in_table_json_page_and_one_line(study, tmp_path, capsys, 
     assert front_warning(alike, dense, "self") is None
     line = front_warning([*alike, replace(worst, report=lost)], dense, "self")
     assert line.startswith(f"1 of {len(rows)} members lose far more than their figures say: trial {worst.number} ")
-    writing = study._optuna(write=True)
+    writing = optuna_study(study, write=True)
     for row in rows:
         writing.set_user_attr(f"report {row.number}", lost if row.number == worst.number else dense)
     assert command_line(["front", str(study.run.path)]) == 0

@@ -8,7 +8,7 @@ import sys
 import optuna
 import pytest
 import torch
-from launching import again, check_whole, make_run, make_scheduler, quiet, small_data, values_of
+from launching import again, check_whole, make_run, make_scheduler, optuna_study, quiet, small_data, values_of
 
 from rankfront.methods import InputError
 from rankfront.methods._low_rank import LowRank
@@ -228,7 +228,7 @@ def test_trials_left_running_are_closed_and_measured_again(data, tmp_path):
 
 def test_a_trial_without_a_plan_says_so(data, tmp_path):
     study = make_run(data, tmp_path / "run")
-    number = study._optuna(write=True).ask().number
+    number = optuna_study(study, write=True).ask().number
     longer = again(study, trials=TRIALS + 1)
     longer.launch(quiet())
     with pytest.raises(InputError, match=f"trial {number} has no plan"):
@@ -238,7 +238,7 @@ def test_a_trial_without_a_plan_says_so(data, tmp_path):
 def test_what_samplers_ask_twice_is_left_out(data, tmp_path):
     """A plan that was proposed again is not a trial, in any listing."""
     study = make_run(data, tmp_path / "run")
-    raw = study._optuna(write=True)
+    raw = optuna_study(study, write=True)
     repeated = raw.ask()
     raw.tell(repeated, state=optuna.trial.TrialState.PRUNED)
     assert repeated.number not in {row.number for row in study.rows()}

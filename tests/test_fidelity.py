@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from launching import again, make_run, make_scheduler, quiet, small_data, verify_here
+from launching import again, make_run, make_scheduler, optuna_study, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import INTERRUPTED
@@ -145,7 +145,7 @@ def data(model_folder, text_file):
 
 def complete(study):
     """Complete rows in the order in which they were finished: queued ones have numbers from when they were queued."""
-    ended = {trial.number: trial.datetime_complete for trial in study._optuna().get_trials()}
+    ended = {trial.number: trial.datetime_complete for trial in optuna_study(study).get_trials()}
     return sorted((row for row in study.rows() if row.state == "complete"), key=lambda row: ended[row.number])
 
 
@@ -155,7 +155,7 @@ def values_of(rows):
 
 def sent(study):
     """(rung, number) of the trials that went on, interrupted ones left out, as often as they did."""
-    trials = [trial for trial in study._optuna().get_trials() if "promoted" in trial.user_attrs]
+    trials = [trial for trial in optuna_study(study).get_trials() if "promoted" in trial.user_attrs]
     kept = [trial for trial in trials if trial.user_attrs.get("failure") != INTERRUPTED]
     return [(trial.user_attrs["rung"] - 1, trial.user_attrs["promoted"]) for trial in kept]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from launching import make_run, measured, small_data, verify_here
+from launching import make_run, measured, optuna_study, small_data, verify_here
 from rows import JOINT_METHODS, SHARED_METHODS
 
 from rankfront.methods import Grid, InputError, Option, get_method, method_names
@@ -355,7 +355,7 @@ def test_a_study_searches_joint_and_single_sites_together(model_folder, text_fil
         assert len(claimed) == len(set(claimed))
     methods = {option.method for row in rows for option in row.plan.by_site.values()}
     assert methods >= {"svd-llm", "lama", "vo-svd", "nystrom"}
-    slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
+    slopes = [trial for trial in optuna_study(study).trials if "slopes_of" in trial.user_attrs]
     assert slopes
     assert all("slopes" in trial.user_attrs for trial in slopes)
     assert study.answer("block_parameters<=0.77").figures["block_parameters"] <= 0.77
@@ -389,7 +389,7 @@ def test_a_space_of_joint_sites_alone_is_searched(model_folder, text_file, tmp_p
     assert len(rows) == 14
     assert {option.method for row in rows for option in row.plan.by_site.values()} == set(methods)
     assert any(row.origin.startswith("menu") for row in rows)
-    assert any("slopes" in trial.user_attrs for trial in study._optuna().trials)
+    assert any("slopes" in trial.user_attrs for trial in optuna_study(study).trials)
     assert set(study.menu().method) == {"dense", *methods}
     assert study.answer("block_parameters<=0.9").figures["block_parameters"] <= 0.9
 

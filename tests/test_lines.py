@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from common import save_folder
-from launching import make_run, small_data
+from launching import make_run, optuna_study, small_data
 from test_figures import disjoint_plan, value
 
 from rankfront.search.measure.runner import JobRunner
@@ -39,7 +39,7 @@ def test_what_a_model_does_is_predicted_from_a_few_trials(name, text_file, tmp_p
     data["space"] = {"methods": ["svd-llm", "lama", "vo-svd"], "keep": [0.3, 0.5, 0.7], "rank_multiple": 2}
     study = make_run(data, tmp_path / "run")
     resident = JobRunner(study.setup())
-    menu = menu_of(study.config, resident.compressed.space, menu_record(study._optuna().user_attrs), "float32", {})
+    menu = menu_of(study.config, resident.compressed.space, menu_record(optuna_study(study).user_attrs), "float32", {})
     plans = [disjoint_plan(resident, seed) for seed in range(40)]
     found = [(places, value(resident, plan, name)) for plan in plans if (places := menu.encode(plan))]
     assert len(found) > 20

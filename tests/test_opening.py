@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from launching import again, check_whole, make_run, quiet, small_data
+from launching import again, check_whole, make_run, optuna_study, quiet, small_data
 from test_rankfront_study import make_scheduler
 
 from rankfront.search.choices import OURS
@@ -30,7 +30,7 @@ def data(model_folder, text_file):
 def opening(study):
     """Origins of what was measured or asked before the first proposal, slopes among them, in order."""
     origins = []
-    for trial in study._optuna().trials:
+    for trial in optuna_study(study).trials:
         if trial.user_attrs.get("origin") == OURS:
             break
         if trial.state.name in ("COMPLETE", "FAIL") or "slopes_of" in trial.user_attrs:
@@ -72,11 +72,11 @@ def test_slopes_change_what_the_front_is(data, tmp_path, monkeypatch):
 def test_without_tokens_for_slopes_the_menu_s_own_front_is_measured(data, tmp_path):
     """The plan at the reference is not measured twice where slopes change nothing."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
-    menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
+    menu, trial = menu_record(optuna_study(study).user_attrs)["tokens"], study.setup().tokens["search"].numel()
     # Dense and the reference take two of five; slopes and a trial after them would take four.
     data["search"]["tokens"] = menu + 5 * trial
     study = make_run(data, tmp_path / "run")
-    assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
+    assert not any("slopes_of" in one.user_attrs for one in optuna_study(study).trials)
     dense, reference, *front = opening(study)
     assert (dense, reference) == ("anchor: dense", "menu: centre")
     assert front == [origin for origin in FRONT if origin in front]
@@ -106,12 +106,12 @@ def test_the_front_is_measured_though_its_centre_fails(data, tmp_path, monkeypat
 def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, more):
     """Whatever the limit leaves, slopes are not the last thing that is measured, and no limit is missed by more."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
-    menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
+    menu, trial = menu_record(optuna_study(study).user_attrs)["tokens"], study.setup().tokens["search"].numel()
     data["search"] |= {"trials": 100, "tokens": menu + more * trial // 2, "anchors": [0.4, 0.6, 0.8]}
     data["space"]["methods"] = ["svd", "asvd", "svd-llm"]
     study = make_run(data, tmp_path / "run")
     assert study.tokens() < data["search"]["tokens"] + trial
-    done = [trial for trial in study._optuna().trials if trial.state.is_finished()]
+    done = [trial for trial in optuna_study(study).trials if trial.state.is_finished()]
     assert "slopes_of" not in done[-1].user_attrs
 
 
@@ -129,11 +129,11 @@ def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
 def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
     """Where an earlier launch had no tokens for slopes, none are left waiting for the next."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
-    menu, trial = menu_record(study._optuna().user_attrs)["tokens"], study.setup().tokens["search"].numel()
+    menu, trial = menu_record(optuna_study(study).user_attrs)["tokens"], study.setup().tokens["search"].numel()
     data["search"]["tokens"] = menu + 2 * trial
     study = make_run(data, tmp_path / "run")
     study.solve("block_parameters<=0.55", console=quiet())
-    assert not any("slopes_of" in one.user_attrs for one in study._optuna().trials)
+    assert not any("slopes_of" in one.user_attrs for one in optuna_study(study).trials)
 
 
 def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tmp_path):

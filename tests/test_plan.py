@@ -11,6 +11,7 @@ from rankfront.methods import DENSE_OPTION, Grid, InputError, Option, get_method
 from rankfront.search.inputs.model import count_parameters
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
+from rankfront.search.names import inside_blocks
 from rankfront.search.plans.plan import VERSION, Plan, cost_of
 from rankfront.search.study import Study
 
@@ -108,7 +109,7 @@ def test_another_version_is_named():
 
 def llama_sites():
     model = common.architecture("llama").build()
-    return {site: place.block is not None for site, place in find_sites(model).items()}, count_parameters(model)
+    return inside_blocks(find_sites(model)), count_parameters(model)
 
 
 def test_an_empty_plan_costs_what_dense_does():
@@ -161,7 +162,7 @@ def test_a_plan_with_no_such_option_is_refused(spec):
 def test_cost_is_the_count_of_the_models_parameters(resident, seed):
     plan = random_plan(resident, seed)
     resident.compressed.apply(plan)
-    inside = {site: place.block is not None for site, place in resident.compressed.sites.items()}
+    inside = inside_blocks(resident.compressed.sites)
     cost = cost_of(plan, inside, resident.compressed.dense_values, 4)
     assert cost.values == count_parameters(resident.compressed.model) < cost.dense_values
     assert cost.bytes == sum(p.numel() * p.element_size() for p in resident.compressed.model.parameters())
@@ -176,7 +177,7 @@ def test_cost_of_a_tied_matrix_is_counted_once(tied_folder, text_file):
     data["space"] |= {"include": ["lm_head"], "methods": ["svd"]}
     resident = JobRunner(Study(data).setup())
     ((site, options),) = resident.compressed.space.wanted().items()
-    inside = {site: place.block is not None for site, place in resident.compressed.sites.items()}
+    inside = inside_blocks(resident.compressed.sites)
     for option in options:
         plan = Plan.of({site.name: option})
         resident.compressed.apply(plan)
@@ -203,7 +204,7 @@ def test_kept_fractions_lie_between_nothing_and_dense(architecture, model, name,
         if offered and claimed.isdisjoint(paths):
             claimed |= paths
             chosen[site.name] = EXTREMES[extreme](offered, key=lambda o: method.storage(site, o).parameters)
-    inside = {site: place.block is not None for site, place in sites.items()}
+    inside = inside_blocks(sites)
     cost = cost_of(Plan.of(chosen), inside, count_parameters(model), 2)
     assert 0 < cost.bytes <= 2 * cost.dense_values
     if not any(method.storage(site, chosen[site.name]).integers for site in sites if site.name in chosen):
@@ -214,7 +215,7 @@ def test_kept_fractions_lie_between_nothing_and_dense(architecture, model, name,
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_model_of_dropped_blocks_keeps_nothing_of_them(name):
     model = common.architecture(name).build()
-    sites = {site: place.block is not None for site, place in find_sites(model).items()}
+    sites = inside_blocks(find_sites(model))
     dropped = [site for site in sites if set(site.roles) in ({"query", "key", "value", "output"}, MLP_ROLES[name])]
     cost = cost_of(Plan.of({site.name: Option.of("drop-block") for site in dropped}), sites, count_parameters(model), 2)
     assert len(dropped) == 2 * common.BLOCKS

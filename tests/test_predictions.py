@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from launching import make_run, quiet, small_data, values_of
+from launching import make_run, optuna_study, quiet, small_data, values_of
 
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
@@ -38,7 +38,7 @@ def data(model_folder, text_file):
 def parts(data, tmp_path):
     """A finished run with its menu's records."""
     study = make_run(data, tmp_path / "run")
-    known = study._optuna().user_attrs
+    known = optuna_study(study).user_attrs
     return study, {int(name.split()[1]): record for name, record in known.items() if name.startswith("menu ")}
 
 
@@ -115,7 +115,7 @@ def test_probes_are_divergences_of_the_plans_that_they_name(parts):
         measured = score(resident.compressed.model, windows, taught).divergence
         assert record["divergence"] == pytest.approx(measured, rel=1e-4)
         predictions = scaled_by_group(predictions, record["probed"], measured)
-    merged = menu_record(study._optuna().user_attrs)
+    merged = menu_record(optuna_study(study).user_attrs)
     for site, found in merged["predictions"].items():
         assert found == pytest.approx(predictions[site], rel=1e-4)
     assert merged["tokens"] == sum(record["tokens"] for record in records.values())
@@ -123,7 +123,7 @@ def test_probes_are_divergences_of_the_plans_that_they_name(parts):
 
 def test_a_menu_is_whole_only_with_all_its_probes(parts):
     study, _ = parts
-    known = dict(study._optuna().user_attrs)
+    known = dict(optuna_study(study).user_attrs)
     del known["menu 2"]
     assert menu_record(known) is None
 
@@ -142,11 +142,11 @@ def test_a_stop_between_probes_loses_none(data, tmp_path, monkeypatch):
         patch.setitem(MEASURES, "menu", stopped)
         with pytest.raises(Interrupted):
             study.launch(quiet())
-    before = {name: r for name, r in study._optuna().user_attrs.items() if name.startswith("menu ")}
+    before = {name: r for name, r in optuna_study(study).user_attrs.items() if name.startswith("menu ")}
     assert len(before) == 3
     monkeypatch.setitem(MEASURES, "menu", lambda self, job: done.append(job.number) or menu(self, job))
     study.launch(quiet())
-    known = study._optuna().user_attrs
+    known = optuna_study(study).user_attrs
     assert before.items() <= known.items()
     assert sorted(done) == list(range(known["menu 0"]["jobs"]))
     assert len(values_of(study)) == 9

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import optuna
 import pytest
-from launching import again, check_whole, make_run, quiet, small_data, values_of
+from launching import again, check_whole, make_run, optuna_study, quiet, small_data, values_of
 from optuna.trial import TrialState
 
 from rankfront.methods import InputError
@@ -33,12 +33,12 @@ def data(model_folder, text_file):
 
 def record_of(study):
     """The menu's record, as the storage has it."""
-    return menu_record(study._optuna().user_attrs)
+    return menu_record(optuna_study(study).user_attrs)
 
 
 def slope_trials(study):
     """The trials that measured slopes, as the storage has them."""
-    return [trial for trial in study._optuna().get_trials() if "slopes_of" in trial.user_attrs]
+    return [trial for trial in optuna_study(study).get_trials() if "slopes_of" in trial.user_attrs]
 
 
 def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path):
@@ -74,7 +74,7 @@ def check_slopes(study):
     references = [rows[trial.user_attrs["slopes_of"]] for trial in done]
     assert {row.state for row in references} == {"complete"}
     assert len({row.plan_key for row in references}) == len(references)
-    everything = {trial.number: trial for trial in study._optuna().get_trials()}
+    everything = {trial.number: trial for trial in optuna_study(study).get_trials()}
     options = make_space(study.setup()).options
     for trial in done:
         assert trial.params == everything[trial.user_attrs["slopes_of"]].params

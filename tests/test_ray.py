@@ -11,6 +11,7 @@ from launching import (
     ctrl_c,
     finished,
     make_run,
+    optuna_study,
     quiet,
     sigterm,
     small_data,
@@ -162,7 +163,7 @@ def test_a_stop_ends_the_cluster_too(data, tmp_path, stop):
 
 def check_parts(study, source):
     """Every part of the menu is measured once, and so are slopes around trials."""
-    attributes = study._optuna().user_attrs
+    attributes = optuna_study(study).user_attrs
     parts = [name for name in attributes if name.startswith("menu ")]
     wanted = make_space(study.setup()).wanted()
     groups = len(wanted) if source == "grouped" else 0  # two blocks: every site is a group
@@ -170,7 +171,7 @@ def check_parts(study, source):
     assert (len(parts) > 1) == (source != "gradient")
     sites = [site for name in parts for site in attributes[name].get("predictions", {})]
     assert len(set(sites)) == len(sites) == len(wanted)
-    slopes = [trial for trial in study._optuna().trials if "slopes_of" in trial.user_attrs]
+    slopes = [trial for trial in optuna_study(study).trials if "slopes_of" in trial.user_attrs]
     assert slopes
     assert all("slopes" in trial.user_attrs for trial in slopes)
 

@@ -8,6 +8,7 @@ from launching import small_data
 from rankfront.methods import InputError
 from rankfront.search.constraint import Constraint
 from rankfront.search.measure.setup import make_space
+from rankfront.search.names import inside_blocks
 from rankfront.search.plans.plan import Plan, Prices
 from rankfront.search.plans.reach import check_reachable, smallest
 from rankfront.search.study import Study
@@ -26,7 +27,7 @@ def joint(model_folder, text_file):
     study = Study(data)
     space = make_space(study.setup())
     assert len(space.choices) > 4
-    return space.wanted(), Prices({site: p.block is not None for site, p in space.sites.items()}, 40_000, 4)
+    return space.wanted(), Prices(inside_blocks(space.sites), 40_000, 4)
 
 
 @pytest.mark.parametrize("figure", ["parameters", "block_parameters", "bytes"])

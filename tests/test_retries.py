@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from launching import again, check_whole, make_run, make_scheduler, quiet, small_data, values_of
+from launching import again, check_whole, make_run, make_scheduler, optuna_study, quiet, small_data, values_of
 
 from rankfront.methods import InputError
 from rankfront.search.choices import OURS
@@ -70,7 +70,7 @@ def test_every_kind_of_job_is_measured_again(data, tmp_path, monkeypatch, kind):
     check_whole(study, {}, 10)
     assert {row.state for row in study.rows()} <= {"complete", "waiting"}
     assert all(row.report["perplexity"] > 1 for row in study.front())
-    assert not [t for t in study._optuna().trials if "failure" in t.user_attrs]
+    assert not [t for t in optuna_study(study).trials if "failure" in t.user_attrs]
     assert {count for (own, _), count in measured.items() if own == kind} == {ATTEMPTS}
     assert {count for (own, _), count in measured.items() if own != kind} == {1}
 
@@ -231,7 +231,7 @@ def test_lost_slopes_are_measured_by_the_next_launch(data, tmp_path, monkeypatch
     longer = again(study, trials=14)
     longer.launch(quiet())
     check_whole(longer, before, 14)
-    trials = longer._optuna().trials
+    trials = optuna_study(longer).trials
     lost = {t.number for t in trials if "lost" in t.user_attrs}
     assert lost
     assert lost == {t.user_attrs["again"] for t in trials if "again" in t.user_attrs and "slopes" in t.user_attrs}

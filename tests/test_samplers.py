@@ -3,7 +3,7 @@
 import moocore
 import optuna
 import pytest
-from launching import again, check_whole, make_run, small_data, values_of
+from launching import again, check_whole, make_run, optuna_study, small_data, values_of
 from optuna.distributions import IntDistribution
 
 from rankfront.methods import InputError
@@ -69,7 +69,7 @@ def test_the_most_sensitive_groups_are_untied(model_folder, text_file, tmp_path)
     data = small_data(model_folder, text_file, sampler="random", trials=8, groups=1, untie=2)
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, 8)
-    storage = study._optuna()
+    storage = optuna_study(study)
     hurt: dict[str, float] = {}
     for site, known in menu_record(storage.user_attrs)["predictions"].items():
         kind = site.split(".", 3)[3]
@@ -98,7 +98,7 @@ def test_limits_are_kept_to(model_folder, text_file, tmp_path, sampler):
     assert study.front()
     assert all(row.values["block_parameters"] <= 0.7 for row in study.front())
     assert all(row.report for row in study.front())
-    for trial in study._optuna().trials:
+    for trial in optuna_study(study).trials:
         if trial.number in rows and trial.values:
             met = all(value <= 0 for value in trial.constraints.values())
             assert met == (rows[trial.number].values["block_parameters"] <= 0.7)

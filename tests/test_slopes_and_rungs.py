@@ -1,7 +1,7 @@
 """Where slopes, rungs, interruptions and failures meet."""
 
 import pytest
-from launching import again, make_run, quiet
+from launching import again, make_run, optuna_study, quiet
 from synthetic import Problem, measure_slopes, slopes_due
 from test_fidelity import DENSE, make_data
 from test_rankfront_study import make_scheduler
@@ -39,7 +39,7 @@ def test_the_goal_is_that_of_the_first_rung_after_a_resume(model_folder, text_fi
     dense = {row.rung: row.values["perplexity"] for row in study.rows() if row.plan_key == DENSE}
     setup = longer.setup()
     scheduler = Scheduler(
-        longer._optuna(write=True), longer.config, make_space(setup), setup.origin(), lambda status: None
+        optuna_study(longer, write=True), longer.config, make_space(setup), setup.origin(), lambda status: None
     )
     assert scheduler.study.sampler.predictor.goal.dense == dense[0] != dense[1]
 

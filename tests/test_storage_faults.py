@@ -8,7 +8,18 @@ import sqlite3
 import struct
 
 import pytest
-from launching import again, check_whole, make_run, quiet, small_data, tree, values_of, verify_here, write_study
+from launching import (
+    again,
+    check_whole,
+    make_run,
+    optuna_study,
+    quiet,
+    small_data,
+    tree,
+    values_of,
+    verify_here,
+    write_study,
+)
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run as command
@@ -143,7 +154,7 @@ def test_damaged_trials_are_named_and_measured_again(model_folder, text_file, tm
     assert ", ".join(study.damages()) in capsys.readouterr().out
     assert command(["show", str(study.run.path), str(numbers[0])]) == 2
     assert "damaged" in capsys.readouterr().err
-    learned = [trial for trial in study._optuna().trials if trial.number in numbers]
+    learned = [trial for trial in optuna_study(study).trials if trial.number in numbers]
     assert all(trial.values is None and not trial.params for trial in learned)
 
     again(study, trials=12).launch(quiet())
@@ -158,8 +169,8 @@ def test_damaged_trials_are_named_and_measured_again(model_folder, text_file, tm
 def test_damaged_reports_menus_and_slopes_are_measured_again(model_folder, text_file, tmp_path):
     data = small_data(model_folder, text_file, trials=10, sampler="rankfront")
     study = make_run(data, tmp_path / "run")
-    before, reports = study._optuna().user_attrs, {row.number: row.report for row in study.front()}
-    slopes = [trial for trial in study._optuna().trials if "slopes" in trial.user_attrs]
+    before, reports = optuna_study(study).user_attrs, {row.number: row.report for row in study.front()}
+    slopes = [trial for trial in optuna_study(study).trials if "slopes" in trial.user_attrs]
     assert slopes
     report = f"report {min(reports)}"
     digit, slope = "replace(value_json, '1', '2')", OF.format(number=slopes[0].number)
@@ -172,10 +183,10 @@ def test_damaged_reports_menus_and_slopes_are_measured_again(model_folder, text_
     assert next(row for row in study.front() if row.number == min(reports)).report is None
     again(study, trials=11).launch(quiet())
     assert study.damages() == []
-    now = study._optuna().user_attrs
+    now = optuna_study(study).user_attrs
     assert now["menu 0"]["predictions"] == before["menu 0"]["predictions"]
     assert now[report]["perplexity"] == before[report]["perplexity"]
-    anew = [t for t in study._optuna().trials if t.user_attrs.get("replaces") == slopes[0].number]
+    anew = [t for t in optuna_study(study).trials if t.user_attrs.get("replaces") == slopes[0].number]
     assert [trial.user_attrs["slopes"] for trial in anew] == [slopes[0].user_attrs["slopes"]]
 
 
@@ -228,11 +239,11 @@ def test_a_database_whose_creation_was_cut_short_is_made_again(own, finished, tm
                 connection.execute(statement)
             if any(text.startswith("CREATE TABLE studies") for text in statements[:count]):
                 connection.execute("INSERT INTO studies (study_name) VALUES ('rankfront')")
-        study = Study.open(run)._optuna(write=True)
+        study = optuna_study(Study.open(run), write=True)
         assert study.trials == []
         study.ask()
         close(study)
-        assert len(Study.open(run)._optuna(write=True).trials) == 1
+        assert len(optuna_study(Study.open(run), write=True).trials) == 1
     assert sorted(path.name for path in run.iterdir() if "partial" in path.name) == []
 
 
@@ -247,7 +258,7 @@ def test_a_foreign_database_is_completed(own, tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "trials.db")) as connection, connection:
         connection.execute(table)
     for _ in range(2):
-        study._optuna(write=True)
+        optuna_study(study, write=True)
     with contextlib.closing(sqlite3.connect(tmp_path / "trials.db")) as connection, connection:
         assert connection.execute("SELECT count(*) FROM studies").fetchone() == (1,)
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
@@ -255,7 +266,7 @@ def test_a_foreign_database_is_completed(own, tmp_path):
         connection.execute("DROP INDEX ix_studies_study_name")
         connection.execute("INSERT INTO studies (study_name) SELECT study_name FROM studies")
     with pytest.raises(InputError, match="cannot be opened") as caught:
-        study._optuna(write=True)
+        optuna_study(study, write=True)
     assert "\n" not in str(caught.value)
 
 
@@ -345,7 +356,7 @@ def test_a_relative_storage_of_before_is_named(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trials.db").touch()
     with pytest.raises(InputError, match="relative to the run folder") as caught:
-        again(own, storage="sqlite:///trials.db")._optuna()
+        optuna_study(again(own, storage="sqlite:///trials.db"))
     assert str(tmp_path / "trials.db") in str(caught.value)
 
 

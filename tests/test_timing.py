@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from common import save_folder
-from launching import make_run, quiet, small_data
+from launching import make_run, optuna_study, quiet, small_data
 from torch import nn
 
 from rankfront.methods import DENSE_OPTION, InputError, Option, Unpacked
@@ -232,7 +232,7 @@ def test_whatever_a_method_makes_can_be_timed(name, text_file, tmp_path, monkeyp
 
 def test_what_is_slower_than_dense_is_not_on_the_menu(data, counted, tmp_path):
     study = make_run(data, tmp_path / "run")
-    known = study._optuna().user_attrs
+    known = optuna_study(study).user_attrs
     assert known["timing"]["timing"]["latency"]["sites"]
     frame = study.menu()
     ranks = frame["option"].str.extract(r"rank=(\d+)")[0].dropna().astype(int)
@@ -266,7 +266,7 @@ def test_a_table_that_is_looked_up_costs_no_time_and_stays_on_the_menu(data, cou
 
 def test_budgets_are_time_where_nothing_else_is_counted(data, counted, tmp_path):
     study = make_run(data, tmp_path / "run")
-    timings = timings_of(study.config.objectives, study._optuna().user_attrs)
+    timings = timings_of(study.config.objectives, optuna_study(study).user_attrs)
     objective, table = timings["latency"]
     space = CompressedModel(study.setup()).space
     (size,) = sizes_of(study.config, "float32", timings)
@@ -285,7 +285,7 @@ def test_a_table_is_made_once_and_a_failed_one_does_not_stop_the_study(data, tmp
     monkeypatch.setattr("rankfront.search.measure.runner.time_sites", failing)
     study = make_run(data, tmp_path / "run")
     assert len(made) == 1
-    assert "no clock" in study._optuna().user_attrs["timing"]["failure"]
+    assert "no clock" in optuna_study(study).user_attrs["timing"]["failure"]
     assert study.latency() == {}
     assert sum(row.counts for row in study.rows()) == data["search"]["trials"]
     again = Study(data | {"search": data["search"] | {"trials": 11}}, tmp_path / "run")
@@ -310,6 +310,6 @@ def test_other_samplers_time_nothing(data, tmp_path, counted):
 def test_menus_without_a_table_are_as_before(data, tmp_path, counted):
     study = make_run(data, tmp_path / "run")
     space = CompressedModel(study.setup()).space
-    record = study._optuna().user_attrs["menu 0"]
+    record = optuna_study(study).user_attrs["menu 0"]
     whole = menu_of(study.config, space, record, "float32", {})
     assert sum(len(line.options) for line in whole.lines) > sum(len(set(found)) for found in [study.menu()["option"]])

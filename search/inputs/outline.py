@@ -27,11 +27,6 @@ class Outline:
     parameters: int
     capacity: Capacity
 
-    @property
-    def inside(self) -> dict[Site, bool]:
-        """Every site, and whether it is inside a block."""
-        return {site: place.block is not None for site, place in self.sites.items()}
-
 
 def outline_of(source: Source, attention: str | None = None) -> Outline:
     """Of the model's `skeleton` with transformers' attention implementation ``attention``.

@@ -25,6 +25,7 @@ from rankfront.search.measure.setup import Setup
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.measure.timed_model import TimedModel
 from rankfront.search.measure.timing import time_sites, time_whole
+from rankfront.search.names import inside_blocks
 from rankfront.search.plans.job import Job, Kind, Record
 from rankfront.search.plans.latency_table import pack
 from rankfront.search.plans.menu import values_stored
@@ -102,8 +103,8 @@ class JobRunner:
         if self.timed.objectives:
             with clock.phase("join"):
                 self.timed.join()
-        inside = {site: place.block is not None for site, place in compressed.sites.items()}
-        cost = cost_of(plan, inside, compressed.dense_values, DTYPES[self.setup.dtype].itemsize)
+        value_bytes = DTYPES[self.setup.dtype].itemsize
+        cost = cost_of(plan, inside_blocks(compressed.sites), compressed.dense_values, value_bytes)
         teacher = None
         if "divergence" in self.setup.config.objectives:
             with clock.phase("teacher"):

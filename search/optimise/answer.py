@@ -13,7 +13,7 @@ from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
-from rankfront.search.names import VALUE_BYTES
+from rankfront.search.names import VALUE_BYTES, inside_blocks
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
@@ -196,7 +196,7 @@ def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -
         name: (objective, timing.calibrated(objective, [(plan, v[column]) for plan, v in plans]).timing)
         for (name, (objective, timing)), column in zip(timings.items(), predictor.goal.timed, strict=True)
     }
-    inside = {site: place.block is not None for site, place in space.sites.items()}
+    inside = inside_blocks(space.sites)
     value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
     return Figures(predictor.menu, inside, int(dense.attributes[PARAMETER_COUNT]), value_bytes, tables)
 

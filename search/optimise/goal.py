@@ -16,7 +16,7 @@ from rankfront.objectives.latency import Timed
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
-from rankfront.search.names import VALUE_BYTES
+from rankfront.search.names import VALUE_BYTES, inside_blocks
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
@@ -109,8 +109,7 @@ def make_goal(
     base = dense.values[quality] if quality == "perplexity" else None
     box = box_of(config.objectives, dense)
     objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
-    inside = {site: place.block is not None for site, place in space.sites.items()}
-    prices = Prices(inside, int(dense.attributes[PARAMETER_COUNT]), VALUE_BYTES[dtype])
+    prices = Prices(inside_blocks(space.sites), int(dense.attributes[PARAMETER_COUNT]), VALUE_BYTES[dtype])
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough

@@ -21,6 +21,7 @@ from rankfront.search.inputs.own_text import Progress
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup, make_space
+from rankfront.search.names import inside_blocks
 from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Prices
@@ -148,5 +149,5 @@ def check_limits(setup: Setup, space: Space) -> None:
     """Raise `InputError` where no plan of the space can meet the study's limits."""
     limits = [Constraint.parse(text) for text in setup.config.search.where]
     if any(limit.figure in COSTS for limit in limits):
-        prices = Prices(setup.outline.inside, setup.outline.parameters, DTYPES[setup.dtype].itemsize)
+        prices = Prices(inside_blocks(setup.outline.sites), setup.outline.parameters, DTYPES[setup.dtype].itemsize)
         check_reachable(limits, space.wanted(), prices)

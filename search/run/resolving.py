@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def make_setup(
     outline.capacity.check_length(config.data.length, "data.length")  # before minutes of sampling
     own = OwnText(source, dtype, device, cache, own_text(run) if drawn is None else drawn, progress)
     tokens = cut(load_tokenizer(source), config.data.splits(), config.data.length, own)
-    if scatters(run, config):
+    if scatters(config, earlier):
         tokens["search"] = scattered(tokens["search"])
     config = run.settled(config)
     if config.space.rank_multiple == "device":
@@ -65,11 +67,10 @@ def own_text(run: Run) -> dict[str, Tensor]:
     return {seed: torch.from_numpy(ids) for seed, ids in run.own_text().items()}
 
 
-def scatters(run: Run, config: StudyConfig) -> bool:
-    """Whether rungs read windows from all over the search split; runs that an earlier version began go on as they
-    were, with the text's beginning."""
-    known = run.resolved() if run.file.exists() else {"windows": SCATTERED}
-    return bool(config.search.rungs) and known.get("windows") == SCATTERED
+def scatters(config: StudyConfig, earlier: Mapping[str, str]) -> bool:
+    """Whether rungs read windows from all over the search split; runs that an ``earlier`` version began, by what they
+    were resolved to, go on as they were, with the text's beginning."""
+    return bool(config.search.rungs) and (not earlier or earlier.get("windows") == SCATTERED)
 
 
 def resolved_as(run: Run, config: StudyConfig, setup: Setup) -> dict[str, str]:
@@ -78,7 +79,7 @@ def resolved_as(run: Run, config: StudyConfig, setup: Setup) -> dict[str, str]:
     found = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
     if config.space.rank_multiple == "device":
         found["rank_multiple"] = str(setup.config.space.rank_multiple)
-    return found | ({"windows": SCATTERED} if scatters(run, config) else {})
+    return found | ({"windows": SCATTERED} if scatters(config, run.resolved()) else {})
 
 
 def placed(config: StudyConfig, device: str, address: str | None) -> StudyConfig:

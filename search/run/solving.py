@@ -18,6 +18,7 @@ from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Row
 from rankfront.search.storage.picking import holds
+from rankfront.search.storage.trials import enqueue
 
 SOLVES = 3  # plans measured for an answer at most, where tables predict a latency too low
 
@@ -49,8 +50,7 @@ def _measure(
     if number is None:
         with run.lock():
             storage = run.study(config, write=True)
-            storage.enqueue_trial(found.draws, user_attrs={keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
-            number = storage.get_trials(deepcopy=False)[-1].number
+            number = enqueue(storage, found.draws, {keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
             close(storage)
     rows = run.read(config)[0].rows
     if promotion_of(rows, number) is not None:

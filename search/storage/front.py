@@ -159,11 +159,6 @@ def state_of(
     return StudyState(trials, known, rows)
 
 
-def rows_of(study: optuna.Study, objectives: Sequence[str]) -> list[Row]:
-    """Every trial of a study, in order; proposals that had been measured before, and slopes, are left out."""
-    return list(StudyReader(study, objectives).read().rows)
-
-
 def _row(trial: FrozenTrial, objectives: Sequence[str], report: dict[str, Any] | None, again: bool) -> Row:
     attributes = trial.user_attrs
     complete = trial.state == TrialState.COMPLETE
