@@ -18,12 +18,14 @@ from typing import Any
 
 import optuna
 import psutil
+import pytest
 from common import study_data
 from rich.console import Console
 
-from rankfront.search.measure.runner import JobRunner
+from rankfront.search.errors import Interrupted
+from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
-from rankfront.search.plans.job import Job
+from rankfront.search.plans.job import Job, Kind
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.storage.front import Row
@@ -125,6 +127,23 @@ def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
             process.communicate()
+
+
+def launch_stopped(study: Study, kind: Kind, due: Callable[[Job], Any] = lambda job: True) -> Job:
+    """Launch ``study`` and stop it once, as Ctrl-C does, before a job of ``kind`` that is ``due``; that job."""
+    measure, stopped = MEASURES[kind], []
+
+    def stopping(runner: JobRunner, job: Job) -> Any:
+        if not stopped and due(job):
+            stopped.append(job)
+            raise KeyboardInterrupt
+        return measure(runner, job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MEASURES, kind, stopping)
+        with pytest.raises(Interrupted):
+            study.launch(quiet())
+    return stopped[0]
 
 
 def finish(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,13 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from launching import check_whole, make_run, optuna_study, quiet, small_data
+from launching import check_whole, launch_stopped, make_run, optuna_study, quiet, small_data
 from test_allocate import random_menu
 from test_opening import predictor_of
 
 from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.choices import OURS
-from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.budgets import target_budgets
 from rankfront.search.optimise.continuation import END, POOLED, START, STEP, next_plan, path_sizes, pooled, stops
@@ -171,22 +170,15 @@ def test_no_path_is_begun_that_limits_would_cut_short(data, tmp_path):
 
 @pytest.mark.parametrize("stopped", [1, 4])
 @pytest.mark.parametrize("kind", ["slopes", "trial"])
-def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, stopped, kind):
-    measure, asked = MEASURES[kind], []
-
-    def interrupted(self, job):
-        path = stops_of(study).get(1, [])
-        asked.extend([job.number] if path else [])
-        if len(asked) == stopped and not isinstance(asked[-1], str):
-            asked.append("stopped")
-            raise KeyboardInterrupt
-        return measure(self, job)
-
-    monkeypatch.setitem(MEASURES, kind, interrupted)
+def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, stopped, kind):
     data["search"]["trials"] = 16
-    study = Study(data, tmp_path / "run")
-    with pytest.raises(Interrupted):
-        study.launch(quiet())
+    study, asked = Study(data, tmp_path / "run"), []
+
+    def due(job):
+        asked.extend([job.number] if stops_of(study).get(1, []) else [])
+        return len(asked) == stopped
+
+    launch_stopped(study, kind, due)
     study.launch(quiet())
     check_whole(study, {}, 16)
     path = check_paths(study)[1]
@@ -199,23 +191,16 @@ def test_an_interrupted_path_goes_on_where_it_was(data, tmp_path, monkeypatch, s
             assert any(t.state.name in ("COMPLETE", "PRUNED") and t.params == stop.params for t in again)
 
 
-def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data, tmp_path, monkeypatch):
-    measure, stopped = MEASURES["trial"], []
-
-    def interrupted(self, job):
-        label = optuna_study(study).trials[job.number].user_attrs.get("anchor")
-        if label == "1, keep=0.7" and not stopped:
-            stopped.append(job.number)
-            raise KeyboardInterrupt
-        return measure(self, job)
-
-    monkeypatch.setitem(MEASURES, "trial", interrupted)
+def test_the_last_mark_of_a_path_is_measured_again_where_it_was_interrupted(data, tmp_path):
     study = Study(data, tmp_path / "run")
-    with pytest.raises(Interrupted):
-        study.launch(quiet())
+
+    def last(job):
+        return optuna_study(study).trials[job.number].user_attrs.get("anchor") == "1, keep=0.7"
+
+    failed = launch_stopped(study, "trial", last).number
     study.launch(quiet())
     check_paths(study)
-    (failed,), trials = stopped, optuna_study(study).trials
+    trials = optuna_study(study).trials
     same = [t for t in trials if t.user_attrs.get("anchor") == "1, keep=0.7" and t.number != failed]
     assert [(t.state.name in ("COMPLETE", "PRUNED"), t.params) for t in same] == [(True, trials[failed].params)]
 

@@ -4,12 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from launching import again, make_run, make_scheduler, optuna_study, quiet, small_data, verify_here
+from launching import again, launch_stopped, make_run, make_scheduler, optuna_study, quiet, small_data, verify_here
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.choices import OURS
-from rankfront.search.errors import Interrupted
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.halving import pareto_order
@@ -312,40 +311,20 @@ def test_a_longer_launch_promotes_nothing_twice(model_folder, text_file, tmp_pat
         check_promotions(study, spare=6)
 
 
-def test_an_interrupted_promotion_is_measured_again(data, tmp_path, monkeypatch):
+def test_an_interrupted_promotion_is_measured_again(data, tmp_path):
     """Ctrl-C while a promoted plan is measured: it goes on after all, once, while it is among the best."""
-    trial, stopped = MEASURES["trial"], []
-
-    def interrupted(self, job):
-        if job.rung == 1 and job.plan.choices and not stopped:
-            stopped.append(job.plan.key)
-            raise KeyboardInterrupt
-        return trial(self, job)
-
     study = Study(data, tmp_path / "run")
-    monkeypatch.setitem(MEASURES, "trial", interrupted)
-    with pytest.raises(Interrupted):
-        study.launch(quiet())
+    stopped = launch_stopped(study, "trial", lambda job: job.rung == 1 and job.plan.choices)
     study.launch(quiet())
     assert [row.failure for row in study.rows() if row.state == "failed"] == [INTERRUPTED]
     check_promotions(study)
-    assert [row.rung for row in complete(study) if row.plan_key == stopped[0]][:2] == [0, 1]
+    assert [row.rung for row in complete(study) if row.plan_key == stopped.plan.key][:2] == [0, 1]
 
 
-def test_an_interrupted_dense_model_is_measured_again(data, tmp_path, monkeypatch):
+def test_an_interrupted_dense_model_is_measured_again(data, tmp_path):
     """At a later rung too."""
-    trial, stopped = MEASURES["trial"], []
-
-    def interrupted(self, job):
-        if job.rung == 1 and not job.plan.choices and not stopped:
-            stopped.append(job.number)
-            raise KeyboardInterrupt
-        return trial(self, job)
-
     study = Study(data, tmp_path / "run")
-    monkeypatch.setitem(MEASURES, "trial", interrupted)
-    with pytest.raises(Interrupted):
-        study.launch(quiet())
+    launch_stopped(study, "trial", lambda job: job.rung == 1 and not job.plan.choices)
     study.launch(quiet())
     dense = [row.rung for row in complete(study) if row.plan_key == DENSE]
     assert dense == list(range(len(RUNGS)))

@@ -3,12 +3,11 @@
 import math
 
 import pytest
-from launching import make_run, optuna_study, quiet, small_data, values_of
+from launching import launch_stopped, make_run, optuna_study, quiet, small_data, values_of
 
 from rankfront.methods import get_method
 from rankfront.objectives import score, teach
 from rankfront.search.choices import OURS
-from rankfront.search.errors import Interrupted
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.predictions import PROBE_TOKENS
 from rankfront.search.measure.runner import MEASURES, JobRunner
@@ -129,19 +128,15 @@ def test_a_menu_is_whole_only_with_all_its_probes(parts):
 
 
 def test_a_stop_between_probes_loses_none(data, tmp_path, monkeypatch):
-    menu, done = MEASURES["menu"], []
+    menu, study, done = MEASURES["menu"], Study(data, tmp_path / "run"), []
 
-    def stopped(self, job):
+    def fourth(job):
         if len(done) == 3:
-            raise KeyboardInterrupt
+            return True
         done.append(job.number)
-        return menu(self, job)
+        return False
 
-    study = Study(data, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setitem(MEASURES, "menu", stopped)
-        with pytest.raises(Interrupted):
-            study.launch(quiet())
+    launch_stopped(study, "menu", fourth)
     before = {name: r for name, r in optuna_study(study).user_attrs.items() if name.startswith("menu ")}
     assert len(before) == 3
     monkeypatch.setitem(MEASURES, "menu", lambda self, job: done.append(job.number) or menu(self, job))

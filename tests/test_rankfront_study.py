@@ -6,14 +6,13 @@ import math
 import numpy as np
 import optuna
 import pytest
-from launching import again, check_whole, make_run, optuna_study, quiet, small_data, values_of
+from launching import again, check_whole, launch_stopped, make_run, optuna_study, quiet, small_data, values_of
 from optuna.trial import TrialState
 
 from rankfront.methods import InputError
 from rankfront.objectives import make_objective
 from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.choices import OURS
-from rankfront.search.errors import Interrupted
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.goal import make_goal
@@ -108,19 +107,9 @@ def again_with(data, **search):
     return data | {"search": data["search"] | search}
 
 
-def test_interrupted_slopes_are_measured_again(data, tmp_path, monkeypatch):
-    measure, stopped = MEASURES["slopes"], []
-
-    def interrupted(self, job):
-        if not stopped:
-            stopped.append(job.plan.key)
-            raise KeyboardInterrupt
-        return measure(self, job)
-
-    monkeypatch.setitem(MEASURES, "slopes", interrupted)
+def test_interrupted_slopes_are_measured_again(data, tmp_path):
     study = Study(again_with(data, trials=17), tmp_path / "run")
-    with pytest.raises(Interrupted):
-        study.launch(quiet())
+    launch_stopped(study, "slopes")
     before = values_of(study)
     study.launch(quiet())
     check_whole(study, before, 17)
@@ -181,18 +170,8 @@ def test_every_source_of_the_menu_works_and_its_tokens_count(data, tmp_path, sou
 
 def test_the_menu_is_made_once(data, tmp_path, monkeypatch):
     """Neither a longer launch nor one after a kill makes it again, and nothing is measured twice."""
-    calls, trial = itertools.count(), MEASURES["trial"]
-
-    def stopped(self, job):
-        if next(calls) == 7:
-            raise KeyboardInterrupt
-        return trial(self, job)
-
-    study = Study(data, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setitem(MEASURES, "trial", stopped)
-        with pytest.raises(Interrupted):
-            study.launch(quiet())
+    calls, study = itertools.count(), Study(data, tmp_path / "run")
+    launch_stopped(study, "trial", lambda job: next(calls) == 7)
     record, before = record_of(study), values_of(study)
     assert len(before) == 7
 
