@@ -36,6 +36,8 @@ def continuations(model: Any, tokenizer: Any) -> list[str]:
             ended[number] |= token == tokenizer.eos_token_id
             if not ended[number]:
                 row.append(token)
+        if all(ended):
+            break
     return [str(tokenizer.decode(row[len(prompt) :])) for row, prompt in zip(rows, prompts, strict=True)]
 
 

@@ -112,12 +112,12 @@ class Menu:
     def _claims(self) -> tuple[tuple[str, ...], ...]:
         return tuple(line.claims for line in self.lines)
 
-    @property
+    @cached_property
     def regions(self) -> tuple[Region, ...]:
         """Lines grouped by the weights that they share."""
         return regions_of(self._claims)
 
-    @property
+    @cached_property
     def rivals(self) -> tuple[tuple[int, ...], ...]:
         """For each line, the other lines that share a weight with it."""
         return rivals_of(self._claims)
