@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Of a trial, when it is queued.
-ORIGIN = "origin"  # who asked for it: a sampler, an anchor, the menu, slopes, a path, an answer
+ORIGIN = "origin"  # who asked for it: a sampler, an anchor, the menu, slopes, an answer
 LABEL = "anchor"  # what it is among those of one origin
 RUNG = "rung"  # the fidelity; missing at the first until it is measured
 PROMOTED = "promoted"  # number of the trial whose plan it measures at a higher rung
 SLOPES_OF = "slopes_of"  # number of the trial whose plan slopes are measured around
 SLOPE_TOKENS = "slope_tokens"
-PATH = "path"  # number of the path whose slopes it measures
+PATH = "path"  # of runs of 0.1 alone: number of the continuation whose slopes it measures
 REPLACES = "replaces"  # number of a damaged trial
 AGAIN = "again"  # number of a lost or failed trial
 DECIDING = (ORIGIN, LABEL, RUNG, PROMOTED, SLOPES_OF, SLOPE_TOKENS, PATH, REPLACES, AGAIN)

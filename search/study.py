@@ -15,10 +15,10 @@ import optuna
 from rankfront.search.choices import Format, Refit
 from rankfront.search.config import StudyConfig, load_config, make_config
 from rankfront.search.constraint import Constraint
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.output.results import Results
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Box, Row, frame
+from rankfront.search.tuning import DEFAULT, Tuning
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -36,14 +36,13 @@ from rankfront.objectives import score
 from rankfront.search import Plan, Study
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup
-from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.job import Job, Record
+from rankfront.search.tuning import Tuning
 
 EVERYTHING = "everything"
 SPACES: dict[str, Sequence[str]] = {"default": JOINT, "svd-llm": ("svd-llm",)}
 SHOWN = (0.8, 0.7, 0.6, 0.5)
 OFF: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what it changes in `Tuning`, in the study
-    "no paths": ({"paths": False}, {}),
     "no posterior samples": ({"modes": ("solve", "solve", "solve", "switch")}, {}),
     "no switches": ({"modes": ("solve", "sample", "solve", "solve"), "switches": 0}, {}),
     "no easings": ({"easings": (0.0,)}, {}),
@@ -51,7 +50,7 @@ OFF: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what i
     "no neighbours": ({"neighbours": False}, {}),
     "no anchors but dense": ({}, {"search.anchors": []}),
 }
-LEAN = {"paths": False, "modes": ("solve",), "switches": 0, "easings": (0.0,), "residuals": (0.0,)}
+LEAN = {"modes": ("solve",), "switches": 0, "easings": (0.0,), "residuals": (0.0,)}
 ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     EVERYTHING: ({}, {}),
     "lean": (LEAN, {"search.anchors": []}),

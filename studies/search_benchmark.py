@@ -40,14 +40,14 @@ from rankfront.search.measure.predictions import measure_probes, scaled_predicti
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.optimise.corrections import corrections_of
-from rankfront.search.optimise.opening import REFERENCE
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.job import Job
 from rankfront.search.plans.knapsack import knapsack, sweep
 from rankfront.search.plans.menu import Menu, Places, Predictions, make_menu
-from rankfront.search.plans.menu_jobs import GROUP_BANDS, PROBE_FRACTIONS, group_plans, menu_record, probe_options
-from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS
+from rankfront.search.plans.menu_jobs import group_plans, menu_record, probe_options
+from rankfront.search.plans.slope_cost import PASSES
+from rankfront.search.tuning import DEFAULT
 
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -175,7 +175,7 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
         first = bench.resident.run(Job("menu", 0, Plan(())))
-        groups = bench.resident.compressed.space.bands(GROUP_BANDS) if grouped else []
+        groups = bench.resident.compressed.space.bands(DEFAULT.group_bands) if grouped else []
         plans = group_plans(groups, bench.wanted, first["predictions"])
         parts = {f"menu {i}": bench.resident.run(Job("menu", i, plan)) for i, plan in enumerate(plans, start=1)}
         record = menu_record({"menu 0": first | {"jobs": 1 + len(parts)}, **parts})
@@ -188,11 +188,11 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
 
 
 def context_row(bench: Bench, budget: int, seed: int) -> Found:
-    """Our menu corrected by slopes around its own plan at `REFERENCE`, and a knapsack, nothing more."""
+    """Our menu corrected by slopes around its own plan at `Tuning.reference_fraction`, and a knapsack, nothing more."""
     found = menu_row(grouped=True)(bench, budget, seed)
-    menu, reference = found.menu, found.menu.decode(knapsack(found.menu, REFERENCE * found.menu.dense))
+    menu, reference = found.menu, found.menu.decode(knapsack(found.menu, DEFAULT.reference_fraction * found.menu.dense))
     bench.resident.compressed.apply(reference)
-    windows = bench.resident.tokens.spare(1, SLOPE_TOKENS)
+    windows = bench.resident.tokens.spare(1, DEFAULT.slope_tokens)
     found.tokens += PASSES["perplexity"] * windows.numel()
     taylor = bench.slopes(menu, reference, windows, seed)
     begun = time.perf_counter()
@@ -278,7 +278,7 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "PGSVD tolerance": spectrum_row(tolerance),
     "TRP value threshold": spectrum_row(value),
     "ASVD search": probe_row(None, sensitivity),
-    "LEMS-style probe": probe_row(PROBE_FRACTIONS["probe"], knapsack),
+    "LEMS-style probe": probe_row(DEFAULT.probe_fractions["probe"], knapsack),
     "level evolution": evolution_row,
     "gradient + knapsack": menu_row(grouped=False),
     "menu + knapsack": menu_row(grouped=True),
@@ -352,8 +352,8 @@ SmolLM2-135M-Instruct, WikiText-2 validation text, svd-llm and dense. What is me
 `studies/search_benchmark.py`; "budget" is in tokens, and rows that no budget changes stand under the first. Where a
 commit has local changes, they are these results. Trials and probes of commits before e23b02e read the beginning of the
 search split, later ones read windows from all over it; our own search is another since db813ee,
-and goes paths (now `search/optimise/continuation.py`) since 72d751f. What paths change is the difference to "rankfront
-before paths": the same row and seeds, as db813ee searched.
+and went paths (continuation from near dense in short steps) from 72d751f on, until they left. What they changed is the
+difference to "rankfront before paths": the same row and seeds, as db813ee searched.
 
 {table}
 

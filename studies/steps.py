@@ -26,8 +26,8 @@ from rankfront.objectives import score
 from rankfront.search import Plan
 from rankfront.search.optimise.solvers import damped
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
-from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu import Menu, Places
+from rankfront.search.tuning import Tuning
 
 KEPT = (0.8, 0.6, 0.4)
 PIECES = (128, 512)

@@ -15,12 +15,12 @@ from rankfront.search.names import Place
 from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
-from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Choices, Single
 from rankfront.search.run.slopes import next_reference
+from rankfront.search.tuning import Tuning
 
 KINDS = ("attention", "mlp")
 TUNING = Tuning()

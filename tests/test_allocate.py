@@ -9,8 +9,9 @@ import pytest
 from allocators import sensitivity, tolerance, uniform, value
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
-from rankfront.search.plans.knapsack import MAX_UNITS, Budget, _silent, knapsack, knapsack_several, sweep
+from rankfront.search.plans.knapsack import Budget, _silent, knapsack, knapsack_several, sweep
 from rankfront.search.plans.menu import TINY, Line, Menu
+from rankfront.search.tuning import DEFAULT
 
 # One row per allocator, those that studies compare with too: a new one adds a row here.
 ROWS = {
@@ -169,7 +170,7 @@ def test_a_coarse_grid_costs_at_most_one_unit_a_line():
     menu = MENUS["coarse"]
     solved, plans = sweep(menu), every_plan(menu)
     assert solved.unit > 1
-    assert len(solved.loss) <= MAX_UNITS + len(menu.lines) + 1
+    assert len(solved.loss) <= DEFAULT.columns + len(menu.lines) + 1
     slack = solved.unit * (len(menu.lines) + 1)
     for budget in range(menu.least + slack, menu.dense, (menu.dense - menu.least) // 50):
         plan = solved.solve(budget)

@@ -7,8 +7,8 @@ from rankfront.methods import Option
 from rankfront.search.optimise.corrections import Corrections, corrections_of, factors_at
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
-from rankfront.search.optimise.tuning import DEFAULT
 from rankfront.search.plans.menu import Line, Menu
+from rankfront.search.tuning import DEFAULT
 
 SITES, LEVELS = 24, 5
 

@@ -10,7 +10,9 @@ from rankfront.search import attributes
 
 SEARCH = Path(__file__).resolve().parent.parent / "search"
 # modules beside the packages that every package may import
-LEAVES = {"attributes", "config", "constraint", "names", "splits", "choices", "errors", "plain", "atomic", "urls"}
+LEAVES = {
+    "attributes", "tuning", "config", "constraint", "names", "splits", "choices", "errors", "plain", "atomic", "urls",
+}  # fmt: skip
 BELOW = {  # package -> the packages that it may import
     "inputs": set(),
     "factors": {"inputs"},
@@ -119,5 +121,31 @@ def test_one_module_alone_knows_the_names_of_stored_attributes():
         for name, path in modules().items()
         if name != "attributes"
         for literal in literals_of_attributes(path)
+    }
+    assert found == set()
+
+
+PROPOSING = {"run.slopes", "run.menu", "run.rankfront_strategy"}  # beside the packages plans and optimise
+# Guards against rounding, stand-ins for infinity, units, facts: nothing to tune.
+UNTUNED = {
+    "TINY", "NEVER", "UNLIKELY", "LARGEST", "FAR", "ROUNDING", "FINE", "SLACK", "DEVIATION", "DENSE_KEEP", "PASSES",
+    "VERSION", "HALF", "EARLIER_TOKENS",
+}  # fmt: skip
+
+
+def numeric(node):
+    """Whether an expression holds a number."""
+    return any(isinstance(each, ast.Constant) and type(each.value) in (int, float) for each in ast.walk(node))
+
+
+def test_what_proposes_plans_has_its_constants_in_one_place():
+    found = {
+        f"{name}: {ast.unparse(target)}"
+        for name, path in modules().items()
+        if package(name) in ("plans", "optimise") or name in PROPOSING
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and numeric(node.value)
+        for target in node.targets
+        if ast.unparse(target) not in UNTUNED
     }
     assert found == set()

@@ -8,9 +8,9 @@ from test_figures import disjoint_plan, value
 
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.optimise.goal import menu_of
-from rankfront.search.optimise.tuning import DEFAULT
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu_jobs import menu_record
+from rankfront.search.tuning import DEFAULT
 
 
 def test_one_slope_for_each_method_is_found():

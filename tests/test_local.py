@@ -11,7 +11,7 @@ from rankfront.search.optimise.taylor import (
     learn_scalings,
     surest,
 )
-from rankfront.search.optimise.tuning import DEFAULT
+from rankfront.search.tuning import DEFAULT
 
 LINES, OPTIONS, DIVERGENCE = 30, 5, 0.4
 PRIOR = Scaling.prior()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rankfront.search.optimise.neighbours import Neighbours, alike
-from rankfront.search.optimise.tuning import DEFAULT
+from rankfront.search.tuning import DEFAULT
 
 
 def made(seed=0, trials=7, lines=20):

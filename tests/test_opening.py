@@ -11,13 +11,13 @@ from test_rankfront_study import make_scheduler
 from rankfront.search.choices import OURS
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
-from rankfront.search.optimise.opening import REFERENCE, WARM_START, opening_budgets, reference_first
+from rankfront.search.optimise.opening import opening_budgets, reference_first
 from rankfront.search.optimise.solvers import corrected
-from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.study import Study
+from rankfront.search.tuning import DEFAULT
 
-ROUND = Tuning().round_fractions
+ROUND, WARM_START, REFERENCE = DEFAULT.round_fractions, DEFAULT.opening_fractions, DEFAULT.reference_fraction
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
 
 
@@ -117,7 +117,7 @@ def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, mo
 
 def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     """Room for a trial after them is left; as few as say little are none."""
-    monkeypatch.setattr("rankfront.search.run.budget.SLOPE_TOKENS", 16)
+    monkeypatch.setattr("rankfront.search.run.budget.DEFAULT", replace(DEFAULT, slope_tokens=16))
     monkeypatch.setattr("rankfront.search.run.budget.slope_tokens", lambda spent, quality: 10**6)
     scheduler = make_scheduler(Study(data))
     (trial,) = scheduler.budget.tokens
@@ -149,9 +149,9 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
         if keep * even.dense >= even.least:
             plan = solver.solve(keep * even.dense)
             share = predictor.menu.size(plan) / predictor.menu.dense
-            apart.append(abs(share - keep) > 1 / Tuning().bands)
-            settled = solver._band(round(share * Tuning().bands)).solve(keep * even.dense)
-            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 1 / Tuning().bands
+            apart.append(abs(share - keep) > 1 / DEFAULT.bands)
+            settled = solver._band(round(share * DEFAULT.bands)).solve(keep * even.dense)
+            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 1 / DEFAULT.bands
     assert any(apart)
 
 
@@ -193,9 +193,9 @@ def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatc
     study = make_run(data, tmp_path / "run")
     before = len(study.rows())
     assert any(row.origin == OURS for row in study.rows())
-    monkeypatch.setattr("rankfront.search.optimise.opening.WARM_START", (0.87, 0.66, 0.43))
     monkeypatch.setattr(
-        "rankfront.search.run.rankfront_strategy.opening_budgets", lambda targets, dense: [0.87 * dense, 0.66 * dense]
+        "rankfront.search.run.rankfront_strategy.opening_budgets",
+        lambda targets, dense, _: [0.87 * dense, 0.66 * dense],
     )
     longer = again(study, trials=14)
     longer.launch(quiet())

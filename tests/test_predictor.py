@@ -11,7 +11,6 @@ from synthetic import TUNING, Misled, Problem, around, measure_slopes
 from rankfront.methods import Option
 from rankfront.search.choices import OURS
 from rankfront.search.optimise.accuracy import calibration
-from rankfront.search.optimise.opening import WARM_START
 from rankfront.search.optimise.solvers import downhill, nearby
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.menu import Menu
@@ -80,7 +79,7 @@ def predictions_of(problem, trials):
     sampler = problem.sampler(0)
     study = problem.study(sampler)
     solved, rows = sweep(problem.menu), []
-    for keep in WARM_START:
+    for keep in TUNING.opening_fractions:
         if keep * problem.menu.dense >= problem.menu.least:
             study.enqueue_trial(problem.params(solved.solve(keep * problem.menu.dense)))
     for number in range(trials):

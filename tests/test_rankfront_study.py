@@ -16,13 +16,14 @@ from rankfront.search.choices import OURS
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.goal import make_goal
-from rankfront.search.optimise.opening import REFERENCE, anchors_to_beat
+from rankfront.search.optimise.opening import anchors_to_beat
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.menu_jobs import menu_jobs, menu_record
 from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.study import Study
+from rankfront.search.tuning import DEFAULT
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path)
     menu = [row for row in rows if row.origin.startswith("menu")]
     first, *others = menu
     assert first.origin == "menu: centre"
-    assert first.attributes["block_parameters"] <= REFERENCE
+    assert first.attributes["block_parameters"] <= DEFAULT.reference_fraction
     assert all(row.origin.startswith("menu: keep=") for row in others)
     assert len(others) >= 2
     for row in others:  # the budget is kept

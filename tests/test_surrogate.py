@@ -5,8 +5,8 @@ import pytest
 
 from rankfront.methods import DENSE_OPTION, Option
 from rankfront.search.optimise.surrogate import Coefficients, Surrogate
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Line, Menu
+from rankfront.search.tuning import DEFAULT, Tuning
 
 RESIDUALS = Tuning().residuals
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3

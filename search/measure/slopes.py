@@ -6,9 +6,9 @@
 with Ŵ_i what the plan has at site i, x_t its input within the compressed model, g_t the gradient of the searched loss
 (next-token negative log-likelihood, or KL from the dense model) with respect to its output, and h_t that of −log p(y)
 for labels y drawn from the compressed model, whose second moment is its Fisher information. The likelihood's own g
-serves as h, times √`OWN_LABELS`: the empirical Fisher ranks switches alike, and saves a backward pass. Around the dense
-model the KL is flat and a vanishes, which leaves the menu's quadratic; around a compressed plan a says where the loss
-falls, effects of all the other sites included.
+serves as h, times √`Tuning.own_labels`: the empirical Fisher ranks switches alike, and saves a backward pass. Around
+the dense model the KL is flat and a vanishes, which leaves the menu's quadratic; around a compressed plan a says where
+the loss falls, effects of all the other sites included.
 
 Source: sequential quadratic approximation with the Gauss-Newton (Fisher) Hessian, Martens (1412.1193); gradient scores
 in the manner of ZS-SVD; ours is the application to switches of options around a measured plan.
@@ -27,7 +27,7 @@ from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss, products
 from rankfront.search.factors.store import FactorStore
-from rankfront.search.plans.slope_cost import OWN_LABELS
+from rankfront.search.tuning import DEFAULT
 
 
 def measure_slopes(
@@ -56,7 +56,7 @@ def measure_slopes(
             if teacher is None:
                 loss.backward()
                 for probe in probes:
-                    probe.settle(slopes=True, curvature=OWN_LABELS)
+                    probe.settle(slopes=True, curvature=DEFAULT.own_labels)
             else:
                 loss.backward(retain_graph=True)
                 for probe in probes:

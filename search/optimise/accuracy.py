@@ -15,8 +15,8 @@ import numpy as np
 from rankfront.search import attributes as keys
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, quality_of
-from rankfront.search.optimise.tuning import DEFAULT
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
+from rankfront.search.tuning import DEFAULT
 
 
 @dataclass(frozen=True)

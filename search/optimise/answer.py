@@ -18,7 +18,6 @@ from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.optimise.solvers import nearby
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.latency_table import Timings, timings_of
@@ -29,6 +28,7 @@ from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Parameters
 from rankfront.search.storage.front import Row, StudyState, check_dense, dense_row
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True)

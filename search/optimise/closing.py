@@ -16,8 +16,7 @@ from optuna.trial import FrozenTrial
 from rankfront.search import attributes as keys
 from rankfront.search.optimise.halving import Promotion, in_order, known_at, reach
 from rankfront.search.storage.front import DENSE_KEY, Row, comparable, compressed_front, dense_row
-
-CLOSING_SHARE = 0.5  # of the limits: the most that promoting the front may take, a plan that joins it included; guess
+from rankfront.search.tuning import DEFAULT
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +93,7 @@ class Closing:
     @cached_property
     def _goal(self) -> int:
         """The highest rung that the front can be promoted to while the search goes on."""
-        return self._reachable(CLOSING_SHARE)
+        return self._reachable(DEFAULT.closing_share)
 
     def _reachable(self, share: float) -> int:
         """The highest rung that the front can be promoted to with what is left and a ``share`` of the limits."""

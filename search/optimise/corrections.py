@@ -20,11 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankfront.search.optimise.taylor import TaylorModel
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Menu
-from rankfront.search.plans.slope_cost import OWN_LABELS
-
-OVER_FISHER = 1 / OWN_LABELS  # variance of a slope a token, of that by the Fisher, 2 b; taken for KL too
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +57,8 @@ def corrections_of(
     bend = tuning.second_order[0] * b
     increase = a - a[own_dense] + bend
     predicted = removed / alone * np.concatenate([line.divergence for line in menu.lines])
-    noise = 2 * OVER_FISHER / taylor.tokens * (b + b[own_dense])
+    # The variance of a slope a token over that by the Fisher, 2 b, is 1 / `own_labels`; taken for KL too.
+    noise = 2 / tuning.own_labels / taylor.tokens * (b + b[own_dense])
     variance = noise + (tuning.increase_error * predicted) ** 2 + (tuning.bend_error * bend) ** 2
     known = np.isfinite(increase) & np.isfinite(variance) & (predicted > 0) & (feature >= 0)
     logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features), tuning))

@@ -17,12 +17,12 @@ from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES, inside_blocks
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plans.plan import Plan, Prices
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row, box_of
+from rankfront.search.tuning import DEFAULT, Tuning
 
 NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
 

@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 from rankfront.search import attributes as keys
 from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.taylor import EARLIER_TOKENS, TaylorModel
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.trials import rung_of
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class History:
             if plan is not None and rung in dense:
                 self.measured[plan] = self._measured(trial, any(plan), dense[rung])
         if any(map(any, self.measured)):
-            known = [trial for trial in finished if self.plan(trial) in self.measured]
-            found = {trial.number: self._taylor_model(trial) for trial in known}
-            self.taylor_of = {number: taylor for number, taylor in found.items() if taylor is not None}
+            with_slopes = [trial for trial in finished if keys.SLOPES in trial.user_attrs]
+            known = [trial for trial in with_slopes if self.plan(trial) in self.measured]
+            self.taylor_of = {trial.number: self._taylor_model(trial) for trial in known}
         return True
 
     def _measured(self, trial: FrozenTrial, treated: bool, dense: float) -> Measured:
@@ -105,22 +105,15 @@ class History:
         """Those around measured plans, in the order of the trials that measured their slopes."""
         return list(self.taylor_of.values())
 
-    def along(self, trials: Sequence[FrozenTrial]) -> list[TaylorModel]:
-        """The slopes that ``trials`` measured, of those that did, in order; what was measured around need not be."""
-        return [taylor for trial in trials if (taylor := self._taylor_model(trial)) is not None]
-
-    def _taylor_model(self, trial: FrozenTrial) -> TaylorModel | None:
-        """The slopes that a trial measured, or None; the divergence is NaN where the reference's is not known."""
-        packed, plan = trial.user_attrs.get(keys.SLOPES), self.plan(trial)
-        if packed is None or plan is None:
-            return None
+    def _taylor_model(self, trial: FrozenTrial) -> TaylorModel:
+        """The slopes that a trial measured around a plan whose divergence is known."""
+        plan = self._plans[trial.number]
+        assert plan is not None
         if trial.number not in self._slopes:
-            self._slopes[trial.number] = self._unpacked(packed, plan)
-        reference, tokens = self.measured.get(plan), trial.user_attrs.get(keys.SLOPE_TOKENS, EARLIER_TOKENS)
-        number, divergence = (
-            (trial.number, math.nan) if reference is None else (reference.trial, math.exp(reference.level))
-        )
-        return TaylorModel(number, np.array(plan), divergence, *self._slopes[trial.number], tokens)
+            self._slopes[trial.number] = self._unpacked(trial.user_attrs[keys.SLOPES], plan)
+        reference, tokens = self.measured[plan], trial.user_attrs.get(keys.SLOPE_TOKENS, EARLIER_TOKENS)
+        slopes = self._slopes[trial.number]
+        return TaylorModel(reference.trial, np.array(plan), math.exp(reference.level), *slopes, tokens)
 
     def _unpacked(self, packed: Mapping[str, Sequence[Any]], plan: Places) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """a and b of every option, line by line, around ``plan``."""

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial.distance import cdist
 
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 def alike(a: np.ndarray, b: np.ndarray, tuning: Tuning = DEFAULT) -> np.ndarray:

@@ -13,22 +13,16 @@ from rankfront.search.optimise.solvers import corrected
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.plans.variables import Parameters
-
-# Kept fractions of the treated weights at which the predicted front is measured, where no target is nearby: where they
-# are few of those that an objective counts, targets are far apart. The reference plan, at `REFERENCE` or as near as
-# limits allow, comes first: slopes around it say of every site what it does in a compressed model, and the others are
-# solved for by that. All guesses.
-WARM_START = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-REFERENCE = 0.6
-NEARBY = 0.05  # kept fraction
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
-def opening_budgets(targets: Iterable[float], dense: float) -> list[float]:
+def opening_budgets(targets: Iterable[float], dense: float, tuning: Tuning = DEFAULT) -> list[float]:
     """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: the ``targets`` down
-    to the least of `WARM_START`, or where all are smaller every one of them, and what of it has no target `NEARBY`."""
-    every = sorted(targets, reverse=True)
-    opened = [target for target in every if target >= math.floor(WARM_START[-1] * dense)] or every
-    lonely = [keep for keep in WARM_START if all(abs(target / dense - keep) > NEARBY for target in opened)]
+    to the least of `Tuning.opening_fractions`, or where all are smaller every one of them, and what of these fractions
+    has no target nearby."""
+    every, keeps = sorted(targets, reverse=True), tuning.opening_fractions
+    opened = [target for target in every if target >= math.floor(min(keeps) * dense)] or every
+    lonely = [keep for keep in keeps if all(abs(target / dense - keep) > tuning.opening_nearby for target in opened)]
     return sorted([*opened, *(keep * dense for keep in lonely)], reverse=True)
 
 
@@ -44,9 +38,9 @@ def warm_start(predictor: Predictor, space: Space, budgets: Iterable[float]) -> 
                 yield f"keep={budget / even.dense:.3g}", space.encode(chosen)
 
 
-def reference_first(budgets: Iterable[float], dense: float) -> list[float]:
-    """``budgets`` by how far they are from `REFERENCE`."""
-    return sorted(budgets, key=lambda budget: abs(budget / dense - REFERENCE))
+def reference_first(budgets: Iterable[float], dense: float, tuning: Tuning = DEFAULT) -> list[float]:
+    """``budgets`` by how far they are from `Tuning.reference_fraction`."""
+    return sorted(budgets, key=lambda budget: abs(budget / dense - tuning.reference_fraction))
 
 
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:

@@ -14,10 +14,10 @@ from rankfront.search.optimise.history import History
 from rankfront.search.optimise.neighbours import Neighbours
 from rankfront.search.optimise.surrogate import Coefficients, Surrogate
 from rankfront.search.optimise.taylor import Scaling, TaylorModel, learn_scalings, surest
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
+from rankfront.search.tuning import DEFAULT, Tuning
 
 DEVIATION = 1.48  # of a Gaussian, in median absolute errors
 

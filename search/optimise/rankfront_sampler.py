@@ -19,11 +19,11 @@ from rankfront.search.optimise.acquisition import Acquisition
 from rankfront.search.optimise.candidates import Candidates
 from rankfront.search.optimise.goal import make_goal
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.latency_table import Timings
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row
+from rankfront.search.tuning import DEFAULT, Tuning
 
 NOT_PROPOSED = {keys.LABEL, keys.SLOPES_OF, keys.PROMOTED}  # attributes of trials that were queued
 

@@ -12,8 +12,7 @@ from optuna.samplers import BaseSampler, GPSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.search import attributes as keys
-
-POPULATION = 16  # a study is tens to hundreds of trials; Optuna's default of 50 would see few generations
+from rankfront.search.tuning import DEFAULT
 
 
 class RelaxedGPSampler(GPSampler):
@@ -85,8 +84,8 @@ class FirstRungSampler(BaseSampler):
 OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
-    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=POPULATION),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=DEFAULT.population),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=DEFAULT.population),
     "gp": lambda seed: RelaxedGPSampler(seed=seed),
 }
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from rankfront.search.optimise.neighbours import alike
 from rankfront.search.optimise.terms import Terms, prior_root
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.menu import TINY, Menu
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True)

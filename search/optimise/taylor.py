@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import DEFAULT, Tuning
 
 EARLIER_TOKENS = 2048  # of slopes that do not say of how many they are
 

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from rankfront.search.optimise.corrections import Corrections, factors_at
-from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.menu import Menu
+from rankfront.search.tuning import Tuning
 
 
 class Terms:

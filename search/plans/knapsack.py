@@ -15,10 +15,7 @@ from scipy.sparse import csr_array
 from rankfront.methods import InputError
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.regions import Merged
-
-# Time against how near the optimum is; guess, both.
-MAX_UNITS = 2**17  # columns of the dynamic program; finer budgets are rounded up to this grid, costs with them
-REPAIRS = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
+from rankfront.search.tuning import DEFAULT
 
 
 def check_budget(menu: Menu, budget: float) -> None:
@@ -69,13 +66,13 @@ def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
     """Multi-choice knapsack for every budget by dynamic programming, over regions of sites that share no weight.
 
     f_i(u) = min_k f_{i−1}(u − c_ik) + d_ik. Exact where no two sites share a weight and the costs' greatest common
-    divisor allows at most `MAX_UNITS` columns; else costs are rounded up, so that plans stay within budget, and a
+    divisor allows at most `Tuning.columns`; else costs are rounded up, so that plans stay within budget, and a
     region offers a limited number of combined choices (`Region.merge`). ``losses`` replace the menu's divergences,
     line by line.
     """
     used = [line.divergence for line in menu.lines] if losses is None else losses
     exact = gcd(*(int(cost) for line in menu.lines for cost in line.sizes))
-    unit = exact * ceil(menu.dense / (exact * MAX_UNITS))
+    unit = exact * ceil(menu.dense / (exact * DEFAULT.columns))
     merged = tuple(
         region.merge([menu.lines[i].sizes for i in region.members], [used[i] for i in region.members], unit)
         for region in menu.regions
@@ -144,7 +141,7 @@ def knapsack_several(
     offered = np.isfinite(loss) & np.isfinite(changes).all(0)
     changes, loss = np.where(offered, changes, 0.0), np.where(offered, loss, 0.0)
     tighter = room.copy()
-    for attempt in range(REPAIRS):
+    for attempt in range(DEFAULT.repairs):
         constraints = [*_one_each(menu), LinearConstraint(changes, -np.inf, tighter)]
         with _silent():
             found = milp(

@@ -19,15 +19,8 @@ import numpy as np
 
 from rankfront.search.plans.knapsack import check_budget, sweep
 from rankfront.search.plans.menu import Menu, Places
+from rankfront.search.tuning import DEFAULT
 
-# How hard the solver tries; guess, all of them.
-MULTIPLIERS = 48  # from one that keeps everything dense to one that keeps everything cheapest
-BISECTIONS = 8  # multipliers tried between two of those for a given budget
-EXCHANGES = 200  # pairs of moves made at most
-PAIRED = 256  # moves up and moves down of which every pair is looked at
-FEW = 32  # lines, up to which the dynamic program's plan is a start too
-LAST = 2  # candidates that are filled up
-# Numerical.
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
 UNLIKELY = 1e6  # nats; the same where differences of losses are added up, which digits have to be left for
@@ -60,7 +53,7 @@ class Lagrangian:
         rates = self._loss[:, 1:] / np.maximum(self._saved[:, 1:], 1)
         known = rates[(self._loss[:, 1:] < NEVER / 2) & (rates > 0)]
         low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
-        multipliers = np.geomspace(low / 10, high * 100, MULTIPLIERS)
+        multipliers = np.geomspace(low / 10, high * 100, DEFAULT.multipliers)
         self._path = [(float(multiplier), self._relaxed(multiplier)) for multiplier in multipliers]
 
     def value(self, places: Sequence[int] | np.ndarray) -> float:
@@ -74,7 +67,7 @@ class Lagrangian:
         candidates = [np.array(self.menu.cheapest)] if not within else [self._path[within[0]][1]]
         if within and within[0]:
             low, high = self._path[within[0] - 1][0], self._path[within[0]][0]
-            for _ in range(BISECTIONS):
+            for _ in range(DEFAULT.bisections):
                 middle = np.sqrt(low * high)
                 places = self._relaxed(middle)
                 if self._stored(places) <= budget:
@@ -82,9 +75,9 @@ class Lagrangian:
                     candidates.append(places)
                 else:
                     low = middle
-        if len(self._all) <= FEW:
+        if len(self._all) <= DEFAULT.few_lines:
             candidates.append(np.array(sweep(self.menu, self.losses).solve(budget)))
-        candidates = candidates[-LAST:]  # those of larger multipliers store less, and are worse for it
+        candidates = candidates[-DEFAULT.filled :]  # those of larger multipliers store less, and are worse for it
         distinct = {tuple(places): places for places in candidates}.values()
         refined = [self._exchange(self._fill(places, budget), budget) for places in distinct]
         values = [self.value(places) for places in refined]
@@ -134,13 +127,13 @@ class Lagrangian:
         """Lower the loss by moves of two lines at once, one dearer and one cheaper, as long as any pair does within
         budget."""
         places = places.copy()
-        for _ in range(EXCHANGES):
+        for _ in range(DEFAULT.exchanges):
             change, added = self._changes(places)
             room = budget - self._stored(places)
             rows, columns = np.nonzero((change < NEVER / 2) & (change != 0))
             worth, stored = change[rows, columns], added[rows, columns]
-            up = np.argsort(np.where(stored > 0, worth, np.inf))[:PAIRED]
-            down = np.argsort(np.where(stored < 0, worth, np.inf))[:PAIRED]
+            up = np.argsort(np.where(stored > 0, worth, np.inf))[: DEFAULT.paired]
+            down = np.argsort(np.where(stored < 0, worth, np.inf))[: DEFAULT.paired]
             up, down = up[stored[up] > 0], down[stored[down] < 0]
             both = worth[up][:, None] + worth[down][None, :]
             both[rows[up][:, None] == rows[down][None, :]] = np.inf

@@ -11,9 +11,9 @@ import numpy as np
 from rankfront.methods import DENSE_OPTION, Option, Site, Storage, get_method
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.regions import Region, regions_of, rivals_of
+from rankfront.search.tuning import DEFAULT
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
-GRAINS = 50_000  # of the whole size where several costs are weighed against each other; guess
 Places = tuple[int, ...]  # a plan as an index into the options of each line of a menu
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
 
@@ -83,7 +83,7 @@ class Menu:
         return 1 + (len(self.lines[0].more) if self.lines else 0)
 
     def weighed(self, weights: Sequence[float]) -> Menu:
-        """The menu whose size is Σ_j w_j cost_j / cost_j(dense), in `GRAINS` of its whole; ``weights`` (`count`,).
+        """The menu whose size is Σ_j w_j cost_j / cost_j(dense), in `Tuning.grains`; ``weights`` (`count`,).
 
         What is solved under it at some budget is a point of the front of all costs, and of divergence.
         """
@@ -91,7 +91,7 @@ class Menu:
             return self
         share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs(self.untreated), 1)
         lines = tuple(
-            replace(line, sizes=np.ceil(GRAINS * np.minimum(share @ line.costs, 1)).astype(int), more=())
+            replace(line, sizes=np.ceil(DEFAULT.grains * np.minimum(share @ line.costs, 1)).astype(int), more=())
             for line in self.lines
         )
         return replace(self, lines=lines)

@@ -1,8 +1,8 @@
 """The jobs that a menu is measured in: which plans they probe, and how their records become one menu.
 
 Source ``grouped``, the default, is the gradient's quadratic, then one probe of each group of sites (kind of projection
-x band of depth): its sites compressed together to about `GROUP_KEEP`, all else dense. The measured divergence over the
-predicted one scales the predictions of the group,
+x band of depth): its sites compressed together to about `Tuning.group_keep`, all else dense. The measured divergence
+over the predicted one scales the predictions of the group,
 
     d'_i(o) = d_i(o) · KL(group) / Σ_{j in group} d_j(o_j),
 
@@ -19,19 +19,14 @@ from rankfront.methods import Option, Site, get_method
 from rankfront.search.attributes import menu_parts
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
+from rankfront.search.tuning import DEFAULT
 
-# All guesses.
-PROBE_JOBS = 16  # jobs that probes are split into, so that workers share them and an interruption loses little
-PROBE_FRACTIONS = {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}  # of a site's dense storage
 GROUPED = "grouped"
-GROUP_BANDS, GROUP_KEEP = 3, 0.5  # bands of depth of the grouped source, and the fraction its sites are probed at
-WIDER = 0.25  # than that fraction, what may be probed: a small step would say nothing of large ones
-WORST_RATIO = 30.0  # of a measured to a predicted divergence, either way: beyond, one of the two is not to be believed
 
 
 def menu_jobs(source: str, sites: int) -> int:
     """How many jobs a menu of ``sites`` from ``source`` is measured in, before any probes of groups."""
-    return min(PROBE_JOBS, sites) if source in PROBE_FRACTIONS else 1
+    return min(DEFAULT.probe_jobs, sites) if source in DEFAULT.probe_fractions else 1
 
 
 def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -53,16 +48,16 @@ def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
 def group_plans(
     groups: Iterable[Sequence[Site]], wanted: Mapping[Site, Sequence[Option]], predictions: Predictions
 ) -> list[Plan]:
-    """What the grouped source probes: each group's sites at the option nearest `GROUP_KEEP` of their storage, of the
-    method with the least predicted divergence there. Groups of which nothing is predicted are left out."""
-    plans = []
+    """What the grouped source probes: each group's sites at the option nearest `Tuning.group_keep` of their storage, of
+    the method with the least predicted divergence there. Groups of which nothing is predicted are left out."""
+    plans, widest = [], DEFAULT.group_keep + DEFAULT.group_wider
     for sites in groups:
-        near = probe_options({site: wanted[site] for site in sites if site in wanted}, (GROUP_KEEP,))
+        near = probe_options({site: wanted[site] for site in sites if site in wanted}, (DEFAULT.group_keep,))
         chosen = {}
         for site, options in near.items():
             known = predictions.get(site.name, {})
             predicted = [o for o in options if o.label in known and _share(site, o) < 1]
-            predicted = [o for o in predicted if _share(site, o) <= GROUP_KEEP + WIDER] or predicted
+            predicted = [o for o in predicted if _share(site, o) <= widest] or predicted
             if predicted:
                 chosen[site.name] = min(predicted, key=lambda option: known[option.label])
         if chosen:
@@ -81,8 +76,8 @@ def scaled_by_group(
     """``predictions`` with those of the ``probed`` sites (name -> label) scaled to what was measured of them together;
     None where that was not finite."""
     predicted = max(sum(predictions[site][label] for site, label in probed.items()), TINY)
-    ratio = WORST_RATIO if divergence is None else max(divergence, TINY) / predicted
-    ratio = min(max(ratio, 1 / WORST_RATIO), WORST_RATIO)
+    ratio = DEFAULT.worst_ratio if divergence is None else max(divergence, TINY) / predicted
+    ratio = min(max(ratio, 1 / DEFAULT.worst_ratio), DEFAULT.worst_ratio)
     scaled = {site: {label: ratio * value for label, value in predictions[site].items()} for site in probed}
     return {**predictions, **scaled}
 

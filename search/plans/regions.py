@@ -14,7 +14,7 @@ from math import ceil
 
 import numpy as np
 
-POINTS = 128  # combined choices of a region that an allocator sees; guess
+from rankfront.search.tuning import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ class Region:
     def merge(self, costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], unit: int) -> Merged:
         """The region's best choice at every budget, as one line.
 
-        Exact where ``unit`` divides every cost; else costs are rounded up to it while choosing. Of more than `POINTS`
-        choices, those on the lower convex hull stay, and others spread evenly between the cheapest and dense.
+        Exact where ``unit`` divides every cost; else costs are rounded up to it while choosing. Of more choices than
+        `Tuning.region_points`, those on the lower convex hull stay, and others spread evenly between the cheapest and
+        dense.
         """
         if len(self.members) == 1:
             return Merged(self.members, costs[0], losses[0], np.arange(len(costs[0]))[:, None])
@@ -163,15 +164,14 @@ def _first_open(state: int) -> int:
 
 
 def _spread(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """At most `POINTS` of the choices (costs rising, losses falling): those a Lagrangian finds, and evenly spread ones.
-
-    The first and the last are always among them.
-    """
-    if len(costs) <= POINTS:
+    """At most `Tuning.region_points` of the choices (costs rising, losses falling): those a Lagrangian finds, and some
+    evenly spread, the first and the last always among them."""
+    points = DEFAULT.region_points
+    if len(costs) <= points:
         return np.arange(len(costs))
-    slopes = np.geomspace(1e-9, 1e3, POINTS // 2) * (losses[0] - losses[-1]) / (costs[-1] - costs[0])
+    slopes = np.geomspace(1e-9, 1e3, points // 2) * (losses[0] - losses[-1]) / (costs[-1] - costs[0])
     hull = (losses[None, :] + slopes[:, None] * costs[None, :]).argmin(1)
-    even = np.linspace(0, len(costs) - 1, POINTS // 2).round().astype(int)
+    even = np.linspace(0, len(costs) - 1, points // 2).round().astype(int)
     return np.unique(np.concatenate([hull, even]))
 
 

@@ -10,12 +10,11 @@ import numpy as np
 from rankfront.search import attributes as keys
 from rankfront.search.config import StudyConfig, preferred_loss
 from rankfront.search.optimise.closing import Closing
-from rankfront.search.plans.slope_cost import PASSES, SLOPE_TOKENS, slope_tokens
+from rankfront.search.plans.slope_cost import PASSES, slope_tokens
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.storage.front import StudyState
 from rankfront.search.storage.trials import rung_of
-
-STEPS_AFTER = 1  # trials that the limit on tokens must leave room for after slopes
+from rankfront.search.tuning import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Budget:
             tokens=tuple((part.stop - part.start) * data.length for part in windows),
             teachers=max(search.workers or 0, 1) if "divergence" in config.objectives else 0,
             quality=preferred_loss(config),
-            readable=unread if unread >= SLOPE_TOKENS else data.search.windows * data.length,
+            readable=unread if unread >= DEFAULT.slope_tokens else data.search.windows * data.length,
         )
 
     @property
@@ -60,7 +59,7 @@ class Budget:
     def promised(self, running: InFlight) -> np.ndarray:
         """What the trials and slopes that run will have spent; slopes count as trials until they are told."""
         tokens = sum(
-            self.passes * trial.user_attrs.get(keys.SLOPE_TOKENS, SLOPE_TOKENS)
+            self.passes * trial.user_attrs.get(keys.SLOPE_TOKENS, DEFAULT.slope_tokens)
             if keys.SLOPES_OF in trial.user_attrs
             else self.tokens[rung_of(trial)]
             for trial in running.trials.values()
@@ -86,6 +85,6 @@ class Budget:
     def slope_tokens(self, state: StudyState, running: InFlight) -> int:
         """Of how many tokens slopes would be measured now; 0 where the limit leaves too few for them and trials."""
         assert self.quality is not None
-        room = (self.unreserved(state, running)[1] - STEPS_AFTER * self.tokens[0]) / self.passes
+        room = (self.unreserved(state, running)[1] - self.tokens[0]) / self.passes
         fitting = min(slope_tokens(state.tokens, self.quality), self.readable, room)
-        return int(fitting) if fitting >= min(SLOPE_TOKENS, self.readable) else 0
+        return int(fitting) if fitting >= min(DEFAULT.slope_tokens, self.readable) else 0

@@ -22,7 +22,6 @@ from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup, make_space
 from rankfront.search.names import inside_blocks
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.limits import COSTS
 from rankfront.search.plans.plan import Prices
 from rankfront.search.plans.reach import check_reachable
@@ -32,6 +31,7 @@ from rankfront.search.run.resolving import make_setup, own_text, placed, resolve
 from rankfront.search.run.scheduler import Scheduler, Stop
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from rankfront.search.optimise.goal import menu_of
 from rankfront.search.optimise.opening import anchors_to_beat, opening_budgets, reference_first, warm_start
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
 from rankfront.search.optimise.samplers import make_sampler
-from rankfront.search.optimise.tuning import Tuning
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.latency_table import timed_objectives, timings_of
 from rankfront.search.plans.menu_jobs import menu_record
@@ -26,11 +25,11 @@ from rankfront.search.plans.space import Space
 from rankfront.search.run.budget import Budget
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.run.menu import MenuJobs
-from rankfront.search.run.paths import Paths
 from rankfront.search.run.slopes import next_reference
 from rankfront.search.run.strategy import enqueue_anchors
 from rankfront.search.storage.front import StudyState, dense_row
 from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
+from rankfront.search.tuning import Tuning
 
 REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are measured; on disk
 
@@ -127,7 +126,7 @@ class RankfrontStrategy:
 
 class Proposals:
     """What our sampler wants measured beside its proposals: the plan at the menu's reference and slopes around it, the
-    front that menu and slopes predict, then paths and more slopes.
+    front that menu and slopes predict, then more slopes.
 
     Args:
         study: whose queue is filled.
@@ -145,8 +144,7 @@ class Proposals:
         self.predictor = sampler.predictor
         self.budget = budget
         self.in_flight = in_flight
-        self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense)
-        self.paths = Paths(study, space, sampler.predictor, self.budgets, budget, in_flight)
+        self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense, sampler.tuning)
         self.opened = False  # whether all of the predicted front was queued
 
     def open(self, state: StudyState) -> bool:
@@ -169,7 +167,7 @@ class Proposals:
 
     def _enqueue_reference(self) -> bool:
         """Queue the plan of the budget that is nearest to the reference, of those that the limits allow, if any is."""
-        nearest = reference_first(self.budgets, self.predictor.menu.even.dense)
+        nearest = reference_first(self.budgets, self.predictor.menu.even.dense, self.predictor.tuning)
         found = next(warm_start(self.predictor, self.space, nearest), None)
         if found is not None:
             enqueue(self.study, found[1], {keys.ORIGIN: "menu", keys.LABEL: REFERENCE_LABEL})
@@ -194,18 +192,13 @@ class Proposals:
         return len(known) > count
 
     def refine(self, state: StudyState) -> bool:
-        """Queue the next stop of a path, else slopes around the plan where most is to gain, if any are due and the
-        limits leave tokens for them and a trial; whether anything was queued."""
+        """Queue slopes around the plan where most is to gain, if any are due and the limits leave tokens for them and a
+        trial; whether they were queued."""
         if not self.opened or state.waiting:
             return False
-        resumed = False
-        if self.predictor.tuning.paths:
-            resumed = self.paths.resume(state)
-            if self.paths.advance(state):
-                return True
         self.predictor.learn(state.trials)
         number = next_reference(state.trials, self.predictor, self.sampler.targets)
-        return (number is not None and self._enqueue_slopes(number, state)) or resumed
+        return number is not None and self._enqueue_slopes(number, state)
 
     def _enqueue_slopes(self, number: int, state: StudyState) -> bool:
         """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""

@@ -38,8 +38,7 @@ def replace_damaged(study: optuna.Study) -> None:
 def requeue(study: optuna.Study) -> None:
     """Queue again the trials and slopes that an earlier launch lost for good, and a dense model that failed.
 
-    What is queued names in ``again`` the trial that it repeats, which counts no more. A path goes on without the slopes
-    that it ended at.
+    What is queued names in ``again`` the trial that it repeats, which counts no more.
     """
     trials = study.get_trials(deepcopy=False)
     repeated = keys.numbers_under(keys.AGAIN, (trial.user_attrs for trial in trials))
@@ -47,6 +46,6 @@ def requeue(study: optuna.Study) -> None:
         known = trial.user_attrs
         failed = keys.FAILURE in known and not is_void(known)
         dense = known.get(keys.LABEL) == DENSE and not known.get(keys.RUNG)
-        if failed and (dense or keys.LOST in known) and trial.number not in repeated and keys.PATH not in known:
+        if failed and (dense or keys.LOST in known) and trial.number not in repeated:
             kept = {key: value for key, value in known.items() if key not in keys.MEASURED}
             enqueue(study, trial.params, kept | {keys.AGAIN: trial.number})

@@ -12,7 +12,6 @@ from rankfront.search import attributes as keys
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.errors import GaveUp
-from rankfront.search.optimise.tuning import DEFAULT, Tuning
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.space import Space
 from rankfront.search.run.budget import Budget
@@ -26,6 +25,7 @@ from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries
 from rankfront.search.run.strategy import OptunaStrategy, Strategy
 from rankfront.search.run.trials import Trials, promote
 from rankfront.search.storage.front import Row, StudyReader, StudyState
+from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass

@@ -17,7 +17,6 @@ from rankfront.search.errors import GaveUp
 from rankfront.search.optimise.halving import Promotion, promoted, promotions_due
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.plan import Plan
-from rankfront.search.plans.slope_cost import SLOPE_TOKENS
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.run.phase import Phase
 from rankfront.search.run.strategy import Strategy
@@ -32,6 +31,7 @@ from rankfront.search.storage.trials import (
     tell_slopes,
     waiting_dense,
 )
+from rankfront.search.tuning import DEFAULT
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 
@@ -116,7 +116,7 @@ class Trials:
     def _start_slopes(self, trial: optuna.Trial, plan: Plan) -> Job:
         """The job that measures slopes around ``plan``."""
         self.in_flight.trials[trial.number] = trial
-        return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get(keys.SLOPE_TOKENS, SLOPE_TOKENS))
+        return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get(keys.SLOPE_TOKENS, DEFAULT.slope_tokens))
 
     def finish(self, job: Job, record: Record) -> None:
         """Tell a trial, or one that measured slopes, what came back. Raises `InputError` or `GaveUp` where that is a

@@ -1,12 +1,14 @@
 """Constants of what proposes plans, in one place, each with the study that it comes from or "guess".
 
-An ablation or a sensitivity study is a loop over `replace(Tuning(), ...)`. Sizes are shares of the dense model's,
-divergences are in nats a token, errors are standard deviations of a log-divergence unless said otherwise.
+A sensitivity study is a loop over `replace(Tuning(), ...)`; what solvers and jobs do, the last two groups, follows
+`DEFAULT`. Sizes are shares of the dense model's, divergences are in nats a token, errors are standard deviations of a
+log-divergence unless said otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,6 @@ class Tuning:
     """What the search for plans is tuned by. A mechanism is off where its comment says so."""
 
     # -- mechanisms (studies/ablation.py switches each of them off)
-    paths: bool = True  # continuation from near dense in short steps; study: results/paths.md
     neighbours: bool = True  # correct predictions by what they missed of similar plans; study: results/predictions.md
     # Of what similar plans explain within the surrogate; the evidence decides among them. (0.0,) is off. guess
     residuals: tuple[float, ...] = (0.1, 0.03, 0.3, 1.0)
@@ -26,6 +27,8 @@ class Tuning:
 
     # -- proposals
     solutions: int = 24  # budgets at which the corrected menu is solved for each proposal; guess
+    # Of nsga2 and nsga3: in tens to hundreds of trials Optuna's default of 50 would see few generations. guess
+    population: int = 16
     random_steps: int = 100  # at most, before the space is taken to be exhausted; guess
     partners: int = 24  # sites looked at to make up for a switched one; guess
     steps_after_slopes: tuple[int, ...] = (1, 2)  # proposals measured after a pass of slopes, in turn; guess
@@ -122,6 +125,47 @@ class Tuning:
     answer_tries: int = 3
     # Of what an integer program's plan stores: budgets for slopes, which see no other limit. guess
     answer_shares: tuple[float, ...] = (1.0, 0.98, 0.95)
+
+    # -- opening
+    # Kept fractions of the treated weights at which the predicted front is measured, where no target is nearby: where
+    # they are few of those that an objective counts, targets are far apart. guess
+    opening_fractions: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    opening_nearby: float = 0.05  # kept fraction; guess
+    # Of the first plan, or as near as limits allow: slopes around it say of every site what it does in a compressed
+    # model, and the others are solved for by that. guess
+    reference_fraction: float = 0.6
+
+    closing_share: float = 0.5  # of the limits: the most that promoting the front may take; guess
+
+    # -- solvers: how near the optimum, against time; guess, all of them
+    grains: int = 50_000  # of the whole size where several costs are weighed against each other
+    columns: int = 2**17  # of the dynamic program; finer budgets are rounded up to this grid, costs with them
+    region_points: int = 128  # combined choices of a region of sites that share weights
+    repairs: int = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
+    multipliers: int = 48  # from one that keeps everything dense to one that keeps everything cheapest
+    bisections: int = 8  # multipliers tried between two of those for a given budget
+    exchanges: int = 200  # pairs of moves made at most
+    paired: int = 256  # moves up and moves down of which every pair is looked at
+    few_lines: int = 32  # up to which the dynamic program's plan is a start too
+    filled: int = 2  # candidates that are filled up
+
+    # -- jobs
+    probe_jobs: int = 16  # that probes are split into, so that workers share them, interruptions lose little; guess
+    # Of a site's dense storage, by the source of the menu that measures there; guess.
+    probe_fractions: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: {"probe": (0.3,), "probes": (0.3, 0.6, 0.9)}
+    )
+    group_bands: int = 3  # of depth, in the grouped source; guess
+    group_keep: float = 0.5  # that the sites of a group are probed at; guess
+    group_wider: float = 0.25  # than that, what may be probed: small steps say nothing of large ones; guess
+    # Of a measured to a predicted divergence, either way: beyond, one of the two is not to be believed. guess
+    worst_ratio: float = 30.0
+    slope_tokens: int = 3072  # of the search split, for one plan, at least; guess
+    # Of what a study has spent, the cost of slopes: late ones are of more tokens, where less is to gain. guess
+    slope_share: float = 0.05
+    # E (hᵀ δ)² over E (gᵀ δ)², h of drawn labels and g of the text's own. On smollm2-135m, not kept, medians of 0.66 at
+    # keep 0.9 to 0.33 at 0.5, the logarithms' correlation 0.97 to 0.92, as much as between halves of the tokens. guess
+    own_labels: float = 0.4
 
 
 DEFAULT = Tuning()
