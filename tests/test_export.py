@@ -141,51 +141,49 @@ def test_dense_loads_as_a_plain_model(residents, architecture, part, tmp_path, m
 
 LOAD = """
 import json, sys
-{imports}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
-for folder in sys.argv[1:]:
+def load(folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the people", return_tensors="pt").input_ids
     out = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
     figures = model(input_ids=ids).logits[0, -1].double().square().sum()
-    print(json.dumps([tokenizer.decode(ids[0]), out.shape[1] - ids.shape[1], float(figures)]))
-print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] in {ours})))
+    return [tokenizer.decode(ids[0]), out.shape[1] - ids.shape[1], float(figures)]
+def ours():
+    return [name for name in sys.modules if name.partition(".")[0] in OURS]
+dense = [load(folder) for folder in sys.argv[1:] if folder.endswith("dense")]
+before = ours()
+import rankfront.methods
+factored = [load(folder) for folder in sys.argv[1:] if folder.endswith("factored")]
+print(json.dumps([dense, before, factored, ours()]))
 """
 
 
-@pytest.mark.parametrize(("form", "imports"), [("factored", "import rankfront.methods"), ("dense", "")])
-def test_a_fresh_process_loads_it(residents, tmp_path, monkeypatch, form, imports):
-    """With one import where it is factored; with nothing of ours where it is dense."""
-    names, figures = ["llama-tied", "gpt2"], []
+def test_a_fresh_process_loads_it(residents, tmp_path, monkeypatch):
+    """With nothing of ours where it is dense; with one import where it is factored."""
+    names, figures = ["llama-tied", "gpt2"], {"dense": [], "factored": []}
+    folders = [tmp_path / f"{name}-{form}" for name in names for form in figures]
     with monkeypatch.context() as patch:
         verify_here(patch)
-        for name in names:
+        for folder in folders:
+            name, _, form = folder.name.rpartition("-")
             resident = residents[name]
-            export(resident.setup, measured(resident, plan_of(resident, "whole")), tmp_path / name, form)
-            tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+            export(resident.setup, measured(resident, plan_of(resident, "whole")), folder, form)
+            ids = AutoTokenizer.from_pretrained(folder)("the people", return_tensors="pt").input_ids
             with torch.no_grad():
-                found = resident.compressed.model(
-                    input_ids=tokenizer("the people", return_tensors="pt").input_ids
-                ).logits
-            figures.append(float(found[0, -1].double().square().sum()))
-    code = LOAD.format(imports=imports, ours={"rankfront", "search", "methods", "objectives"})
-    done = subprocess.run(
-        [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    *loaded, modules = map(json.loads, done.stdout.splitlines())
-    assert [figure for _, _, figure in loaded] == pytest.approx(figures, rel=1e-3)
-    assert all(1 <= new <= 2 for _, new, _ in loaded)
-    if form == "dense":
-        assert modules == []
-    else:
-        assert "rankfront.methods" in modules
-        assert not [name for name in modules if not name.startswith("rankfront")]
-        assert not [name for name in modules if name.startswith("rankfront.search")]
+                found = resident.compressed.model(input_ids=ids).logits
+            figures[form].append(float(found[0, -1].double().square().sum()))
+    code = f"OURS = {{'rankfront', 'search', 'methods', 'objectives'}}{LOAD}"
+    command = [sys.executable, "-c", code, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    dense, before, factored, after = json.loads(done.stdout.splitlines()[-1])
+    assert [figure for _, _, figure in dense] == pytest.approx(figures["dense"], rel=1e-3)
+    assert [figure for _, _, figure in factored] == pytest.approx(figures["factored"], rel=1e-3)
+    assert all(1 <= new <= 2 for _, new, _ in dense + factored)
+    assert before == []
+    assert "rankfront.methods" in after
+    assert not [name for name in after if not name.startswith("rankfront")]
+    assert not [name for name in after if name.startswith("rankfront.search")]
 
 
 # -- verification and refusals, on a launched run

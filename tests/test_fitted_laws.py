@@ -3,19 +3,23 @@
 import copy
 import itertools
 import math
+import random
+from collections import Counter
 
 import common
 import pytest
 import torch
-from common import random_plan, save_folder
+from common import save_folder
 from launching import make_run, measured, small_data, verify_here
 from rows import FITTED_ROWS, prepared_once
 from test_method_laws import (
     DTYPES,
     KEEPS,
+    NUMBERS,
     SAMPLES,
-    each_number,
-    each_singular,
+    SINGULAR,
+    crossed,
+    id_of,
     make_sample,
     make_weight,
     modules,
@@ -29,20 +33,34 @@ from rankfront.methods.layers import empty_replacement, layers, matrix_of, repla
 from rankfront.methods.layers_tensor import Network
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
+from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 
 SHAPES = [(24, 12), (12, 24), (16, 16), (15, 34), (13, 17)]  # tall, wide, square, awkward, prime
 FLOOR = 1e-5  # of the whole loss
 
-each_method = pytest.mark.parametrize("name", FITTED_ROWS)
 FAST = [name for name, row in FITTED_ROWS.items() if not row.slow]
-# A slow row is the code of another at a published setting: that other row walks every shape.
-CASES = [(name, shape) for name, row in FITTED_ROWS.items() for shape in (SHAPES[:1] if row.slow else SHAPES)]
-each_case = pytest.mark.parametrize(
-    ("name", "shape"), CASES, ids=lambda case: "x".join(map(str, case)) if isinstance(case, tuple) else case
-)
-each_fast = pytest.mark.parametrize("name", FAST)
-each_sample = pytest.mark.parametrize("kind", SAMPLES)
+
+
+def cases(others=((),), rows=FITTED_ROWS):
+    """A method, a shape and one of ``others``; of a slow row, the code of another at a published setting: one."""
+    slow = crossed(SHAPES, others)[:1]
+    return [(name, *case) for name in rows for case in (slow if FITTED_ROWS[name].slow else crossed(SHAPES, others))]
+
+
+SAMPLED = [(kind,) for kind in SAMPLES]
+FALLING = [name for name, row in FITTED_ROWS.items() if row.falls]
+EXACT = [name for name, row in FITTED_ROWS.items() if row.exact(name, *SHAPES[0])]
+
+each_method = pytest.mark.parametrize("name", FITTED_ROWS)
+each_gridded = pytest.mark.parametrize("name", [name for name, row in FITTED_ROWS.items() if row.gridded])
+each_needy = pytest.mark.parametrize("name", [name for name, row in FITTED_ROWS.items() if row.needs])
+each_case = pytest.mark.parametrize(("name", "shape"), cases(), ids=id_of)
+each_dtype = pytest.mark.parametrize(("name", "shape", "dtype"), cases([(dtype,) for dtype in DTYPES]), ids=id_of)
+each_sample = pytest.mark.parametrize(("name", "shape", "kind"), cases(SAMPLED), ids=id_of)
+each_falling = pytest.mark.parametrize(("name", "shape", "kind"), cases(SAMPLED, FALLING), ids=id_of)
+each_exact = pytest.mark.parametrize(("name", "shape", "dtype", "kind"), cases(NUMBERS, EXACT), ids=id_of)
+each_singular = pytest.mark.parametrize(("name", "shape", "special", "kind"), cases(SINGULAR), ids=id_of)
 
 
 def walked(name, shape):
@@ -87,19 +105,16 @@ def test_it_offers_levels_or_says_why_not(name, shape):
     assert costs == sorted(costs)
 
 
-@each_method
+@each_gridded
 @pytest.mark.parametrize("shape", [(576, 192), (576, 1536), (1536, 576), (512, 512)])
 def test_levels_come_near_what_was_asked(name, shape):
     """Of a real weight, no offered level is further from the fraction asked for than a tenth of the weight."""
-    if not FITTED_ROWS[name].gridded:
-        pytest.skip("levels of fewer bits")
     site, method = common.linear_site(*shape), get_method(name)
     for keep, option in method.options(site, Grid((0.2, 0.4, 0.6, 0.8), 8)).items():
         assert abs(method.storage(site, option).parameters / site.storage.parameters - keep) <= 0.1, option
 
 
-@each_case
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_dtype
 def test_factors_are_finite_and_multiply_to_the_weights_shape(name, shape, dtype):
     weight, sample = make_weight(shape, dtype), make_sample(shape)
     for option in walked(name, shape):
@@ -135,18 +150,13 @@ def test_preparing_leaves_its_inputs_alone(name):
     assert torch.equal(statistics.absolute, absolute)
 
 
-@each_case
-@each_number
+@each_exact
 def test_exact_level_reproduces_the_weight(name, shape, dtype, kind):
-    exact = FITTED_ROWS[name].exact(name, *shape)
-    if exact is None:
-        pytest.skip("the family has no level that reproduces every matrix")
-    weight = make_weight(shape, dtype)
+    exact, weight = FITTED_ROWS[name].exact(name, *shape), make_weight(shape, dtype)
     prepared = prepare(name, weight, make_sample(shape, kind), exact)
     torch.testing.assert_close(rebuilt(name, prepared, exact, shape), weight.double(), rtol=1e-4, atol=1e-4)
 
 
-@each_case
 @each_sample
 def test_predicted_error_is_the_measured_one(name, shape, kind):
     """error(option) is the loss of Δ = W − Ŵ, measured token by token."""
@@ -160,18 +170,14 @@ def test_predicted_error_is_the_measured_one(name, shape, kind):
         assert math.isclose(float(prepared["energy"].sum()), whole, rel_tol=1e-3, abs_tol=1e-6)
 
 
-@each_case
-@each_sample
+@each_falling
 def test_error_never_rises_with_level(name, shape, kind):
-    if not FITTED_ROWS[name].falls:
-        pytest.skip("a local optimum: more may fit worse")
     weight, sample = make_weight(shape), make_sample(shape, kind)
     whole = FITTED_ROWS[name].loss(weight.double(), sample)
     errors = [get_method(name).error(prepare(name, weight, sample, o), o) for o in walked(name, shape)]
     assert all(later <= earlier * 1.001 + FLOOR * whole for earlier, later in itertools.pairwise(errors))
 
 
-@each_case
 @each_sample
 def test_more_levels_help(name, shape, kind):
     """From the cheapest to the dearest, and against leaving everything out."""
@@ -183,7 +189,6 @@ def test_more_levels_help(name, shape, kind):
     assert errors[0] <= whole * (1 + FLOOR) + 1e-9
 
 
-@each_case
 @each_singular
 def test_singular_weights_give_finite_factors(name, shape, kind, special):
     m, n = shape
@@ -199,20 +204,16 @@ def test_singular_weights_give_finite_factors(name, shape, kind, special):
         assert torch.isfinite(rebuilt(name, prepared, option, shape)).all()
 
 
-@each_method
+@each_needy
 def test_statistics_that_are_not_finite_are_refused(name):
-    if not get_method(name).needs:
-        pytest.skip("reads no statistics")
     sample = make_sample((12, 8))
     sample.x[0, 0] = math.nan
     with pytest.raises(ValueError, match="finite"):
         prepare(name, make_weight((12, 8)), sample, walked(name, (12, 8))[-1])
 
 
-@each_method
+@each_needy
 def test_missing_statistics_are_named(name):
-    if not get_method(name).needs:
-        pytest.skip("reads no statistics")
     statistics = make_sample((12, 8)).statistics()
     for need in get_method(name).needs:
         setattr(statistics, need, None)
@@ -339,16 +340,21 @@ def test_products_with_gradients_are_those_of_the_matrix(name, shape):
         assert torch.equal(matrix_of(alone, *shape).double(), rebuilt(name, prepared, option, shape))
 
 
-@each_fast
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_exports_load_as_they_were_measured(name, architecture, tmp_path, text_file, monkeypatch):
+@pytest.mark.parametrize("names", [FAST[start::4] for start in range(4)], ids="+".join)
+def test_exports_load_as_they_were_measured(names, architecture, tmp_path, text_file, monkeypatch):
+    """Site after site another method, so that a model has all of ``names``."""
     verify_here(monkeypatch)
     data = small_data(save_folder(architecture, tmp_path / "model"), text_file)
-    data["space"] = {"methods": [name], "keep": [0.4, 0.7], "rank_multiple": 2}
+    data["space"] = {"methods": names, "keep": [0.4, 0.7], "rank_multiple": 2}
     resident = JobRunner(Study(data).setup())
-    plan = random_plan(resident, 4)
-    assert plan.choices
-    row = measured(resident, plan)
+    choices, chooser, used = {}, random.Random(4), Counter()
+    for site, options in resident.compressed.space.wanted().items():
+        method = min((option.method for option in options), key=lambda method: used[method])
+        choices[site.name] = chooser.choice([option for option in options if option.method == method])
+        used[method] += 1
+    assert used.keys() == set(names)
+    row = measured(resident, Plan.of(choices))
     ids = common.tokens(2, 24, seed=3)
     with torch.no_grad():
         expected = resident.compressed.model(input_ids=ids, use_cache=False).logits

@@ -18,20 +18,30 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SAMPLES = ["plain", "outlier", "few tokens", "one token", "dead inputs"]
 FLOOR = 1e-5  # of the whole loss: what floors on weights and fp32 factors may add to a predicted error
 
+
+def crossed(shapes, others):
+    """All of ``others`` with a tall and a wide shape, the first two, and the first of them with every shape."""
+    return [(shape, *other) for shape in shapes for other in (others if shape in shapes[:2] else others[:1])]
+
+
+def id_of(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+# Every kind of sample in fp32, every dtype with a plain one.
+NUMBERS = [(torch.float32, kind) for kind in (*SAMPLES, "zero")] + [(dtype, "plain") for dtype in DTYPES[1:]]
+# Every special weight with a plain sample, every kind of sample with one.
+SINGULAR = [(special, "plain") for special in ("rank one", "zero", "tiny", "huge")]
+SINGULAR += [("rank one", kind) for kind in (*SAMPLES[1:], "zero")]
+
 each_method = pytest.mark.parametrize("name", METHOD_ROWS)
 each_gridded = pytest.mark.parametrize("name", [name for name, row in METHOD_ROWS.items() if row.gridded])
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-each_sample = pytest.mark.parametrize("kind", SAMPLES)
-each_number = pytest.mark.parametrize(  # every kind of sample in fp32, every dtype with a plain one
-    ("dtype", "kind"),
-    [(torch.float32, kind) for kind in (*SAMPLES, "zero")] + [(dtype, "plain") for dtype in DTYPES[1:]],
-    ids=lambda each: str(each).removeprefix("torch."),
-)
-each_singular = pytest.mark.parametrize(  # every special weight with a plain sample, every kind of sample with one
-    ("special", "kind"),
-    [(special, "plain") for special in ("zero", "rank one", "tiny", "huge")]
-    + [("rank one", kind) for kind in (*SAMPLES[1:], "zero")],
-)
+each_needy = pytest.mark.parametrize("name", [name for name, row in METHOD_ROWS.items() if row.needs])
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=id_of)
+each_dtype = pytest.mark.parametrize(("shape", "dtype"), crossed(SHAPES, [(dtype,) for dtype in DTYPES]), ids=id_of)
+each_sample = pytest.mark.parametrize(("shape", "kind"), crossed(SHAPES, [(kind,) for kind in SAMPLES]), ids=id_of)
+each_number = pytest.mark.parametrize(("shape", "dtype", "kind"), crossed(SHAPES, NUMBERS), ids=id_of)
+each_singular = pytest.mark.parametrize(("shape", "special", "kind"), crossed(SHAPES, SINGULAR), ids=id_of)
 KEEPS = (0.05, 0.2, 0.35, 0.5, 0.7, 0.9, 0.999)
 
 
@@ -106,8 +116,7 @@ def test_says_what_it_needs(name):
 
 
 @each_method
-@each_shape
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_dtype
 def test_factors_have_the_shape_of_the_weight(name, shape, dtype):
     """left (m, r) and right (r, n), in fp32 whatever the weight came in; the product is near W's own dtype."""
     weight, sample = make_weight(shape, dtype), make_sample(shape)
@@ -146,7 +155,6 @@ def test_preparing_leaves_its_inputs_alone(name):
 
 
 @each_method
-@each_shape
 @each_number
 def test_full_level_reproduces_the_weight(name, shape, dtype, kind):
     weight = make_weight(shape, dtype)
@@ -156,7 +164,6 @@ def test_full_level_reproduces_the_weight(name, shape, dtype, kind):
 
 
 @each_method
-@each_shape
 @each_sample
 def test_predicted_error_is_the_measured_one(name, shape, kind):
     """error(option) is the loss of Δ = W − Ŵ, measured token by token."""
@@ -171,7 +178,6 @@ def test_predicted_error_is_the_measured_one(name, shape, kind):
 
 
 @each_method
-@each_shape
 @each_sample
 def test_error_never_rises_with_level(name, shape, kind):
     weight, sample, row = make_weight(shape), make_sample(shape, kind), METHOD_ROWS[name]
@@ -186,7 +192,6 @@ def test_error_never_rises_with_level(name, shape, kind):
 
 
 @each_method
-@each_shape
 @each_sample
 def test_no_worse_than_plain_svd_in_its_own_norm(name, shape, kind):
     weight, sample, row = make_weight(shape), make_sample(shape, kind), METHOD_ROWS[name]
@@ -199,7 +204,6 @@ def test_no_worse_than_plain_svd_in_its_own_norm(name, shape, kind):
 
 
 @each_method
-@each_shape
 @each_sample
 def test_loss_is_the_least_of_its_rank(name, shape, kind):
     """No rank-r matrix does better under ‖Δ S‖_F than the tail of the spectrum of W S (Eckart & Young)."""
@@ -240,7 +244,6 @@ def test_zero_statistics_fall_to_plain_svd(name, shape):
 
 
 @each_method
-@each_shape
 @each_singular
 def test_singular_weights_give_finite_factors(name, shape, kind, special):
     m, n = shape
@@ -256,20 +259,16 @@ def test_singular_weights_give_finite_factors(name, shape, kind, special):
     torch.testing.assert_close(full, weight.double(), rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
 
 
-@each_method
+@each_needy
 def test_statistics_that_are_not_finite_are_refused(name):
-    if not get_method(name).needs:
-        pytest.skip("reads no statistics")
     sample = make_sample((6, 5))
     sample.x[0, 0] = math.nan
     with pytest.raises(ValueError, match="finite"):
         prepare(name, make_weight((6, 5)), sample)
 
 
-@each_method
+@each_needy
 def test_missing_statistics_are_named(name):
-    if not get_method(name).needs:
-        pytest.skip("reads no statistics")
     sample = make_sample((6, 5))
     statistics = sample.statistics()
     for need in get_method(name).needs:

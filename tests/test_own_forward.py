@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from common import restore, study_data
-from launching import measured
+from launching import measured, verify_here
 from test_architectures import TOLERANCE, factor, logits
 from torch import nn
 
@@ -133,7 +133,8 @@ def scaled(request, tmp_path, text_file):
     return JobRunner(Study(data).setup())
 
 
-def test_rounding_a_scaled_table_is_nearly_lossless_and_its_export_is_the_same(scaled, tmp_path):
+def test_rounding_a_scaled_table_is_nearly_lossless_and_its_export_is_the_same(scaled, tmp_path, monkeypatch):
+    verify_here(monkeypatch)
     outside = [site for site, place in scaled.compressed.sites.items() if place.block is None]
     chosen = {s.name: o for s in outside for o in scaled.compressed.space.wanted().get(s, []) if o.method == "rtn-int8"}
     assert any("embed" in path for s in outside if s.name in chosen for w in s.weights for path in (w.path, *w.tied))
