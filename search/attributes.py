@@ -12,8 +12,8 @@ from typing import Any
 # Of a trial, when it is queued.
 ORIGIN = "origin"  # who asked for it: a sampler, an anchor, the menu, slopes, an answer
 LABEL = "anchor"  # what it is among those of one origin
-RUNG = "rung"  # the fidelity; missing at the first until it is measured
-PROMOTED = "promoted"  # number of the trial whose plan it measures at a higher rung
+RUNG = "rung"  # of runs of 0.1 alone: the fidelity, 0 the cheapest
+PROMOTED = "promoted"  # likewise: number of the trial whose plan it measures at a higher fidelity
 SLOPES_OF = "slopes_of"  # number of the trial whose plan slopes are measured around
 SLOPE_TOKENS = "slope_tokens"
 PATH = "path"  # of runs of 0.1 alone: number of the continuation whose slopes it measures

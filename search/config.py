@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from rankfront.objectives import make_objective
 from rankfront.search.choices import OURS, SAMPLERS
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
-from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, rung_windows
+from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, trial_windows
 from rankfront.search.urls import parse_url
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
@@ -247,10 +246,9 @@ class SearchConfig(Strict):
     alone, the spectrum alone, one measured probe per site and method, or a few.
     ``tokens`` limits what trials, slopes and the menu may run through the model in all. ``anchors`` are the kept
     fractions at which every method is measured uniformly before the sampler starts; by our sampler, which has its menu
-    first, those methods that no other is predicted to beat there. ``rungs`` are fidelities in tokens, cheapest first: a
-    plan starts at the first, one in ``reduction`` goes on from each to the next, and in the end the front goes as high
-    as half of the limits can pay; empty, every trial reads the whole search split. ``where`` are limits on objectives,
-    such as ``block_parameters<=0.8``, that the search keeps to: plans beyond them are measured only to learn from.
+    first, those methods that no other is predicted to beat there. ``trial_tokens`` are what a trial reads of the
+    search split, by default all of it. ``where`` are limits on objectives, such as ``block_parameters<=0.8``, that the
+    search keeps to: plans beyond them are measured only to learn from.
     ``workers`` are trials at once, in a Ray actor each; 0 runs them in this process. By default there is one for every
     device that trials run on, and a single device needs no actor.
     ``refit`` is what is done to members of the front before they are measured on the report split once more, and by
@@ -267,8 +265,7 @@ class SearchConfig(Strict):
     groups: CountOrZero = 4
     untie: CountOrZero = 0
     anchors: tuple[float, ...] = (0.9, 0.7, 0.5)
-    rungs: tuple[Count, ...] = ()
-    reduction: Annotated[int, Field(ge=2, le=MOST)] = 3
+    trial_tokens: Count | None = None
     where: tuple[str, ...] = ()
     refit: Literal["none", "sequential"] = "none"
     storage: str | None = None
@@ -286,13 +283,6 @@ class SearchConfig(Strict):
         if storage is not None:
             parse_url(storage)
         return storage
-
-    @field_validator("rungs")
-    @classmethod
-    def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
-        if any(low >= high for low, high in itertools.pairwise(rungs)):
-            raise ValueError(f"rungs are {list(rungs)}: list fidelities in tokens, cheapest first")
-        return rungs
 
     @field_validator("anchors")
     @classmethod
@@ -320,16 +310,17 @@ class StudyConfig(Strict):
 
     @model_validator(mode="after")
     def _enough_windows(self) -> StudyConfig:
-        self.rung_windows()
+        _ = self.trial_windows
         return self
 
     def on_grid(self, multiple: int) -> StudyConfig:
         """The same study with ranks that are multiples of this."""
         return self.model_copy(update={"space": self.space.model_copy(update={"rank_multiple": multiple})})
 
-    def rung_windows(self) -> list[slice]:
-        """Which windows of the search split each rung reads; `InputError` where the split has too few."""
-        return rung_windows(self.search.rungs, self.data.search.windows, self.data.length)
+    @property
+    def trial_windows(self) -> int:
+        """How many windows of the search split a trial reads, its first; `InputError` where the split has fewer."""
+        return trial_windows(self.search.trial_tokens, self.data.search.windows, self.data.length)
 
     @field_validator("objectives")
     @classmethod
@@ -373,6 +364,10 @@ def moved(before: Any, now: Any) -> Any:
     return now
 
 
+LEFT = {  # keys of earlier versions -> what to do
+    "search.rungs": "trials have one fidelity, set search.trial_tokens to the tokens that each reads",
+    "search.reduction": "remove it, trials have one fidelity",
+}
 LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit")}
 
 
@@ -432,6 +427,8 @@ def _override(data: dict[str, Any], text: str) -> None:
 def _one_line(error: ErrorDetails) -> str:
     location = tuple(part for part in error["loc"] if part not in (ONE, SEVERAL))
     where = ".".join(str(part) for part in location) or "the study"
+    if error["type"] == "extra_forbidden" and where in LEFT:
+        return f"{where} is no key of a study any more: {LEFT[where]}"
     if error["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
         return f"unknown key {where!r} in the study{nearest(str(location[-1]), known)} (known: {', '.join(known)})"

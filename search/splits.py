@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from rankfront.methods import InputError
@@ -49,20 +48,16 @@ class Split:
         return counts
 
 
-def rung_windows(rungs: Sequence[int], windows: int, length: int) -> list[slice]:
-    """Which windows of the search split each rung reads; all of them where there is only one fidelity.
-
-    ``rungs`` are in tokens; each takes at least one window. Raises `InputError` where the split has too few.
-    """
-    if not rungs:
-        return [slice(0, windows)]
-    ends = list(accumulate(max(1, tokens // length) for tokens in rungs))
-    if ends[-1] > windows:
+def trial_windows(tokens: int | None, windows: int, length: int) -> int:
+    """How many of the search split's ``windows`` of ``length`` tokens a trial reads that reads so many ``tokens``: one
+    at least, all where that is None. Raises `InputError` where the split has too few."""
+    count = windows if tokens is None else max(1, tokens // length)
+    if count > windows:
         raise InputError(
-            f"search.rungs = {list(rungs)} read {ends[-1]} windows of {length} tokens and data.search.windows is"
-            f" {windows}: each rung takes windows of its own, so set data.search.windows to {ends[-1]} or more"
+            f"search.trial_tokens = {tokens} are {count} windows of {length} tokens and data.search.windows is"
+            f" {windows}: set data.search.windows to {count} or more"
         )
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return count
 
 
 def own_text_seed(name: str) -> int | None:

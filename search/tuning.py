@@ -135,8 +135,6 @@ class Tuning:
     # model, and the others are solved for by that. guess
     reference_fraction: float = 0.6
 
-    closing_share: float = 0.5  # of the limits: the most that promoting the front may take; guess
-
     # -- solvers: how near the optimum, against time; guess, all of them
     grains: int = 50_000  # of the whole size where several costs are weighed against each other
     columns: int = 2**17  # of the dynamic program; finer budgets are rounded up to this grid, costs with them

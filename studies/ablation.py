@@ -55,7 +55,6 @@ ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     EVERYTHING: ({}, {}),
     "lean": (LEAN, {"search.anchors": []}),
     **OFF,
-    "two fidelities": ({}, {"search.rungs": [2048, 8192]}),  # added: one is what everybody has
 }
 
 
@@ -81,8 +80,8 @@ class Remembering:
     def run(self, job: Job) -> Record:
         self.driver += time.perf_counter() - self.left
         search, number = self.setup.config.search, 0 if job.kind == "trial" else job.number
-        where = [*self.setup.config.space.methods, search.rungs, search.seed]
-        record = self.once(json.dumps([*where, job.kind, number, job.plan.key, job.rung, job.tokens]), job)
+        where = [*self.setup.config.space.methods, search.trial_tokens, search.seed]
+        record = self.once(json.dumps([*where, job.kind, number, job.plan.key, job.tokens]), job)
         self.left = time.perf_counter()
         return record
 

@@ -60,7 +60,6 @@ VARIANTS: dict[str, dict[str, object]] = {  # of our sampler's row: what they ch
     "rankfront with joint methods": {"space.methods": JOINT},
     "rankfront with joint and sparse methods": {"space.methods": SPARSE, "space.keep": TENTHS},
     "rankfront without anchors": {"search.anchors": []},
-    "rankfront in two fidelities": {"search.rungs": [2048, 8192]},
 }
 
 
@@ -75,7 +74,7 @@ def settings(text: str, threads: int) -> dict[str, object]:
         },
         "space": {"methods": ["svd-llm"], "keep": [round(0.1 + 0.05 * i, 2) for i in range(18)]},
         "objectives": {"perplexity": {}, "block_parameters": {}},
-        "search": {"workers": 0, "trials": 100_000, "rungs": [TRIAL_TOKENS], "resources": {"cpu": threads}},
+        "search": {"workers": 0, "trials": 100_000, "trial_tokens": TRIAL_TOKENS, "resources": {"cpu": threads}},
     }
 
 

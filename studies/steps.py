@@ -80,7 +80,7 @@ def drawn(windows: torch.Tensor, length: int) -> torch.Tensor:
 def loss(bench: Bench, plan: Plan) -> float:
     """Nats a token, on what trials read."""
     bench.resident.compressed.apply(plan)
-    return math.log(score(bench.resident.compressed.model, bench.resident.tokens.windows(0)).perplexity)
+    return math.log(score(bench.resident.compressed.model, bench.resident.tokens.windows).perplexity)
 
 
 def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, Places]]:

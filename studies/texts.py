@@ -76,7 +76,7 @@ def settings(parts: list[str], threads: int) -> dict[str, Any]:
             "trials": 1000,
             "tokens": TOKENS,
             "anchors": [],
-            "rungs": [TRIAL_TOKENS],
+            "trial_tokens": TRIAL_TOKENS,
             "resources": {"cpu": threads},
         },
     }

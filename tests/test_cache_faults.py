@@ -19,6 +19,7 @@ from rankfront.search.atomic import HOST, staged, write_checked
 from rankfront.search.inputs import resolve as resolving
 from rankfront.search.measure import timing
 from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.evaluation_tokens import EvaluationTokens
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.timing import Stopwatches
@@ -103,13 +104,13 @@ def test_a_file_that_changes_within_a_trial_is_named_too(resident, monkeypatch, 
     """What the model runs by then is a copy, so that cutting the file short does not kill the process."""
     spoil, message = CHANGES[change]
     plan, path = plan_of(resident)
-    windows = resident.tokens.windows
+    windows = EvaluationTokens.windows.fget
 
-    def late(rung):
+    def late(tokens):
         spoil(path)
-        return windows(rung)
+        return windows(tokens)
 
-    monkeypatch.setattr(resident.tokens, "windows", late)
+    monkeypatch.setattr(EvaluationTokens, "windows", property(late))
     with pytest.raises(InputError, match=message):
         trial(resident, plan)
 

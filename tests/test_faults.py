@@ -162,10 +162,10 @@ def _delete_first(cache):
 
     subject = JobRunner.subject
 
-    def deleting(self, plan, clock, rung=0):
+    def deleting(self, plan, clock):
         for path in cache.rglob("*.safetensors"):
             path.unlink()
-        return subject(self, plan, clock, rung)
+        return subject(self, plan, clock)
 
     return deleting
 

@@ -220,8 +220,8 @@ tables = {
     "space": ("include", "exclude", "methods", "keep", "rank_multiple", "rule"),
     "objectives": ("perplexity", "divergence", "parameters", "latency"),
     "search": (
-        "sampler", "menu", "trials", "time", "tokens", "seed", "workers", "groups", "untie", "anchors", "rungs",
-        "reduction", "where", "refit", "resources",
+        "sampler", "menu", "trials", "time", "tokens", "seed", "workers", "groups", "untie", "anchors",
+        "trial_tokens", "where", "refit", "resources",
     ),
 }  # fmt: skip
 studies = st.fixed_dictionaries(

@@ -120,7 +120,7 @@ def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     monkeypatch.setattr("rankfront.search.run.budget.DEFAULT", replace(DEFAULT, slope_tokens=16))
     monkeypatch.setattr("rankfront.search.run.budget.slope_tokens", lambda spent, quality: 10**6)
     scheduler = make_scheduler(Study(data))
-    (trial,) = scheduler.budget.tokens
+    trial = scheduler.budget.trial
     for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
         budget = replace(scheduler.budget, limit=np.array([100.0, left]))
         assert budget.slope_tokens(scheduler.state(), scheduler.in_flight) == expected

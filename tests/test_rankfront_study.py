@@ -361,3 +361,14 @@ def test_a_goal_reads_values_as_divergence(data, tmp_path, quality):
     boxes = [make_objective(name, {}).box(dense.values[name]) for name in data["objectives"]]
     assert goal.unit(np.array(boxes).T) == pytest.approx(np.array([[0, 0, 0], [1, 1, 1]]))
     assert math.isfinite(goal.loss(1000.0))
+
+
+def test_slopes_lost_with_their_worker_count_for_nothing(data):
+    study = Study(data)
+    scheduler, resident = make_scheduler(study), JobRunner(study.setup())
+    while (job := scheduler.next()).kind != "slopes":
+        scheduler.finish(job, resident.run(job))
+    spent, rows = scheduler.state().spent, len([row for row in scheduler.state().rows if row.plan_key])
+    scheduler.lost(job, "the worker died")
+    assert scheduler.state().spent == spent
+    assert len(scheduler.state().rows) == rows

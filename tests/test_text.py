@@ -83,21 +83,21 @@ def test_every_beginning_of_scattered_windows_is_spread_over_the_text(count):
 def test_trials_read_windows_from_all_over_the_search_split(tmp_path, text_file, model_folder):
     data = common.study_data(model_folder, text_file)
     data["data"]["search"]["windows"] = 12
-    data["search"]["rungs"] = [64]
+    data["search"]["trial_tokens"] = 64
     study = Study(data, run=tmp_path)
     setup = study.setup()
     splits = {name: split for name, split in study.config.data.splits().items() if name != "control"}
     in_order = cut(common.tiny_tokenizer(), splits, 32)["search"].tolist()
     places = [in_order.index(window) for window in setup.tokens["search"].tolist()]
     assert sorted(places) == list(range(12))
-    first, second = places[setup.config.rung_windows()[0]]
+    first, second = places[: setup.config.trial_windows]
     assert abs(first - second) > 3
 
 
 def test_a_run_that_an_earlier_version_began_goes_on_with_its_windows(tmp_path, text_file, model_folder, monkeypatch):
     data = common.study_data(model_folder, text_file)
     data["data"]["search"]["windows"] = 12
-    data["search"] |= {"rungs": [64], "trials": 2}
+    data["search"] |= {"trial_tokens": 64, "trials": 2}
     with monkeypatch.context() as patch:
         patch.setattr("rankfront.search.run.resolving.scatters", lambda *_: False)
         study = Study(data, run=tmp_path)

@@ -195,7 +195,7 @@ def test_menu_and_slopes_read_short_pieces_that_no_trial_reads(resident, monkeyp
         "rankfront.search.measure.evaluation_tokens.PIECE_TOKENS", 12
     )  # windows of 32 in three pieces of 10
     windows = torch.arange(6 * 32).reshape(6, 32)
-    tokens = EvaluationTokens(windows, [slice(0, 2)], seed=0)
+    tokens = EvaluationTokens(windows, 2, seed=0)
     first, second = tokens.spare(0, 50), tokens.spare(1, 50)
     assert first.shape == second.shape == (5, 10)
     assert torch.equal(first, tokens.spare(0, 50))
@@ -203,4 +203,4 @@ def test_menu_and_slopes_read_short_pieces_that_no_trial_reads(resident, monkeyp
     assert both.min() >= 64
     assert len(both.unique()) == len(both)
     assert torch.equal(first[:, 1:], first[:, :1] + torch.arange(1, 10))
-    assert EvaluationTokens(windows, [slice(0, 6)], seed=0).spare(0, 60).min() < 64
+    assert EvaluationTokens(windows, 6, seed=0).spare(0, 60).min() < 64

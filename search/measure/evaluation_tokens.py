@@ -1,9 +1,8 @@
-"""Which tokens of the search split are read: by trials at each rung, and by menu and slopes beside them."""
+"""Which tokens of the search split are read: by trials, and by menu and slopes beside them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,20 +15,21 @@ PIECE_TOKENS = 512
 
 
 class EvaluationTokens:
-    """Windows of the search split (W, L), cut by rungs.
+    """Windows of the search split (W, L): the first so many for trials.
 
     Args:
         search: the split.
-        rungs: the windows that trials at each rung read, as slices of it; the last reaches furthest.
+        count: how many windows trials read.
         seed: of the order in which menu and slopes take what is left.
     """
 
-    def __init__(self, search: Tensor, rungs: Sequence[slice], seed: int) -> None:
-        self.search, self.rungs, self.seed = search, rungs, seed
+    def __init__(self, search: Tensor, count: int, seed: int) -> None:
+        self.search, self.count, self.seed = search, count, seed
 
-    def windows(self, rung: int) -> Tensor:
-        """What trials at ``rung`` read of the search split."""
-        return self.search[self.rungs[rung]]
+    @property
+    def windows(self) -> Tensor:
+        """What trials read of the search split."""
+        return self.search[: self.count]
 
     def spare(self, number: int, tokens: int) -> Tensor:
         """Pieces of windows that no trial reads, about ``tokens`` tokens; where trials read the whole search split, or
@@ -39,7 +39,7 @@ class EvaluationTokens:
         much alike.
         """
         whole = self.search
-        pool = whole[self.rungs[-1].stop :]
+        pool = whole[self.count :]
         if pool.numel() < tokens:
             pool = whole
         length = whole.shape[1] // math.ceil(whole.shape[1] / PIECE_TOKENS)

@@ -43,8 +43,8 @@ class JobRunner:
         self.setup = setup
         self.compressed = CompressedModel(setup, progress)
         self.timed = TimedModel(self.compressed)
-        self.tokens = EvaluationTokens(setup.tokens["search"], setup.config.rung_windows(), setup.config.search.seed)
-        self.teachers: dict[int, Teacher] = {}  # by rung
+        self.tokens = EvaluationTokens(setup.tokens["search"], setup.config.trial_windows, setup.config.search.seed)
+        self.trial_teacher: Teacher | None = None  # on the windows that trials read
         self.probe_teacher: Teacher | None = None  # on the windows of the menu's probes
 
     def run(self, job: Job) -> Record:
@@ -88,15 +88,15 @@ class JobRunner:
         self._recover()
         return {"refit_failure": reason}
 
-    def teacher(self, rung: int) -> Teacher:
-        """The dense model's predictions on the windows of a rung, computed once."""
-        if rung not in self.teachers:
+    def teacher(self) -> Teacher:
+        """The dense model's predictions on the windows that trials read, computed once."""
+        if self.trial_teacher is None:
             with self.compressed.dense():
-                self.teachers[rung] = teach(self.compressed.model, self.tokens.windows(rung))
-        return self.teachers[rung]
+                self.trial_teacher = teach(self.compressed.model, self.tokens.windows)
+        return self.trial_teacher
 
-    def subject(self, plan: Plan, clock: Clock, rung: int = 0) -> Subject:
-        """``plan`` applied, ready for objectives on the windows of ``rung``."""
+    def subject(self, plan: Plan, clock: Clock) -> Subject:
+        """``plan`` applied, ready for objectives on the windows that trials read."""
         compressed = self.compressed
         with clock.phase("apply"):
             compressed.apply(plan)
@@ -108,9 +108,9 @@ class JobRunner:
         teacher = None
         if "divergence" in self.setup.config.objectives:
             with clock.phase("teacher"):
-                teacher = self.teacher(rung)
+                teacher = self.teacher()
         dense = compressed.dense if compressed.modules else None
-        return Subject(compressed.model, dense, self.tokens.windows(rung), teacher, cost, clock)
+        return Subject(compressed.model, dense, self.tokens.windows, teacher, cost, clock)
 
 
 def _reason(error: BaseException) -> str:
@@ -119,11 +119,11 @@ def _reason(error: BaseException) -> str:
 
 
 def measure_trial(runner: JobRunner, job: Job) -> Record:
-    """The study's objectives of a plan, on the windows of a rung."""
+    """The study's objectives of a plan, on the windows that trials read."""
     clock, config = Clock(), runner.setup.config
     with clock.phase("total"):
-        taught = job.rung in runner.teachers
-        subject = runner.subject(job.plan, clock, job.rung)
+        taught = runner.trial_teacher is not None
+        subject = runner.subject(job.plan, clock)
         values = {name: make_objective(name, settings).value(subject) for name, settings in config.objectives.items()}
         perplexity = subject.scores.perplexity
         note_running(subject)
@@ -140,7 +140,6 @@ def measure_trial(runner: JobRunner, job: Job) -> Record:
         "parameter_count": subject.cost.values,
         "bytes": subject.cost.bytes,
         "tokens": subject.scores.tokens + (0 if taught or subject.teacher is None else subject.windows.numel()),
-        "rung": job.rung,
         "fidelity": subject.windows.numel(),
         "notes": subject.notes,
         "seconds": clock.seconds,

@@ -69,10 +69,7 @@ def calibration_of(config: StudyConfig, rows: Sequence[Row]) -> Calibration | No
 
 
 def calibration(rows: Sequence[Row], objective: str) -> Calibration | None:
-    """The calibration of predictions of ``objective``; None below three predictions.
-
-    They are of values at the first rung, which is where they are compared, those of the front's plans too.
-    """
+    """The calibration of predictions of ``objective``; None below three predictions."""
     known = [row for row in comparable(rows, rung=0) if row.attributes.get(keys.PREDICTED) is not None]
     pairs = np.array([(row.attributes[keys.PREDICTED], row.values[objective]) for row in known]).reshape(-1, 2)
     if len(pairs) < 3 or len(np.unique(pairs[:, 0])) < 2 or len(np.unique(pairs[:, 1])) < 2:

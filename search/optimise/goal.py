@@ -71,7 +71,7 @@ class Goal:
         costs: plan -> values of the objectives that the plan alone decides, by position.
         timed: position -> a latency among the objectives, and its table.
         spread: standard deviation of a measured divergence, in nats, where a trial scores `Tuning.spread_tokens`.
-        dense: value of the quality objective for the dense model, at the first rung.
+        dense: value of the quality objective for the dense model.
         quality: position of the quality objective.
         perplexity: position of a perplexity beside a divergence that is modelled, and the dense model's; else None.
         count: of objectives, d.

@@ -17,13 +17,12 @@ from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.taylor import EARLIER_TOKENS, TaylorModel
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
-from rankfront.search.storage.trials import rung_of
 from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A plan that is known: its trial, log-divergence, and values as they would be at the first rung.
+    """A plan that is known: its trial, log-divergence, and values.
 
     ``spread`` is the standard deviation of the divergence, in nats.
     """
@@ -35,10 +34,7 @@ class Measured:
 
 
 class History:
-    """The plans of a menu that the trials of a study measured, each at the highest rung that it has reached.
-
-    Quality is read relative to the dense model of the same rung, whose windows are others; `measured` holds the values
-    as they would be at the first.
+    """The plans of a menu that the trials of a study measured, at the first fidelity.
 
     Args:
         menu: what plans are looked up in.
@@ -64,27 +60,20 @@ class History:
         if len(finished) == self._finished:
             return False
         self._finished = len(finished)
-        complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-        at_dense = {rung_of(t): t.values[self.goal.quality] for t in complete if not any(self.plan(t) or [1])}
-        dense = {0: self.goal.dense} | at_dense
-        self.measured = {}
-        for trial in sorted(complete, key=rung_of):
-            plan, rung = self.plan(trial), rung_of(trial)
-            if plan is not None and rung in dense:
-                self.measured[plan] = self._measured(trial, any(plan), dense[rung])
+        complete = [t for t in finished if t.state == TrialState.COMPLETE and not t.user_attrs.get(keys.RUNG)]
+        plans = [(self.plan(trial), trial) for trial in complete]
+        self.measured = {plan: self._measured(trial) for plan, trial in plans if plan is not None}
         if any(map(any, self.measured)):
             with_slopes = [trial for trial in finished if keys.SLOPES in trial.user_attrs]
             known = [trial for trial in with_slopes if self.plan(trial) in self.measured]
             self.taylor_of = {trial.number: self._taylor_model(trial) for trial in known}
         return True
 
-    def _measured(self, trial: FrozenTrial, treated: bool, dense: float) -> Measured:
-        level, values = self.goal.log_divergence(trial.values[self.goal.quality], dense), list(trial.values)
-        if rung_of(trial):
-            values[self.goal.quality] = self.goal.loss(level) if treated else self.goal.dense
+    def _measured(self, trial: FrozenTrial) -> Measured:
+        level = self.goal.log_divergence(trial.values[self.goal.quality], self.goal.dense)
         most = self.tuning.spread_tokens
         spread = self.goal.spread * math.sqrt(most / trial.user_attrs.get(keys.FIDELITY, most))
-        return Measured(trial.number, level, values, spread)
+        return Measured(trial.number, level, trial.values, spread)
 
     def plan_of(self, parameters: Mapping[str, Any]) -> Places | None:
         """A trial's parameters as a choice of the menu; None where it took an option that is not on it."""

@@ -25,7 +25,7 @@ from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row
 from rankfront.search.tuning import DEFAULT, Tuning
 
-NOT_PROPOSED = {keys.LABEL, keys.SLOPES_OF, keys.PROMOTED}  # attributes of trials that were queued
+NOT_PROPOSED = {keys.LABEL, keys.SLOPES_OF}  # attributes of trials that were queued
 
 
 class RankfrontSampler(BaseSampler):

@@ -92,7 +92,7 @@ def export(
             reports = _reported(compressed, row.report, dense)
             return _write_verified(compressed, row, out, form, row.figure("perplexity"), refit, reports)
         with refitted(compressed, row.plan):
-            measured = score(compressed.model, setup.tokens["search"][setup.config.rung_windows()[row.rung]]).perplexity
+            measured = score(compressed.model, setup.tokens["search"][: setup.config.trial_windows]).perplexity
             reports = _reported(compressed, None, dense)
             return _write_verified(compressed, row, out, form, measured, refit, reports)
     except (OSError, SafetensorError) as error:
@@ -136,7 +136,7 @@ def _write_verified(
         expected = row.attributes[keys.PARAMETER_COUNT] - buffers
     with staged(out) as folder:
         _write(compressed, row, folder, form)
-        verified = _verify(setup, folder, row.rung)
+        verified = _verify(setup, folder)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
         if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
@@ -216,12 +216,12 @@ def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:
     return nn.Parameter(tensor.to(like.weight.device, like.weight.dtype).contiguous(), requires_grad=False)
 
 
-def _verify(setup: Setup, folder: Path, rung: int) -> Verified:
-    """Reload ``folder`` in a fresh process, count its parameters and score what its trial read of the search split."""
-    windows = setup.config.rung_windows()[rung]
+def _verify(setup: Setup, folder: Path) -> Verified:
+    """Reload ``folder`` in a fresh process, count its parameters and score what trials read of the search split."""
+    windows = setup.tokens["search"][: setup.config.trial_windows]
     tokens = folder / ".tokens"  # within what is dropped after a kill; no loader looks at it
     try:
-        save_file({"windows": setup.tokens["search"][windows].contiguous()}, tokens)
+        save_file({"windows": windows.contiguous()}, tokens)
         command = [
             sys.executable,
             verify.__file__,

@@ -55,8 +55,7 @@ class Results:
     def best(self, *constraints: str) -> Row:
         """Of the complete trials that meet ``constraints`` and the study's own, the best in the first objective.
 
-        With rungs, of those at which the front stands, or of a lower one where none there meets them. Raises
-        `InputError` naming the closest trial where none does.
+        Raises `InputError` naming the closest trial where none does.
         """
         if not fronts.comparable(self.rows, rung=0):
             fronts.check_dense(self.rows)

@@ -62,7 +62,6 @@ def trial_json(row: Row, front: set[int]) -> dict[str, Any]:
         "perplexity",
         "notes",
         "tokens",
-        "rung",
         "fidelity",
         "seed",
         "split",

@@ -13,11 +13,10 @@ Kind = Literal["trial", "report", "menu", "slopes", "timing"]
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to measure: a trial's plan on the search split at a rung, a front member's on the report split, the
-    menu, the slopes around a plan, of so many ``tokens``, or the latency table."""
+    """One thing to measure: a trial's plan on the search split, a front member's on the report split, the menu, the
+    slopes around a plan, of so many ``tokens``, or the latency table."""
 
     kind: Kind
     number: int
     plan: Plan
-    rung: int = 0
     tokens: int = 0

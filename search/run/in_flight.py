@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import optuna
@@ -19,15 +18,12 @@ class InFlight:
         reports: numbers of the trials whose plans are measured on the report split.
         menu: numbers of the jobs of the menu.
         timing: whether the latency table is timed.
-        measured: how many trials were, at each rung, since the launch began: so many workers know the dense model's
-            predictions there.
     """
 
     trials: dict[int, optuna.Trial] = field(default_factory=dict)
     reports: set[int] = field(default_factory=set)
     menu: set[int] = field(default_factory=set)
     timing: bool = False
-    measured: Counter[int] = field(default_factory=Counter)
 
     @property
     def searching(self) -> bool:

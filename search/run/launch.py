@@ -65,7 +65,7 @@ class Launch:
         address: of an existing Ray cluster.
         rebuild: whether to factor everything again.
         report: whether the front is measured on the report split at the end.
-        only: the trial whose plan alone is measured, up to the rung at which the front stands.
+        only: the trial whose plan alone is measured.
     """
 
     run: Run

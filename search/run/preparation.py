@@ -67,7 +67,7 @@ class Preparation:
         state, limit = phase.state, self.budget.limit[1]
         spent = np.isfinite(limit) and (limit <= state.tokens or not phase.exploring)
         if spent and not (self.in_flight.searching or state.spent):
-            enough = state.tokens + (len(self.strategy.jobs(state)) + ENOUGH) * self.budget.tokens[0]
+            enough = state.tokens + (len(self.strategy.jobs(state)) + ENOUGH) * self.budget.trial
             raise InputError(
                 f"search.tokens = {int(limit):,} is spent on the menu, which took {state.tokens:,} so far, and no plan"
                 f" was measured: set it to {enough:,} or more"

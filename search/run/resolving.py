@@ -22,7 +22,7 @@ from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.storage.folder import Run
 
-SCATTERED = "scattered"  # the order of windows of the search split in a run with rungs
+SCATTERED = "scattered"  # the order of windows of the search split where a trial reads some of them
 
 
 def make_setup(
@@ -68,9 +68,9 @@ def own_text(run: Run) -> dict[str, Tensor]:
 
 
 def scatters(config: StudyConfig, earlier: Mapping[str, str]) -> bool:
-    """Whether rungs read windows from all over the search split; runs that an ``earlier`` version began, by what they
+    """Whether trials read windows from all over the search split; runs that an ``earlier`` version began, by what they
     were resolved to, go on as they were, with the text's beginning."""
-    return bool(config.search.rungs) and (not earlier or earlier.get("windows") == SCATTERED)
+    return config.search.trial_tokens is not None and (not earlier or earlier.get("windows") == SCATTERED)
 
 
 def resolved_as(run: Run, config: StudyConfig, setup: Setup) -> dict[str, str]:

@@ -23,7 +23,7 @@ from rankfront.search.run.recovery import recover
 from rankfront.search.run.reports import ReportQueue
 from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries
 from rankfront.search.run.strategy import OptunaStrategy, Strategy
-from rankfront.search.run.trials import Trials, promote
+from rankfront.search.run.trials import Trials
 from rankfront.search.storage.front import Row, StudyReader, StudyState
 from rankfront.search.tuning import DEFAULT, Tuning
 
@@ -63,9 +63,8 @@ class Scheduler:
     """Hands out what is measured next and records what came back. Optuna's storage is its only state.
 
     First what the strategy needs, the anchors among it, then what its sampler proposes, until the limits are reached;
-    last, the front members that have no perplexity on the report split yet. With several rungs, what it takes to
-    promote the front is kept back until nothing else fits into the limits; see `Closing`. With ``only``, nothing is
-    measured but the plan of that trial, up to the rung at which the front stands.
+    last, the front members that have no perplexity on the report split yet. With ``only``, nothing is measured but the
+    plan of that trial.
 
     A job whose worker died, or that ran out of memory, is measured again, `ATTEMPTS` times in all; then it has failed,
     and the next launch tries it again. A job that fails otherwise has failed. Without the dense model the launch ends,
@@ -99,7 +98,6 @@ class Scheduler:
         self.started = time.monotonic()
         self._reader = StudyReader(study, list(config.objectives))
         recover(study, again=only is None)
-        promote(study, config, self.state())
         state = self.state()
         if config.search.sampler == OURS:
             self.strategy: Strategy = RankfrontStrategy(
@@ -122,7 +120,7 @@ class Scheduler:
         state = self.state()
         time_limit = self.config.search.time
         in_time = time_limit is None or self.elapsed < time_limit
-        return Phase(state, self.budget.closing(state, self.in_flight), in_time, self.only, self.trials.exhausted)
+        return Phase(state, self.budget.left(state, self.in_flight), in_time, self.only, self.trials.exhausted)
 
     def status(self) -> Status:
         """How far the launch has come."""
@@ -205,9 +203,7 @@ class Scheduler:
     def _finish_trial(self, job: Job, record: Record) -> None:
         self.trials.finish(job, record)
         if job.kind == "trial" and keys.FAILURE not in record:
-            state = self.state()
-            self.strategy.advance(state)
-            promote(self.study, self.config, state)
+            self.strategy.advance(self.state())
 
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died: as `finish`. Raises `GaveUp` where they die whatever they measure."""

@@ -12,7 +12,6 @@ from rankfront.search.attributes import is_void
 from rankfront.search.optimise.budgets import uses_up
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.plans.menu import Places
-from rankfront.search.storage.trials import rung_of
 
 
 def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets: np.ndarray) -> int | None:
@@ -27,7 +26,7 @@ def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets:
     if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
         return None
     last = max((t.number for t in asked), default=-1)
-    since = sum(t.number > last and t.state == TrialState.COMPLETE and rung_of(t) == 0 for t in trials)
+    since = sum(t.number > last and t.state == TrialState.COMPLETE for t in trials)
     enough = predictor.tuning.steps_after_slopes
     if since < enough[len(asked) % len(enough)]:
         return None

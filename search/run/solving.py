@@ -11,7 +11,6 @@ from rankfront.search import attributes as keys
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.optimise.answer import Answer
-from rankfront.search.optimise.halving import promotion_of
 from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.run.launch import Launch
 from rankfront.search.storage.checked import close
@@ -26,9 +25,9 @@ SOLVES = 3  # plans measured for an answer at most, where tables predict a laten
 def solve(
     run: Run, config: StudyConfig, constraints: Sequence[str], expected: Callable[[], Answer], console: Console | None
 ) -> None:
-    """Measure the plan that is ``expected`` to be best, unless it was measured before; with rungs at each, up to the
-    rung at which the front stands. Where a latency turns out above its limit though its table predicted otherwise, what
-    is expected then is measured too, `SOLVES` plans in all at most."""
+    """Measure the plan that is ``expected`` to be best, unless it was measured before. Where a latency turns out above
+    its limit though its table predicted otherwise, what is expected then is measured too, `SOLVES` plans in all at
+    most."""
     every = [Constraint.parse(text) for text in (*config.search.where, *constraints)]
     timed = [limit for limit in every if limit.figure in timed_objectives(config.objectives)]
     found = expected()
@@ -45,18 +44,15 @@ def solve(
 def _measure(
     run: Run, config: StudyConfig, found: Answer, constraints: Sequence[str], console: Console | None
 ) -> Row | None:
-    """The trial that measured what was found for ``constraints``, at the highest rung; None where it failed."""
-    number = found.trial
-    if number is None:
+    """The trial that measured what was found for ``constraints``; None where it failed."""
+    if found.trial is None:
         with run.lock():
             storage = run.study(config, write=True)
             number = enqueue(storage, found.draws, {keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
             close(storage)
-    rows = run.read(config)[0].rows
-    if promotion_of(rows, number) is not None:
-        trials = sum(row.counts for row in rows) + max(len(config.search.rungs), 1)
+        trials = run.read(config)[0].spent + 1
         limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
         search = config.search.model_copy(update=limits)
         Launch(run, config.model_copy(update={"search": search}), only=number).measure(console)
     measured = (row for row in run.read(config)[0].rows if row.plan_key == found.plan.key and row.state == "complete")
-    return max(measured, key=lambda row: row.rung, default=None)
+    return next(measured, None)

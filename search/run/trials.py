@@ -14,17 +14,13 @@ from rankfront.search.attributes import INTERRUPTED
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.errors import GaveUp
-from rankfront.search.optimise.halving import Promotion, promoted, promotions_due
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.run.phase import Phase
 from rankfront.search.run.strategy import Strategy
-from rankfront.search.storage.front import StudyState
 from rankfront.search.storage.trials import (
     claim,
-    enqueue_promotion,
-    rung_of,
     tell_failed,
     tell_measured,
     tell_repeated,
@@ -70,22 +66,21 @@ class Trials:
             trial = self._ask(phase, again)
             if trial is None:
                 return None
-            plan, rung, state = self.strategy.space.suggest(trial, self.origin), rung_of(trial), phase.state
+            plan, state = self.strategy.space.suggest(trial, self.origin), phase.state
             if keys.SLOPES_OF in trial.user_attrs:
                 return self._start_slopes(trial, plan)
-            if (plan.key, rung) not in state.measured:
-                expected = self.strategy.predictions(plan, state) if rung == 0 else {}
-                return self._start(trial, plan, begun, expected)
+            if plan.key not in state.measured:
+                return self._start(trial, plan, begun, self.strategy.predictions(plan, state))
             tell_repeated(self.study, trial)
             phase = again()
         self.exhausted = True
         return None
 
     def _ask(self, phase: Phase, again: Callable[[], Phase]) -> optuna.Trial | None:
-        """The next of the queue, a proposal, or what promotes the front; None where none of them can start now."""
-        if not phase.exploring:
-            return None if phase.promotion is None else self._claim(phase.promotion, phase.state)
+        """The next of the queue, the one that alone is measured, or a proposal; None where none can start now."""
         state = phase.state
+        if not phase.exploring:
+            return next((claim(self.study, waiting) for waiting in state.waiting if waiting.number == phase.only), None)
         dense = waiting_dense(state)
         if dense is not None:
             return claim(self.study, dense)
@@ -93,14 +88,6 @@ class Trials:
             state = again().state
         # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
         return self.study.ask() if self.strategy.ready(state) else None
-
-    def _claim(self, promotion: Promotion, state: StudyState) -> optuna.Trial:
-        """The running trial that measures ``promotion``; whatever else is queued waits."""
-        for trial in state.waiting:
-            if promotion == (trial.user_attrs.get(keys.PROMOTED, trial.number), rung_of(trial)):
-                return claim(self.study, trial)
-        number = enqueue_promotion(self.study, state.trials[promotion.number], promotion.rung)
-        return claim(self.study, self.study.get_trials(deepcopy=False)[number])
 
     def _start(self, trial: optuna.Trial, plan: Plan, begun: float, expected: Mapping[str, Any]) -> Job:
         """The job that measures ``plan``, which ``trial`` drew, with what is ``expected`` of it and the seconds that
@@ -111,7 +98,7 @@ class Trials:
         drawn = {keys.PLAN: plan.to_json(), keys.PLAN_KEY: plan.key}
         for key, value in {**expected, **drawn, keys.SECONDS: {"propose": time.monotonic() - begun}}.items():
             trial.set_user_attr(key, value)
-        return Job("trial", trial.number, plan, rung_of(trial))
+        return Job("trial", trial.number, plan)
 
     def _start_slopes(self, trial: optuna.Trial, plan: Plan) -> Job:
         """The job that measures slopes around ``plan``."""
@@ -126,11 +113,10 @@ class Trials:
             tell_slopes(self.study, trial, record)
         elif keys.FAILURE not in record:
             tell_measured(self.study, trial, record, self.limits)
-            self.in_flight.measured[record[keys.RUNG]] += 1
         else:
             lost = keys.LOST in record
             tell_failed(self.study, trial, record[keys.FAILURE], lost)
-            if not job.plan.choices and job.rung == 0:
+            if not job.plan.choices:
                 message = f"the dense model could not be measured ({record[keys.FAILURE]}): nothing to compare with"
                 raise GaveUp(f"{message}; give a trial more memory") if lost else InputError(message)
 
@@ -139,11 +125,3 @@ class Trials:
         while self.in_flight.trials:
             tell_failed(self.study, self.in_flight.trials.popitem()[1], INTERRUPTED)
         self.in_flight.reports.clear()
-
-
-def promote(study: optuna.Study, config: StudyConfig, state: StudyState) -> None:
-    """Queue the plans that successive halving moves on; with one rung there is nothing to move on to."""
-    rungs = len(config.rung_windows())
-    known = promoted(state.trials) if rungs > 1 else set()
-    for promotion in promotions_due(state.rows, known, rungs, config.search.reduction):
-        enqueue_promotion(study, state.trials[promotion.number], promotion.rung)

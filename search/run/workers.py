@@ -68,9 +68,9 @@ class Worker(tune.Trainable):
         if self.job is None:
             time.sleep(self.nap)
         elif self.refused is None:
-            kind, number, plan, rung, tokens = self.job
+            kind, number, plan, tokens = self.job
             try:
-                return self.runner.run(Job(kind, number, Plan.from_json(plan), rung, tokens))
+                return self.runner.run(Job(kind, number, Plan.from_json(plan), tokens))
             except InputError as error:
                 self.refused = str(error)
         return {"refused": self.refused}
@@ -151,7 +151,7 @@ class _Bridge(Searcher):
         self.jobs[trial_id] = job
         self.actors = max(self.actors, len(self.jobs))
         self.naps = self.naps + 1 if job is None else 0
-        told = None if job is None else (job.kind, job.number, job.plan.to_json(), job.rung, job.tokens)
+        told = None if job is None else (job.kind, job.number, job.plan.to_json(), job.tokens)
         return {"job": told, "nap": min(NAP * self.naps, LONGEST_NAP)}
 
     def died(self, trial_id: str, reason: str) -> None:

@@ -66,7 +66,7 @@ class Run:
                 f"{self.file} has version {version}, this rankfront reads {VERSION}: launch into a new folder"
             )
         try:
-            return Definition(make_config(config), resolved)
+            return Definition(make_config(_as_now(config)), resolved)
         except InputError as error:
             raise InputError(f"{self.file} is corrupt ({error}): restore it, or launch into a new folder") from error
 
@@ -186,6 +186,15 @@ class Run:
                 f"run {str(self.path)!r} was begun with search.storage = {old} and the study now has {new}, which does"
                 f" not hold it ({error}): change it back, move the database, or use --run for a new folder"
             ) from error
+
+
+def _as_now(config: Any) -> Any:
+    """The configuration of a run that 0.1 began: of several fidelities, which trials had then, the first is left."""
+    if not isinstance(config, dict) or not isinstance(config.get("search"), dict):
+        return config
+    search = {key: value for key, value in config["search"].items() if key not in ("rungs", "reduction")}
+    rungs = config["search"].get("rungs")
+    return config | {"search": search | ({"trial_tokens": rungs[0]} if rungs else {})}
 
 
 def _refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

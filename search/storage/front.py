@@ -57,7 +57,7 @@ class Row:
 
     @property
     def rung(self) -> int:
-        """The fidelity that it was measured at, 0 the cheapest."""
+        """The fidelity that it was measured at, 0 the cheapest: others are in runs of 0.1 alone."""
         return int(self.attributes.get(keys.RUNG, 0))
 
     @cached_property
@@ -120,9 +120,9 @@ class StudyState:
         return [trial for trial in self.trials if trial.state == TrialState.WAITING]
 
     @cached_property
-    def measured(self) -> set[tuple[str | None, int]]:
-        """(plan, rung) of all that was measured, failed by itself, or runs: not to be measured once more."""
-        return {(row.plan_key, row.rung) for row in self.rows if row.counts or row.state == "running"}
+    def measured(self) -> set[str | None]:
+        """Plans that were measured, failed by themselves, or run: not to be measured once more."""
+        return {row.plan_key for row in self.rows if row.counts or row.state == "running"}
 
     @cached_property
     def spent(self) -> int:

@@ -14,13 +14,6 @@ from rankfront.search.attributes import is_void
 from rankfront.search.constraint import Constraint
 from rankfront.search.storage.front import StudyState
 
-KEPT = (keys.ORIGIN, keys.LABEL)  # attributes of a trial that its promotion has too
-
-
-def rung_of(trial: FrozenTrial | optuna.Trial) -> int:
-    """The fidelity that a trial is measured at, 0 the cheapest."""
-    return int(trial.user_attrs.get(keys.RUNG, 0))
-
 
 def labelled(trials: Iterable[FrozenTrial], origin: str) -> dict[str, int]:
     """Label -> number of the first trial of one origin; void ones are due again, and left out."""
@@ -46,12 +39,6 @@ def enqueue_missing(
     if label not in known:
         known[label] = enqueue(study, params, {keys.ORIGIN: origin, keys.LABEL: label})
     return known[label]
-
-
-def enqueue_promotion(study: optuna.Study, source: FrozenTrial, rung: int) -> int:
-    """Queue the plan of trial ``source`` at a higher rung; the new trial's number."""
-    kept = {key: source.user_attrs[key] for key in KEPT if key in source.user_attrs}
-    return enqueue(study, source.params, kept | {keys.RUNG: rung, keys.PROMOTED: source.number})
 
 
 def claim(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:
@@ -95,4 +82,4 @@ def tell_failed(study: optuna.Study, trial: optuna.Trial, reason: str, lost: boo
 
 def waiting_dense(state: StudyState) -> FrozenTrial | None:
     """The trial that is to measure the dense model, if it waits: without it there is nothing to compare with."""
-    return next((t for t in state.waiting if t.user_attrs.get(keys.LABEL) == DENSE and rung_of(t) == 0), None)
+    return next((t for t in state.waiting if t.user_attrs.get(keys.LABEL) == DENSE), None)
