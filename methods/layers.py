@@ -49,6 +49,24 @@ class Factored(Protocol):
         """The tensors that run in the place of a dense weight (rows, columns): what loading fills."""
 
 
+class Trained(Protocol):
+    """What a module offers where training may change what it stores. Integers, supports and orders stay fixed.
+
+    Attributes:
+        factors: names of the parameters that multiply, or add up, to the weight.
+        weights: names of those that are smaller dense weights, which train at a lower rate.
+    """
+
+    factors: tuple[str, ...]
+    weights: tuple[str, ...]
+
+    def balance(self) -> None:
+        """Rescale the factors in place before training, see `_training`; what they multiply to stays."""
+
+    def normalise(self) -> None:
+        """The same after every step, for factors whose scale has to stay where it is."""
+
+
 class Attached(Protocol):
     """What a module may offer that changes more than its own output."""
 

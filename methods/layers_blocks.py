@@ -22,6 +22,7 @@ class BlockDictionaryLinear(Unpacked):
     """
 
     support: Tensor
+    factors = ("basis", "values")
 
     def __init__(self, basis: Tensor, values: Tensor, support: Tensor, bias: Tensor | None, settings: Settings) -> None:
         super().__init__()
@@ -51,6 +52,16 @@ class BlockDictionaryLinear(Unpacked):
         padded = nn.functional.pad(rows, (0, self.blocks * self.block - self.in_features))
         split: Tensor = padded.unflatten(-1, (self.blocks, self.block))
         return split
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Atoms of norm 1 in every block, their scales in the coefficients."""
+        norms = self._split(self.basis).norm(dim=-1).T  # (B, k)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        self.basis.div_(norms.repeat_interleave(self.block, 0)[: self.in_features].T)
+        self.values.mul_(norms.flatten()[self.columns()])
+
+    normalise = balance
 
     def forward(self, x: Tensor) -> Tensor:
         sources = (self.basis, self.values, self.support)

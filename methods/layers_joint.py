@@ -22,7 +22,7 @@ class HeadsLinear(nn.Module):
     attention caches (`CACHED`), the cache holds the kept ones alone: see `ThinCache`.
     """
 
-    products = ("weight",)
+    products = weights = ("weight",)
     place: Tensor | None
 
     def __init__(
@@ -150,7 +150,7 @@ class FromHeadsLinear(nn.Module):
     weight (m, heads · kept), x (..., heads · width) to (..., m).
     """
 
-    products = ("weight",)
+    products = weights = ("weight",)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class FromHeadsLinear(nn.Module):
 class PlainLinear(nn.Module):
     """y = W x + bias with a dense W (rows, columns) of its own size: fewer neurons than the model had."""
 
-    products = ("weight",)
+    products = weights = ("weight",)
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods._training import balance_pair
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, row_scale
 
@@ -18,7 +19,7 @@ class LowRankLinear(nn.Module):
     Several that read the same input may have their right factors ``joined``.
     """
 
-    products = ("left", "right")
+    products = factors = ("left", "right")
 
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -34,6 +35,9 @@ class LowRankLinear(nn.Module):
         if hidden is None:
             hidden = nn.functional.linear(x, self.right)
         return nn.functional.linear(hidden, self.left, self.bias)  # (..., m)
+
+    def balance(self) -> None:
+        balance_pair(self.left, self.right)
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
@@ -65,6 +69,8 @@ class LowRankEmbedding(nn.Module):
     the result for models that scale their embeddings (see `row_scale`).
     """
 
+    factors = ("left", "right")
+
     def __init__(self, left: Tensor, right: Tensor, scale: float | None = None) -> None:
         super().__init__()
         self.left = parameter(left)
@@ -75,6 +81,9 @@ class LowRankEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.left) @ self.right  # (..., width)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+    def balance(self) -> None:
+        balance_pair(self.left, self.right)
 
     def matrix(self) -> Tensor:
         return self.left.float() @ self.right.float()

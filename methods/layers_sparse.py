@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._sparse import SparseRows, scatter_rows
+from rankfront.methods._sparse import SparseRows, gather_rows, scatter_rows
 from rankfront.methods._storage import packed_bits
+from rankfront.methods._training import unit_rows
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 
@@ -21,6 +22,8 @@ class DictionaryLinear(SparseRows):
     they are no cheaper than one, as the product of both.
     """
 
+    factors = ("right", "values")
+
     def __init__(self, right: Tensor, values: Tensor, support: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(values, support, len(right))
         self.right = parameter(right)
@@ -29,6 +32,15 @@ class DictionaryLinear(SparseRows):
         whole = self.out_features * self.in_features
         self.multiplied_out = self.columns * (self.out_features + self.in_features) >= whole
         self.products = () if self.multiplied_out else ("right",)
+
+    def balance(self) -> None:
+        """Atoms of norm 1, their scales in the coefficients."""
+        mask = self.mask()
+        scales = unit_rows(self.right).expand(mask.shape)
+        with torch.no_grad():
+            self.values.mul_(gather_rows(scales, mask))
+
+    normalise = balance
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiplied_out:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rankfront.methods._scatter import columns_of, dense_of, support_bytes
 from rankfront.methods._support import seeded_support
+from rankfront.methods._training import balance_pair
 from rankfront.methods._unpacked import Unpacked
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
@@ -23,6 +24,7 @@ class LowRankSparseLinear(Unpacked):
     """
 
     support: Tensor | None
+    factors = ("left", "right", "values")
 
     def __init__(
         self,
@@ -41,6 +43,9 @@ class LowRankSparseLinear(Unpacked):
         self.register_buffer("support", support)
         self.seed = seed
         self.out_features, self.in_features, self.rank = left.shape[0], right.shape[1], right.shape[0]
+
+    def balance(self) -> None:
+        balance_pair(self.left, self.right)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def columns(self) -> Tensor:

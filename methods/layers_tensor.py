@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods._training import balance_cores
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
 
 LARGEST = 2**24  # values of an intermediate result; more tokens than fit go in several runs
@@ -123,6 +124,13 @@ class Network(nn.Module):
         sizes = tuple(self.sizes.items())
         self.plans = plans((TOKENS, *self.column_modes), named, (TOKENS, *self.row_modes), sizes)
         self.whole = best_order((), named, (*self.row_modes, *self.column_modes), sizes)
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return tuple(self.indices)
+
+    def balance(self) -> None:
+        balance_cores([getattr(self, name) for name in self.indices])
 
     @classmethod
     def settings(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankfront.methods._storage import BYTE, index_width, packed_bits
 from rankfront.methods._support import unpack
+from rankfront.methods._training import balance_pair
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 BANDS = ("ll", "hl", "lh", "hh")  # outputs' band, inputs' band; those of the low inputs first
@@ -72,6 +73,7 @@ class WaveletLinear(nn.Module):
     """
 
     order: Tensor | None
+    factors = ("left", "right")
 
     def __init__(
         self,
@@ -90,6 +92,9 @@ class WaveletLinear(nn.Module):
         self.moments = settings["moments"]
         self.filters = filters(self.moments)
         self.ranks = [settings[band] for band in BANDS]
+
+    def balance(self) -> None:
+        balance_pair(self.left, self.right)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:

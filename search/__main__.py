@@ -302,6 +302,54 @@ def _pick(found: Results, trial: int | None, constraints: list[str], knee: bool)
     return found.knee(*constraints) if knee else found.best(*constraints)
 
 
+@app.command("heal", epilog="Example: rankfront heal exported/demo --text my.txt --tokens 300k --out healed/demo")
+def heal_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a folder that `rankfront export` wrote")],
+    text: Annotated[str, typer.Option(help="what to train on: a text file, pydoc, or hub:NAME/CONFIG:SPLIT")],
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    tokens: Annotated[str, typer.Option(help="tokens seen in all, passes counted, such as 300k or 1M")] = "1M",
+    stages: Annotated[str, typer.Option(help="blocks, logits, or both in that order")] = "blocks,logits",
+    method: Annotated[str, typer.Option(help="what trains: factors, scales or lora")] = "factors",
+    loss: Annotated[str, typer.Option(help="of the last stage: kl, ce or both")] = "kl",
+    window: Annotated[str, typer.Option(help="what the first stage trains at once: block or half")] = "block",
+    teacher: Annotated[str, typer.Option(help="the dense model: beside, cached, or auto")] = "auto",
+    rate: Annotated[float | None, typer.Option(help="learning rate of factors; by the budget")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="tokens of a step; by the budget")] = None,
+    length: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 512,
+    part: Annotated[tuple[float, float], typer.Option(help="which part of the text, such as 0 0.5")] = (0.0, 1.0),
+    model: Annotated[str | None, typer.Option(help="the dense model; by default the one the plan names")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train what an export stores towards the dense model, and write it to a new folder."""
+    from dataclasses import asdict
+
+    from rankfront.search.heal.settings import HealSettings, parse_tokens
+    from rankfront.search.output.healed import HealText, heal_folder
+    from rankfront.search.output.healing_progress import HealingProgress, summary
+
+    settings = HealSettings(
+        tokens=parse_tokens(tokens), stages=tuple(stages.split(",")), method=method, loss=loss, window=window,  # type: ignore[arg-type]
+        teacher=teacher, rate=rate, batch=batch, seed=seed,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if not 0 <= part[0] < part[1] <= 1:
+        raise InputError(f"--part is {part[0]:g} {part[1]:g}: give a start and an end with 0 <= start < end <= 1")
+    where = HealText(text, length, part)
+    with HealingProgress(terminal()) as progress:
+        results = heal_folder(
+            folder, where, settings, out, model, device, trust_remote_code, progress.show,
+            lambda line: _say(terminal(), line),
+        )  # fmt: skip
+    if as_json:
+        _print_json({"out": str(out), "stages": [asdict(result) for result in results]})
+    else:
+        for line in summary(results):
+            _say(output(), line)
+        _say(terminal(), f"the healed model is in {out}")
+
+
 @app.command("evaluate", epilog="Example: rankfront evaluate exported/demo --text pydoc --windows 8")
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="a bundled name, a hub id, a folder (dense or exported), a .gguf file")],

@@ -17,7 +17,7 @@ this. A target part of the way is SAES-SVD's (ICLR 2026), which chooses β layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,16 +30,13 @@ from rankfront.methods.layers import set_module
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.sites import blocks, weights_at
 from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.streams import Call, calls_of, caught, even_batches, first_hidden
 from rankfront.search.plans.plan import Plan
 
 BATCH_TOKENS = 2048  # tokens that a block reads at once
 ANCHOR = 0.5  # β
 RIDGE = 1e-4  # of the mean diagonal of C', as tokens that both streams share: where nothing is known, M is W
 Progress = Callable[[int, int], None]  # blocks done, in all
-
-
-class _Reached(Exception):
-    """The module that was waited for has been called."""
 
 
 @contextmanager
@@ -58,7 +55,8 @@ def refitted(compressed: CompressedModel, plan: Plan, progress: Progress = lambd
 
 
 def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> None:
-    model, ids = compressed.model, _batches(windows, compressed.setup.device)
+    model = compressed.model
+    ids = even_batches(windows, BATCH_TOKENS // windows.shape[1], compressed.setup.device)
     with compressed.dense():
         prefix, found = blocks(model)
     by_block: dict[int, dict[Site, Option]] = {}
@@ -67,17 +65,17 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
         if option != DENSE_OPTION and place.block is not None and get_method(option.method).refit_roles(site):
             by_block.setdefault(place.block, {})[site] = option
     reads = {site: _reads(site, option) for own in by_block.values() for site, option in own.items()}
-    calls = _calls(model, found, ids[0])
-    shifted = [_first(model, found[0], batch) for batch in ids]
+    calls = calls_of(model, found, ids[0])
+    shifted = [first_hidden(model, found[0], batch) for batch in ids]
     with compressed.dense():
-        dense = [_first(model, found[0], batch) for batch in ids]
+        dense = [first_hidden(model, found[0], batch) for batch in ids]
         lead = shared_inputs(model, list(reads.values()), ids[0][:1])  # in the order of the calls
     for number, block in enumerate(found):
         path = f"{prefix}.{number}."
         own = {name: module for name, module in compressed.modules.items() if name.startswith(path)}
         plain = {name: compressed.dense_modules[name] for name in own}
 
-        def run(hidden: Tensor, block: nn.Module = block, call: _Call = calls[number]) -> Tensor:
+        def run(hidden: Tensor, block: nn.Module = block, call: Call = calls[number]) -> Tensor:
             return call.run(block, hidden)
 
         stages = list(dict.fromkeys(first for read, first in lead.items() if read.startswith(path)))
@@ -90,7 +88,7 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
             sums = _Sums()
             with _in_place(model, treated, own):
                 for (_, inputs), hidden in zip(seen, shifted, strict=True):
-                    sums.add(inputs[stage], _caught(model.get_submodule(stage), partial(run, hidden)))
+                    sums.add(inputs[stage], caught(model.get_submodule(stage), partial(run, hidden)))
             for site, option in sites.items():
                 _fit(compressed, site, option, sums)
                 own |= {weight.path: compressed.modules[weight.path] for weight in site.weights}
@@ -98,49 +96,10 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
         progress(number + 1, len(found))
 
 
-def _batches(windows: Tensor, device: str) -> list[Tensor]:
-    """Batches of one size, so that what a block is called with beside hidden states serves all of them."""
-    most = max(1, BATCH_TOKENS // windows.shape[1])
-    size = next(count for count in range(min(most, len(windows)), 0, -1) if len(windows) % count == 0)
-    return [batch.to(device) for batch in windows.split(size)]
-
-
 def _reads(site: Site, option: Option) -> str:
     """The module whose inputs' Gram the fit reads; others of the site that are fitted again have the same inputs."""
     roles = get_method(option.method).refit_roles(site)
     return next(weight.path for weight in site.weights if weight.role in roles)
-
-
-class _Call:
-    """What the model calls a block with, beside the hidden states."""
-
-    def __init__(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
-        self.arguments = tuple(arguments[1:])
-        self.named = {name: value for name, value in named.items() if name != "hidden_states"}
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        output = block(hidden, *self.arguments, **self.named)
-        after: Tensor = output[0] if isinstance(output, tuple) else output
-        return after
-
-
-def _calls(model: Any, found: Iterable[nn.Module], ids: Tensor) -> list[_Call]:
-    calls: list[_Call] = []
-    handles = [
-        block.register_forward_pre_hook(lambda _, given, named: calls.append(_Call(given, named)), with_kwargs=True)
-        for block in found
-    ]
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _first(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
-    """The hidden states that enter the first block."""
-    return _caught(block, lambda: model(input_ids=ids, use_cache=False))
 
 
 def _inputs(
@@ -159,24 +118,6 @@ def _inputs(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
-    """What ``module`` is called with within ``call``, which goes no further."""
-    caught: list[Tensor] = []
-
-    def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        caught.append(given[0] if given else named["hidden_states"])
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        call()
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
 
 
 @contextmanager

@@ -136,7 +136,8 @@ def _write_verified(
         expected = row.attributes[keys.PARAMETER_COUNT] - buffers
     with staged(out) as folder:
         _write(compressed, row, folder, form)
-        verified = _verify(setup, folder)
+        windows = setup.tokens["search"][: setup.config.trial_windows]
+        verified = verify_folder(folder, windows, setup.device, setup.source.trust_remote_code)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
         if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
@@ -216,9 +217,8 @@ def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:
     return nn.Parameter(tensor.to(like.weight.device, like.weight.dtype).contiguous(), requires_grad=False)
 
 
-def _verify(setup: Setup, folder: Path) -> Verified:
-    """Reload ``folder`` in a fresh process, count its parameters and score what trials read of the search split."""
-    windows = setup.tokens["search"][: setup.config.trial_windows]
+def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code: bool) -> Verified:
+    """Reload ``folder`` in a fresh process, count its parameters and score ``windows`` (W, L)."""
     tokens = folder / ".tokens"  # within what is dropped after a kill; no loader looks at it
     try:
         save_file({"windows": windows.contiguous()}, tokens)
@@ -227,9 +227,9 @@ def _verify(setup: Setup, folder: Path) -> Verified:
             verify.__file__,
             str(folder),
             str(tokens),
-            setup.device,
+            device,
             str(torch.get_num_threads()),
-            str(int(setup.source.trust_remote_code)),
+            str(int(trust_remote_code)),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:

@@ -1,0 +1,94 @@
+"""AdamW with a warm-up and a cosine, clipped, that stops at what is not finite; and the best state seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfront.search.heal.trainable import RATES, Parameter, copied, restore
+
+BETAS = (0.9, 0.95)
+WARM_UP, LEAST_WARM_UP = 0.1, 4  # share of the steps, and steps; Adam's first steps have full size in every entry
+FINAL = 0.1  # of the rate, at the end of the cosine
+CLIP = 1.0  # norm of the gradient
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate at ``step`` of ``steps``: linear up, then a cosine down to `FINAL`."""
+    warm = min(max(LEAST_WARM_UP, round(WARM_UP * steps)), max(1, steps // 2))
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, steps - warm)
+    return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is no number: the stage ends at its best state."""
+
+
+class Fit:
+    """Steps of AdamW over ``parameters``, without weight decay, which on factors is a nuclear-norm penalty."""
+
+    def __init__(self, parameters: Sequence[Parameter], rate: float, steps: int) -> None:
+        self.parameters, self.rate, self.steps, self.done = list(parameters), rate, steps, 0
+        groups = [
+            {"params": [p.tensor for p in self.parameters if p.kind == kind], "scale": scale, "lr": rate * scale}
+            for kind, scale in RATES.items()
+        ]
+        self.optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=rate, betas=BETAS, weight_decay=0.0
+        )
+
+    def step(self) -> None:
+        """One step with the gradients that are there; raises `NotFinite` before it would spoil anything."""
+        norm = torch.nn.utils.clip_grad_norm_([p.tensor for p in self.parameters], CLIP)
+        if not bool(torch.isfinite(norm)):
+            raise NotFinite(f"the gradient's norm is {float(norm)} at step {self.done + 1} of {self.steps}")
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * group["scale"] * schedule(self.done, self.steps)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which `load` goes on: the parameters and both moments of each, by name."""
+        found = {f"value.{p.name}": p.tensor.detach() for p in self.parameters}
+        for p in self.parameters:
+            for name, value in self.optimiser.state.get(p.tensor, {}).items():
+                found[f"{name}.{p.name}"] = value.detach().clone() if value.ndim == 0 else value.detach()
+        return found
+
+    def load(self, state: dict[str, Tensor], done: int) -> None:
+        """Go on from what `state` gave after ``done`` steps."""
+        restore(self.parameters, {p.name: state[f"value.{p.name}"] for p in self.parameters})
+        for p in self.parameters:
+            own: dict[str, Any] = {
+                key: state[f"{key}.{p.name}"].clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{p.name}" in state
+            }
+            if own:
+                self.optimiser.state[p.tensor] = own
+        self.done = done
+
+
+class Best:
+    """The parameters of the least held-out error so far, the start among them."""
+
+    def __init__(self, parameters: Sequence[Parameter], error: float) -> None:
+        self.parameters = list(parameters)
+        self.start = self.error = error
+        self.values = copied(self.parameters)
+
+    def offer(self, error: float) -> None:
+        """Keep the parameters as they are now, if ``error`` is less."""
+        if error < self.error:  # of NaN, never
+            self.error, self.values = error, copied(self.parameters)
+
+    def take(self) -> None:
+        """Put the best ones in place."""
+        restore(self.parameters, self.values)

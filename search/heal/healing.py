@@ -1,0 +1,270 @@
+"""Healing a compressed model in memory, stage by stage, from checkpoint to checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfront.methods import InputError, check_choice, undo_prepack
+from rankfront.search.heal.arms import ARMS
+from rankfront.search.heal.blocks import BlockWise
+from rankfront.search.heal.fit import Best, NotFinite
+from rankfront.search.heal.keeper import Keeper
+from rankfront.search.heal.logits import EVALUATIONS, EndToEnd, divergence
+from rankfront.search.heal.loss import Head
+from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.teacher import Beside, Cached, Says, cached_bytes
+from rankfront.search.heal.trainable import (
+    Parameter,
+    balance,
+    copied,
+    restore,
+    stored,
+    trainable,
+    training,
+)
+from rankfront.search.measure.joining import separate
+
+KEEP_EVERY = 60.0  # seconds between checkpoints of the last stage; guess
+LARGEST_CACHE = 4 * 10**9  # bytes of a teacher's file that `auto` makes; guess
+
+
+@dataclass
+class Status:
+    """Where a healing is.
+
+    Attributes:
+        stage: which.
+        done, tokens: tokens seen, and to be seen, in all.
+        loss: of the newest step, or the newest block's error relative to its start.
+        start, now: held-out divergence from the dense model before and as last measured, nats a token.
+        seconds: since this launch began healing; `resumed` tokens were seen before it.
+    """
+
+    tokens: int
+    stage: str = ""
+    done: int = 0
+    resumed: int = 0
+    loss: float = float("nan")
+    start: float = float("nan")
+    now: float = float("nan")
+    seconds: float = 0.0
+
+    @property
+    def closed(self) -> float:
+        """Share of the held-out divergence that is gone."""
+        return 1 - self.now / self.start if self.start > 0 else 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds to go, at the pace of this launch."""
+        seen = self.done - self.resumed
+        return (self.tokens - self.done) * self.seconds / seen if seen else float("nan")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did: tokens, seconds, held-out divergence before and after, and what went wrong, if anything."""
+
+    stage: str
+    tokens: int
+    seconds: float
+    before: float
+    after: float
+    note: str | None = None
+
+
+Show = Callable[[Status], None]
+
+
+class Healing:
+    """One compressed model healed towards its dense one, in place.
+
+    Attributes:
+        student: as it was loaded, its factors in the place of dense weights.
+        teacher: the dense model.
+        windows: what it trains on (W, L); the last of them, a share, are held out.
+        results: of the stages that are done.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        windows: Tensor,
+        settings: HealSettings,
+        keeper: Keeper,
+        show: Show = lambda status: None,
+    ) -> None:
+        check_choice("heal method", settings.method, ARMS)
+        self.settings, self.keeper, self.show = settings, keeper, show
+        self.train, self.held = split_held_out(windows, settings.held_out)
+        device = str(next(student.parameters()).device)
+        self.precision = Precision(device)
+        for model in (student, teacher):
+            undo_prepack(model)
+        separate(student.modules())
+        self.before = stored(student)
+        self.dtypes = {name: tensor.dtype for name, tensor in student.named_parameters()}
+        self.student, self.teacher = self.precision.prepared(student), self.precision.prepared(teacher)
+        balance(self.student)
+        self.parameters: list[Parameter] = trainable(self.student)
+        self.beside = Beside(self.teacher, self.precision)
+        self.head = Head(self.student)
+        self._check_heads()
+        self.status = Status(settings.tokens)
+        self.results: list[StageResult] = []
+
+    def _check_heads(self) -> None:
+        ids = self.held[:1].to(next(self.student.parameters()).device)
+        with self.precision.context():
+            if not (self.head.whole(ids) and self.beside.head.whole(ids)):
+                raise InputError(
+                    f"{type(self.student).__name__} makes its logits otherwise than from the last hidden states, which"
+                    " healing by logits needs: heal with --stages blocks"
+                )
+
+    def run(self) -> list[StageResult]:
+        """Every stage, from where an earlier launch stopped; what is stored keeps its shapes and dtypes."""
+        self.began = time.monotonic()
+        found = self.keeper.load()
+        where: Mapping[str, Any] = found.where if found else {}
+        tensors = found.tensors if found else {}
+        self.results = [StageResult(**result) for result in where.get("results", [])]
+        self.status.resumed = self.status.done = int(where.get("tokens", 0))
+        if "first" in where:
+            self.status.start = where["first"]
+        else:
+            self.status.start = self._held_out()
+        self.status.now = self.results[-1].after if self.results else self.status.start
+        if where.get("stage") == "logits":
+            based = {name.removeprefix("base."): value for name, value in tensors.items() if name.startswith("base.")}
+            restore([p for p in self.parameters if p.name in based], based)
+        elif tensors:
+            restore(self.parameters, tensors)
+        for stage in self.settings.stages[len(self.results) :]:
+            own = where if where.get("stage") == stage else {}
+            before = self.status.now
+            start = copied(self.parameters)
+            note = self._blocks(own) if stage == "blocks" else self._logits(own, tensors if own else {})
+            after = self._held_out()
+            if not after <= before:
+                restore(self.parameters, start)
+                note = note or f"it left the held-out divergence at {after:.4g}, more than {before:.4g}: taken back"
+                after = before
+            self.status.now = after
+            seconds = time.monotonic() - self.began - sum(result.seconds for result in self.results)
+            self.results.append(StageResult(stage, self.settings.budget(stage), seconds, before, after, note))
+            self._keep({"stage": "", "tokens": self.status.done}, copied(self.parameters))
+        for name, tensor in self.student.named_parameters():
+            tensor.data = tensor.data.to(self.dtypes[name])
+        if stored(self.student) != self.before:
+            raise RuntimeError("healing changed what the model stores: a defect of rankfront")
+        return self.results
+
+    def _held_out(self) -> float:
+        return divergence(self.head, self.beside, self.held, self.precision)
+
+    def _keep(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        shared = {"results": [vars(result) for result in self.results], "first": self.status.start}
+        self.keeper.save({**shared, **where}, tensors)
+
+    def _tell(self, stage: str, done: int, loss: float) -> None:
+        self.status.stage, self.status.done, self.status.loss = stage, done, loss
+        self.status.seconds = time.monotonic() - self.began
+        self.show(self.status)
+
+    def _blocks(self, where: Mapping[str, Any]) -> str | None:
+        settings = self.settings
+        count = settings.budget("blocks") // settings.passes // self.train.shape[1]
+        windows = self.train[: max(1, min(len(self.train), count))]
+        wise = BlockWise(
+            self.student,
+            self.teacher,
+            windows,
+            self.held,
+            settings,
+            ARMS[settings.method],
+            self.parameters,
+            self.precision,
+        )
+        notes: list[str] = []
+        done = int(where.get("blocks", 0))
+        for number in range(wise.count):
+            if number < done:
+                wise.skip(number)
+                continue
+            before, after, note = wise.heal(number)
+            notes += [f"block {number}: {note}"] * bool(note)
+            tokens = settings.budget("blocks") * (number + 1) // wise.count
+            self._keep({"stage": "blocks", "blocks": number + 1, "tokens": tokens}, copied(self.parameters))
+            self._tell("blocks", tokens, after / before if before else 1.0)
+        return "; ".join(notes) or None
+
+    def _logits(self, where: Mapping[str, Any], tensors: dict[str, Tensor]) -> str | None:
+        settings, seen = self.settings, self.settings.tokens - self.settings.budget("logits")
+        length = self.train.shape[1]
+        windows = self.train[: max(1, min(len(self.train), settings.budget("logits") // length))]
+        note = None
+        base = {f"base.{name}": value for name, value in copied(self.parameters).items()}
+        arm = ARMS[settings.method](self.student, self.parameters, settings.seed)
+        with training(arm.parameters):
+            whole = EndToEnd(arm, self.student, self._teacher(windows), windows, settings, self.precision)
+            best = Best(arm.parameters, self.status.now)
+            if where:
+                whole.fit.load(tensors, int(where["step"]))
+                best.error = where["best"]
+                best.values = {p.name: tensors[f"best.{p.name}"] for p in arm.parameters}
+            kept = time.monotonic()
+            try:
+                while whole.fit.done < whole.steps:
+                    loss = whole.step()
+                    done = whole.fit.done
+                    if done % max(1, whole.steps // EVALUATIONS) == 0 or done == whole.steps:
+                        self.status.now = self._held_out()
+                        best.offer(self.status.now)
+                    tokens = seen + settings.budget("logits") * done // whole.steps
+                    if time.monotonic() - kept >= KEEP_EVERY:
+                        state = whole.fit.state() | {f"best.{name}": value for name, value in best.values.items()}
+                        state |= base if arm.beside else {}
+                        self._keep({"stage": "logits", "step": done, "best": best.error, "tokens": tokens}, state)
+                        kept = time.monotonic()
+                    self._tell("logits", tokens, loss)
+            except NotFinite as error:
+                note = f"{error}: ended at its best state"
+                whole.fit.optimiser.zero_grad(set_to_none=True)
+            best.take()
+            arm.finish()
+        return note
+
+    def _teacher(self, windows: Tensor) -> Says:
+        settings = self.settings
+        size = cached_bytes(len(windows), windows.shape[1])
+        passes = settings.budget("logits") / windows.numel()
+        device = next(self.student.parameters()).device.type
+        cached = settings.teacher == "cached" or (
+            settings.teacher == "auto" and device == "cpu" and passes >= 2 and size <= LARGEST_CACHE
+        )
+        if settings.loss == "ce" or not cached:
+            return self.beside
+        return Cached(self.teacher, windows, self.keeper.folder, self.precision, lambda done, total: None)
+
+
+def split_held_out(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Windows (W, L) to train on, and a share spread over them held out; `InputError` of fewer than two."""
+    if len(windows) < 2:
+        raise InputError(
+            f"healing needs at least 2 windows of {windows.shape[1]} tokens, one of them held out, and the text gives"
+            f" {len(windows)}: give a longer text or shorter windows"
+        )
+    count = max(1, round(share * len(windows)))
+    held = torch.linspace(0, len(windows) - 1, count).round().long().unique()
+    mask = torch.ones(len(windows), dtype=torch.bool)
+    mask[held] = False
+    return windows[mask], windows[~mask]

@@ -1,0 +1,86 @@
+"""What a healing leaves on disk while it runs: its identity, and the newest checkpoint, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rankfront.methods import InputError
+from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
+
+STATE, IDENTITY = "state.json", "healing.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a healing was: ``where`` as its stage says, and its tensors by name."""
+
+    where: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Keeper:
+    """The working folder of one healing, beside what it will become.
+
+    The tensors are written first and `STATE` names them after: a reader has a whole checkpoint at any moment, the one
+    before until then. Older ones are dropped.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_left(folder)
+        known = folder / IDENTITY
+        if not known.exists():
+            write_checked(known, identity)
+            return
+        try:
+            before = read_checked(known)
+        except ValueError as error:
+            raise InputError(f"{known} is corrupt ({error}): remove {str(folder)!r} to heal from the start") from error
+        now = json.loads(json.dumps(identity))
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"{str(folder)!r} holds checkpoints of another healing: its {key} is {before.get(key)!r} and now"
+                    f" {now.get(key)!r}; change it back, name another folder, or remove this one to heal from the start"
+                )
+
+    def save(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Replace the checkpoint. An OSError leaves the one before."""
+        content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+        file = self.folder / f"state-{zlib.crc32(content):08x}.safetensors"
+        write_whole(file, content)
+        write_checked(self.folder / STATE, {"where": dict(where), "file": file.name, "crc32": zlib.crc32(content)})
+        for other in self.folder.glob("state-*.safetensors"):
+            if other != file:
+                other.unlink(missing_ok=True)
+
+    def load(self) -> Checkpoint | None:
+        """The newest checkpoint, or None. Raises `InputError` where it is damaged."""
+        state = self.folder / STATE
+        try:
+            found = read_checked(state)
+            content = (self.folder / found["file"]).read_bytes()
+            if zlib.crc32(content) != found["crc32"]:
+                raise ValueError("its checksum differs")
+            return Checkpoint(found["where"], load(content))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"the checkpoint in {str(self.folder)!r} is corrupt ({error}): remove the folder to heal from the start"
+            ) from error
+
+    def drop(self) -> None:
+        """Remove the folder: what was healed has a place of its own."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""End-to-end healing: the whole model trained on KL(dense ‖ healed) of next-token distributions, temperature 1.
+
+All that may train does at once: factors, smaller dense weights, norms and biases; embeddings, heads and untouched dense
+weights stay. Logits exist for one run of tokens at a time. Cross-entropy alone, or both, as the user says: of both, the
+divergence is scaled to the size of the entropy at every step, as NVIDIA's ModelOpt does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfront.search.heal.arms import Arm
+from rankfront.search.heal.fit import Fit
+from rankfront.search.heal.loss import Head, Target, chunked
+from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.teacher import Beside, Says
+
+EVALUATIONS = 8  # of the held-out divergence; guess
+AT_ONCE = {"cpu": 2_048, "cuda": 8_192}  # tokens of one forward pass with gradients; guess
+
+
+@torch.no_grad()
+def divergence(head: Head, beside: Beside, windows: Tensor, precision: Precision) -> float:
+    """Mean KL(dense ‖ compressed) over predicted tokens of windows (W, L), in nats."""
+    device, total = next(head.model.parameters()).device, 0.0
+    for ids in windows.split(1):
+        here = ids.to(device)
+        target = beside.target(torch.zeros(0), here)
+        with precision.context():
+            total += float(chunked(head, head.hidden(here), here, "kl", target)[0])
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
+class EndToEnd:
+    """Trains the whole of a model; `steps` of them, each of which `step` does."""
+
+    def __init__(
+        self,
+        arm: Arm,
+        model: Any,
+        teacher: Says,
+        windows: Tensor,
+        settings: HealSettings,
+        precision: Precision,
+    ) -> None:
+        self.arm, self.head, self.teacher = arm, Head(model), teacher
+        self.windows, self.settings, self.precision = windows, settings, precision
+        self.device = next(model.parameters()).device
+        length = windows.shape[1]
+        self.size = max(1, min(settings.step_tokens // length, len(windows)))
+        self.steps = max(1, settings.budget("logits") // (self.size * length))
+        self.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
+        self.at_once = max(1, AT_ONCE[self.device.type] // length)
+
+    def chosen(self, step: int) -> Tensor:
+        """Numbers of the windows of a step: pass after pass over all of them, each in an order of its own."""
+        numbers, start = [], step * self.size
+        for place in range(start, start + self.size):
+            turn, within = divmod(place, len(self.windows))
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + turn)
+            numbers.append(int(torch.randperm(len(self.windows), generator=generator)[within]))
+        return torch.tensor(numbers)
+
+    def step(self) -> float:
+        """One step; the loss a token of its batch, before it. Raises `NotFinite`."""
+        done = self.fit.done
+        numbers = self.chosen(done)
+        self.arm.before(done, self.steps)
+        count, total = len(numbers) * (self.windows.shape[1] - 1), 0.0
+        for part in numbers.split(self.at_once):
+            ids = self.windows[part].to(self.device)
+            target = self.teacher.target(part, ids) if self.settings.loss != "ce" else Target()
+            with self.precision.context():
+                loss = self._loss(*chunked(self.head, self.head.hidden(ids), ids, self.settings.loss, target)) / count
+            total += float(loss.detach())
+            loss.backward()
+        penalty = self.arm.penalty()
+        if penalty is not None:
+            penalty.backward()
+        self.fit.step()
+        self.arm.after(done, self.steps)
+        return total
+
+    def _loss(self, kl: Tensor, entropy: Tensor) -> Tensor:
+        if self.settings.loss == "both":
+            return entropy + kl * (entropy / kl.clamp_min(torch.finfo(torch.float32).tiny)).detach()
+        return entropy if self.settings.loss == "ce" else kl

@@ -1,0 +1,137 @@
+"""What healing minimises: an error of hidden states, and a divergence of next-token distributions."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from rankfront.methods import InputError
+from rankfront.objectives import Teacher
+from rankfront.objectives._scores import divergence_from
+from rankfront.search.heal.settings import Loss
+
+AT_ONCE = {"cuda": 2**26, "cpu": 2**24}  # logits that exist at once, of each model: 64 MiB in fp32 on a CPU; guess
+EPSILON = 1e-6  # of the mean square of a target, below which its error counts no more; guess
+
+
+def relative_error(hidden: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ‖h − t‖² / ‖t‖² for hidden states (B, L, d), first tokens left out.
+
+    A few tokens and channels of a residual stream are hundreds of times as large as the others: relative to each
+    token's own size, none of them is all that counts. The first token is the largest, and predicts little.
+    """
+    hidden, target = hidden[:, 1:].float(), target[:, 1:].float()
+    size = target.square().sum(-1)
+    return ((hidden - target).square().sum(-1) / (size + EPSILON * size.mean())).mean()
+
+
+class Head:
+    """Logits of a causal model from its last hidden states, as its own forward makes them: scaled or capped where it
+    scales or caps. The body of the model, which makes these states, gives the ones at hand meanwhile."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @cached_property
+    def body(self) -> nn.Module:
+        """What the model calls for its last hidden states: the module that ends last of those that give them."""
+        found: list[nn.Module] = []
+
+        def hook(module: nn.Module, given: Any, output: Any) -> None:
+            if module is not self.model and hasattr(output, "last_hidden_state"):
+                found.append(module)
+
+        handles = [module.register_forward_hook(hook) for module in self.model.modules()]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not found:
+            raise InputError(f"{type(self.model).__name__} has no body that gives hidden states: heal its blocks alone")
+        return found[-1]
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """The last hidden states (B, L, d) of ids (B, L)."""
+        found: Tensor = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, L, V) from (B, L, d)."""
+        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        vars(self.body)["forward"] = lambda *_, **__: given
+        try:
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            del vars(self.body)["forward"]
+        return found
+
+    @torch.no_grad()
+    def whole(self, ids: Tensor) -> bool:
+        """Whether `logits` of `hidden` are those of the model, on ids (B, L)."""
+        ours = self.logits(self.hidden(ids))
+        theirs = self.model(input_ids=ids, use_cache=False).logits
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def runs_of(tokens: int, vocabulary: int, device: str) -> list[slice]:
+    """Runs of positions whose logits may exist at once."""
+    run = max(1, AT_ONCE[torch.device(device).type] // vocabulary)
+    return [slice(start, start + run) for start in range(0, tokens, run)]
+
+
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ over rows of KL(p ‖ q) for logits (n, V) of q, the student, and p, the teacher; temperature 1, in nats."""
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def chunked(head: Head, hidden: Tensor, ids: Tensor, loss: Loss, teacher: Target) -> tuple[Tensor, Tensor]:
+    """Sums over predicted tokens of (KL to ``teacher``, cross-entropy) of hidden states (B, L, d) of ids (B, L).
+
+    Logits exist for one run of tokens at a time: what a backward pass needs of them is made again then. One that
+    ``loss`` does not name is zero.
+    """
+    predicting = hidden[:, :-1].flatten(0, 1)  # (B (L - 1), d)
+    targets = ids[:, 1:].flatten()
+    vocabulary = head.model.config.get_text_config().vocab_size
+
+    def run(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        logits = head.logits(states[None])[0]
+        divergence = teacher.divergence(logits, rows) if loss != "ce" else logits.new_zeros((), dtype=torch.float32)
+        entropy = divergence.new_zeros(())
+        if loss != "kl":
+            entropy = nn.functional.cross_entropy(logits.float(), targets[rows], reduction="sum")
+        return divergence, entropy
+
+    sums = [
+        checkpoint(run, predicting[rows], rows, use_reentrant=False)
+        for rows in runs_of(len(targets), vocabulary, str(hidden.device))
+    ]
+    divergences, entropies = zip(*sums, strict=True)
+    return torch.stack(divergences).sum(), torch.stack(entropies).sum()
+
+
+class Target:
+    """What a batch of the dense model says of its next tokens: by its last hidden states, or by a cut `Teacher`."""
+
+    def __init__(self, head: Head | None = None, hidden: Tensor | None = None, cut: Teacher | None = None) -> None:
+        self.head, self.cut = head, cut
+        self.hidden = None if hidden is None else hidden[:, :-1].flatten(0, 1)
+
+    def divergence(self, logits: Tensor, rows: slice) -> Tensor:
+        """Σ KL(dense ‖ compressed) of the compressed model's ``logits`` (n, V) at the positions ``rows``."""
+        if self.cut is not None:
+            return divergence_from(logits.float().log_softmax(-1), self.cut, rows.start).float()
+        assert self.head is not None
+        assert self.hidden is not None
+        with torch.no_grad():
+            dense = self.head.logits(self.hidden[rows][None])[0]
+        return kl(logits, dense)

@@ -1,0 +1,89 @@
+"""What healing needs of memory, before it starts, and what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfront.methods import InputError
+from rankfront.search.heal.logits import AT_ONCE
+from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.trainable import Parameter
+
+STATE = 24  # bytes of a value that trains: fp32 master, gradient, two moments, the best state, and one being written
+KEPT = 2.0  # times the inputs and outputs of all linear layers that a backward pass keeps; guess
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that healing takes at its most demanding stage, beside nothing else: both models included."""
+
+    models: int
+    training: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.models + self.training + self.activations
+
+
+def need_of(
+    student: Any,
+    teacher: Any,
+    parameters: Iterable[Parameter],
+    blocks: Iterable[nn.Module],
+    settings: HealSettings,
+    tokens: int,
+    length: int,
+) -> Need:
+    """An estimate for ``tokens`` of text in windows of ``length``."""
+    models = sum(tensor.nbytes for model in (student, teacher) for tensor in (*model.parameters(), *model.buffers()))
+    device = next(student.parameters()).device.type
+    chosen = {id(parameter.tensor): parameter.tensor.numel() for parameter in parameters}
+    found = list(blocks)
+    width = student.get_input_embeddings().embedding_dim
+    if "logits" in settings.stages:
+        training, at_once, modules = sum(chosen.values()), max(AT_ONCE[device], length), list(student.modules())
+    else:
+        most = max(found, key=lambda block: sum(chosen.get(id(tensor), 0) for tensor in block.parameters()))
+        training = sum(chosen.get(id(tensor), 0) for tensor in most.parameters())
+        at_once, modules = settings.step_tokens, list(most.modules())
+    features = sum(module.in_features + module.out_features for module in modules if _is_linear(module))
+    streams = 3 * tokens * width * 4 if "blocks" in settings.stages else 0
+    return Need(models, STATE * training, round(KEPT * 4 * features * at_once) + streams)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What may still be taken; None where that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def check(need: Need, free: int | None, settings: HealSettings) -> str:
+    """One line of what is needed and what is free; `InputError` where it does not fit, with what would."""
+    loaded = need.training + need.activations  # the models are in memory when this is asked
+    line = f"healing takes about {need.total / 2**30:.1f} GiB, {need.models / 2**30:.1f} of them for both models"
+    if free is None:
+        return line
+    if loaded > free:
+        remedy = "heal with --stages blocks, which trains one block at a time" if "logits" in settings.stages else ""
+        raise InputError(
+            f"{line}, and {free / 2**30:.1f} GiB are free beside them: {remedy or 'use a smaller --batch or --tokens'}"
+        )
+    return f"{line}; {free / 2**30:.1f} GiB are free"

@@ -1,0 +1,91 @@
+"""What a user says of healing, and what ``auto`` comes to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rankfront.methods import InputError, check_choice
+
+Stage = Literal["blocks", "logits"]
+Loss = Literal["kl", "ce", "both"]
+Window = Literal["half", "block"]
+TeacherChoice = Literal["auto", "beside", "cached"]
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+# Settings by tokens seen in all, on a CPU: training.md's table for models up to a billion parameters, a guess there.
+SMALL_BUDGET = 500_000  # tokens; below, steps are few, so batches are smaller and rates higher
+BATCHES = (4_096, 8_192)  # tokens a step, below and above
+BLOCK_RATES = (2e-4, 1e-4)  # of factors
+LOGIT_RATES = (5e-5, 1e-4)
+
+
+def parse_tokens(value: str | int) -> int:
+    """``"300k"``, ``"1M"`` or ``1_000_000`` as a whole number of tokens; `InputError` where it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", str(value).replace("_", "").replace(",", ""))
+    tokens = float(match[1]) * UNITS[match[2]] if match else 0.0
+    if not 1 <= tokens < 2**53:
+        raise InputError(f"{value!r} is no number of tokens: write 300k, 1M or 1000000")
+    return round(tokens)
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """How a plan is healed.
+
+    Attributes:
+        tokens: that go through the compressed model in all, passes counted.
+        stages: in this order; each keeps the best state that it saw on held-out windows, its start included.
+        method: what trains, one of `arms.ARMS`.
+        loss: of the last stage: KL(dense ‖ healed) at temperature 1, cross-entropy, or both, the latter scaled to the
+            size of the former at every step.
+        window: what the first stage trains at once: attention and MLP in turn, or a block.
+        passes: over the windows of the first stage.
+        share: of the tokens that the first stage gets where there are two.
+        teacher: the dense model ``beside``, or its likeliest tokens ``cached`` in the working folder.
+        rate: of factors, at its peak; None: by the budget. Smaller dense weights get a fifth of it.
+        batch: tokens of a step; None: by the budget.
+        held_out: share of the windows that nothing is trained on.
+        seed: of the order of the windows and of what is drawn.
+    """
+
+    tokens: int
+    stages: tuple[Stage, ...] = ("blocks", "logits")
+    method: str = "factors"
+    loss: Loss = "kl"
+    window: Window = "block"
+    passes: int = 8  # guess
+    share: float = 0.5  # guess
+    teacher: TeacherChoice = "auto"
+    rate: float | None = None
+    batch: int | None = None
+    held_out: float = 0.05  # guess
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            check_choice("heal stage", stage, get_args(Stage))
+        check_choice("heal loss", self.loss, get_args(Loss))
+        check_choice("heal window", self.window, get_args(Window))
+        check_choice("heal teacher", self.teacher, get_args(TeacherChoice))
+        if self.stages not in (("blocks",), ("logits",), ("blocks", "logits")):
+            raise InputError(f"heal stages are {list(self.stages)}: name blocks, logits, or blocks and then logits")
+        if self.rate is not None and not self.rate > 0:
+            raise InputError(f"heal rate is {self.rate}: it must be above 0, such as 1e-4")
+
+    def budget(self, stage: Stage) -> int:
+        """Tokens that ``stage`` may see."""
+        if len(self.stages) == 1:
+            return self.tokens
+        blocks = round(self.share * self.tokens)
+        return blocks if stage == "blocks" else self.tokens - blocks
+
+    def rate_of(self, stage: Stage) -> float:
+        """The peak learning rate of factors."""
+        by_budget = BLOCK_RATES if stage == "blocks" else LOGIT_RATES
+        return self.rate if self.rate is not None else by_budget[self.tokens >= SMALL_BUDGET]
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch or BATCHES[self.tokens >= SMALL_BUDGET]

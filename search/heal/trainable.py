@@ -1,0 +1,159 @@
+"""What of a compressed model trains: the factors as they are stored, smaller dense weights, norms and biases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods import InputError
+from rankfront.methods.layers import Trained, layers
+
+Kind = Literal["factor", "weight", "small"]
+RATES: dict[Kind, float] = {"factor": 1.0, "weight": 0.2, "small": 1.0}  # times the rate; training.md 6.1, a guess
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor that trains: its name in the model, itself, and what it is."""
+
+    name: str
+    tensor: nn.Parameter
+    kind: Kind
+
+
+def factored_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of every weight that is stored compressed."""
+    known: Any = tuple(layers().values())
+    return {path: module for path, module in model.named_modules() if isinstance(module, known)}
+
+
+def trainable(model: nn.Module) -> list[Parameter]:
+    """Every tensor of ``model`` that may train, each once, in the order of the module tree.
+
+    Factors and smaller dense weights of compressed modules; norms and biases of all. Embedding tables and heads train
+    where they are factored. Untouched dense weights stay as they are. Raises `InputError` where nothing is left.
+    """
+    found: dict[int, Parameter] = {}
+    modules = factored_modules(model)
+    for path, module in modules.items():
+        for kind, names in (("factor", _names(module, "factors")), ("weight", _names(module, "weights"))):
+            for name in names:
+                tensor = cast(nn.Parameter, getattr(module, name))
+                found.setdefault(id(tensor), Parameter(f"{path}.{name}", tensor, cast(Kind, kind)))
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        fixed = name.endswith(".scales") or id(parameter) in tables or not parameter.is_floating_point()
+        if parameter.ndim <= 1 and not fixed:
+            found.setdefault(id(parameter), Parameter(name, parameter, "small"))
+    if not any(parameter.kind != "small" for parameter in found.values()):
+        raise InputError(
+            "the plan has nothing to heal: no factors and no smaller dense weights (integers and absent blocks are"
+            " fixed); choose a plan with another method"
+        )
+    order = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+    return sorted(found.values(), key=lambda parameter: order.get(parameter.name, len(order)))
+
+
+def _names(module: nn.Module, kind: str) -> tuple[str, ...]:
+    return tuple(getattr(module, kind, ()))
+
+
+def within(parameters: Iterable[Parameter], module: nn.Module) -> list[Parameter]:
+    """Those that ``module`` holds and no other block does: a basis that several blocks share stays as it is there."""
+    own = {id(tensor) for tensor in module.parameters()}
+    return [parameter for parameter in parameters if id(parameter.tensor) in own]
+
+
+def shared(model: nn.Module, blocks: Iterable[nn.Module]) -> set[int]:
+    """Ids of the tensors that more than one of ``blocks``, or a block and the rest of the model, hold."""
+    counts: Counter[int] = Counter()
+    inside: set[nn.Module] = set()
+    for block in blocks:
+        counts.update({id(tensor) for tensor in block.parameters()})
+        inside.update(block.modules())
+    counts.update(
+        {
+            id(tensor)
+            for module in model.modules()
+            if module not in inside
+            for tensor in module.parameters(recurse=False)
+        }
+    )
+    return {number for number, count in counts.items() if count > 1}
+
+
+def balance(model: nn.Module) -> None:
+    """Bring every module's factors to the scale that they train in; those that modules share keep theirs."""
+    _each(model, "balance")
+
+
+def normalise(modules: Iterable[Trained]) -> None:
+    """The same after a step, where a family asks for it."""
+    for module in modules:
+        module.normalise()
+
+
+def normalised(model: nn.Module) -> list[Trained]:
+    """Modules of ``model`` whose factors keep their scale, by a projection after every step."""
+    return [cast(Trained, module) for module in _unshared(model) if hasattr(module, "normalise")]
+
+
+def _each(model: nn.Module, name: str) -> None:
+    for module in _unshared(model):
+        if hasattr(module, name):
+            getattr(module, name)()
+
+
+def _unshared(model: nn.Module) -> Iterator[nn.Module]:
+    modules = factored_modules(model).values()
+    counts = Counter(id(tensor) for module in modules for tensor in module.parameters())
+    for module in modules:
+        if all(counts[id(getattr(module, name))] == 1 for name in _names(module, "factors")):
+            yield module
+
+
+@contextmanager
+def training(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Within, ``parameters`` are fp32 and ask for gradients; after, neither, in the dtype that they had."""
+    chosen = list(parameters)
+    dtypes = [parameter.tensor.dtype for parameter in chosen]
+    try:
+        for parameter in chosen:
+            parameter.tensor.data = parameter.tensor.data.float()
+            parameter.tensor.requires_grad_(True)
+        yield
+    finally:
+        for parameter, dtype in zip(chosen, dtypes, strict=True):
+            parameter.tensor.requires_grad_(False)
+            parameter.tensor.grad = None
+            parameter.tensor.data = parameter.tensor.data.to(dtype)
+
+
+def copied(parameters: Iterable[Parameter]) -> dict[str, Tensor]:
+    """Name -> a copy of the values."""
+    return {parameter.name: parameter.tensor.detach().clone() for parameter in parameters}
+
+
+@torch.no_grad()
+def restore(parameters: Iterable[Parameter], values: Mapping[str, Tensor]) -> None:
+    """Put what `copied` gave back in place."""
+    for parameter in parameters:
+        parameter.tensor.copy_(values[parameter.name])
+
+
+def stored(model: Any) -> tuple[int, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Number of stored values, and the shape and dtype of every tensor: what healing must not change."""
+    tensors = model.state_dict()
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return sum(parameter.numel() for parameter in model.parameters()), shapes

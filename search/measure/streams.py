@@ -1,0 +1,70 @@
+"""Hidden states on their way through the blocks of a model: what enters the first, and every block run by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Reached(Exception):
+    """The module that was waited for has been called."""
+
+
+class Call:
+    """What a model calls a block with, beside the hidden states."""
+
+    def __init__(self, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
+        self.arguments = tuple(arguments[1:])
+        self.named = {name: value for name, value in named.items() if name != "hidden_states"}
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What ``block`` makes of hidden states (B, L, d): those after it."""
+        output = block(hidden, *self.arguments, **self.named)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
+
+
+def calls_of(model: Any, found: Iterable[nn.Module], ids: Tensor) -> list[Call]:
+    """What ``model`` calls each of the blocks ``found`` with on ids (B, L): the same for every batch of that shape."""
+    calls: list[Call] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, given, named: calls.append(Call(given, named)), with_kwargs=True)
+        for block in found
+    ]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def first_hidden(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
+    """The hidden states that enter the first ``block``."""
+    return caught(block, lambda: model(input_ids=ids, use_cache=False))
+
+
+def caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What ``module`` is called with first within ``call``, which goes no further."""
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        seen.append(given[0] if given else named["hidden_states"])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def even_batches(windows: Tensor, most: int, device: str) -> list[Tensor]:
+    """Windows (W, L) in batches of one size, the largest up to ``most`` that divides W."""
+    size = next(count for count in range(min(max(1, most), len(windows)), 0, -1) if len(windows) % count == 0)
+    return [batch.to(device) for batch in windows.split(size)]

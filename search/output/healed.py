@@ -1,0 +1,193 @@
+"""Heal an exported folder: a new folder with the same plan, whose factors were trained towards the dense model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+import rankfront
+from rankfront.methods import InputError
+from rankfront.methods.checkpoint import QUANT_METHOD
+from rankfront.objectives import score
+from rankfront.search.atomic import staged
+from rankfront.search.errors import ExportError
+from rankfront.search.heal.healing import Healing, Show, StageResult
+from rankfront.search.heal.keeper import Keeper
+from rankfront.search.heal.memory import check, free_bytes, need_of
+from rankfront.search.heal.settings import HealSettings
+from rankfront.search.inputs.capacity import capacity_of
+from rankfront.search.inputs.device import pick_device
+from rankfront.search.inputs.model import load_model, load_tokenizer, quiet, read_config
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import blocks
+from rankfront.search.inputs.source import Source
+from rankfront.search.inputs.text import cut, hash_tokens, read_text, tokenize
+from rankfront.search.output.export import TOLERANCE, verify_folder
+from rankfront.search.plain import markdown
+from rankfront.search.plans.plan import Plan
+from rankfront.search.splits import Split
+
+RECORD = "healing.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class HealText:
+    """What a model is healed on: the part (start, end) of a text, in windows of ``length`` tokens."""
+
+    name: str
+    length: int = 512
+    part: tuple[float, float] = (0.0, 1.0)
+
+
+def heal_folder(
+    folder: Path,
+    text: HealText,
+    settings: HealSettings,
+    out: Path,
+    dense: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    show: Show = lambda status: None,
+    say: Say = lambda line: None,
+) -> list[StageResult]:
+    """Heal the factored export ``folder`` and write it to the new folder ``out``, verified there as an export is.
+
+    ``dense`` names the model that it was made of; by default what its plan says. An interrupted healing goes on from
+    its checkpoint in the hidden folder ``.OUT.healing`` when it is asked for again with the same settings.
+
+    Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
+    source = resolve(str(folder), trust_remote_code)
+    plan = _plan_of(folder, source)
+    teacher_source = resolve(dense or _dense_name(plan, folder), trust_remote_code)
+    fingerprint = dict(plan.origin).get("fingerprint")
+    if fingerprint is not None and teacher_source.fingerprint != fingerprint:
+        raise InputError(
+            f"{teacher_source.name!r} is not the model that {str(folder)!r} was made of (its weights differ): name that"
+            " one by --model"
+        )
+    device = pick_device(device)
+    windows = _windows(source, text, settings)
+    identity = {
+        "plan": plan.key, "folder": source.fingerprint, "dense": teacher_source.fingerprint,
+        "text": hash_tokens(windows), "settings": asdict(settings), "device": torch.device(device).type,
+    }  # fmt: skip
+    keeper = Keeper(out.with_name(f".{out.name}.healing"), identity)
+    student = load_model(source, "auto", device)
+    capacity = capacity_of(student)
+    capacity.check_length(text.length, "--length")
+    capacity.check_tokens({"heal": windows})
+    teacher = load_model(teacher_source, "auto", device)
+    try:
+        healing = Healing(student, teacher, windows, settings, keeper, show)
+        _, found = blocks(healing.teacher)
+        prefix = next(path for path, module in healing.teacher.named_modules() if module is found)
+        need = need_of(
+            healing.student,
+            healing.teacher,
+            healing.parameters,
+            list(healing.student.get_submodule(prefix)),
+            settings,
+            windows.numel(),
+            text.length,
+        )
+        say(check(need, free_bytes(next(student.parameters()).device), settings))
+        results = healing.run()
+        _write(healing, source, plan, text, settings, out)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"writing failed ({error}): free some space and run the same command again, which goes on from the last"
+            " checkpoint"
+        ) from error
+    keeper.drop()
+    return results
+
+
+def _plan_of(folder: Path, source: Source) -> Plan:
+    settings = getattr(read_config(source), "quantization_config", None) or {}
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if method != QUANT_METHOD:
+        raise InputError(f"{str(folder)!r} is no factored export: name a folder that `rankfront export` wrote")
+    file = folder / "plan.json"
+    if not file.is_file():
+        raise InputError(f"{str(folder)!r} has no plan.json: restore it, or export the plan again")
+    return Plan.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _dense_name(plan: Plan, folder: Path) -> str:
+    name = dict(plan.origin).get("model")
+    if name is None:
+        raise InputError(f"{str(folder)!r} does not say which model it was made of: name it by --model")
+    return name
+
+
+def _windows(source: Source, text: HealText, settings: HealSettings) -> torch.Tensor:
+    """As many windows as the tokens need, spread over the part of the text; all of them where it has fewer."""
+    tokenizer = load_tokenizer(source)
+    start, end = text.part
+    there = int((end - start) * len(tokenize(tokenizer, read_text(text.name)))) // text.length - 1
+    wanted = max(settings.budget(stage) for stage in settings.stages) // text.length
+    count = min(there, 1 + round(wanted / (1 - settings.held_out)))
+    if count < 2:
+        raise InputError(
+            f"text {text.name!r} has {max(there, 0)} windows of {text.length} tokens in its part {list(text.part)} and"
+            " healing needs 2 or more, one of them held out: give a longer text or a smaller --length"
+        )
+    return cut(tokenizer, {"heal": Split(text.name, count, text.part)}, text.length)["heal"]
+
+
+def _write(healing: Healing, source: Source, plan: Plan, text: HealText, settings: HealSettings, out: Path) -> None:
+    """Write the healed model, reload it in a fresh process and compare, and only then name it ``out``."""
+    student: Any = healing.student
+    held = healing.held[:4]
+    measured = score(student, held).perplexity
+    record = {
+        "rankfront": rankfront.__version__,
+        "text": asdict(text),
+        "settings": asdict(settings),
+        "stages": [asdict(result) for result in healing.results],
+    }
+    with staged(out) as folder:
+        with quiet():
+            student.save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        verified = verify_folder(folder, held, str(next(student.parameters()).device), source.trust_remote_code)
+        if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
+            raise ExportError(
+                f"the healed folder's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
+                f" tokens, more than {TOLERANCE:.1%} apart: not kept"
+            )
+        card = Path(source.location) / "README.md"
+        before = card.read_text(encoding="utf-8") if card.is_file() else f"# {markdown(source.name)}\n"
+        (folder / "README.md").write_text(
+            before.rstrip() + "\n\n" + note(healing.results, text, settings), encoding="utf-8"
+        )
+
+
+def note(results: Sequence[StageResult], text: HealText, settings: HealSettings) -> str:
+    """A model card's section on what was healed."""
+    rows = "\n".join(
+        f"| {r.stage} | {r.tokens:,} | {r.seconds:,.0f} | {r.before:.4f} | {r.after:.4f} |" for r in results
+    )
+    return f"""## Healed
+
+After factorisation, what is stored was trained towards the dense model (method `{settings.method}`, loss
+`{settings.loss}`) on {markdown(text.name)}, part {list(text.part)}, in windows of {text.length} tokens. **The figures
+above are of the model before that.** Divergence is KL(dense ‖ this model) in nats a token, on windows that nothing was
+trained on.
+
+| stage | tokens seen | seconds | divergence before | after |
+| --- | --- | --- | --- | --- |
+{rows}
+"""
