@@ -1,4 +1,4 @@
-"""The command line: launch, solve, front, show, export, evaluate, methods."""
+"""The command line: launch, solve, front, menu, show, export, heal, evaluate, methods."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ BELOW = {  # package -> the packages that it may import
     "factors": {"inputs"},
     "plans": set(),
     "measure": {"inputs", "factors", "plans"},
+    "heal": {"inputs", "factors", "plans", "measure"},
     "storage": {"plans"},
     "optimise": {"plans", "storage"},
     "run": {"inputs", "factors", "plans", "measure", "storage", "optimise"},
-    "output": {"inputs", "factors", "plans", "measure", "storage", "optimise"},
+    "output": {"inputs", "factors", "plans", "measure", "heal", "storage", "optimise"},
 }
 WITHOUT_TORCH = ("plans", "storage", "optimise")
 

@@ -106,7 +106,7 @@ class Healing:
         self.settings, self.keeper, self.show = settings, keeper, show
         self.train, self.held = split_held_out(windows, settings.held_out)
         device = str(next(student.parameters()).device)
-        self.precision = Precision(device)
+        self.precision = Precision(device, settings.dtype)
         for model in (student, teacher):
             undo_prepack(model)
         separate(student.modules())

@@ -46,6 +46,7 @@ class HealSettings:
         rate: of factors, at its peak; None: by the budget. Smaller dense weights get a fifth of it.
         batch: tokens of a step; None: by the budget.
         held_out: share of the windows that nothing is trained on.
+        dtype: of products: float32, bfloat16, or auto, the latter where the hardware has it; masters are fp32.
         seed: of the order of the windows and of what is drawn.
     """
 
@@ -60,6 +61,7 @@ class HealSettings:
     rate: float | None = None
     batch: int | None = None
     held_out: float = 0.05  # guess
+    dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class HealSettings:
         check_choice("heal teacher", self.teacher, get_args(TeacherChoice))
         if self.stages not in (("blocks",), ("logits",), ("blocks", "logits")):
             raise InputError(f"heal stages are {list(self.stages)}: name blocks, logits, or blocks and then logits")
+        check_choice("heal dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"heal rate is {self.rate}: it must be above 0, such as 1e-4")
 

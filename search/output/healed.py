@@ -16,7 +16,7 @@ from rankfront.methods import InputError
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.objectives import score
 from rankfront.search.atomic import staged
-from rankfront.search.errors import ExportError
+from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.healing import Healing, Show, StageResult
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.memory import check, free_bytes, need_of
@@ -62,13 +62,15 @@ def heal_folder(
     ``dense`` names the model that it was made of; by default what its plan says. An interrupted healing goes on from
     its checkpoint in the hidden folder ``.OUT.healing`` when it is asked for again with the same settings.
 
-    Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails.
+    Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails, `Interrupted` on
+    Ctrl-C or SIGTERM.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
     source = resolve(str(folder), trust_remote_code)
     plan = _plan_of(folder, source)
     teacher_source = resolve(dense or _dense_name(plan, folder), trust_remote_code)
+    read_config(teacher_source)  # which says in a line where there is no such model
     fingerprint = dict(plan.origin).get("fingerprint")
     if fingerprint is not None and teacher_source.fingerprint != fingerprint:
         raise InputError(
@@ -103,6 +105,8 @@ def heal_folder(
         say(check(need, free_bytes(next(student.parameters()).device), settings))
         results = healing.run()
         _write(healing, source, plan, text, settings, out)
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped: the last checkpoint is kept") from error
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"writing failed ({error}): free some space and run the same command again, which goes on from the last"

@@ -1,0 +1,78 @@
+"""Compressed tiny models for tests of healing: every family, with the dense model that it came from."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import common
+import pytest
+from launching import small_data
+from transformers import AutoModelForCausalLM
+
+from rankfront.methods import get_method
+from rankfront.search.heal.healing import Healing, StageResult
+from rankfront.search.heal.keeper import Keeper
+from rankfront.search.heal.settings import HealSettings
+from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.plans.plan import Plan
+from rankfront.search.study import Study
+
+# One method of every layer that has something to train.
+FAMILIES = (
+    "svd-llm", "nystrom", "vo-svd", "lama", "shared-basis", "hola", "wara", "wara-ordered", "tensor-train", "tucker",
+    "kronecker", "cp", "tensor-ring", "block-term", "cospadi", "dsformer", "dsformer-nm", "sltrain", "oats",
+)  # fmt: skip
+LENGTH = 16
+
+
+def settings(tokens: int = LENGTH * 4 * 30, **more: Any) -> HealSettings:
+    """Thirty steps of four windows, in fp32."""
+    return HealSettings(**{"tokens": tokens, "batch": LENGTH * 4, "rate": 3e-3, "dtype": "float32", **more})
+
+
+class Zoo:
+    """Models compressed by one method each, kept for all tests of a file."""
+
+    def __init__(self, folder: Path, text: Path, architecture: str = "llama-tied") -> None:
+        self.folder = common.save_folder(architecture, folder / architecture)
+        data = small_data(self.folder, text)
+        data["space"] = {"include": ["*"], "methods": list(FAMILIES), "keep": [0.5], "rank_multiple": 2}
+        self.compressed = CompressedModel(Study(data).setup())
+        self.dense = AutoModelForCausalLM.from_pretrained(self.folder).eval().requires_grad_(False)
+
+    def plan(self, method: str) -> Plan:
+        """The method wherever it treats something, and nothing else."""
+        chosen, taken = {}, set()
+        for site, options in self.compressed.space.wanted().items():
+            own = [option for option in options if option.method == method]
+            if own and taken.isdisjoint(weight.path for weight in site.weights):
+                chosen[site.name] = min(own, key=lambda option: get_method(method).storage(site, option).parameters)
+                taken |= {weight.path for weight in site.weights}
+        return Plan.of(chosen, self.compressed.setup.origin())
+
+    def student(self, method: str) -> Any:
+        """A copy of the model that runs the method's plan."""
+        self.compressed.apply(self.plan(method))
+        found = copy.deepcopy(self.compressed.model)
+        self.compressed.apply(Plan(()))
+        return found
+
+    def teacher(self) -> Any:
+        return copy.deepcopy(self.dense)
+
+
+def windows(count: int = 24, seed: int = 5) -> Any:
+    return common.tokens(count, LENGTH, seed)
+
+
+def heal(zoo: Zoo, student: Any, folder: Path, asked: HealSettings, **more: Any) -> list[StageResult]:
+    """Heal ``student`` in place."""
+    keeper = Keeper(folder, {"settings": repr(asked)})
+    return Healing(student, zoo.teacher(), more.pop("windows", windows()), asked, keeper, **more).run()
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory, text_file):
+    return Zoo(tmp_path_factory.mktemp("zoo"), text_file)
