@@ -9,7 +9,7 @@ PROCESSES = $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1
 PARALLEL = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quick check catalogue stored-outputs clean
+.PHONY: demo test quick durations check catalogue stored-outputs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ test: $(VENV)/.installed
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real"
+
+durations: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PARALLEL) --junit-xml=build/durations.xml
+	$(BIN)/python tests/durations.py build/durations.xml > tests/durations.md
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ import common
 import pytest
 import sqlalchemy
 import torch
-from spoiling import spoil as spoil  # a fixture of several files
+from spoiling import journal as journal  # fixtures of several files
+from spoiling import spoil as spoil
 
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup

@@ -5,8 +5,8 @@ import os
 import pytest
 
 # Workers import rankfront in processes of their own. This is found before any other sitecustomize; it notes which
-# process is a worker and how nice, and which measures what, and runs the code $SPOIL_BY before the jobs that $SPOIL
-# names ("trial 3,report 0").
+# process is a worker and how nice, and which measures what, and runs the code of $JOURNAL.code before the jobs that
+# $JOURNAL.jobs names ("trial 3,report 0"): files, for the workers of a cluster have the environment that it began with.
 SITE = """
 import importlib.abc, importlib.util, os, sys
 
@@ -36,8 +36,9 @@ def spoiled(measure):
     def before(self, job):
         with open(os.environ["JOURNAL"], "a") as journal:
             print(os.getpid(), job.kind, job.number, file=journal)
-        if {"every job", f"{job.kind} {job.number}"} & set(os.environ["SPOIL"].split(",")):
-            exec(os.environ["SPOIL_BY"])
+        with open(os.environ["JOURNAL"] + ".jobs") as jobs, open(os.environ["JOURNAL"] + ".code") as code:
+            if {"every job", f"{job.kind} {job.number}"} & set(jobs.read().split(",")):
+                exec(code.read())
         return measure(self, job)
     return before
 
@@ -48,19 +49,29 @@ sys.meta_path.insert(0, Finder())
 ONCE = 'if open(os.environ["JOURNAL"]).read().count(f" {job.kind} {job.number}\\n") == 1: '
 
 
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory):
+    """What workers that start from here on note, those of clusters that start from here on too."""
+    folder = tmp_path_factory.mktemp("spoiling")
+    (folder / "sitecustomize.py").write_text(SITE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.setenv("JOURNAL", str(folder / "journal"))
+        for name in ("journal.jobs", "journal.code"):
+            (folder / name).touch()
+        yield folder / "journal"
+
+
 @pytest.fixture
-def spoil(tmp_path, monkeypatch):
+def spoil(journal):
     """Have workers run ``code`` before the jobs named; the function returned gives the processes that measured."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITE, encoding="utf-8")
-    journal = tmp_path / "journal"
-    journal.touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
-    monkeypatch.setenv("JOURNAL", str(journal))
 
     def prepare(*jobs, code=""):
-        monkeypatch.setenv("SPOIL", ",".join(jobs))
-        monkeypatch.setenv("SPOIL_BY", code)
+        journal.with_name("journal.jobs").write_text(",".join(jobs), encoding="utf-8")
+        journal.with_name("journal.code").write_text(code, encoding="utf-8")
         return lambda: [line.split()[0] for line in journal.read_text(encoding="utf-8").splitlines()]
 
-    return prepare
+    for name in ("journal", "journal.workers"):
+        journal.with_name(name).write_text("", encoding="utf-8")
+    yield prepare
+    prepare()

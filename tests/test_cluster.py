@@ -21,7 +21,7 @@ def cluster(monkeypatch):
 
 
 def test_a_node_that_is_lost_while_a_trial_runs_and_comes_back_costs_nothing(
-    model_folder, text_file, tmp_path, spoil, cluster
+    model_folder, text_file, tmp_path, journal, spoil, cluster
 ):
     processes = spoil("trial 3", code=f"import time\n{ONCE}time.sleep(600)")
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -34,7 +34,6 @@ def test_a_node_that_is_lost_while_a_trial_runs_and_comes_back_costs_nothing(
         pids = [int(pid) for pid, kind, number in lines if (kind, number) == ("trial", "3")]
         return [node for node in nodes for pid in pids if psutil.Process(pid).ppid() in pids_of(node)]
 
-    journal = tmp_path / "journal"
     with started("launch", file, "--run", run, "--address", cluster.address) as process:
         reached = wait_for(lambda: bool(stuck()), lambda: process.poll() is None)
         assert reached, process.communicate()

@@ -7,12 +7,12 @@ import sys
 
 import psutil
 import pytest
-from launching import check_whole, finish, finished, started, values_of, wait_for
+from launching import check_whole, finished, started, values_of, wait_for
 
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.study import Study
 
-TRIALS = 4
+TRIALS = 3
 STUDY = """
 [model]
 name = "smollm2-135m"
@@ -34,7 +34,7 @@ keep = [0.5, 0.7, 0.9]
 
 [search]
 sampler = "tpe"
-trials = 4
+trials = 3
 workers = 1
 [search.resources]
 cpu = 2
@@ -57,7 +57,7 @@ def test_launch_kill_go_on_export_generate(tmp_path, capsys):
     file, run, out = tmp_path / "study.toml", tmp_path / "run", tmp_path / "small"
     file.write_text(STUDY, encoding="utf-8")
     with started("launch", file, "--run", run) as process:
-        reached = wait_for(lambda: finished(run) >= 2, lambda: process.poll() is None)
+        reached = wait_for(lambda: finished(run) >= 1, lambda: process.poll() is None)
         cluster = psutil.Process(process.pid).children(recursive=True) if reached else []
         process.kill()  # the launcher alone
         _, stderr = process.communicate()
@@ -65,10 +65,9 @@ def test_launch_kill_go_on_export_generate(tmp_path, capsys):
     for member in psutil.wait_procs(cluster, timeout=10)[1]:
         member.kill()  # two agents of Ray's wait for a minute before they end themselves
     before = values_of(Study.open(run))
-    assert 2 <= len(before) < TRIALS
+    assert 1 <= len(before) < TRIALS
 
-    launched = finish("launch", file, "--run", run)
-    assert launched.returncode == 0, launched.stderr
+    assert command_line(["launch", str(file), "--run", str(run)]) == 0
     study = Study.open(run)
     check_whole(study, before, TRIALS)
     assert len(values_of(study)) == TRIALS

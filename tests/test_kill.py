@@ -31,27 +31,29 @@ def study_file(model_folder, text_file, tmp_path):
     return write_study(data, tmp_path / "study.toml")
 
 
-def test_killed_while_preparing_and_while_searching(study_file, tmp_path):
-    """Killed between two factor files, killed twice among the trials; then left to finish."""
-    cache, run = tmp_path / "cache", tmp_path / "run"
+def test_killed_again_and_again(study_file, tmp_path):
+    """Between two factor files, then at arbitrary moments among the trials; every launch gets a little further, and
+    the last one to the end."""
+    cache, run, before = tmp_path / "cache", tmp_path / "run", {}
     environment = {"RANKFRONT_CACHE": str(cache)}
-    before = {}
 
-    def factors():
-        return len(list(cache.rglob("*.safetensors")))
-
-    def launch_and_kill(count, wanted):
+    def launch_and_kill(due, after=0.0):
         with started("launch", study_file, "--run", run, **environment) as process:
-            reached = wait_for(lambda: count() >= wanted, lambda: process.poll() is None)
+            reached = wait_for(due, lambda: process.poll() is None)
+            time.sleep(after)
             process.kill()
-            _, stderr = process.communicate()
+            _, stderr = process.communicate(timeout=PATIENCE)
         assert reached, f"the launch ended before it could be killed: {stderr}"
 
-    for count, wanted in ((factors, 3), (lambda: finished(run), 1), (lambda: finished(run), 9)):
-        launch_and_kill(count, wanted)
-        assert (finished(run) == 0) == (count is factors)
-        kept = values_of(Study.open(run))
+    launch_and_kill(lambda: len(list(cache.rglob("*.safetensors"))) >= 3)
+    assert finished(run) == 0
+    for turn, more in enumerate((1, 1, 2, 4)):
+        target = len(before) + more
+        launch_and_kill(lambda target=target: finished(run) >= target, 0.02 * turn)  # seconds: other steps of a trial
+        study = Study.open(run)
+        kept = values_of(study)
         assert kept.items() >= before.items()
+        assert [row.state for row in study.rows()].count("running") <= 1
         before = kept
     assert len(before) < TRIALS
 
@@ -61,28 +63,6 @@ def test_killed_while_preparing_and_while_searching(study_file, tmp_path):
     check_whole(study, before, TRIALS)
     assert all(row.report is not None for row in study.front())
     assert [path for path in cache.rglob("*") if path.name.startswith(".")] == []
-
-
-def test_killed_again_and_again(study_file, tmp_path):
-    """At nine arbitrary moments, from before the first trial to the last; every launch gets a little further."""
-    run, before = tmp_path / "run", {}
-    for turn in range(9):
-        with started("launch", study_file, "--run", run) as process:
-            target = len(before) + turn % 5
-            wait_for(lambda target=target: finished(run) >= target, lambda process=process: process.poll() is None)
-            time.sleep(0.013 * turn)  # seconds, so that no two kills hit the same step
-            process.kill()
-            process.communicate(PATIENCE)
-        if not (run / "study.json").is_file():
-            continue
-        study = Study.open(run)
-        kept = values_of(study)
-        assert kept.items() >= before.items()
-        assert [row.state for row in study.rows()].count("running") <= 1
-        before = kept
-    assert len(before) > 0
-    assert command_line(["launch", str(study_file), "--run", str(run)]) == 0
-    check_whole(Study.open(run), before, TRIALS)
 
 
 def test_a_half_written_definition_is_none(study_file, tmp_path):
@@ -115,5 +95,6 @@ def test_a_stop_ends_cleanly_and_says_how_to_go_on(study_file, tmp_path, stop, m
     before = values_of(study)
     assert "running" not in {row.state for row in study.rows()}
     shutil.rmtree(cache, ignore_errors=True)  # its factors are made again
-    assert command_line(["launch", str(study_file), "--run", str(run)]) == 0
-    check_whole(Study.open(run), before, TRIALS)
+    trials = len(before) + 2
+    assert command_line(["launch", str(study_file), "--run", str(run), "--trials", str(trials)]) == 0
+    check_whole(Study.open(run), before, trials)

@@ -102,7 +102,7 @@ def test_the_front_is_measured_though_its_centre_fails(data, tmp_path, monkeypat
     assert set(origins[2:]) & set(FRONT)
 
 
-@pytest.mark.parametrize("more", range(10, 30, 3))
+@pytest.mark.parametrize("more", range(10, 30, 6))
 def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, more):
     """Whatever the limit leaves, slopes are not the last thing that is measured, and no limit is missed by more."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")

@@ -20,6 +20,7 @@ from launching import (
     wait_for,
     write_study,
 )
+from ray.cluster_utils import Cluster
 from spoiling import ONCE
 
 from rankfront.methods import InputError
@@ -48,28 +49,40 @@ def data(model_folder, text_file):
     return small_data(model_folder, text_file, trials=TRIALS, workers=1)
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_a_callers_ray_stays(model_folder, text_file, tmp_path, refused):
+@pytest.fixture(scope="module")
+def address(journal):
+    """Of a cluster for every launch here, but of those that have one of their own: to start one takes seconds."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield found.address
+    found.shutdown()
+
+
+def launched(study, address):
+    """``study`` after a launch on the cluster."""
+    study.launch(quiet(), address)
+    return study
+
+
+def test_a_callers_ray_stays(data, tmp_path, address):
     """Also where the study asks for more than it has."""
-    workers.ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    data["search"]["trials"] = 2
+    workers.ray.init(address=address, log_to_driver=False)
     try:
-        data = small_data(model_folder, text_file, trials=2, workers=1, resources={"cpu": 64 if refused else 1})
-        if refused:
-            with pytest.raises(InputError, match=r"search\.resources\.cpu"):
-                make_run(data, tmp_path / "run")
-        else:
-            check_whole(make_run(data, tmp_path / "run"), {}, 2)
+        with pytest.raises(InputError, match=r"search\.resources\.cpu"):
+            again(Study(data, tmp_path / "run"), resources={"cpu": 64}).launch(quiet())
+        assert workers.ray.is_initialized()
+        check_whole(make_run(data, tmp_path / "run"), {}, 2)
         assert workers.ray.is_initialized()
     finally:
         workers.ray.shutdown()
 
 
-def test_one_worker_lives_through_every_trial_and_two_go_on(data, model_folder, tmp_path, monkeypatch, spoil):
+def test_one_worker_lives_through_every_trial_and_two_go_on(data, model_folder, tmp_path, monkeypatch, spoil, address):
     """Its figures are those of the same study in one process. Relative paths mean the launcher's folder."""
     monkeypatch.chdir(Path(model_folder).parent)
     data["model"]["name"] = Path(model_folder).name
     processes = spoil()
-    study = make_run(data, tmp_path / "run")
+    study = launched(Study(data, tmp_path / "run"), address)
     check_whole(study, {}, TRIALS)
     assert all(row.report is not None for row in study.front())
     assert len(processes()) == TRIALS + len(
@@ -83,17 +96,16 @@ def test_one_worker_lives_through_every_trial_and_two_go_on(data, model_folder, 
         assert before[number][1] == pytest.approx(values, rel=1e-5)
 
     spoil("every job", code=WAIT_FOR_THREE)
-    longer = again(study, workers=2, trials=TRIALS + 4)
-    longer.launch(quiet())
+    longer = launched(again(study, workers=2, trials=TRIALS + 4), address)
     check_whole(longer, before, TRIALS + 4)
     assert len(set(processes())) == 3
 
 
-def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil):
+def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil, address):
     """The worker lives on after the one; another takes its place after the other, and measures what the death took."""
     code = "if job.number == 3: raise RuntimeError('out of memory\\nwith a trace')\n" + ONCE + "os.kill(os.getpid(), 9)"
     processes = spoil("trial 3", "trial 5", code=code)
-    study = make_run(data, tmp_path / "run")
+    study = launched(Study(data, tmp_path / "run"), address)
     check_whole(study, {}, TRIALS)
     failed = {row.number: row.failure for row in study.rows() if row.state == "failed"}
     assert failed == {3: "RuntimeError: out of memory"}
@@ -101,7 +113,7 @@ def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoi
     assert len(set(processes())) == 2
 
 
-def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, monkeypatch, spoil):
+def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, monkeypatch, spoil, address):
     """One line says so, each death has its reason; what was finished is kept, and with the cause gone the next launch
     goes on."""
     for module in (scheduler, retries):
@@ -110,7 +122,7 @@ def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, monkeyp
     spoil("trial 2", "trial 3", "trial 4", code=f"import sys\n{deaths}[job.number]()")
     study = Study(data, tmp_path / "run")
     with pytest.raises(GaveUp, match=r"every attempt of 3 jobs in succession .*exit code 7") as caught:
-        study.launch(quiet())
+        study.launch(quiet(), address)
     assert "\n" not in str(caught.value)
     before = values_of(study)
     assert list(before) == [0, 1]
@@ -122,7 +134,7 @@ def test_workers_that_die_again_and_again_end_the_launch(data, tmp_path, monkeyp
     check_whole(alone, before, TRIALS)
 
 
-def test_a_spoiled_factor_file_is_named_by_the_worker(data, tmp_path, monkeypatch):
+def test_a_spoiled_factor_file_is_named_by_the_worker(data, tmp_path, monkeypatch, address):
     monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
     data["search"]["workers"] = 0
     study = make_run(data, tmp_path / "run")
@@ -130,7 +142,7 @@ def test_a_spoiled_factor_file_is_named_by_the_worker(data, tmp_path, monkeypatc
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match=r"corrupt.*--rebuild"):
-        again(study, workers=1, trials=TRIALS + 2).launch(quiet())
+        again(study, workers=1, trials=TRIALS + 2).launch(quiet(), address)
     mended = again(study, trials=TRIALS + 2)
     mended.launch(quiet(), rebuild=True)
     check_whole(mended, before, TRIALS + 2)
@@ -183,12 +195,12 @@ def test_the_parts_of_a_menu_are_jobs_in_one_process_too(model_folder, text_file
     check_parts(study, source)
 
 
-def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, spoil):
+def test_two_workers_share_the_menu_and_slopes(model_folder, text_file, tmp_path, spoil, address):
     """Parts of the menu are jobs like trials: whichever worker is free measures them. There are never more workers than
     asked for, however short their jobs, and they have the launcher's priority."""
     spoil()
     data = small_data(model_folder, text_file, sampler=OURS, menu="grouped", trials=14, workers=2)
-    study = make_run(data, tmp_path / "run")
+    study = launched(Study(data, tmp_path / "run"), address)
     check_whole(study, {}, 14)
     begun = Path(os.environ["JOURNAL"] + ".workers").read_text(encoding="utf-8").splitlines()
     assert len(begun) == 2
