@@ -327,6 +327,7 @@ def test_the_dense_export_of_a_plan_gives_the_same_logits(worlds, name, method):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "gpt2"])
 def test_a_joint_plan_is_exported_and_reloaded(text_file, tmp_path, monkeypatch, name):
     """A study of every joint method; each export is verified, biases and all: one of them in a fresh process."""
@@ -346,6 +347,7 @@ def test_a_joint_plan_is_exported_and_reloaded(text_file, tmp_path, monkeypatch,
         verify_here(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_study_searches_joint_and_single_sites_together(model_folder, text_file, tmp_path):
     """Our sampler over everything: no plan treats a weight twice, slopes are measured, a budget is answered."""
     data = small_data(model_folder, text_file, sampler="rankfront", trials=18)
@@ -364,6 +366,7 @@ def test_a_study_searches_joint_and_single_sites_together(model_folder, text_fil
     assert study.answer("block_parameters<=0.77").figures["block_parameters"] <= 0.77
 
 
+@pytest.mark.slow
 def test_the_search_believes_the_plans_that_were_measured(model_folder, text_file, tmp_path):
     """Anchors draw joint sites and their weights' own sites at once: what it learns from is the plan that was run."""
     data = small_data(model_folder, text_file, sampler="rankfront", trials=22, anchors=[0.8, 0.4])
@@ -382,6 +385,7 @@ def test_the_search_believes_the_plans_that_were_measured(model_folder, text_fil
         assert study.answer(f"block_parameters<={budget}").figures["block_parameters"] <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", [["nystrom"], ["lama", "vo-svd"]], ids="+".join)
 def test_a_space_of_joint_sites_alone_is_searched(model_folder, text_file, tmp_path, methods):
     """Weights that only joint sites treat have no variable of their own: warm start, slopes, menu and answer do."""

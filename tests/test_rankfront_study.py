@@ -98,9 +98,9 @@ def test_a_study_measures_slopes_around_its_front(data, tmp_path, objectives):
     windows = study.setup().tokens["search"].numel()
     assert {trial.user_attrs["tokens"] for trial in done} == {PASSES[next(iter(objectives))] * windows}
     before = values_of(study)
-    longer = again(study, trials=24)
+    longer = again(study, trials=30)
     longer.launch(quiet())
-    check_whole(longer, before, 24)
+    check_whole(longer, before, 30)
     assert len(check_slopes(longer)) > len(done)
 
 
