@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # each command imports what it needs
     from rankfront.search.optimise.answer import Answer
     from rankfront.search.output.results import Results
     from rankfront.search.storage.front import Row
+    from rankfront.search.study import Study
 
 app = typer.Typer(
     add_completion=False,
@@ -265,6 +266,7 @@ def export_command(
     knee: Annotated[bool, typer.Option("--knee", help="the front member nearest to the ideal corner")] = False,
     form: Annotated[Format, typer.Option("--format", help="factored, or dense")] = "factored",
     refit: Annotated[Refit | None, typer.Option(help="fit factors again to the compressed model before them")] = None,
+    heal: Annotated[str | None, typer.Option(help="train it on data.heal for so many tokens, such as 1M")] = None,
 ) -> None:
     """Write a trial's model to a folder: of those that meet the limits, the best in the first objective."""
     from rankfront.search.study import Study
@@ -276,6 +278,11 @@ def export_command(
     ]
     study = Study.open(run)
     row = _pick(study.read(), trial, constraints, knee)
+    if heal is not None:
+        if form != "factored" or refit is not None:
+            raise InputError("--heal trains factors: leave --format and --refit out (heal.stages may begin with refit)")
+        _export_healed(study, out, row, heal)
+        return
     with terminal().status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
     where_to = out.resolve() if out.is_symlink() else out
@@ -287,6 +294,17 @@ def export_command(
     )
     if verified.warning is not None:
         terminal().print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _export_healed(study: Study, out: Path, row: Row, tokens: str) -> None:
+    from rankfront.search.heal.settings import parse_tokens
+    from rankfront.search.output.healing_progress import HealingProgress, summary
+
+    with HealingProgress(terminal()) as progress:
+        results = study.export_healed(out, row, parse_tokens(tokens), progress.show, lambda x: _say(terminal(), x))
+    for line in summary(results):
+        _say(terminal(), line)
+    _say(terminal(), f"trial {row.number} ({row.origin}), healed, is in {out}")
 
 
 def _pick(found: Results, trial: int | None, constraints: list[str], knee: bool) -> Row:
@@ -339,7 +357,7 @@ def heal_command(
     where = HealText(text, length, part)
     with HealingProgress(terminal()) as progress:
         results = heal_folder(
-            folder, where, settings, out, model, device, trust_remote_code, progress.show,
+            folder, where, settings, out, None, model, device, trust_remote_code, progress.show,
             lambda line: _say(terminal(), line),
         )  # fmt: skip
     if as_json:

@@ -148,6 +148,7 @@ class DataConfig(Strict):
     """Window length in tokens, and what each split takes.
 
     ``control`` is a text of another domain: by default pydoc where a split has the model's own text, else that.
+    ``heal`` is what plans are healed on: windows that no other split has.
     """
 
     length: Annotated[int, Field(ge=MIN_WINDOW, le=MOST)] = 512
@@ -156,6 +157,7 @@ class DataConfig(Strict):
     report: SplitConfig = SplitConfig(windows=32)
 
     control: ControlConfig = Field(default_factory=ControlConfig, validate_default=True)
+    heal: SplitConfig | None = None
 
     @field_validator("control", mode="before")
     @classmethod
@@ -166,6 +168,16 @@ class DataConfig(Strict):
             return control
         texts = {text for name in SPLITS if name in info.data for text in info.data[name].split.counts()}
         return {**control, "text": PYDOC if any(own_text_seed(text) is not None for text in texts) else SELF}
+
+    @model_validator(mode="after")
+    def _heals_on_a_text_of_its_own(self) -> DataConfig:
+        """What the model samples is as long as all splits of it need: one more would move the others' windows."""
+        if self.heal is not None:
+            others = {text for split in self.splits().values() for text in split.counts()}
+            again = sorted(text for text in others & {*self.heal.split.counts()} if own_text_seed(text) is not None)
+            if again:
+                raise ValueError(f"heal reads {again[0]!r} as another split does: name self:SEED")
+        return self
 
     def splits(self) -> dict[str, Split]:
         """The three splits, and ``control`` where there is one."""
@@ -293,6 +305,22 @@ class SearchConfig(Strict):
         return anchors
 
 
+class HealConfig(Strict):
+    """How exported plans are healed: see `heal.settings.HealSettings`, whose keys these are.
+
+    ``stages`` may begin with ``refit``, the closed form that exports have too.
+    """
+
+    tokens: Count = 1_000_000
+    stages: Annotated[tuple[Literal["refit", "blocks", "logits"], ...], Field(min_length=1)] = ("blocks", "logits")
+    method: str = "factors"
+    loss: Literal["kl", "ce", "both"] = "kl"
+    window: Literal["block", "half"] = "block"
+    teacher: Literal["auto", "beside", "cached"] = "auto"
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
+    device: str = "auto"
+
+
 class StudyConfig(Strict):
     """A whole study file."""
 
@@ -301,6 +329,7 @@ class StudyConfig(Strict):
     space: SpaceConfig = SpaceConfig()
     objectives: dict[str, dict[str, Any]] = {"perplexity": {}, "parameters": {}}
     search: SearchConfig = SearchConfig()
+    heal: HealConfig = HealConfig()
 
     @model_validator(mode="after")
     def _limits_on_objectives(self) -> StudyConfig:
@@ -372,8 +401,9 @@ LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit"
 
 
 def definition_of(config: StudyConfig) -> dict[str, Any]:
-    """What defines the trials of a study: everything but the limits, which may change between launches."""
+    """What defines the trials of a study: everything but the limits and healing, which may change between launches."""
     data = config.model_dump(mode="json")
+    del data["heal"], data["data"]["heal"]
     for key in LIMITS["search"]:
         del data["search"][key]
     del data["search"]["storage"]  # where they lie, which the run looks after

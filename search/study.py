@@ -5,7 +5,7 @@ Reading needs neither torch nor transformers: what launches, solves and exports 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from rankfront.search.heal.healing import Show, StageResult
     from rankfront.search.inputs.source import Source
     from rankfront.search.measure.setup import Setup
     from rankfront.search.optimise.accuracy import Calibration
@@ -221,3 +222,21 @@ class Study:
         found = self.read()
         row, refit = row or found.knee(), refit or self.config.search.refit
         return export(self.setup(), row, Path(out).expanduser(), form, refit, found.dense_report)
+
+    def export_healed(
+        self,
+        out: str | Path,
+        row: Row | None = None,
+        tokens: int | None = None,
+        show: Show = lambda status: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> list[StageResult]:
+        """Write the model of ``row`` (by default the knee), healed as the study's ``heal`` says, to the new folder
+        ``out``; ``tokens`` instead of the study's where they are given. See `healed.export_healed`."""
+        from rankfront.search.output.healed import export_healed
+        from rankfront.search.run.resolving import heal_windows
+
+        found, setup = self.read(), self.setup()
+        windows = heal_windows(self.run, setup.config, setup, lambda phase, done, total: None)
+        where = Path(out).expanduser()
+        return export_healed(setup, row or found.knee(), where, windows, tokens, found.dense_report, show, say)

@@ -17,6 +17,7 @@ from rankfront.search.choices import SAMPLERS
 from rankfront.search.config import (
     ControlConfig,
     DataConfig,
+    HealConfig,
     ModelConfig,
     ResourcesConfig,
     RuleConfig,
@@ -33,7 +34,7 @@ README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLES = (
     StudyConfig, ModelConfig, DataConfig, SplitConfig, ControlConfig, ShareConfig, SpaceConfig, RuleConfig,
-    SearchConfig, ResourcesConfig,
+    SearchConfig, ResourcesConfig, HealConfig,
 )  # fmt: skip
 COMMANDS = typer.main.get_command(app).commands
 LONGEST = 30  # words of a sentence on the front page

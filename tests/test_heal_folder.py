@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from rankfront.methods import InputError
 from rankfront.search.__main__ import run as command_line
-from rankfront.search.errors import ExportError
+from rankfront.search.config import make_config
+from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.memory import Need, check
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.output import healed
+from rankfront.search.run.resolving import heal_windows
+from rankfront.search.study import Study
 
 IDS = common.tokens(2, 24, seed=3)
 
@@ -189,6 +192,67 @@ def test_a_healed_folder_that_does_not_reload_the_same_is_not_kept(
 def heal_here(exported, text, out):
     asked = HealSettings(2_000, batch=128, rate=3e-3)
     return healed.heal_folder(exported / "small", healed.HealText(str(text), 32), asked, out)
+
+
+@pytest.fixture(scope="module")
+def healing_run(model_folder, text_file, tmp_path_factory):
+    """A run that was launched before anything was said of healing, and again after."""
+    data = small_data(model_folder, text_file, trials=2, anchors=[0.6])
+    run = tmp_path_factory.mktemp("healing") / "run"
+    make_run(data, run)
+    before = Study.open(run).rows()
+    data["data"]["heal"] = {"text": str(text_file), "windows": 40}
+    data["heal"] = {"tokens": 4_000, "rate": 0.003}
+    make_run(data, run)
+    assert Study.open(run).rows() == before
+    return run
+
+
+def test_export_and_healing_in_one_go(healing_run, tmp_path, verified_here):
+    study = Study.open(healing_run)
+    number = next(row.number for row in study.rows() if row.plan.choices)
+    out = tmp_path / "small"
+    assert command_line(["export", str(healing_run), "--trial", str(number), "--heal", "2k", "--out", str(out)]) == 0
+    record = json.loads((out / "healing.json").read_text())
+    assert record["settings"]["tokens"] == 2_000
+    assert record["stages"][-1]["after"] < record["stages"][0]["before"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_windows_to_heal_on_are_no_other_splits(healing_run):
+    study = Study.open(healing_run)
+    setup = study.setup()
+    found = heal_windows(study.run, setup.config, setup, lambda phase, done, total: None)
+    assert found.shape == (40, 32)
+    others = {tuple(window.tolist()) for windows in setup.tokens.values() for window in windows}
+    assert others.isdisjoint(tuple(window.tolist()) for window in found)
+
+
+def test_an_export_interrupted_while_it_heals_is_not_made_again(healing_run, tmp_path, verified_here, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    study = Study.open(healing_run)
+    row = next(row for row in study.rows() if row.plan.choices)
+    with monkeypatch.context() as patch:
+        patch.setattr(healed.Healing, "run", stop)
+        with pytest.raises(Interrupted):
+            study.export_healed(tmp_path / "small", row)
+    monkeypatch.setattr(healed, "export", None)  # which would fail
+    study.export_healed(tmp_path / "small", row)
+    assert (tmp_path / "small" / "healing.json").exists()
+
+
+def test_a_study_without_a_text_to_heal_on_says_what_to_write(exported, tmp_path, capsys):
+    asked = ["export", str(exported / "run"), "--knee", "--heal", "1M", "--out", str(tmp_path / "small")]
+    assert command_line(asked) == 2
+    assert "data.heal = {" in capsys.readouterr().err
+
+
+def test_a_heal_split_of_the_same_own_text_is_refused():
+    with pytest.raises(InputError, match="name self:SEED"):
+        make_config({"data": {"heal": {"text": "self", "windows": 4}}})
+    make_config({"data": {"heal": {"text": "self:1", "windows": 4}}})
 
 
 def test_too_little_memory_is_said_before_anything_is_trained():

@@ -15,6 +15,7 @@ from torch import Tensor
 from rankfront.methods import InputError
 from rankfront.search.splits import PYDOC, Split, own_text_seed
 
+LAST = "heal"  # split that chooses its windows after all others
 GOLDEN = (math.sqrt(5) - 1) / 2
 Sampler = Callable[[int, int], Tensor]  # seed, tokens -> that many token ids (N,) of the model's own text
 
@@ -103,8 +104,9 @@ def cut(tokenizer: Any, splits: Mapping[str, Split], length: int, sample: Sample
             tokens[text] = sample(seed, sum(_tokens_for(count * stride, split, stride) for split, count in wanted))
     taken: dict[str, set[int]] = {text: set() for text in tokens}
     result = {}
-    # The most confined split chooses first, so that a part is not used up by one that could go elsewhere.
-    for name, split in sorted(splits.items(), key=lambda item: (item[1].width, item[0])):
+    # The most confined split chooses first, so that a part is not used up by one that could go elsewhere; what may be
+    # added to a study later takes what the others left.
+    for name, split in sorted(splits.items(), key=lambda item: (item[0] == LAST, item[1].width, item[0])):
         parts = []
         for text, count in asked[name].items():
             ids = tokens[text]

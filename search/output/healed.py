@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from rankfront.methods import InputError
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.objectives import score
 from rankfront.search.atomic import staged
+from rankfront.search.attributes import Report
+from rankfront.search.choices import Refit
 from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.healing import Healing, Show, StageResult
 from rankfront.search.heal.keeper import Keeper
@@ -28,10 +31,12 @@ from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import blocks
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import cut, hash_tokens, read_text, tokenize
-from rankfront.search.output.export import TOLERANCE, verify_folder
+from rankfront.search.measure.setup import Setup
+from rankfront.search.output.export import REFIT_NOTE, TOLERANCE, export, verify_folder
 from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 from rankfront.search.splits import Split
+from rankfront.search.storage.front import Row
 
 RECORD = "healing.json"
 Say = Callable[[str], None]
@@ -51,6 +56,7 @@ def heal_folder(
     text: HealText,
     settings: HealSettings,
     out: Path,
+    windows: torch.Tensor | None = None,
     dense: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -59,7 +65,8 @@ def heal_folder(
 ) -> list[StageResult]:
     """Heal the factored export ``folder`` and write it to the new folder ``out``, verified there as an export is.
 
-    ``dense`` names the model that it was made of; by default what its plan says. An interrupted healing goes on from
+    ``windows`` (W, L) are those of the text; by default as many as the tokens need, spread over its part. ``dense``
+    names the model that it was made of; by default what its plan says. An interrupted healing goes on from
     its checkpoint in the hidden folder ``.OUT.healing`` when it is asked for again with the same settings.
 
     Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails, `Interrupted` on
@@ -78,7 +85,7 @@ def heal_folder(
             " one by --model"
         )
     device = pick_device(device)
-    windows = _windows(source, text, settings)
+    windows = _windows(source, text, settings) if windows is None else windows
     identity = {
         "plan": plan.key, "folder": source.fingerprint, "dense": teacher_source.fingerprint,
         "text": hash_tokens(windows), "settings": asdict(settings), "device": torch.device(device).type,
@@ -114,6 +121,58 @@ def heal_folder(
         ) from error
     keeper.drop()
     return results
+
+
+def export_healed(
+    setup: Setup,
+    row: Row,
+    out: Path,
+    windows: torch.Tensor,
+    tokens: int | None = None,
+    dense: Report | None = None,
+    show: Show = lambda status: None,
+    say: Say = lambda line: None,
+) -> list[StageResult]:
+    """Export trial ``row`` and heal it on ``windows`` (W, L) as the study's ``heal`` says, to the folder ``out``.
+
+    ``tokens`` are the study's unless given. The export before healing lies in the hidden folder ``.OUT.exported``
+    meanwhile; when the same is asked for again after an interruption, it is taken from there.
+    """
+    config, split = setup.config.heal, setup.config.data.heal
+    refit: Refit = "sequential" if config.stages[0] == "refit" else "none"
+    stages = tuple(stage for stage in config.stages if stage != "refit")
+    settings = HealSettings(
+        tokens=tokens or config.tokens,
+        stages=stages or ("blocks", "logits"),
+        method=config.method,
+        loss=config.loss,
+        window=config.window,
+        teacher=config.teacher,
+        rate=None if config.rate == "auto" else config.rate,
+        seed=setup.config.search.seed,
+    )
+    before = out.with_name(f".{out.name}.exported")
+    if not _is_export_of(before, row, refit):
+        shutil.rmtree(before, ignore_errors=True)
+        export(setup, row, before, "factored", refit, dense)
+    label = "" if split is None else split.label
+    text = HealText(label, windows.shape[1], (0.0, 1.0) if split is None else split.part)
+    trusted = setup.source.trust_remote_code
+    results = heal_folder(
+        before, text, settings, out, windows, setup.config.model.name, config.device, trusted, show, say
+    )
+    shutil.rmtree(before, ignore_errors=True)
+    return results
+
+
+def _is_export_of(folder: Path, row: Row, refit: Refit) -> bool:
+    """Whether ``folder``, which is whole if it is there, is what is to be healed."""
+    try:
+        plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, InputError):
+        return False
+    return plan == row.plan and (REFIT_NOTE in card) == (refit != "none")
 
 
 def _plan_of(folder: Path, source: Source) -> Plan:

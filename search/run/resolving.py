@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.source import cache_folder
-from rankfront.search.inputs.text import cut, hash_tokens, scattered
+from rankfront.search.inputs.text import LAST, cut, hash_tokens, scattered
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.latency_table import timed_objectives
@@ -60,6 +61,18 @@ def make_setup(
     groups = 0 if search.sampler == OURS else search.groups
     loss = preferred_loss(config) or "perplexity"
     return Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+
+
+def heal_windows(run: Run, config: StudyConfig, setup: Setup, progress: Progress) -> Tensor:
+    """Windows (W, L) of ``data.heal``, none of which another split has; `InputError` where the study names no text."""
+    if config.data.heal is None:
+        raise InputError(
+            'the study names no text to heal on: set data.heal = { text = "my.txt", windows = 512 } and launch it'
+            " again, or export the plan and use rankfront heal"
+        )
+    own = OwnText(setup.source, setup.dtype, setup.device, Path(setup.cache), own_text(run), progress)
+    splits = {**config.data.splits(), LAST: config.data.heal.split}
+    return cut(load_tokenizer(setup.source), splits, config.data.length, own)[LAST]
 
 
 def own_text(run: Run) -> dict[str, Tensor]:
