@@ -13,26 +13,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the search for plans is tuned by. A mechanism is off where its comment says so."""
-
-    # -- mechanisms (studies/ablation.py switches each of them off)
-    neighbours: bool = True  # correct predictions by what they missed of similar plans; study: results/predictions.md
-    # Of what similar plans explain within the surrogate; the evidence decides among them. (0.0,) is off. guess
-    residuals: tuple[float, ...] = (0.1, 0.03, 0.3, 1.0)
-    # What global proposals are drawn from, in turn: the corrected menu, a posterior sample of it, level switches. guess
-    modes: tuple[str, ...] = ("solve", "sample", "solve", "switch")
-    switches: int = 64  # budget-preserving switches tried for a proposal of that mode; 0 is off. guess
-    # By how many standard deviations predictions are taken to be too dark, until something gains; (0.0,) is off. guess
-    easings: tuple[float, ...] = (0.0, 1.0, 2.0)
+    """What the search for plans is tuned by."""
 
     # -- proposals
     solutions: int = 24  # budgets at which the corrected menu is solved for each proposal; guess
     # Of nsga2 and nsga3: in tens to hundreds of trials Optuna's default of 50 would see few generations. guess
     population: int = 16
     random_steps: int = 100  # at most, before the space is taken to be exhausted; guess
-    partners: int = 24  # sites looked at to make up for a switched one; guess
     steps_after_slopes: tuple[int, ...] = (1, 2)  # proposals measured after a pass of slopes, in turn; guess
-    global_every: int = 4  # one of the proposals beside those from the newest slopes in so many is global; guess
+    global_every: int = 4  # of proposals, those from the newest slopes aside, one in so many is no step; guess
     # Budgets around that of a reference plan: how far, relative to it, and how many. Steps that store much less hurt
     # more than slopes say: what their switches do adds up, where those of a step of the same size in part cancel. guess
     stretch: float = 0.04
@@ -69,7 +58,7 @@ class Tuning:
     method_deviation: float = 0.3
     offset_deviation: float = 1.0  # of a around 0; guess
     slope_deviation: float = 0.3  # of c around 1; guess
-    unexplained: float = 0.05  # of a measurement: what neither terms nor neighbours can explain; guess
+    unexplained: float = 0.05  # of a measurement: what the terms cannot explain; guess
     # Of a measurement, in nats: the error of a difference in loss over so many tokens; guess.
     loss_spread: float = 0.004
     spread_tokens: int = 4096
@@ -104,9 +93,9 @@ class Tuning:
     recent: int = 16  # trials; guess
     least_predictions: int = 8  # fewer say nothing about a rank correlation or a median; guess
     poor_spearman: float = 0.8  # guess
-    # Of log-divergence. On synthetic problems of 6 and 30 sites whose menu is off by a factor of 1.6 a site, with and
-    # without interactions and 10% noise, the median over 8 to 16 trials was 0.02 to 0.25; with the menu's divergences
-    # shuffled between sites and off by a factor of 7, 0.28 to 0.86 over the first 10 to 14. study: test_predictor.py
+    # Of log-divergence. On synthetic problems of 30 sites whose menu is off by a factor of 1.6 a site, with and without
+    # interactions and 10% noise, the median over 14 trials was 0.02 to 0.16; with the menu's divergences shuffled
+    # between sites and off by a factor of 7, 0.18 to 0.41. study: test_predictor.py
     poor_error: float = 0.3
     faint: float = 0.02  # nats a token; of less, noise of a few thousandths decides the logarithm; guess
     # Of the variance of ranks; what size leaves of less is of a few neighbours that swap places. guess

@@ -3,10 +3,11 @@
     python studies/ablation.py TEXT [--budgets 100000,300000] [--seeds 0,1] [--rows a,b] [--spaces a,b] [--threads 1]
 
 TEXT is split and plans are compared as in `search_benchmark.py`: at each kept fraction the measured plan that is best
-on the search split, measured on the report split. "Everything" is the search as it is; "lean" lacks all that the other
-rows leave out but neighbours. Finished cells are kept in studies/results/ablation.jsonl, one line each, and never
-measured again: stop it at any time and start it again. What a cell measured serves every other cell that measures the
-same: searches of one seed begin alike. The page studies/results/ablation.md is written anew after every cell.
+on the search split, measured on the report split. "Lean with anchors" is the search as it is, "lean" the same with no
+anchor but the dense model. Other rows are of bb7df42, which had more: "everything" is all of that, the others leave out
+one part of it, and "two fidelities" adds one. Finished cells are kept in studies/results/ablation.jsonl, one line each,
+and never measured again: stop it at any time and start it again. What a cell measured serves every other cell that
+measures the same: searches of one seed begin alike. The page studies/results/ablation.md is written after every cell.
 """
 
 from __future__ import annotations
@@ -42,20 +43,14 @@ from rankfront.search.tuning import Tuning
 EVERYTHING = "everything"
 SPACES: dict[str, Sequence[str]] = {"default": JOINT, "svd-llm": ("svd-llm",)}
 SHOWN = (0.8, 0.7, 0.6, 0.5)
-OFF: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what it changes in `Tuning`, in the study
-    "no posterior samples": ({"modes": ("solve", "solve", "solve", "switch")}, {}),
-    "no switches": ({"modes": ("solve", "sample", "solve", "solve"), "switches": 0}, {}),
-    "no easings": ({"easings": (0.0,)}, {}),
-    "no residual process": ({"residuals": (0.0,)}, {}),
-    "no neighbours": ({"neighbours": False}, {}),
-    "no anchors but dense": ({}, {"search.anchors": []}),
+ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what it changes in `Tuning`, in the study
+    "lean with anchors": ({}, {}),
+    "lean": ({}, {"search.anchors": []}),
 }
-LEAN = {"modes": ("solve",), "switches": 0, "easings": (0.0,), "residuals": (0.0,)}
-ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
-    EVERYTHING: ({}, {}),
-    "lean": (LEAN, {"search.anchors": []}),
-    **OFF,
-}
+EARLIER = (  # rows of bb7df42 that cannot be run any more
+    EVERYTHING, "no paths", "no anchors but dense", "no posterior samples", "no switches", "no easings",
+    "no residual process", "no neighbours", "two fidelities",
+)  # fmt: skip
 
 
 class Remembering:
@@ -150,7 +145,7 @@ def table(cells: Sequence[Cell]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"| {' | '.join('---' for _ in head)} |"
     whole = {cell["seed"]: cell["hypervolume"] for cell in cells if cell["row"] == EVERYTHING}
-    for row in ROWS:
+    for row in (*EARLIER, *ROWS):
         own = [cell for cell in cells if cell["row"] == row]
         if own:
             volumes = [cell["hypervolume"] for cell in own]
@@ -167,10 +162,10 @@ def table(cells: Sequence[Cell]) -> Iterator[str]:
 
 PAGE = """# What each mechanism of our search earns
 
-SmolLM2-135M-Instruct, WikiText-2 validation text; rows are said at the top of `studies/ablation.py`. Perplexities are
-medians over seeds on the report split, of the measured plan that is best on the search split within the kept fraction;
-"against everything" is the difference in hypervolume to the whole search, seed by seed. Seconds of the driver are what
-asking and telling took in all.
+SmolLM2-135M-Instruct, WikiText-2 validation text; rows are said at the top of `studies/ablation.py`, and what followed
+from them in docs/benchmarks.md. Perplexities are medians over seeds on the report split, of the measured plan that is
+best on the search split within the kept fraction; "against everything" is the difference in hypervolume to that row,
+seed by seed. Seconds of the driver are what asking and telling took in all.
 
 {tables}
 

@@ -195,11 +195,11 @@ def context_row(bench: Bench, budget: int, seed: int) -> Found:
     found.tokens += PASSES["perplexity"] * windows.numel()
     taylor = bench.slopes(menu, reference, windows, seed)
     begun = time.perf_counter()
-    surrogate = Surrogate(menu, [""] * len(menu.lines), [0] * len(menu.lines), seed)  # no trial teaches it
+    surrogate = Surrogate(menu, [""] * len(menu.lines), [0] * len(menu.lines))  # no trial teaches it
     context = corrections_of(taylor, menu, surrogate.terms.features)
     surrogate.terms.corrections = [context] if context is not None else []
     for keep in GRID:
-        solved = sweep(menu, surrogate.losses(surrogate.mean, keep))
+        solved = sweep(menu, surrogate.losses(keep))
         found.plans[keep] = menu.decode(solved.solve(keep * menu.dense))
     found.overhead += time.perf_counter() - begun
     return found

@@ -27,6 +27,11 @@ TUNING = Tuning()
 NEVER = 1e-9  # nats; the divergence of dense, so that its logarithm exists
 
 
+def compatible(menu, places):
+    """Whether no weight is treated twice."""
+    return not any(place and any(places[other] for other in menu.rivals[i]) for i, place in enumerate(places))
+
+
 class Drawn(Space):
     """A space with a variable for each line of a menu, two kinds of lines in each block."""
 
@@ -120,11 +125,11 @@ class Problem:
         places = self.menu.encode(plan)
         return {1: self.menu.size(places) / self.menu.dense} | ({2: self.weight(places)} if self.bytes else {})
 
-    def predictor(self, seed=0, goal=None, tuning=TUNING):
-        return Predictor(self.menu, Drawn(self.menu), goal or self.goal, seed, tuning)
+    def predictor(self, goal=None):
+        return Predictor(self.menu, Drawn(self.menu), goal or self.goal)
 
     def sampler(self, seed, goal=None):
-        return RankfrontSampler(self.predictor(seed, goal), seed)
+        return RankfrontSampler(self.predictor(goal), seed)
 
     def ask(self, study):
         """A running trial, and the plan it was given."""
@@ -218,7 +223,7 @@ class Overlap(Problem):
 
     def best(self):
         every = itertools.product(*(range(len(found)) for found in self.options.values()))
-        return self.share([plan for plan in every if self.menu.compatible(plan)])
+        return self.share([plan for plan in every if compatible(self.menu, plan)])
 
 
 def plan_of(study, problem, number):

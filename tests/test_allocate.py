@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from allocators import sensitivity, tolerance, uniform, value
+from synthetic import compatible
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
 from rankfront.search.plans.knapsack import Budget, _silent, knapsack, knapsack_several, sweep
@@ -320,7 +321,7 @@ JOINT = {seed: joint_menu(seed, blocks=1 + seed % 2) for seed in range(4)}
 
 def every_choice(menu):
     """Every choice that treats no weight twice."""
-    return (p for p in itertools.product(*(range(len(line.options)) for line in menu.lines)) if menu.compatible(p))
+    return (p for p in itertools.product(*(range(len(line.options)) for line in menu.lines)) if compatible(menu, p))
 
 
 def some_choices(menu, count):
@@ -331,7 +332,7 @@ def some_choices(menu, count):
         for number in random.permutation(len(places)):
             tried = [*places]
             tried[number] = int(random.integers(len(menu.lines[number].options)))
-            places = tried if menu.compatible(tried) else places
+            places = tried if compatible(menu, tried) else places
         yield places
 
 
@@ -343,7 +344,7 @@ def joint(request):
 def test_joint_sites_are_never_treated_beside_their_own_weights(joint, allocate):
     for budget in budgets(joint):
         places = allocate(joint, budget)
-        assert joint.compatible(places)
+        assert compatible(joint, places)
         assert joint.size(places) <= budget
 
 
@@ -360,7 +361,7 @@ def test_stored_values_of_a_joint_choice_count_every_weight_once(joint):
 def test_the_cheapest_choice_of_joint_sites(joint):
     if len(joint.lines) < 10:
         assert joint.least == min(joint.size(places) for places in every_choice(joint))
-    assert joint.compatible(joint.cheapest)
+    assert compatible(joint, joint.cheapest)
 
 
 @pytest.mark.parametrize("name", EXACT)

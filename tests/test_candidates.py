@@ -11,36 +11,20 @@ from rankfront.search.plans.knapsack import sweep
 ROUND = TUNING.round_fractions
 
 
-def test_switches_keep_the_budget():
-    """One site up and another down: never more stored than by the front member that was changed."""
-    problem = Problem(interaction=1.5)
-    sampler = problem.sampler(0)
-    problem.run(problem.study(sampler), 12)
-    random = np.random.default_rng(0)
-    for _ in range(5):
-        member = tuple(int(place) for place in random.integers(0, problem.levels, problem.sites))
-        switched = sampler.candidates.switches([member], sampler.predictor.surrogate.mean, problem.menu)
-        assert switched
-        assert all(problem.menu.size(plan) <= problem.menu.size(member) for plan in switched)
-
-
 def test_solutions_are_doubted_more_than_steps():
     """By what the best of many flatters itself; the step is proposed where both are predicted alike."""
     problem = Problem(sites=30, levels=8)
     sampler = problem.sampler(0)
     around(problem, sampler, 0.8)
-    steps = set(next(sampler.candidates.groups("newest", sampler.predictor.surrogate.mean)))
-    both = next(sampler.candidates.groups("any", sampler.predictor.surrogate.mean))
+    steps = set(next(sampler.candidates.groups("newest")))
+    both = next(sampler.candidates.groups("any"))
     assert steps
     assert {both[plan] for plan in steps & both.keys()} == {TUNING.steps_worse}
     assert {worse for plan, worse in both.items() if plan not in steps} == {TUNING.solutions_worse}
     step = next(iter(steps))
     other = (*step[1:], step[0])
-    sampler.acquisition.values = lambda plans, coefficients, pessimism: np.array(
-        [[0.1 * np.exp(0.15 * d), 0.5] for d in pessimism]
-    )
-    mean = sampler.predictor.surrogate.mean
-    assert sampler.acquisition.best({other: TUNING.solutions_worse, step: TUNING.steps_worse}, mean) == step
+    sampler.acquisition.values = lambda plans, pessimism: np.array([[0.1 * np.exp(0.15 * d), 0.5] for d in pessimism])
+    assert sampler.acquisition.best({other: TUNING.solutions_worse, step: TUNING.steps_worse}) == step
 
 
 def test_what_is_smaller_than_anything_measured_is_not_doubted():
@@ -52,30 +36,13 @@ def test_what_is_smaller_than_anything_measured_is_not_doubted():
     plan = next(iter(sampler.predictor.history.measured))
     small, alike = problem.menu.cheapest, (*plan[1:], plan[0])
     values = {small: (0.9 * 0.5, 0.1), alike: (0.99 * known, size)}  # the first a tenth within the box
-    sampler.acquisition.values = lambda plans, coefficients, pessimism: np.array(
+    sampler.acquisition.values = lambda plans, pessimism: np.array(
         [[values[plan][0] * np.exp(0.15 * d), values[plan][1]] for plan, d in zip(plans, pessimism, strict=True)]
     )
-    candidates, mean = {small: TUNING.solutions_worse, alike: 0.0}, sampler.predictor.surrogate.mean
-    assert sampler.acquisition.best(candidates, mean) == small
+    candidates = {small: TUNING.solutions_worse, alike: 0.0}
+    assert sampler.acquisition.best(candidates) == small
     sampler.predictor.history.measured[small] = replace(sampler.predictor.history.measured[plan], values=[1.0, 0.1])
-    assert sampler.acquisition.best(candidates, mean) == alike
-
-
-def test_where_nothing_gains_what_may_gain_is_proposed():
-    """Predictions are taken to be darker than they should be before what is outside of the box is looked at."""
-    problem = Problem(sites=30, levels=8)
-    sampler = problem.sampler(0)
-    around(problem, sampler, 0.95)
-    (known,) = sampler.predictor.history.met()
-    near, far = (1,) * 30, (2,) * 30
-    logs = {near: np.log(known[0]) + 0.05, far: np.log(4 * 0.5)}  # a little above the front; four times the box
-    sampler.acquisition.values = lambda plans, coefficients, pessimism: np.array(
-        [
-            [np.exp(logs[plan] + 0.1 * d), known[1] if plan == near else 0.1]
-            for plan, d in zip(plans, pessimism, strict=True)
-        ]
-    )
-    assert sampler.acquisition.best({far: 0.0, near: 0.0}, sampler.predictor.surrogate.mean) == near
+    assert sampler.acquisition.best(candidates) == alike
 
 
 def test_perplexity_follows_from_the_divergence_beside_it():
@@ -83,8 +50,7 @@ def test_perplexity_follows_from_the_divergence_beside_it():
     sampler = problem.sampler(0)
     problem.run(problem.study(sampler), 12)
     plans = [(place,) * problem.sites for place in range(1, problem.levels)]
-    mean = sampler.predictor.surrogate.mean
-    divergence, _, perplexity = sampler.acquisition.values(plans, mean, np.zeros(len(plans))).T
+    divergence, _, perplexity = sampler.acquisition.values(plans, np.zeros(len(plans))).T
     np.testing.assert_allclose(perplexity, 30 * np.exp(1.3 * divergence), rtol=1e-6)
     assert (np.diff(perplexity) > 0).all()
 
@@ -100,7 +66,7 @@ def test_steps_end_at_round_kept_fractions():
     assert sampler.candidates.at_targets({full: 1.5, idle: 0.5, (0,) * 30: 0.5}) == {full: 1.5}
     around(problem, sampler, 0.79)
     for mode, targets in (("newest", {0.8}), ("any", set(ROUND))):
-        first = next(sampler.candidates.groups(mode, sampler.predictor.surrogate.mean))
+        first = next(sampler.candidates.groups(mode))
         sizes = [menu.size(plan) / menu.dense for plan in first]
         assert sizes
         assert {min(target for target in ROUND if target >= size) for size in sizes} <= targets
@@ -113,7 +79,7 @@ def test_once_plans_at_targets_are_tried_others_are_proposed():
     sampler = problem.sampler(0)
     around(problem, sampler, 0.8)
     at_targets = set()
-    for pessimism in list(sampler.candidates.groups("newest", sampler.predictor.surrogate.mean))[:-1]:
+    for pessimism in list(sampler.candidates.groups("newest"))[:-1]:
         at_targets |= pessimism.keys()
     sampler.candidates.step = None  # which would fail
     assert sampler.propose(at_targets, "newest") not in at_targets
@@ -160,12 +126,11 @@ def test_targets_are_fractions_of_what_is_searched():
     )
 
 
-@pytest.mark.parametrize("mode", ["solve", "sample", "switch"])
-def test_global_proposals_end_at_targets_too(mode):
+def test_solutions_end_at_targets_too():
     problem = Problem(sites=30, levels=8)
     sampler, menu = problem.sampler(0), problem.menu
     problem.run(problem.study(sampler), 10)
-    first = next(sampler.candidates.groups(mode, sampler.predictor.surrogate.mean))
+    first = next(sampler.candidates.groups("solve"))
     sizes = [menu.size(plan) / menu.dense for plan in first]
     assert len({min(target for target in ROUND if target >= size - 1e-9) for size in sizes}) >= 4
     assert all(min(target - size for target in ROUND if target >= size - 1e-9) < TUNING.slack for size in sizes)
@@ -176,21 +141,6 @@ def test_where_several_costs_count_budgets_are_free():
     sampler = problem.sampler(0)
     assert not len(sampler.targets)
     assert sampler.candidates.at_targets({(0,) * 6: 0.5}) == {}
-    at_targets, everywhere, _ = sampler.candidates.groups("solve", sampler.predictor.surrogate.mean)
+    at_targets, everywhere, _ = sampler.candidates.groups("solve")
     assert not at_targets
     assert len({problem.menu.size(plan) for plan in everywhere}) > 10
-
-
-def test_where_predictions_are_poor_neighbours_of_the_front_are_candidates():
-    """In every global mode, beside the menu's solutions; else in one of four."""
-    problem = Problem(sites=30, levels=8)
-    sampler = problem.sampler(0)
-    problem.run(problem.study(sampler), 10)
-    front = np.array(sampler.predictor.history.front())
-    for mode in ("solve", "sample", "switch"):
-        counts = []
-        for sampler.predictor.poor in (False, True):
-            *_, plans = sampler.candidates.groups(mode, sampler.predictor.surrogate.mean)
-            counts.append(sum((front != plan).sum(1).min() <= 2 for plan in plans))
-        assert counts[1] > 10
-        assert (counts[0] > 10) == (mode == "switch")

@@ -26,7 +26,7 @@ def line(i):
 
 
 MENU = Menu(tuple(line(i) for i in range(SITES)))
-FEATURES = Surrogate(MENU, ["kind"] * SITES, [0] * SITES, 0).terms.features
+FEATURES = Surrogate(MENU, ["kind"] * SITES, [0] * SITES).terms.features
 
 
 def around(places, factors, scale=2.0, noise=0.0):
@@ -112,7 +112,7 @@ def test_factors_fade_with_the_distance_in_size():
 
 def test_the_surrogate_reads_each_plan_by_its_own_size():
     """Predictions and the losses for an allocator agree with adding up by hand, at every size."""
-    surrogate = Surrogate(MENU, ["kind"] * SITES, [0] * SITES, 0)
+    surrogate = Surrogate(MENU, ["kind"] * SITES, [0] * SITES)
     random = np.random.default_rng(3)
     surrogate.terms.corrections = [Corrections(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
     for plan in random.integers(0, 2 * LEVELS + 1, (20, SITES)):
@@ -123,7 +123,7 @@ def test_the_surrogate_reads_each_plan_by_its_own_size():
             for i, place in enumerate(plan)
             if place
         )
-        losses = surrogate.losses(surrogate.mean, share)
+        losses = surrogate.losses(share)
         assert sum(losses[i][place] for i, place in enumerate(plan)) == pytest.approx(expected)
         assert surrogate.predict(plan[None])[0] == pytest.approx(np.log(expected), abs=1e-6)
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from launching import make_run, measured, optuna_study, small_data, verify_here
 from rows import JOINT_METHODS, SHARED_METHODS
+from synthetic import compatible
 
 from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
@@ -379,7 +380,7 @@ def test_the_search_believes_the_plans_that_were_measured(model_folder, text_fil
     measured = predictor.history.measured
     assert {rows[known.trial].origin.partition(":")[0] for known in measured.values()} >= {"anchor", "menu"}
     for places, known in measured.items():
-        assert menu.compatible(places)
+        assert compatible(menu, places)
         assert menu.decode(places).key == rows[known.trial].plan_key
     for budget in np.linspace(menu.least / menu.dense + 0.01, 0.9, 9):
         assert study.answer(f"block_parameters<={budget}").figures["block_parameters"] <= budget

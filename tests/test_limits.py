@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from synthetic import compatible
 
 from rankfront.methods import DENSE_OPTION, InputError, Option, Site, Weight
 from rankfront.objectives.latency import Latency
@@ -49,7 +50,7 @@ def make_figures(seed=0, levels=(*LEVELS, *INTEGERS), biased="b.o"):
 
 def every_choice(menu):
     plans = itertools.product(*(range(len(line.options)) for line in menu.lines))
-    return [plan for plan in plans if menu.compatible(plan)]
+    return [plan for plan in plans if compatible(menu, plan)]
 
 
 def bounds(figures, name, count):
@@ -77,7 +78,7 @@ def test_the_solution_under_several_limits_is_the_best_by_brute_force(names, ope
             assert not within
             refused += 1
             continue
-        assert menu.compatible(plan)
+        assert compatible(menu, plan)
         assert met(limits, figures.of(menu.decode(plan)))
         if within:
             assert menu.divergence(plan) <= min(within) + 1e-12

@@ -35,7 +35,7 @@ def test_it_is_a_gaussian_process():
     count = len(plans)
     seen = joint[:count, :count] + np.diag(DEFAULT.alike_noise**2 + spreads**2)
     gain = joint[count:, :count] @ np.linalg.inv(seen)
-    correction, left = Neighbours(plans, missed + 0.3, errors, spreads).correct(others, claimed, np.full(count, 0.3))
+    correction, left = Neighbours(plans, missed, errors, spreads).correct(others, claimed)
     np.testing.assert_allclose(correction, gain @ missed, rtol=1e-8)
     np.testing.assert_allclose(left**2, np.diag(joint[count:, count:] - gain @ joint[:count, count:]), rtol=1e-6)
 
@@ -44,7 +44,7 @@ def test_the_nearer_a_plan_is_the_more_it_is_corrected():
     plan = np.zeros((1, 10), dtype=int)
     neighbours = Neighbours(plan, np.array([0.1]), np.array([0.2]), np.array([0.0]))
     others = np.array([[1] * moved + [0] * (10 - moved) for moved in range(11)])
-    correction, left = neighbours.correct(others, np.full(11, 0.2), np.zeros(1))
+    correction, left = neighbours.correct(others, np.full(11, 0.2))
     assert (np.diff(correction) < 0).all()
     assert (np.diff(left) > 0).all()
     assert correction[0] == pytest.approx(0.1, rel=0.02)
@@ -54,14 +54,12 @@ def test_the_nearer_a_plan_is_the_more_it_is_corrected():
 
 def test_what_is_sure_of_itself_is_not_corrected():
     plans, missed, errors, spreads = made()
-    correction, left = Neighbours(plans, missed, errors, spreads).correct(plans, np.zeros(len(plans)), 0 * missed)
+    correction, left = Neighbours(plans, missed, errors, spreads).correct(plans, np.zeros(len(plans)))
     np.testing.assert_array_equal(correction, 0)
     np.testing.assert_array_equal(left, 0)
 
 
 def test_noisy_measurements_correct_little():
     plans, missed, errors, _ = made()
-    exact, noisy = (
-        Neighbours(plans, missed, errors, np.full(len(plans), s)).correct(plans, errors, 0 * missed)[0] for s in (0, 5)
-    )
+    exact, noisy = (Neighbours(plans, missed, errors, np.full(len(plans), s)).correct(plans, errors)[0] for s in (0, 5))
     assert np.abs(noisy).max() < 0.01 * np.abs(exact).max()

@@ -8,7 +8,6 @@ import moocore
 import numpy as np
 
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.surrogate import Coefficients
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu import Places
 
@@ -23,9 +22,9 @@ class Acquisition:
         self.predictor = predictor
         self.menu, self.goal, self.tuning = predictor.menu, predictor.goal, predictor.tuning
 
-    def best(self, candidates: Mapping[Places, float], coefficients: Coefficients) -> Places:
+    def best(self, candidates: Mapping[Places, float]) -> Places:
         """The one that gains most by prediction, each worse by so many standard deviations (the winner's curse); where
-        none gains, that which would if predictions were too dark.
+        none gains, that which is nearest to it.
 
         Plans smaller than anything measured need no pessimism: there is nothing that they would have to be better than.
         """
@@ -33,12 +32,9 @@ class Acquisition:
         sizes = map(self.menu.size, self.predictor.history.measured)
         least = min(sizes, default=0) - self.tuning.slack * self.menu.dense
         pessimism[[self.menu.size(plan) < least for plan in plans]] = 0.0
-        for easing in self.tuning.easings:
-            values = self.values(plans, coefficients, pessimism - easing)
-            gains = self.gains(values)
-            if gains.max() > 0:
-                return plans[int(gains.argmax())]
-        return plans[int(self.behind(values).argmin())]
+        values = self.values(plans, pessimism)
+        gains = self.gains(values)
+        return plans[int(gains.argmax() if gains.max() > 0 else self.behind(values).argmin())]
 
     def gains(self, values: np.ndarray) -> np.ndarray:
         """Gain in hypervolume over the measured front, in units of the box, of plans with objectives ``values``
@@ -64,7 +60,7 @@ class Acquisition:
         measured = self.goal.unit(self.predictor.history.met())
         return measured[moocore.is_nondominated(measured)] if len(measured) else measured
 
-    def values(self, candidates: Sequence[Places], coefficients: Coefficients, pessimism: np.ndarray) -> np.ndarray:
+    def values(self, candidates: Sequence[Places], pessimism: np.ndarray) -> np.ndarray:
         """Predicted objectives of every candidate, (N, d), its log-divergence worse by ``pessimism`` (N,) standard
         deviations.
 
@@ -74,7 +70,7 @@ class Acquisition:
         """
         goal, history = self.goal, self.predictor.history
         plans = [self.menu.decode(candidate) for candidate in candidates]
-        logs, errors = self.predictor.levels(candidates, coefficients)
+        logs, errors = self.predictor.levels(candidates)
         logs = logs + pessimism * errors
         values = np.full((len(candidates), goal.count), np.nan)
         for row, plan in enumerate(plans):

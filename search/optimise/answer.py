@@ -151,7 +151,7 @@ class _Learned:
         Where a latency of the solution was measured and missed its limit, the bound moves by what the table was wrong.
         """
         predictor, bounds = self.predictor, [self._tightened(limit) for limit in limits]
-        losses = predictor.surrogate.losses(predictor.surrogate.mean, share)
+        losses = predictor.surrogate.losses(share)
         places = None
         for _ in range(predictor.tuning.answer_tries):
             try:

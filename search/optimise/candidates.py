@@ -10,17 +10,16 @@ import numpy as np
 from rankfront.search.optimise.budgets import target_budgets, uses_up
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.solvers import corrected, downhill
-from rankfront.search.optimise.surrogate import Coefficients
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.menu import Menu, Places
 
 
 class Candidates:
-    """Solutions of the corrected menu, steps downhill from plans with slopes, and switches within front members.
+    """Solutions of the corrected menu, and steps downhill from plans with slopes.
 
     Args:
         predictor: what is known of the plans.
-        random: what budgets, weights of costs and switches are drawn from.
+        random: what budgets and weights of costs are drawn from.
     """
 
     def __init__(self, predictor: Predictor, random: np.random.Generator) -> None:
@@ -28,12 +27,12 @@ class Candidates:
         self.menu, self.tuning = predictor.menu, predictor.tuning
         self.random = random
 
-    def groups(self, mode: str, coefficients: Coefficients) -> Iterator[dict[Places, float]]:
+    def groups(self, mode: str) -> Iterator[dict[Places, float]]:
         """Plans to choose a proposal from, and should all of them be tried, others: the standard deviations by which
         each may be worse than predicted (the winner's curse).
 
         ``mode`` is "newest" for steps from the newest slopes first, "any" for those from all recent ones beside
-        solutions, else one of `Tuning.modes`.
+        solutions, "solve" for solutions alone.
         """
         costs, models = self.menu.count, self.predictor.history.taylor_models
         priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
@@ -44,22 +43,19 @@ class Candidates:
             yield self._with_pessimism(steps, [])
         if mode in ("newest", "any"):
             steps = self._downhill(models[-self.tuning.references :], priced)
-        front, switches = self.predictor.history.front(), []
-        if front and (mode == "switch" or self.predictor.poor):
-            switches = self.switches(front, coefficients, priced)
-        solutions = self._solutions(coefficients, priced, to_targets=True) + switches
+        solutions = self._solutions(priced, to_targets=True)
         yield self.at_targets(self._with_pessimism(steps, solutions))
         yield self._with_pessimism(steps, solutions)
-        yield self._with_pessimism(steps, self._solutions(coefficients, priced) + switches)
+        yield self._with_pessimism(steps, self._solutions(priced))
 
     def _with_pessimism(self, steps: Sequence[Places], solutions: Sequence[Places]) -> dict[Places, float]:
         """Each plan once, and the standard deviations by which its kind turns out worse than predicted."""
         tuning = self.tuning
         return dict.fromkeys(solutions, tuning.solutions_worse) | dict.fromkeys(steps, tuning.steps_worse)
 
-    def _solutions(self, coefficients: Coefficients, priced: Menu, to_targets: bool = False) -> list[Places]:
+    def _solutions(self, priced: Menu, to_targets: bool = False) -> list[Places]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to targets."""
-        solved, count = corrected(self.predictor, coefficients, priced), self.tuning.solutions
+        solved, count = corrected(self.predictor, priced), self.tuning.solutions
         shift = self.random.uniform()
         budgets = priced.least + (np.arange(count) + shift) / count * (priced.dense - priced.least)
         return [solved.solve(budget) for budget in (self._to_targets(budgets) if to_targets else budgets)]
@@ -90,39 +86,6 @@ class Candidates:
         """Those of ``candidates`` that use up what a target allows: cautious steps up stop short of it."""
         slack = self.tuning.slack * self.menu.dense
         return {c: worse for c, worse in candidates.items() if uses_up(self.menu.size(c), self.targets, slack)}
-
-    # -- switches
-
-    def switches(self, front: Sequence[Places], coefficients: Coefficients, priced: Menu) -> list[Places]:
-        """Front members with one site moved to another option and a second one moved to stay within the budget."""
-        found = []
-        losses_of: dict[Places, list[np.ndarray]] = {}  # by the front member that they hold around
-        for _ in range(self.tuning.switches):
-            member = front[int(self.random.integers(len(front)))]
-            if member not in losses_of:
-                share = self.menu.size(member) / self.menu.dense
-                losses_of[member] = self.predictor.surrogate.losses(coefficients, share)
-            switched = self._made_up(self.step(member), losses_of[member], priced, priced.size(member))
-            if priced.size(switched) <= priced.size(member):
-                found.append(switched)
-        return found
-
-    def _made_up(self, plan: Places, losses: Sequence[np.ndarray], priced: Menu, budget: int) -> Places:
-        """``plan`` with the site at another option that brings it within ``budget`` for the least of ``losses``, of
-        `Tuning.partners` sites; as it is where none does."""
-        over = priced.size(plan) - budget
-        best = np.inf, 0, 0
-        for i in map(int, self.random.permutation(len(plan))[: self.tuning.partners]):
-            if any(plan[rival] for rival in priced.rivals[i]):
-                continue
-            sizes = priced.lines[i].sizes
-            enough = np.flatnonzero(sizes[plan[i]] - sizes >= over)
-            if len(enough):
-                place = int(enough[losses[i][enough].argmin()])
-                if place != plan[i]:
-                    best = min(best, (float(losses[i][place] - losses[i][plan[i]]), i, place), key=lambda one: one[0])
-        change, site, place = best
-        return plan if change == np.inf else (*plan[:site], place, *plan[site + 1 :])
 
     def step(self, plan: Places) -> Places:
         """``plan`` with one site at another of its options, and its rivals at dense."""

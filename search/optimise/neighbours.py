@@ -29,30 +29,23 @@ class Neighbours:
 
     Args:
         plans: the measured ones, (T, lines).
-        levels: their log-divergence, (T,).
-        errors: standard deviations that are claimed for predictions of it, (T,).
+        missed: their log-divergence less what was predicted of it, (T,).
+        errors: standard deviations that are claimed for those predictions, (T,).
         spreads: standard deviations of what was measured, (T,).
         tuning: its constants.
     """
 
     def __init__(
-        self,
-        plans: np.ndarray,
-        levels: np.ndarray,
-        errors: np.ndarray,
-        spreads: np.ndarray,
-        tuning: Tuning = DEFAULT,
+        self, plans: np.ndarray, missed: np.ndarray, errors: np.ndarray, spreads: np.ndarray, tuning: Tuning = DEFAULT
     ) -> None:
-        self.plans = plans
-        self.tuning = tuning
-        self._levels, self._errors = levels, errors
+        self.plans, self.errors, self.tuning = plans, errors, tuning
         noise = np.diag(tuning.alike_noise**2 + spreads**2)
         self._factor = cho_factor(np.outer(errors, errors) * alike(plans, plans, tuning) + noise)
+        self._weights = cho_solve(self._factor, missed)
 
-    def correct(self, plans: np.ndarray, errors: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it, where
-        the same model has ``predicted`` (T,) of the measured ones."""
-        shared = np.outer(errors, self._errors) * alike(plans, self.plans, self.tuning)  # (N, T)
-        correction: np.ndarray = shared @ cho_solve(self._factor, self._levels - predicted)
+    def correct(self, plans: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it."""
+        shared = np.outer(errors, self.errors) * alike(plans, self.plans, self.tuning)  # (N, T)
+        correction: np.ndarray = shared @ self._weights
         explained = (shared * cho_solve(self._factor, shared.T).T).sum(1)
         return correction, np.sqrt(np.maximum(errors**2 - explained, 0.0))

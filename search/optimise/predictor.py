@@ -12,7 +12,7 @@ from rankfront.search.optimise.corrections import Corrections, corrections_of
 from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.history import History
 from rankfront.search.optimise.neighbours import Neighbours
-from rankfront.search.optimise.surrogate import Coefficients, Surrogate
+from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import Scaling, TaylorModel, learn_scalings, surest
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.plan import Plan
@@ -29,11 +29,10 @@ class Predictor:
         menu: what each option costs and is predicted to hurt.
         space: what trials draw from, a variable for each site.
         goal: the objectives.
-        seed: of posterior samples.
         tuning: constants of all of this.
     """
 
-    def __init__(self, menu: Menu, space: Space, goal: Goal, seed: int, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, menu: Menu, space: Space, goal: Goal, tuning: Tuning = DEFAULT) -> None:
         self.tuning = tuning
         self.menu = menu
         self.space = space
@@ -42,11 +41,10 @@ class Predictor:
         places = {site.name: place for site, place in space.sites.items()}
         at = [places[line.site] for line in menu.lines]
         blocks = [-1 if place.block is None else place.block for place in at]
-        self.surrogate = Surrogate(menu, [place.kind for place in at], blocks, seed, tuning)
+        self.surrogate = Surrogate(menu, [place.kind for place in at], blocks, tuning)
         self.scalings: list[Scaling] = []  # of each Taylor model
-        self.neighbours: Neighbours | None = None  # None before anything is measured, or where they are off
+        self.neighbours: Neighbours | None = None  # None before anything is measured
         self.error = tuning.prior_error  # of the surrogate's predictions, as recent trials showed it
-        self.poor = False  # whether that is too much to lean on them
         self._corrections: dict[int, Corrections | None] = {}  # what slopes say of the menu, by trial
 
     # -- learning
@@ -65,21 +63,15 @@ class Predictor:
         self.surrogate.fit(plans, levels, spreads)
         self._assess()
         self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels), self.tuning)
-        if self.tuning.neighbours:
-            predicted, errors = self.uncorrected(plans)
-            # What noise made large is no surer for it.
-            relative = spreads / np.exp(np.minimum(levels, predicted))
-            self.neighbours = Neighbours(plans, levels, errors, relative, self.tuning)
+        predicted, errors = self.uncorrected(plans)
+        relative = spreads / np.exp(np.minimum(levels, predicted))  # what noise made large is no surer for it
+        self.neighbours = Neighbours(plans, levels - predicted, errors, relative, self.tuning)
 
     def _assess(self) -> None:
-        """Estimate the surrogate's error from what it would have predicted of recent trials.
-
-        By the rule of `Calibration.poor`, though of the surrogate alone: slopes do not make it better.
-        """
+        """Estimate the surrogate's error from what it would have predicted of recent trials."""
         tuning = self.tuning
         missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < tuning.prior_error])[-tuning.recent :]
         median = float(np.median(missed)) if len(missed) else 0.0
-        self.poor = len(missed) >= tuning.least_predictions and median > tuning.poor_error
         variances = [tuning.prior_error**2] * tuning.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
         self.error = math.sqrt(sum(variances) / len(variances))
 
@@ -100,9 +92,7 @@ class Predictor:
             return self.goal.dense
         return self.goal.loss(float(self.levels([places])[0][0]))
 
-    def levels(
-        self, plans: Sequence[Places], coefficients: Coefficients | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def levels(self, plans: Sequence[Places]) -> tuple[np.ndarray, np.ndarray]:
         """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
         nearby, weighted by their precision, corrected by what both missed of measured neighbours.
 
@@ -110,18 +100,15 @@ class Predictor:
         alike it would only hide which of them is the best.
         """
         places = np.array(plans)
-        logs, errors = self.uncorrected(places, coefficients)
+        logs, errors = self.uncorrected(places)
         if self.neighbours is None:
             return logs, errors
-        of_measured, _ = self.uncorrected(self.neighbours.plans, coefficients)
-        correction, errors = self.neighbours.correct(places, errors, of_measured)
+        correction, errors = self.neighbours.correct(places, errors)
         return logs + correction, errors
 
-    def uncorrected(
-        self, places: np.ndarray, coefficients: Coefficients | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def uncorrected(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`levels` of plans (T, lines) by surrogate and slopes alone."""
-        logs = self.surrogate.predict(places, coefficients)
+        logs = self.surrogate.predict(places)
         near, errors = surest(self.history.taylor_models, places, self.scalings, self.tuning)
         weight = self.error**2 / (self.error**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)

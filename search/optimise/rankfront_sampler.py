@@ -33,10 +33,9 @@ class RankfrontSampler(BaseSampler):
 
     Each proposal is the candidate with the largest predicted gain in hypervolume. Where slopes were measured the
     candidates are steps downhill from those reference plans, at round kept fractions around them, then solutions of the
-    corrected menu at many of those beside them, and now and then those of a posterior sample of its coefficients, or
-    switches of levels within front members that keep their budget. Where plans cost several things at once, such as
-    values and bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were measured
-    or are running are never proposed again.
+    corrected menu at many of those beside them, and now and then those alone. Where plans cost several things at once,
+    such as values and bytes, each proposal weighs them anew, and its budgets are in the weighed cost. Plans that were
+    measured or are running are never proposed again.
 
     Args:
         predictor: what is known of the plans, shared with whoever asks for predictions.
@@ -71,18 +70,18 @@ class RankfrontSampler(BaseSampler):
         return dict(self.space.encode(self.menu.decode(proposed)))
 
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
-        """Without slopes the global modes in turn; with them, a step downhill from the newest, then from any of them or
-        a solution of the corrected menu, and now and then a global one."""
-        modes, every = self.tuning.modes, self.tuning.global_every
+        """Without slopes a solution of the corrected menu; with them, a step downhill from the newest, then from any of
+        them or a solution, and now and then a solution."""
+        every = self.tuning.global_every
         proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
         passes = [t for t in trials if keys.SLOPES in t.user_attrs]
         if not passes or not self.predictor.history.taylor_of:
-            return modes[len(proposed) % len(modes)]
+            return "solve"
         since = [sum(_follows(t, one) for t in proposed) for one in passes]  # those asked while it ran do not know it
         if not since[-1]:
             return "newest"
         others = len(proposed) - sum(later < earlier for earlier, later in pairwise([*since, 0]))
-        return modes[others // every % len(modes)] if others % every == every - 1 else "any"
+        return "solve" if others % every == every - 1 else "any"
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -94,18 +93,16 @@ class RankfrontSampler(BaseSampler):
     def propose(self, tried: set[Places], mode: str) -> Places:
         """The best plan not ``tried`` of those solved for at targets, else at any budget, else of random steps away.
         `Candidates.groups` says what the modes are."""
-        surrogate = self.predictor.surrogate
-        coefficients = surrogate.sample() if mode == "sample" else surrogate.mean
-        for group in self.candidates.groups(mode, coefficients):
+        for group in self.candidates.groups(mode):
             fresh = {plan: worse for plan, worse in group.items() if plan not in tried}
             if fresh:
-                return self.acquisition.best(fresh, coefficients)
+                return self.acquisition.best(fresh)
         stepped = list(group)
         for _ in range(self.tuning.random_steps):
             stepped = [self.candidates.step(plan) for plan in stepped]
             fresh = dict.fromkeys((plan for plan in stepped if plan not in tried), self.tuning.steps_worse)
             if fresh:
-                return self.acquisition.best(fresh, coefficients)
+                return self.acquisition.best(fresh)
         return stepped[0]  # the space is exhausted, which the scheduler notices
 
 
@@ -126,4 +123,4 @@ def make_rankfront_sampler(
 ) -> RankfrontSampler:
     """Our sampler for a study whose menu and dense model are measured."""
     goal = make_goal(config, space, dense, origin["dtype"], timings, tuning)
-    return RankfrontSampler(Predictor(menu, space, goal, config.search.seed, tuning), config.search.seed)
+    return RankfrontSampler(Predictor(menu, space, goal, tuning), config.search.seed)

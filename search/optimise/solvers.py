@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.surrogate import Coefficients, Surrogate
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.lagrangian import Lagrangian
@@ -22,28 +21,28 @@ class Solver(Protocol):
         """The plan of least predicted divergence within ``budget`` stored values; `InputError` where nothing fits."""
 
 
-def corrected(predictor: Predictor, coefficients: Coefficients | None = None, menu: Menu | None = None) -> Solver:
+def corrected(predictor: Predictor, menu: Menu | None = None) -> Solver:
     """The predictor's menu, as corrected by what the trials taught, for any budget.
 
     ``menu`` is the same with its costs weighed otherwise; budgets are in its size.
     """
-    used, priced = coefficients or predictor.surrogate.mean, menu or predictor.menu
+    priced = menu or predictor.menu
     if predictor.surrogate.terms.corrections:
-        return _Banded(predictor.surrogate, used, priced)
-    return sweep(priced, predictor.surrogate.losses(used))
+        return _Banded(predictor, priced)
+    return sweep(priced, predictor.surrogate.losses())
 
 
 class _Banded:
     """The corrected menu where what options hurt depends on the size of the plan: solved for bands of it."""
 
-    def __init__(self, surrogate: Surrogate, used: Coefficients, priced: Menu) -> None:
-        self.surrogate, self.used, self.priced = surrogate, used, priced
+    def __init__(self, predictor: Predictor, priced: Menu) -> None:
+        self.predictor, self.priced = predictor, priced
         self._solved: dict[int, Lagrangian] = {}
 
     def solve(self, budget: float) -> Places:
         """By the losses of the nearest of `bands` shares of the dense size; where costs are weighed otherwise, the
         size of a plan is known once it is solved for, so that it is solved for again."""
-        tuning, menu = self.surrogate.tuning, self.surrogate.menu
+        tuning, menu = self.predictor.tuning, self.predictor.menu
         share, places = budget / self.priced.dense, self.priced.cheapest
         for _ in range(tuning.band_rounds):
             places = self._band(round(share * tuning.bands)).solve(budget)
@@ -54,7 +53,7 @@ class _Banded:
 
     def _band(self, band: int) -> Lagrangian:
         if band not in self._solved:
-            losses = self.surrogate.losses(self.used, band / self.surrogate.tuning.bands)
+            losses = self.predictor.surrogate.losses(band / self.predictor.tuning.bands)
             self._solved[band] = Lagrangian(self.priced, losses)
         return self._solved[band]
 

@@ -1,18 +1,16 @@
 """The surrogate of a plan's log-divergence: the menu as prior mean, corrected by every measured trial.
 
-    log D(plan) = a + c · log S(plan) + residual(plan),    measured with noise
+    log D(plan) = a + c · log S(plan),    measured with noise
     S(plan) = Σ_i d_i(o_i) f_i(o_i) exp(θ_i(o_i))
 
 d is the menu's prediction for each site alone; f what slopes around plans of about this size make of it (see
 `corrections`); θ corrects one (site, method), and is shared in part by the sites of a kind and of a block; a and c let
-divergences add up faster or slower than linearly, which they do as plans get cheaper; the residual leans on measured
-plans that share many options, the more the worse the rest explains what was measured. Noise is of the logarithm and of
+divergences add up faster or slower than linearly, which they do as plans get cheaper. Noise is of the logarithm and of
 nats: near dense a few thousandths of a nat are most of what is measured, and say little. All coefficients are Gaussian
-a priori, so fitting is a Gauss-Newton iteration of ridge regressions in the space of trials, and a posterior sample
-costs one more solve.
+a priori, so fitting is a Gauss-Newton iteration of ridge regressions in the space of trials.
 
 Source: ridge / Gaussian-process regression (Rasmussen & Williams 2006, equations 2.11 and 2.25) on the Gauss-Newton
-linearisation; posterior samples by Matheron's rule (Wilson et al. 2002.09309, equation 9).
+linearisation.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankfront.search.optimise.neighbours import alike
 from rankfront.search.optimise.terms import Terms, prior_root
 from rankfront.search.plans.menu import TINY, Menu
 from rankfront.search.tuning import DEFAULT, Tuning
@@ -44,50 +41,29 @@ class Surrogate:
         menu: predicted divergence of every option alone.
         kinds: the kind of projection of each line.
         blocks: the block of each line; -1 outside.
-        seed: of posterior samples.
         tuning: its constants.
     """
 
-    def __init__(
-        self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int], seed: int, tuning: Tuning = DEFAULT
-    ) -> None:
-        self.menu = menu
+    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int], tuning: Tuning = DEFAULT) -> None:
         self.tuning = tuning
         self.terms = Terms(menu, tuning)
-        self.random = np.random.default_rng(seed)
         self.root = prior_root(kinds, blocks, list(self.terms.features), tuning)
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
-        self._near = np.zeros((0, 0))  # how much measured plans are alike
-        self.residual = tuning.residuals[0]  # standard deviation of what neighbours explain
         self.mean = self._unpack(np.zeros(self.root.shape[0]))
 
     # -- prediction
 
-    def losses(self, coefficients: Coefficients, share: float = 1.0) -> list[np.ndarray]:
+    def losses(self, share: float = 1.0) -> list[np.ndarray]:
         """Each line's corrected divergences d f exp(θ) in plans whose size is ``share`` of dense, for an allocator."""
-        return self.terms.losses(coefficients.theta, share)
+        return self.terms.losses(self.mean.theta, share)
 
-    def explained(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
-        """a + c log S for plans (T, lines) given as places in the menu, (T,)."""
+    def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
+        """a + c log S of plans (T, lines) given as places in the menu, (T,)."""
         used = coefficients or self.mean
         logs: np.ndarray = np.log(self.terms.of(plans, used.theta).sum(1) + TINY)
         return used.offset + used.slope * logs
-
-    def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
-        """Log-divergence of plans (T, lines), residuals of measured neighbours included, (T,)."""
-        base = self.explained(plans, coefficients)
-        if not len(self._observed):
-            return base
-        left = self._observed - self.explained(self._plans, coefficients)
-        near = alike(plans, self._plans, self.tuning)
-        return base + self.residual**2 * near @ np.linalg.solve(self._unexplained, left)
-
-    @property
-    def _unexplained(self) -> np.ndarray:
-        """Covariance of what the terms do not explain of the measured plans: residuals and noise, (T, T)."""
-        return self.residual**2 * self._near + np.diag(self.noise**2)
 
     # -- fitting
 
@@ -102,31 +78,18 @@ class Surrogate:
         """
         self._plans = plans
         self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
-        self._near = alike(plans, plans, self.tuning)
-        self.residual = self.tuning.residuals[0]
         self.noise = np.hypot(self.tuning.unexplained, spread * np.exp(-self._observed))
-        expected = self.explained(plans, self._map(np.zeros(self.root.shape[1]), self._observed))
+        expected = self.predict(plans, self._mode())
         self.noise = np.hypot(self.tuning.unexplained, spread * np.exp(-np.minimum(self._observed, expected)))
-        fitted = {}
-        for residual in self.tuning.residuals:
-            self.residual = residual
-            mean = self._map(np.zeros(self.root.shape[1]), self._observed)
-            fitted[residual] = self._evidence(mean), mean
-        self.residual = max(self.tuning.residuals, key=lambda residual: fitted[residual][0])
-        self.mean = fitted[self.residual][1]
-
-    def _evidence(self, mean: Coefficients) -> float:
-        """log p(observed) but for a constant, linearised at ``mean``: Rasmussen & Williams equation 2.30."""
-        gap, covariance = self.linearised(mean)
-        return float(-0.5 * gap @ np.linalg.solve(covariance, gap) - 0.5 * np.linalg.slogdet(covariance)[1])
+        self.mean = self._mode()
 
     def linearised(self, at: Coefficients) -> tuple[np.ndarray, np.ndarray]:
         """What was measured, less what the prior's mean predicts by the tangent at ``at``, (T,); its covariance."""
         jacobian = self.jacobian(at)
         moved = np.array([*at.theta, at.offset, at.slope - 1.0])
-        gap = self._observed - self.explained(self._plans, at) + jacobian @ moved
+        gap = self._observed - self.predict(self._plans, at) + jacobian @ moved
         reach = jacobian @ self.root
-        return gap, reach @ reach.T + self._unexplained
+        return gap, reach @ reach.T + np.diag(self.noise**2)
 
     def ahead(self) -> np.ndarray:
         """By how much each measured log-divergence missed what the ones before it had predicted, (T,).
@@ -138,22 +101,14 @@ class Surrogate:
         missed: np.ndarray = np.diag(root) * np.linalg.solve(root, gap)
         return missed
 
-    def sample(self) -> Coefficients:
-        """One setting of the coefficients from their posterior, by Matheron's rule on the linearised model."""
-        if not len(self._observed):
-            return self._unpack(self.root @ self.random.standard_normal(self.root.shape[1]))
-        start: np.ndarray = np.array(self.random.standard_normal(self.root.shape[1]))
-        drawn = np.linalg.cholesky(self._unexplained) @ self.random.standard_normal(len(self._observed))
-        return self._map(start, self._observed + drawn)
-
-    def _map(self, prior: np.ndarray, observed: np.ndarray) -> Coefficients:
-        """The posterior mode for prior effects centred at ``prior`` (P,), whatever the residuals are."""
-        effects, unexplained = prior, self._unexplained
+    def _mode(self) -> Coefficients:
+        """The mode of the posterior."""
+        effects = np.zeros(self.root.shape[1])
         for _ in range(self.tuning.newton_steps):
             current = self._unpack(self.root @ effects)
             jacobian = self.jacobian(current) @ self.root  # (T, P)
-            gap = observed - self.explained(self._plans, current) + jacobian @ (effects - prior)
-            effects = prior + jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + unexplained, gap)
+            gap = self._observed - self.predict(self._plans, current) + jacobian @ effects
+            effects = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + np.diag(self.noise**2), gap)
         return self._unpack(self.root @ effects)
 
     def _unpack(self, values: np.ndarray) -> Coefficients:

@@ -136,10 +136,6 @@ class Menu:
                 places[number] = place
         return tuple(places)
 
-    def compatible(self, places: Sequence[int]) -> bool:
-        """Whether no weight is treated twice."""
-        return not any(place and any(places[other] for other in self.rivals[i]) for i, place in enumerate(places))
-
     def size(self, places: Sequence[int] | np.ndarray) -> int:
         """Size of the choice ``places``."""
         saved = sum(line.sizes[0] - line.sizes[k] for line, k in zip(self.lines, places, strict=True) if k)
