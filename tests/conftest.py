@@ -10,6 +10,7 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["RANKFRONT_CACHE"], "d
 os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["RANKFRONT_CACHE"], "modules")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands too: tiny matrices run fastest on it
 
 import common
 import pytest

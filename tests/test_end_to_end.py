@@ -37,7 +37,7 @@ sampler = "tpe"
 trials = 3
 workers = 1
 [search.resources]
-cpu = 2
+cpu = 1
 """
 
 
