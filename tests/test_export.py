@@ -365,14 +365,14 @@ def test_of_two_exports_to_one_folder_the_later_is_told_and_the_earlier_kept(
     exportable, compressed, tmp_path, monkeypatch
 ):
     verify_here(monkeypatch)
-    verify, out = module._verify, tmp_path / "out"
+    verify, out = module.verify_folder, tmp_path / "out"
 
     def late(*arguments):
-        monkeypatch.setattr(module, "_verify", verify)
+        monkeypatch.setattr(module, "verify_folder", verify)
         exportable.export(out, compressed)
         return verify(*arguments)
 
-    monkeypatch.setattr(module, "_verify", late)
+    monkeypatch.setattr(module, "verify_folder", late)
     with pytest.raises(InputError, match="another process meanwhile"):
         exportable.export(out, compressed)
     assert os.listdir(tmp_path) == ["out"]
