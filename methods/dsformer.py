@@ -11,8 +11,8 @@ least squares for D_b and for the values. The first sweep takes unvisited blocks
 what those before it have lost.
 
 Source: DSFormer (2312.13211), abstract: products of a small dense and a semi-structured sparse matrix by block. What
-its text says beyond that is not verified [M]; blocks along the inputs, the fit and the defaults are ours, and STF-style
-fine-tuning through the supports is not part of this. A fit is a local optimum. At
+its text says beyond that is not verified [M]; blocks along the inputs, the fit and the defaults are ours. Its training
+through the supports is `heal.arms.StraightThrough`. A fit is a local optimum. At
 kept fractions of 0.2 to 0.8 it takes 0.2 to 3 s of one core for a weight of SmolLM2-135M at one level.
 """
 

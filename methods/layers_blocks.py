@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._scatter import columns_of, dense_of, support_bytes
+from rankfront.methods._scatter import columns_of, dense_of, packed_columns, support_bytes
 from rankfront.methods._unpacked import Unpacked
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
@@ -47,6 +47,27 @@ class BlockDictionaryLinear(Unpacked):
         """[Z_1, ..., Z_B], (m, B k)."""
         return dense_of(values, self.columns(), self.blocks * self.atoms)
 
+    def codes(self) -> Tensor:
+        """[Z_1, ..., Z_B], (m, B k), dense."""
+        return self._codes(self.values)
+
+    def coded(self, codes: Tensor, x: Tensor) -> Tensor:
+        """What the module makes of x (..., n) with ``codes`` (m, B k) in the place of Z."""
+        return nn.functional.linear(x, self._product(codes, self.basis), self.bias)
+
+    def largest(self, codes: Tensor) -> Tensor:
+        """The places of the entries of ``codes`` of largest size, N in a row's every M atoms: bool (m, B k)."""
+        grouped = codes.abs().unflatten(1, (-1, self.group))
+        chosen = grouped.topk(self.nonzeros, dim=-1).indices
+        return torch.zeros_like(grouped, dtype=torch.bool).scatter(-1, chosen, True).flatten(1)
+
+    @torch.no_grad()
+    def keep_codes(self, codes: Tensor, places: Tensor) -> None:
+        """Store the entries of ``codes`` at ``places``, which `largest` gave."""
+        self.values.copy_(codes[places].view_as(self.values))
+        inside = places.unflatten(1, (-1, self.group)).flatten(0, 1).nonzero()[:, 1]
+        self.support = packed_columns(inside.view(-1, self.nonzeros), self.group)
+
     def _split(self, rows: Tensor) -> Tensor:
         """(..., n) to (..., B, n_b), the last block filled with zeros."""
         padded = nn.functional.pad(rows, (0, self.blocks * self.block - self.in_features))
@@ -73,8 +94,11 @@ class BlockDictionaryLinear(Unpacked):
         return BlockDictionaryLinear(**tensors, bias=bias, settings=settings)
 
     def matrix(self) -> Tensor:
-        codes = self._codes(self.values.float()).unflatten(1, (self.blocks, self.atoms))
-        joined = torch.einsum("mbk,kbj->mbj", codes, self._split(self.basis.float()))
+        return self._product(self._codes(self.values.float()), self.basis.float())
+
+    def _product(self, codes: Tensor, basis: Tensor) -> Tensor:
+        """[Z_1 D_1, ..., Z_B D_B], (m, n)."""
+        joined = torch.einsum("mbk,kbj->mbj", codes.unflatten(1, (self.blocks, self.atoms)), self._split(basis))
         return joined.flatten(1)[:, : self.in_features]
 
     def full_bias(self) -> Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._sparse import SparseRows, gather_rows, scatter_rows
+from rankfront.methods._sparse import SparseRows, gather_rows, pack_mask, scatter_rows
 from rankfront.methods._storage import packed_bits
 from rankfront.methods._training import unit_rows
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
@@ -41,6 +41,26 @@ class DictionaryLinear(SparseRows):
             self.values.mul_(gather_rows(scales, mask))
 
     normalise = balance
+
+    def codes(self) -> Tensor:
+        """A (m, k), dense."""
+        return scatter_rows(self.values, self.mask())
+
+    def coded(self, codes: Tensor, x: Tensor) -> Tensor:
+        """What the module makes of x (..., n) with ``codes`` (m, k) in the place of A."""
+        return nn.functional.linear(nn.functional.linear(x, self.right), codes, self.bias)
+
+    def largest(self, codes: Tensor) -> Tensor:
+        """The places of the entries of ``codes`` of largest size, as many in each row as are stored: bool (m, k)."""
+        order = codes.abs().argsort(dim=1, descending=True).argsort(dim=1)
+        places: Tensor = order < self.mask().sum(dim=1, keepdim=True)
+        return places
+
+    @torch.no_grad()
+    def keep_codes(self, codes: Tensor, places: Tensor) -> None:
+        """Store the entries of ``codes`` at ``places``, which `largest` gave."""
+        self.values.copy_(gather_rows(codes, places))
+        self.support = pack_mask(places)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiplied_out:

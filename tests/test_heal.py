@@ -258,15 +258,18 @@ def test_parallel_blocks_have_no_middle(tmp_path, text_file):
     assert middle(wise.healed, 0) is None
 
 
-@pytest.mark.parametrize("method", ["factors", "scales", "lora"])
-def test_stopped_at_any_step_and_gone_on_with_it_ends_where_it_would_have(zoo, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "plan"),
+    [("factors", "svd-llm"), ("scales", "svd-llm"), ("lora", "svd-llm"), ("stf", "dsformer"), ("hola", "shared-basis")],
+)
+def test_stopped_at_any_step_and_gone_on_with_it_ends_where_it_would_have(zoo, method, plan, tmp_path, monkeypatch):
     """A checkpoint after every step, and Ctrl-C after the second block and in the middle of the last stage."""
     monkeypatch.setattr(healing, "KEEP_EVERY", 0.0)
     asked = settings(LENGTH * 4 * 16, method=method)
-    whole = zoo.student("svd-llm")
+    whole = zoo.student(plan)
     expected = heal(zoo, whole, tmp_path / "whole", asked)
     for stop in (1, 2, 5, 9):
-        student, seen = zoo.student("svd-llm"), []
+        student, seen = zoo.student(plan), []
 
         def show(status, seen=seen, stop=stop):
             seen.append(status.done)
@@ -276,7 +279,7 @@ def test_stopped_at_any_step_and_gone_on_with_it_ends_where_it_would_have(zoo, m
         folder = tmp_path / f"stopped-{stop}"
         with pytest.raises(KeyboardInterrupt):
             heal(zoo, student, folder, asked, show=show)
-        again = zoo.student("svd-llm")
+        again = zoo.student(plan)
         after = []
         results = heal(zoo, again, folder, asked, show=lambda status, after=after: after.append(status.done))
         assert min(after) >= seen[-1] if stop != len(seen) else min(after) > 0

@@ -9,6 +9,7 @@ from rows import JOINT_METHODS
 from torch import nn
 
 from rankfront.methods import InputError
+from rankfront.search.heal.arms import Coefficients, StraightThrough
 from rankfront.search.heal.trainable import balance, factored_modules, normalised, stored, trainable, training
 
 
@@ -131,3 +132,84 @@ def test_a_plan_with_nothing_to_train_is_refused():
     model = common.architecture("llama").build()
     with pytest.raises(InputError, match="nothing to heal"):
         trainable(model)
+
+
+# -- what trains by name
+
+
+STF = ("cospadi", "dsformer", "dsformer-nm")
+
+
+def straight_through(zoo, method):
+    student = zoo.student(method)
+    balance(student)
+    return student, StraightThrough(student, zoo.teacher(), trainable(student))
+
+
+@pytest.mark.parametrize("method", STF)
+def test_the_straight_through_model_starts_as_the_stored_one_and_is_sparse_at_every_step(zoo, method):
+    student = zoo.student(method)
+    before = logits(student)
+    balance(student)
+    counts = {path: module.values.numel() for path, module in factored_modules(student).items()}
+    arm = StraightThrough(student, zoo.teacher(), trainable(student))
+    assert torch.allclose(logits(student), before, atol=1e-4)
+    for module, latent in arm.latents:
+        with torch.no_grad():
+            latent.add_(torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)))
+        assert int(module.largest(latent).sum()) == module.values.numel()
+    now = logits(student)
+    arm.finish()
+    assert torch.allclose(logits(student), now, atol=1e-4)
+    assert {path: module.values.numel() for path, module in factored_modules(student).items()} == counts
+
+
+@pytest.mark.parametrize("method", STF)
+def test_gradients_reach_coefficients_that_are_not_used_until_the_support_freezes(zoo, method):
+    """∂Z̃ is ∂Z at every place; of the frozen support, at its places alone."""
+    _, arm = straight_through(zoo, method)
+    module, latent = arm.latents[0]
+    x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0))
+    g = torch.randn(4, module.out_features, generator=torch.Generator().manual_seed(1))
+    (passed,) = torch.autograd.grad((module(x) * g).sum(), latent)
+    codes = (latent * module.largest(latent)).detach().requires_grad_(True)
+    (slow,) = torch.autograd.grad((module.coded(codes, x) * g).sum(), codes)
+    assert torch.allclose(passed, slow, atol=1e-5)
+    unused = ~module.largest(latent)
+    assert float(passed[unused].abs().max()) > 0
+    arm.before(2, 3)
+    before = module.largest(latent)
+    assert not latent[~before].any()
+    with torch.no_grad():
+        latent.add_(0.1)
+    arm.after(2, 3)
+    assert torch.equal(latent != 0, before)
+
+
+@pytest.mark.parametrize("method", STF)
+def test_supports_move_under_straight_through_training_and_under_no_other(zoo, method, tmp_path):
+    for name in ("stf", "scales"):
+        student = zoo.student(method)
+        supports = [module.support.clone() for module in factored_modules(student).values()]
+        before = stored(student)
+        results = heal(zoo, student, tmp_path / name, settings(method=name, tokens=10_000))
+        moved = [
+            not torch.equal(module.support, support)
+            for module, support in zip(factored_modules(student).values(), supports, strict=True)
+        ]
+        assert any(moved) == (name == "stf")
+        assert stored(student) == before
+        assert results[-1].after < results[0].before
+
+
+def test_coefficients_train_on_a_frozen_basis_first_and_then_both(zoo):
+    student = zoo.student("shared-basis")
+    parameters = trainable(student)
+    arm = Coefficients(student, zoo.teacher(), parameters)
+    bases = [parameter.tensor for parameter in parameters if parameter.name.endswith("right")]
+    with training(arm.parameters):
+        arm.before(0, 10)
+        assert not any(basis.requires_grad for basis in bases)
+        assert all(parameter.tensor.requires_grad for parameter in parameters if parameter.name.endswith("left"))
+        arm.before(5, 10)
+        assert all(basis.requires_grad for basis in bases)

@@ -1,32 +1,42 @@
 """What trains while a model heals, by the name that a user chooses: the factors themselves, gains of theirs, updates.
 
-An arm that trains something else than what is stored puts it beside the stored tensor as a parametrisation of torch's,
-and merges it when a stage ends: what is stored keeps its shape.
+An arm that trains something else than what is stored puts it beside the stored tensor, and merges it when a stage ends:
+what is stored keeps its shape.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from rankfront.methods.layers import weight_of
 from rankfront.search.heal.trainable import Parameter, normalise, normalised
 
 LORA_RANK = 16  # LEMS's
+NEXT = 0.9  # times the least coefficient of a row that is used: where the best of the others starts; guess
+PULL = 2e-4  # of the squares of coefficients that are not used, SR-STE's; there for weights of another task
 
 
 class Arm:
-    """Factors, smaller dense weights, norms and biases, as they are stored."""
+    """Factors, smaller dense weights, norms and biases, as they are stored.
+
+    Attributes:
+        model: what is trained, or the block of it.
+        dense: the same of the dense model.
+        parameters: that train.
+        projected: modules whose factors are normalised after every step.
+    """
 
     name: ClassVar[str] = "factors"
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
-        self.model, self.seed = model, seed
-        self.beside: list[tuple[nn.Module, str]] = []
+    def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
+        self.model, self.dense, self.seed = model, dense, seed
+        self.beside: list[_Put] = []
         self.parameters = self.chosen(parameters)
         names = {id(parameter.tensor) for parameter in self.parameters}
         self.projected = [
@@ -83,30 +93,54 @@ class _Update(nn.Module):
 class Beside(Arm):
     """An arm that trains something beside the stored tensors; those that several modules share stay as they are."""
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
         holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
         alone = [parameter for parameter in parameters if holders[id(parameter.tensor)] == 1]
-        super().__init__(model, alone, seed)
+        super().__init__(model, dense, alone, seed)
         self.projected = []
 
     def put(self, parameter: Parameter, made: nn.Module) -> list[Parameter]:
-        """Let ``made`` change what is stored where the model holds ``parameter``; what trains of it."""
+        """Let ``made`` change what is stored wherever the module that has ``parameter`` runs; what trains of it."""
         path, _, name = parameter.name.rpartition(".")
         module = self.model.get_submodule(path)
-        parametrize.register_parametrization(module, name, made, unsafe=True)
-        self.beside.append((module, name))
-        return [
-            Parameter(f"{path}.parametrizations.{name}.0.{own}", tensor, "factor")
-            for own, tensor in made.named_parameters()
-        ]
+        beside = _Put(module, name, made)
+        self.beside.append(beside)
+        return [Parameter(f"{path}.{beside.place}.{own}", tensor, "factor") for own, tensor in made.named_parameters()]
 
     def finish(self) -> None:
-        for module, name in self.beside:
-            stored = getattr(module.parametrizations, name).original  # type: ignore[union-attr]
-            with torch.no_grad():
-                stored.copy_(getattr(module, name))
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for beside in reversed(self.beside):
+            beside.merge()
         self.beside.clear()
+
+
+class _Put:
+    """``made`` of the parameter ``name`` in its place: worked out before every forward pass of the module.
+
+    torch's own parametrisations know no tensor called ``values``.
+    """
+
+    def __init__(self, module: nn.Module, name: str, made: nn.Module) -> None:
+        self.module, self.name, self.made, self.place = module, name, made, f"{name}_beside"
+        self.order = list(module._parameters)
+        self.stored = cast(nn.Parameter, module._parameters.pop(name))
+        module.add_module(self.place, made)
+        self.handle = module.register_forward_pre_hook(self._refresh)
+        with torch.no_grad():
+            self._refresh()
+
+    def _refresh(self, *_: Any) -> None:
+        vars(self.module)[self.name] = self.made(self.stored)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Change what is stored, for good, and leave the module as it was."""
+        self.handle.remove()
+        del vars(self.module)[self.name]
+        delattr(self.module, self.place)
+        self.stored.copy_(self.made(self.stored))
+        found = {**self.module._parameters, self.name: self.stored}
+        self.module._parameters.clear()
+        self.module._parameters.update({name: found[name] for name in self.order})
 
 
 class Scales(Beside):
@@ -149,4 +183,101 @@ class Lora(Beside):
         return found
 
 
-ARMS: dict[str, type[Arm]] = {arm.name: arm for arm in (Arm, Scales, Lora)}
+class Coefficients(Arm):
+    """Coefficients on frozen shared bases for the first half of the steps, then both. Source: HOLa (2507.15542), whose
+    task gradient reaches the coefficients alone; where nothing is shared this is `Arm`."""
+
+    name = "hola"
+
+    def before(self, step: int, steps: int) -> None:
+        holders = Counter(id(tensor) for module in self.model.modules() for tensor in module.parameters(recurse=False))
+        for parameter in self.parameters:
+            if parameter.kind == "factor" and holders[id(parameter.tensor)] > 1:
+                parameter.tensor.requires_grad_(2 * step >= steps)
+
+
+class StraightThrough(Arm):
+    """DSFormer's straight-through factoriser: the support of sparse coefficients trains with their values.
+
+    Ŵ = Z D with Z = T(Z̃), the entries of the dense latent Z̃ (m, k) of largest size, as many as are stored. The gradient
+    of Z goes to all entries of Z̃, used or not, so that entries enter and leave the support. It stays where it is for
+    the last third of the steps: then what is stored is what trains.
+
+    Source: DSFormer (2312.13211). The start of entries that are not used, the pull that keeps them small, and the third
+    are ours: the paper leaves them open. They start at what the atoms would take of the residual W − Ŵ, scaled to
+    `NEXT` times the least used one of the row: zeros would enter no support for long.
+    """
+
+    name = "stf"
+
+    def chosen(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        self.latents: list[tuple[Any, nn.Parameter]] = []
+        self.frozen: list[Tensor] = []  # places of the values, once they stay
+        found, names = [], {parameter.name: parameter for parameter in parameters}
+        for path, module in self.model.named_modules():
+            values = names.pop(f"{path}.values", None)
+            if values is None or not hasattr(module, "keep_codes"):
+                if values is not None:
+                    names[values.name] = values
+                continue
+            latent = nn.Parameter(self._start(module, self.dense.get_submodule(path)))
+            module.register_parameter("latent", latent)
+            self.latents.append((module, latent))
+            vars(module)["forward"] = partial(self._forward, module, latent)
+            found.append(Parameter(f"{path}.latent", latent, "factor"))
+        return [*names.values(), *found]
+
+    @staticmethod
+    @torch.no_grad()
+    def _start(module: Any, dense: nn.Module) -> Tensor:
+        codes = module.codes().float()
+        left = weight_of(dense).float() - module.matrix()
+        with torch.enable_grad():
+            codes.requires_grad_(True)
+            outputs = module.coded(codes, torch.eye(left.shape[1], device=left.device))  # Ŵᵀ, and the bias
+            (wanted,) = torch.autograd.grad((outputs * left.T).sum(), codes)
+        codes = codes.detach()
+        used = module.largest(codes)
+        least = codes.abs().where(used, torch.inf).amin(dim=1, keepdim=True)
+        most = wanted.abs().where(~used, 0.0).amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        started: Tensor = torch.where(used, codes, NEXT * least * wanted / most)
+        return started
+
+    def _forward(self, module: Any, latent: Tensor, x: Tensor) -> Tensor:
+        if self.frozen:
+            passed = latent * self.frozen[[id(own) for _, own in self.latents].index(id(latent))]
+        else:
+            passed = latent + (latent * module.largest(latent.detach()) - latent).detach()
+        found: Tensor = module.coded(passed, x)
+        return found
+
+    def before(self, step: int, steps: int) -> None:
+        if not self.frozen and 3 * step >= 2 * steps:
+            self.frozen = [module.largest(latent.detach()) for module, latent in self.latents]
+            self._drop()
+
+    def penalty(self) -> Tensor | None:
+        if self.frozen or not self.latents:
+            return None
+        unused = [(latent * ~module.largest(latent.detach())).square().sum() for module, latent in self.latents]
+        return 0.5 * PULL * torch.stack(unused).sum()
+
+    def after(self, step: int, steps: int) -> None:
+        if self.frozen:
+            self._drop()
+        normalise([module for module in self.projected if not hasattr(module, "latent")])
+
+    @torch.no_grad()
+    def _drop(self) -> None:
+        """Zero what is not used: the frozen support is where the latents are not zero."""
+        for (_, latent), places in zip(self.latents, self.frozen, strict=True):
+            latent.mul_(places)
+
+    def finish(self) -> None:
+        for module, latent in self.latents:
+            del vars(module)["forward"], module._parameters["latent"]
+            module.keep_codes(latent.detach(), module.largest(latent.detach()))
+        self.latents = []
+
+
+ARMS: dict[str, type[Arm]] = {arm.name: arm for arm in (Arm, Scales, Lora, Coefficients, StraightThrough)}

@@ -164,7 +164,7 @@ class BlockWise:
         settings, train = self.settings, len(self.windows)
         note = None
         block = self.healed.blocks[number]
-        arm = self.arm(block, _inside(own, block), settings.seed + number)
+        arm = self.arm(block, self.dense.blocks[number], _inside(own, block), settings.seed + number)
         with training(arm.parameters):
             fit = Fit(arm.parameters, settings.rate_of("blocks"), self.steps)
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)

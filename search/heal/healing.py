@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError, check_choice, undo_prepack
-from rankfront.search.heal.arms import ARMS
+from rankfront.search.heal.arms import ARMS, Arm
 from rankfront.search.heal.blocks import BlockWise
 from rankfront.search.heal.fit import Best, NotFinite
 from rankfront.search.heal.keeper import Keeper
@@ -20,17 +20,10 @@ from rankfront.search.heal.loss import Head
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.teacher import Beside, Cached, Says, cached_bytes
-from rankfront.search.heal.trainable import (
-    Parameter,
-    balance,
-    copied,
-    restore,
-    stored,
-    trainable,
-    training,
-)
+from rankfront.search.heal.trainable import Parameter, balance, put_back, snapshot, stored, trainable, training
 from rankfront.search.measure.joining import separate
 
+BASE = "base."  # before the names, in a checkpoint of the last stage, of what was stored when it began
 KEEP_EVERY = 60.0  # seconds between checkpoints of the last stage; guess
 LARGEST_CACHE = 4 * 10**9  # bytes of a teacher's file that `auto` makes; guess
 
@@ -144,29 +137,32 @@ class Healing:
             self.status.start = self._held_out()
         self.status.now = self.results[-1].after if self.results else self.status.start
         if where.get("stage") == "logits":
-            based = {name.removeprefix("base."): value for name, value in tensors.items() if name.startswith("base.")}
-            restore([p for p in self.parameters if p.name in based], based)
+            based = {name.removeprefix(BASE): value for name, value in tensors.items() if name.startswith(BASE)}
+            put_back(self.student, self.parameters if based else [], based)
         elif tensors:
-            restore(self.parameters, tensors)
+            put_back(self.student, self.parameters, tensors)
         for stage in self.settings.stages[len(self.results) :]:
             own = where if where.get("stage") == stage else {}
             before = self.status.now
-            start = copied(self.parameters)
+            start = self._snapshot()
             note = self._blocks(own) if stage == "blocks" else self._logits(own, tensors if own else {})
             after = self._held_out()
             if not after <= before:
-                restore(self.parameters, start)
+                put_back(self.student, self.parameters, start)
                 note = note or f"it left the held-out divergence at {after:.4g}, more than {before:.4g}: taken back"
                 after = before
             self.status.now = after
             seconds = time.monotonic() - self.began - sum(result.seconds for result in self.results)
             self.results.append(StageResult(stage, self.settings.budget(stage), seconds, before, after, note))
-            self._keep({"stage": "", "tokens": self.status.done}, copied(self.parameters))
+            self._keep({"stage": "", "tokens": self.status.done}, self._snapshot())
         for name, tensor in self.student.named_parameters():
             tensor.data = tensor.data.to(self.dtypes[name])
         if stored(self.student) != self.before:
             raise RuntimeError("healing changed what the model stores: a defect of rankfront")
         return self.results
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return snapshot(self.student, self.parameters)
 
     def _held_out(self) -> float:
         return divergence(self.head, self.beside, self.held, self.precision)
@@ -203,7 +199,7 @@ class Healing:
             before, after, note = wise.heal(number)
             notes += [f"block {number}: {note}"] * bool(note)
             tokens = settings.budget("blocks") * (number + 1) // wise.count
-            self._keep({"stage": "blocks", "blocks": number + 1, "tokens": tokens}, copied(self.parameters))
+            self._keep({"stage": "blocks", "blocks": number + 1, "tokens": tokens}, self._snapshot())
             self._tell("blocks", tokens, after / before if before else 1.0)
         return "; ".join(notes) or None
 
@@ -212,8 +208,9 @@ class Healing:
         length = self.train.shape[1]
         windows = self.train[: max(1, min(len(self.train), settings.budget("logits") // length))]
         note = None
-        base = {f"base.{name}": value for name, value in copied(self.parameters).items()}
-        arm = ARMS[settings.method](self.student, self.parameters, settings.seed)
+        plain = settings.method == Arm.name  # whose state is all that there is
+        base = {} if plain else {f"{BASE}{name}": value for name, value in self._snapshot().items()}
+        arm = ARMS[settings.method](self.student, self.teacher, self.parameters, settings.seed)
         with training(arm.parameters):
             whole = EndToEnd(arm, self.student, self._teacher(windows), windows, settings, self.precision)
             best = Best(arm.parameters, self.status.now)
@@ -232,7 +229,7 @@ class Healing:
                     tokens = seen + settings.budget("logits") * done // whole.steps
                     if time.monotonic() - kept >= KEEP_EVERY:
                         state = whole.fit.state() | {f"best.{name}": value for name, value in best.values.items()}
-                        state |= base if arm.beside else {}
+                        state |= base
                         self._keep({"stage": "logits", "step": done, "best": best.error, "tokens": tokens}, state)
                         kept = time.monotonic()
                     self._tell("logits", tokens, loss)

@@ -15,6 +15,7 @@ from rankfront.methods import InputError
 from rankfront.methods.layers import Trained, layers
 
 Kind = Literal["factor", "weight", "small"]
+BUFFER = "buffer:"  # before the names of buffers in a snapshot
 RATES: dict[Kind, float] = {"factor": 1.0, "weight": 0.2, "small": 1.0}  # times the rate; training.md 6.1, a guess
 
 
@@ -143,6 +144,27 @@ def training(parameters: Iterable[Parameter]) -> Iterator[None]:
 def copied(parameters: Iterable[Parameter]) -> dict[str, Tensor]:
     """Name -> a copy of the values."""
     return {parameter.name: parameter.tensor.detach().clone() for parameter in parameters}
+
+
+def snapshot(model: nn.Module, parameters: Iterable[Parameter]) -> dict[str, Tensor]:
+    """`copied`, and the supports of sparse factors, which some ways of healing move."""
+    buffers = {
+        f"{BUFFER}{path}.{name}": tensor.clone()
+        for path, module in factored_modules(model).items()
+        for name, tensor in module.named_buffers(recurse=False)
+        if name == "support"
+    }
+    return copied(parameters) | buffers
+
+
+def put_back(model: nn.Module, parameters: Iterable[Parameter], values: Mapping[str, Tensor]) -> None:
+    """Put what `snapshot` gave back in place."""
+    restore(parameters, values)
+    for name, tensor in values.items():
+        if name.startswith(BUFFER):
+            path, _, own = name.removeprefix(BUFFER).rpartition(".")
+            module = model.get_submodule(path)
+            setattr(module, own, tensor.to(module.get_buffer(own).device, copy=True))
 
 
 @torch.no_grad()
