@@ -18,7 +18,6 @@ from rankfront.search.constraint import Constraint
 from rankfront.search.output.results import Results
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Box, Row, frame
-from rankfront.search.tuning import DEFAULT, Tuning
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,19 +51,16 @@ class Study:
 
     config: StudyConfig
     run: Run
-    tuning: Tuning
 
     def __init__(
         self,
         config: StudyConfig | Mapping[str, Any] | str | Path,
         run: str | Path | None = None,
         overrides: Sequence[str] = (),
-        tuning: Tuning = DEFAULT,
     ) -> None:
         """From a study file, a dictionary of the same shape or a validated config; ``overrides`` are KEY=VALUE.
 
-        The run folder is ``runs/<study file's name>`` unless named. ``tuning`` is for studies of our sampler; it is
-        not kept with the run. Raises `InputError` where something is invalid.
+        The run folder is ``runs/<study file's name>`` unless named. Raises `InputError` where something is invalid.
         """
         if isinstance(config, StudyConfig):
             config = config.model_dump(mode="json")
@@ -73,7 +69,6 @@ class Study:
         else:
             self.config, name = load_config(Path(config), overrides), Path(config).stem
         self.run = Run(Path(run).expanduser() if run is not None else RUNS / name)
-        self.tuning = tuning
 
     @classmethod
     def open(cls, run: str | Path) -> Study:
@@ -156,7 +151,7 @@ class Study:
 
         found = self.read()
         limits = [Constraint.parse(text) for text in constraints]
-        return answer(found.state, found.config, found.space, limits, self.tuning)
+        return answer(found.state, found.config, found.space, limits)
 
     def menu(self) -> pd.DataFrame:
         """What each option of each site stores and was predicted to hurt; see `answer.menu_frame`."""
@@ -197,7 +192,7 @@ class Study:
 
         self.config = self.run.remembered(self.config)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        Launch(self.run, self.config, self.tuning, address, rebuild, report).measure(console)
+        Launch(self.run, self.config, address, rebuild, report).measure(console)
 
     def solve(self, *constraints: str, console: Console | None = None) -> Row:
         """The plan expected to be best within ``constraints``, measured: one more trial, unless it was measured before.

@@ -1,14 +1,15 @@
 """Constants of what proposes plans, in one place, each with the study that it comes from or "guess".
 
-A sensitivity study is a loop over `replace(Tuning(), ...)`; what solvers and jobs do, the last two groups, follows
-`DEFAULT`. Sizes are shares of the dense model's, divergences are in nats a token, errors are standard deviations of a
-log-divergence unless said otherwise.
+A sensitivity study is a loop over `with tuned(...)`. Sizes are shares of the dense model's, divergences are in nats a
+token, errors are standard deviations of a log-divergence unless said otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -155,4 +156,17 @@ class Tuning:
     own_labels: float = 0.4
 
 
-DEFAULT = Tuning()
+TUNING = Tuning()
+
+
+@contextmanager
+def tuned(**changes: Any) -> Iterator[None]:
+    """Within, some constants are others, in this process: for studies of what they change, and for tests."""
+    before = {name: getattr(TUNING, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            object.__setattr__(TUNING, name, value)  # whoever imported it sees the change
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(TUNING, name, value)

@@ -20,7 +20,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -38,12 +37,12 @@ from rankfront.search import Plan, Study
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.job import Job, Record
-from rankfront.search.tuning import Tuning
+from rankfront.search.tuning import tuned
 
 EVERYTHING = "everything"
 SPACES: dict[str, Sequence[str]] = {"default": JOINT, "svd-llm": ("svd-llm",)}
 SHOWN = (0.8, 0.7, 0.6, 0.5)
-ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what it changes in `Tuning`, in the study
+ROWS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {  # row -> what it changes of `Tuning`, of the study
     "lean with anchors": ({}, {}),
     "lean": ({}, {"search.anchors": []}),
 }
@@ -110,13 +109,13 @@ class Remembering:
 
 def measure(memory: Remembering, text: str, space: str, row: str, budget: int, seed: int) -> Cell:
     """One search, and its plans on the report split."""
-    tuned, changed = ROWS[row]
+    constants, changed = ROWS[row]
     changed = {"space.methods": SPACES[space], "search.seed": seed, "search.tokens": budget, **changed}
     overrides = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
     run = RESULTS / "runs" / f"ablation-{space}-{row}-{budget}-{seed}".replace(" ", "-")
-    study = Study(settings(text, torch.get_num_threads()), run, overrides, replace(Tuning(), **tuned))
+    study = Study(settings(text, torch.get_num_threads()), run, overrides)
     shutil.rmtree(run, ignore_errors=True)  # of a cell that was stopped: what it measured is remembered
-    with patch("rankfront.search.run.launch.JobRunner", memory):
+    with patch("rankfront.search.run.launch.JobRunner", memory), tuned(**constants):
         study.launch(Console(quiet=True), report=False)
     plans: dict[float, Plan] = {}
     for keep in GRID:

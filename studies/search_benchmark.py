@@ -29,7 +29,7 @@ from statistics import median
 import moocore
 import numpy as np
 import torch
-from allocators import sensitivity, tolerance, uniform, value
+from allocators import knapsack, sensitivity, tolerance, uniform, value
 from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
 from rich.console import Console
 
@@ -43,11 +43,11 @@ from rankfront.search.optimise.corrections import corrections_of
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.job import Job
-from rankfront.search.plans.knapsack import knapsack, sweep
+from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.menu import Menu, Places, Predictions, make_menu
 from rankfront.search.plans.menu_jobs import group_plans, menu_record, probe_options
 from rankfront.search.plans.slope_cost import PASSES
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared
 SHOWN = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -174,7 +174,7 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
         first = bench.resident.run(Job("menu", 0, Plan(())))
-        groups = bench.resident.compressed.space.bands(DEFAULT.group_bands) if grouped else []
+        groups = bench.resident.compressed.space.bands(TUNING.group_bands) if grouped else []
         plans = group_plans(groups, bench.wanted, first["predictions"])
         parts = {f"menu {i}": bench.resident.run(Job("menu", i, plan)) for i, plan in enumerate(plans, start=1)}
         record = menu_record({"menu 0": first | {"jobs": 1 + len(parts)}, **parts})
@@ -189,9 +189,9 @@ def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
 def context_row(bench: Bench, budget: int, seed: int) -> Found:
     """Our menu corrected by slopes around its own plan at `Tuning.reference_fraction`, and a knapsack, nothing more."""
     found = menu_row(grouped=True)(bench, budget, seed)
-    menu, reference = found.menu, found.menu.decode(knapsack(found.menu, DEFAULT.reference_fraction * found.menu.dense))
+    menu, reference = found.menu, found.menu.decode(knapsack(found.menu, TUNING.reference_fraction * found.menu.dense))
     bench.resident.compressed.apply(reference)
-    windows = bench.resident.tokens.spare(1, DEFAULT.slope_tokens)
+    windows = bench.resident.tokens.spare(1, TUNING.slope_tokens)
     found.tokens += PASSES["perplexity"] * windows.numel()
     taylor = bench.slopes(menu, reference, windows, seed)
     begun = time.perf_counter()
@@ -277,7 +277,7 @@ ROWS: dict[str, Callable[[Bench, int, int], Found]] = {
     "PGSVD tolerance": spectrum_row(tolerance),
     "TRP value threshold": spectrum_row(value),
     "ASVD search": probe_row(None, sensitivity),
-    "LEMS-style probe": probe_row(DEFAULT.probe_fractions["probe"], knapsack),
+    "LEMS-style probe": probe_row(TUNING.probe_fractions["probe"], knapsack),
     "level evolution": evolution_row,
     "gradient + knapsack": menu_row(grouped=False),
     "menu + knapsack": menu_row(grouped=True),

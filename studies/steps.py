@@ -27,7 +27,7 @@ from rankfront.search import Plan
 from rankfront.search.optimise.solvers import damped
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.menu import Menu, Places
-from rankfront.search.tuning import Tuning
+from rankfront.search.tuning import TUNING
 
 KEPT = (0.8, 0.6, 0.4)
 PIECES = (128, 512)
@@ -85,7 +85,7 @@ def loss(bench: Bench, plan: Plan) -> float:
 
 def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, Places]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
-    dampings = np.geomspace(*Tuning().dampings)
+    dampings = np.geomspace(*TUNING.dampings)
     _, plans, promised = damped(replace(taylor, divergence=excess), Scaling.prior(), menu, dampings)
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):
         yield float(promised[place]), plans[place]

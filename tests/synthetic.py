@@ -20,10 +20,8 @@ from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Choices, Single
 from rankfront.search.run.slopes import next_reference
-from rankfront.search.tuning import Tuning
 
 KINDS = ("attention", "mlp")
-TUNING = Tuning()
 NEVER = 1e-9  # nats; the divergence of dense, so that its logarithm exists
 
 

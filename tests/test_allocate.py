@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from allocators import sensitivity, tolerance, uniform, value
+from allocators import knapsack, sensitivity, tolerance, uniform, value
 from synthetic import compatible
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
-from rankfront.search.plans.knapsack import Budget, _silent, knapsack, knapsack_several, sweep
+from rankfront.search.plans.knapsack import Budget, _silent, knapsack_several, sweep
 from rankfront.search.plans.menu import TINY, Line, Menu
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 # One row per allocator, those that studies compare with too: a new one adds a row here.
 ROWS = {
@@ -171,7 +171,7 @@ def test_a_coarse_grid_costs_at_most_one_unit_a_line():
     menu = MENUS["coarse"]
     solved, plans = sweep(menu), every_plan(menu)
     assert solved.unit > 1
-    assert len(solved.loss) <= DEFAULT.columns + len(menu.lines) + 1
+    assert len(solved.loss) <= TUNING.columns + len(menu.lines) + 1
     slack = solved.unit * (len(menu.lines) + 1)
     for budget in range(menu.least + slack, menu.dense, (menu.dense - menu.least) // 50):
         plan = solved.solve(budget)
@@ -185,7 +185,7 @@ def test_the_least_budget_is_met_on_a_coarse_grid():
     for seed in range(10):
         menu = random_menu(seed, 8, 4, unit=1, largest=1_000_003)
         for budget in (menu.least, menu.least + 1, menu.least + 100):
-            assert menu.size(knapsack(menu, budget)) <= budget
+            assert menu.size(sweep(menu).solve(budget)) <= budget
 
 
 def test_one_sweep_serves_every_budget():
@@ -251,7 +251,7 @@ def test_one_budget_is_the_knapsack(menu):
     for budget in budgets(menu):
         if budget >= menu.least:
             found = menu.divergence(knapsack_several(menu, budget))
-            assert found == pytest.approx(menu.divergence(knapsack(menu, budget)))
+            assert found == pytest.approx(menu.divergence(sweep(menu).solve(budget)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -400,7 +400,7 @@ def test_a_region_with_more_choices_than_points_stays_near_the_optimum():
     menu = Menu((*lines, joint))
     for budget in budgets(menu):
         exact = menu.divergence(knapsack_several(menu, budget))
-        assert exact - 1e-9 <= menu.divergence(knapsack(menu, budget)) <= 1.1 * exact + 0.01
+        assert exact - 1e-9 <= menu.divergence(sweep(menu).solve(budget)) <= 1.1 * exact + 0.01
 
 
 def test_a_joint_line_needs_a_line_for_each_of_its_weights():

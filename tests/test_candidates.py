@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic import TUNING, Both, Problem, around
+from synthetic import Both, Problem, around
 
 from rankfront.search.plans.knapsack import sweep
+from rankfront.search.tuning import TUNING
 
 ROUND = TUNING.round_fractions
 

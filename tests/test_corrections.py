@@ -8,7 +8,7 @@ from rankfront.search.optimise.corrections import Corrections, corrections_of, f
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.menu import Line, Menu
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 SITES, LEVELS = 24, 5
 
@@ -39,7 +39,7 @@ def around(places, factors, scale=2.0, noise=0.0):
         a = (
             increase
             - increase[place]
-            - DEFAULT.second_order[0] * (b - b[place])
+            - TUNING.second_order[0] * (b - b[place])
             + noise * np.sqrt(b) * random.standard_normal(len(b))
         )
         a[0] = increase[0] - increase[place]  # taking a site's treatment back is straight
@@ -102,10 +102,10 @@ def test_factors_fade_with_the_distance_in_size():
     """At a reference nearly its own factors, between two a mean of them, far from all of them none."""
     one, other = Corrections(0.3, np.array([1.0, -1.0])), Corrections(0.8, np.array([0.0, 0.4]))
     at = factors_at([one, other], np.array([0.3, 0.8, 0.55, 3.0]), 2)
-    assert at[0] == pytest.approx(one.logs / (1 + DEFAULT.factor_prior), abs=0.01)
-    assert at[1] == pytest.approx(other.logs / (1 + DEFAULT.factor_prior), abs=0.01)
-    near = np.exp(-0.5 * (0.25 / DEFAULT.factor_width) ** 2)
-    assert at[2] == pytest.approx((one.logs + other.logs) * near / (2 * near + DEFAULT.factor_prior))
+    assert at[0] == pytest.approx(one.logs / (1 + TUNING.factor_prior), abs=0.01)
+    assert at[1] == pytest.approx(other.logs / (1 + TUNING.factor_prior), abs=0.01)
+    near = np.exp(-0.5 * (0.25 / TUNING.factor_width) ** 2)
+    assert at[2] == pytest.approx((one.logs + other.logs) * near / (2 * near + TUNING.factor_prior))
     assert abs(at[3]).max() < 1e-9
     assert not factors_at([], np.array([0.5]), 2).any()
 

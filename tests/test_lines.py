@@ -10,26 +10,25 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.optimise.goal import menu_of
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu_jobs import menu_record
-from rankfront.search.tuning import DEFAULT
 
 
 def test_one_slope_for_each_method_is_found():
     chooser = np.random.default_rng(0)
     known, asked = chooser.uniform(0, 0.3, (12, 3)), chooser.uniform(0, 0.3, (5, 3))
     slopes = np.array([-4.0, 0.0, 1.0])
-    np.testing.assert_allclose(fitted(known, 7 + known @ slopes, asked, DEFAULT.ridges), 7 + asked @ slopes, atol=0.02)
+    np.testing.assert_allclose(fitted(known, 7 + known @ slopes, asked), 7 + asked @ slopes, atol=0.02)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9])
 def test_a_method_that_no_trial_used_is_taken_for_an_average_one(scale):
     known = np.array([[0.0, 0.0], [0.1, 0.0], [0.3, 0.0]])
     values = scale * (1 - 2 * known[:, 0])
-    found = fitted(known, values, np.array([[0.0, 0.2], [0.0, 0.0]]), DEFAULT.ridges)
+    found = fitted(known, values, np.array([[0.0, 0.2], [0.0, 0.0]]))
     np.testing.assert_allclose(found / scale, [0.6, 1.0], atol=0.02)
 
 
 def test_without_trials_all_are_as_dense():
-    np.testing.assert_array_equal(fitted(np.zeros((0, 2)), np.zeros(0), np.ones((3, 2)), DEFAULT.ridges), 1.0)
+    np.testing.assert_array_equal(fitted(np.zeros((0, 2)), np.zeros(0), np.ones((3, 2))), 1.0)
 
 
 @pytest.mark.parametrize("name", ["kv_bytes", "flops"])
@@ -44,7 +43,7 @@ def test_what_a_model_does_is_predicted_from_a_few_trials(name, text_file, tmp_p
     found = [(places, value(resident, plan, name)) for plan in plans if (places := menu.encode(plan))]
     assert len(found) > 20
     saved, measured = savings(menu, [places for places, _ in found]), np.array([each for _, each in found])
-    predicted = fitted(saved[:15], measured[:15], saved[15:], DEFAULT.ridges)
+    predicted = fitted(saved[:15], measured[:15], saved[15:])
     spread = measured.max() - measured.min()
     assert spread > 0
     assert np.abs(predicted - measured[15:]).max() < 0.1 * spread

@@ -11,12 +11,12 @@ from rankfront.search.optimise.taylor import (
     learn_scalings,
     surest,
 )
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 LINES, OPTIONS, DIVERGENCE = 30, 5, 0.4
 PRIOR = Scaling.prior()
-FIRST, SECOND = DEFAULT.first_order, DEFAULT.second_order
-BOUNDS = DEFAULT.first_bounds, DEFAULT.second_bounds
+FIRST, SECOND = TUNING.first_order, TUNING.second_order
+BOUNDS = TUNING.first_bounds, TUNING.second_bounds
 
 
 def make_local(seed=0, trial=0, places=None, divergence=DIVERGENCE):
@@ -63,7 +63,7 @@ def test_a_prediction_is_the_formula(scaling):
     taylor = make_local()
     plans = near(taylor, 1, 12, 6)
     expected = [DIVERGENCE + slow_change(taylor, plan, scaling.first, scaling.second) for plan in plans]
-    assert min(expected) > DEFAULT.least_left * DIVERGENCE
+    assert min(expected) > TUNING.least_left * DIVERGENCE
     logs, errors = taylor.predict(plans, scaling)
     assert logs == pytest.approx(np.log(expected))
     assert errors.shape == logs.shape
@@ -77,7 +77,7 @@ def test_the_centre_is_predicted_as_measured():
     taylor = make_local()
     logs, errors = taylor.predict(np.concatenate([taylor.places[None], near(taylor, 0, 20, 3)]), PRIOR)
     assert logs[0] == pytest.approx(math.log(DIVERGENCE))
-    assert errors[0] == pytest.approx(DEFAULT.change_floor / DIVERGENCE)
+    assert errors[0] == pytest.approx(TUNING.change_floor / DIVERGENCE)
     assert errors.argmin() == 0
 
 
@@ -85,7 +85,7 @@ def test_no_prediction_falls_below_the_floor():
     """However far downhill the slopes point, part of the centre's divergence stays."""
     taylor = make_local()
     downhill = np.array([int(a.argmin()) for a in taylor.first])
-    floor = math.log(DEFAULT.least_left * DIVERGENCE)
+    floor = math.log(TUNING.least_left * DIVERGENCE)
     found = [taylor.predict(downhill[None], Scaling(alpha, 1.0))[0][0] for alpha in (0.1, 1.0, 100.0, 1e6)]
     assert found == sorted(found, reverse=True)
     assert min(found) == pytest.approx(floor)

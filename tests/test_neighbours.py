@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rankfront.search.optimise.neighbours import Neighbours, alike
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 def made(seed=0, trials=7, lines=20):
@@ -17,7 +17,7 @@ def made(seed=0, trials=7, lines=20):
 def test_alike():
     a = np.zeros((1, 10), dtype=int)
     b = np.array([[0] * 10, [1] * 2 + [0] * 8, [1] * 10])
-    np.testing.assert_allclose(alike(a, b), np.exp(-np.array([[0, 0.2, 1.0]]) / DEFAULT.alike))
+    np.testing.assert_allclose(alike(a, b), np.exp(-np.array([[0, 0.2, 1.0]]) / TUNING.alike))
 
 
 def test_it_is_a_gaussian_process():
@@ -33,7 +33,7 @@ def test_it_is_a_gaussian_process():
         ]
     )
     count = len(plans)
-    seen = joint[:count, :count] + np.diag(DEFAULT.alike_noise**2 + spreads**2)
+    seen = joint[:count, :count] + np.diag(TUNING.alike_noise**2 + spreads**2)
     gain = joint[count:, :count] @ np.linalg.inv(seen)
     correction, left = Neighbours(plans, missed, errors, spreads).correct(others, claimed)
     np.testing.assert_allclose(correction, gain @ missed, rtol=1e-8)
@@ -49,7 +49,7 @@ def test_the_nearer_a_plan_is_the_more_it_is_corrected():
     assert (np.diff(left) > 0).all()
     assert correction[0] == pytest.approx(0.1, rel=0.02)
     assert correction[-1] < 0.001
-    assert left[0] == pytest.approx(DEFAULT.alike_noise, rel=0.02)
+    assert left[0] == pytest.approx(TUNING.alike_noise, rel=0.02)
 
 
 def test_what_is_sure_of_itself_is_not_corrected():

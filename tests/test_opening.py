@@ -15,9 +15,9 @@ from rankfront.search.optimise.opening import opening_budgets, reference_first
 from rankfront.search.optimise.solvers import corrected
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.study import Study
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING, tuned
 
-ROUND, WARM_START, REFERENCE = DEFAULT.round_fractions, DEFAULT.opening_fractions, DEFAULT.reference_fraction
+ROUND, WARM_START, REFERENCE = TUNING.round_fractions, TUNING.opening_fractions, TUNING.reference_fraction
 FRONT = [f"menu: keep={keep:g}" for keep in WARM_START]
 
 
@@ -117,13 +117,13 @@ def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, mo
 
 def test_slopes_read_less_where_the_limit_leaves_less(data, monkeypatch):
     """Room for a trial after them is left; as few as say little are none."""
-    monkeypatch.setattr("rankfront.search.run.budget.DEFAULT", replace(DEFAULT, slope_tokens=16))
     monkeypatch.setattr("rankfront.search.run.budget.slope_tokens", lambda spent, quality: 10**6)
     scheduler = make_scheduler(Study(data))
     trial = scheduler.budget.trial
     for left, expected in ((math.inf, trial), (5 * trial, trial), (2 * trial, trial // 3), (trial + 45, 0), (0, 0)):
         budget = replace(scheduler.budget, limit=np.array([100.0, left]))
-        assert budget.slope_tokens(scheduler.state(), scheduler.in_flight) == expected
+        with tuned(slope_tokens=16):
+            assert budget.slope_tokens(scheduler.state(), scheduler.in_flight) == expected
 
 
 def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
@@ -149,9 +149,9 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
         if keep * even.dense >= even.least:
             plan = solver.solve(keep * even.dense)
             share = predictor.menu.size(plan) / predictor.menu.dense
-            apart.append(abs(share - keep) > 1 / DEFAULT.bands)
-            settled = solver._band(round(share * DEFAULT.bands)).solve(keep * even.dense)
-            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 1 / DEFAULT.bands
+            apart.append(abs(share - keep) > 1 / TUNING.bands)
+            settled = solver._band(round(share * TUNING.bands)).solve(keep * even.dense)
+            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 1 / TUNING.bands
     assert any(apart)
 
 
@@ -194,8 +194,7 @@ def test_a_run_that_has_proposals_is_not_opened_again(data, tmp_path, monkeypatc
     before = len(study.rows())
     assert any(row.origin == OURS for row in study.rows())
     monkeypatch.setattr(
-        "rankfront.search.run.rankfront_strategy.opening_budgets",
-        lambda targets, dense, _: [0.87 * dense, 0.66 * dense],
+        "rankfront.search.run.rankfront_strategy.opening_budgets", lambda targets, dense: [0.87 * dense, 0.66 * dense]
     )
     longer = again(study, trials=14)
     longer.launch(quiet())

@@ -20,7 +20,7 @@ from rankfront.search.plans.menu_jobs import (
 )
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 PREDICTIONS = {"q": {"svd 1": 0.4, "svd 2": 0.1}, "k": {"svd 1": 0.2}, "v": {"svd 1": 0.3}}
 PROBED = {"q": "svd 2", "k": "svd 1"}
@@ -47,7 +47,7 @@ def test_a_group_predicts_together_what_was_measured_of_it():
 
 
 @pytest.mark.parametrize(
-    ("measured", "ratio"), [(1e9, DEFAULT.worst_ratio), (0.0, 1 / DEFAULT.worst_ratio), (None, DEFAULT.worst_ratio)]
+    ("measured", "ratio"), [(1e9, TUNING.worst_ratio), (0.0, 1 / TUNING.worst_ratio), (None, TUNING.worst_ratio)]
 )
 def test_what_cannot_be_believed_is_bounded(measured, ratio):
     """No group is ever predicted to cost nothing, and one that broke the model is predicted to hurt."""
@@ -60,14 +60,14 @@ def test_every_site_is_probed_once_near_half_by_the_method_that_hurts_least(data
     predictions = {
         site.name: {o.label: float(o.method == "svd") + 0.1 for o in options} for site, options in wanted.items()
     }
-    plans = group_plans(space.bands(DEFAULT.group_bands), wanted, predictions)
+    plans = group_plans(space.bands(TUNING.group_bands), wanted, predictions)
     probed = [site for plan in plans for site in plan.by_site]
     assert sorted(probed) == sorted(site.name for site in wanted)
     options = {site: option for plan in plans for site, option in plan.by_site.items()}
     for site, offered in wanted.items():
         assert options[site.name].method == "svd-llm"
         dense = site.storage.parameters
-        off = {o: abs(get_method(o.method).storage(site, o).parameters / dense - DEFAULT.group_keep) for o in offered}
+        off = {o: abs(get_method(o.method).storage(site, o).parameters / dense - TUNING.group_keep) for o in offered}
         assert off[options[site.name]] == min(off.values())
 
 
@@ -77,7 +77,7 @@ def test_no_group_is_probed_by_a_rounding_of_the_whole_weight(data):
     space = make_space(Study(data).setup())
     wanted = space.wanted()
     predictions = {s.name: {o.label: float(o.method == "svd-llm") + 0.1 for o in found} for s, found in wanted.items()}
-    plans = group_plans(space.bands(DEFAULT.group_bands), wanted, predictions)
+    plans = group_plans(space.bands(TUNING.group_bands), wanted, predictions)
     assert {option.method for plan in plans for option in plan.by_site.values()} == {"svd-llm"}
 
 
@@ -95,7 +95,7 @@ def test_what_nothing_is_predicted_of_is_not_probed(data):
     space = make_space(Study(data).setup())
     first = next(iter(space.choices)).name
     predictions = {first: {o.label: 0.1 for s, options in space.wanted().items() if s.name == first for o in options}}
-    plans = group_plans(space.bands(DEFAULT.group_bands), space.wanted(), predictions)
+    plans = group_plans(space.bands(TUNING.group_bands), space.wanted(), predictions)
     assert [list(plan.by_site) for plan in plans] == [[first]]
 
 
@@ -153,7 +153,7 @@ def test_a_probe_that_breaks_the_model_is_a_record(data, monkeypatch):
     space = resident.compressed.space
     wanted = space.wanted()
     predictions = {site.name: {o.label: 0.1 for o in options} for site, options in wanted.items()}
-    plan = group_plans(space.bands(DEFAULT.group_bands), wanted, predictions)[0]
+    plan = group_plans(space.bands(TUNING.group_bands), wanted, predictions)[0]
     site = next(iter(plan.by_site))
     apply = CompressedModel.apply
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
-from synthetic import TUNING, Misled, Problem, around, measure_slopes
+from synthetic import Misled, Problem, around, measure_slopes
 
 from rankfront.methods import Option
 from rankfront.search.choices import OURS
@@ -16,6 +16,7 @@ from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.plan import Plan
 from rankfront.search.storage.front import Row
+from rankfront.search.tuning import TUNING
 
 
 def test_what_it_predicts():

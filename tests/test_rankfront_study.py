@@ -23,7 +23,7 @@ from rankfront.search.plans.menu_jobs import menu_jobs, menu_record
 from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.study import Study
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path)
     menu = [row for row in rows if row.origin.startswith("menu")]
     first, *others = menu
     assert first.origin == "menu: centre"
-    assert first.attributes["block_parameters"] <= DEFAULT.reference_fraction
+    assert first.attributes["block_parameters"] <= TUNING.reference_fraction
     assert all(row.origin.startswith("menu: keep=") for row in others)
     assert len(others) >= 2
     for row in others:  # the budget is kept
@@ -343,7 +343,7 @@ def test_a_goal_reads_values_as_divergence(data, tmp_path, quality):
     study = make_run(data, tmp_path / "run")
     rows, setup = [row for row in study.rows() if row.state == "complete"], study.setup()
     dense = rows[0]
-    goal = make_goal(study.config, make_space(setup), dense, setup.dtype)
+    goal = make_goal(study.config, make_space(setup), dense, {})
     assert goal.quality == 1
     assert goal.loss(-math.inf) == pytest.approx(dense.values[quality], abs=1e-6)
     for row in rows:

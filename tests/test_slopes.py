@@ -15,7 +15,7 @@ from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.plans.slope_cost import PASSES, slope_tokens
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
 NAMES = ("llama", "gpt2")
@@ -171,7 +171,7 @@ def test_b_is_the_quadratic_form_of_drawn_labels(world):
 def test_b_of_the_likelihood_is_that_of_its_own_labels(world):
     found = world.slopes()
     for site, option in every(world):
-        expected = DEFAULT.own_labels * world.slow_second(site, option, drawn=False)
+        expected = TUNING.own_labels * world.slow_second(site, option, drawn=False)
         assert found[site.name][option.label][1] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
@@ -324,6 +324,6 @@ def test_after_an_error_no_hook_is_left(world, monkeypatch, broken):
 
 def test_late_slopes_read_more():
     """A twentieth of what a study has spent, of as many passes as the loss takes; few tokens would say little."""
-    assert slope_tokens(0, "perplexity") == DEFAULT.slope_tokens
+    assert slope_tokens(0, "perplexity") == TUNING.slope_tokens
     for quality, passes in PASSES.items():
         assert slope_tokens(4_000_000, quality) == 200_000 // passes

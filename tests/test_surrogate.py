@@ -6,7 +6,7 @@ import pytest
 from rankfront.methods import DENSE_OPTION, Option
 from rankfront.search.optimise.surrogate import Coefficients, Surrogate
 from rankfront.search.plans.menu import Line, Menu
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
 
@@ -110,7 +110,7 @@ def test_offset_and_slope_are_recovered(offset, slope):
 def test_one_trial_is_enough_to_fit():
     surrogate, plan = make_surrogate(), random_plans(1, 0)
     surrogate.fit(plan, truth(plan, offset=1.0))
-    assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=DEFAULT.unexplained)
+    assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=TUNING.unexplained)
 
 
 # -- noise
@@ -121,7 +121,7 @@ def near_dense_plans(count, seed):
     mild = [
         (i, k)
         for i, line in enumerate(MENU.lines)
-        for k in np.flatnonzero(line.divergence < 2 * DEFAULT.loss_spread)
+        for k in np.flatnonzero(line.divergence < 2 * TUNING.loss_spread)
         if k
     ]
     plans = np.zeros((count, SITES), dtype=int)
@@ -136,12 +136,12 @@ def test_near_dense_measurements_spoil_nothing():
     for seed in range(8):
         random, factors = np.random.default_rng(seed), true_factors(seed)
         plans = np.vstack([random_plans(12, seed), near_dense_plans(8, seed)])
-        measured = np.exp(truth(plans, factors=factors)) + DEFAULT.loss_spread * random.standard_normal(len(plans))
+        measured = np.exp(truth(plans, factors=factors)) + TUNING.loss_spread * random.standard_normal(len(plans))
         unseen = random_plans(100, 100 + seed)
         for all_of_them in (True, False):
-            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * DEFAULT.loss_spread
+            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * TUNING.loss_spread
             surrogate = make_surrogate()
-            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], DEFAULT.least_divergence)))
+            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], TUNING.least_divergence)))
             errors[all_of_them].append(root_mean_square(surrogate.predict(unseen) - truth(unseen, factors=factors)))
     assert np.median(errors[True]) <= 1.05 * np.median(errors[False])
 
@@ -149,10 +149,10 @@ def test_near_dense_measurements_spoil_nothing():
 def test_what_is_below_the_spread_is_only_known_to_be_small():
     """How far below, noise decides; no plan is made out to be worse by it than a measurement of it could."""
     plans, predicted = np.vstack([random_plans(12, 0), near_dense_plans(2, 0)]), []
-    for least in (DEFAULT.least_divergence, 0.1 * DEFAULT.loss_spread, DEFAULT.loss_spread):
+    for least in (TUNING.least_divergence, 0.1 * TUNING.loss_spread, TUNING.loss_spread):
         surrogate, observed = make_surrogate(), truth(plans)
         observed[-2:] = np.log(least)
-        surrogate.fit(plans, observed, DEFAULT.loss_spread)
+        surrogate.fit(plans, observed, TUNING.loss_spread)
         predicted.append(surrogate.predict(plans))
     assert predicted[0] == pytest.approx(predicted[2])
     assert predicted[1] == pytest.approx(predicted[2])

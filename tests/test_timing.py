@@ -161,9 +161,9 @@ def test_a_table_made_on_resuming_is_used(data, counted, tmp_path, monkeypatch):
         broken.setattr("rankfront.search.measure.runner.time_sites", lambda *arguments: 1 / 0)
         make_run(data, tmp_path / "run")
     seen = []
-    real = rankfront_strategy.make_rankfront_sampler
+    real = rankfront_strategy.make_goal
     monkeypatch.setattr(
-        rankfront_strategy, "make_rankfront_sampler", lambda *arguments: seen.append(arguments[5]) or real(*arguments)
+        rankfront_strategy, "make_goal", lambda *arguments: seen.append(arguments[3]) or real(*arguments)
     )
     Study(data | {"search": data["search"] | {"trials": 12}}, tmp_path / "run").launch(quiet())
     assert [list(timings) for timings in seen] == [["latency"]]

@@ -18,7 +18,7 @@ from rankfront.search.factors.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.menu_jobs import GROUPED, probe_options
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 MENU_TOKENS = 2048  # of the search split, for the gradient's predictions
 PROBE_TOKENS = 512  # for each probe; LEMS spends about 3,000
@@ -46,7 +46,7 @@ def predict(
     if source == "spectrum":
         return {"predictions": spectrum, "tokens": 0}
     used = windows[: max(1, PROBE_TOKENS // length)]
-    probes, tokens = measure_probes(model, apply, used, probe_options(wanted, DEFAULT.probe_fractions[source]))
+    probes, tokens = measure_probes(model, apply, used, probe_options(wanted, TUNING.probe_fractions[source]))
     return {"predictions": scaled_predictions(spectrum, probes), "tokens": tokens}
 
 

@@ -27,7 +27,7 @@ from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss, products
 from rankfront.search.factors.store import FactorStore
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 def measure_slopes(
@@ -56,7 +56,7 @@ def measure_slopes(
             if teacher is None:
                 loss.backward()
                 for probe in probes:
-                    probe.settle(slopes=True, curvature=DEFAULT.own_labels)
+                    probe.settle(slopes=True, curvature=TUNING.own_labels)
             else:
                 loss.backward(retain_graph=True)
                 for probe in probes:

@@ -16,7 +16,7 @@ from rankfront.search import attributes as keys
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.storage.front import Row, comparable, dense_row, front_of
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Calibration:
     @property
     def poor(self) -> bool:
         """Whether the predictions are too poor to lean on: in their order, or in how much recent plans would hurt."""
-        wrong = self.spearman < DEFAULT.poor_spearman or self.error > DEFAULT.poor_error
-        return self.trials >= DEFAULT.least_predictions and wrong
+        wrong = self.spearman < TUNING.poor_spearman or self.error > TUNING.poor_error
+        return self.trials >= TUNING.least_predictions and wrong
 
     @property
     def brief(self) -> str:
@@ -111,13 +111,13 @@ def kendall_tau(x: np.ndarray, y: np.ndarray) -> float:
 def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> float | None:
     """Spearman's correlation of ``predicted`` and ``measured`` given ``sizes``, (T,) each: that of what is left of
     their ranks after a regression on the ranks of the sizes."""
-    if len(sizes) < DEFAULT.least_predictions or not np.isfinite(sizes).all():
+    if len(sizes) < TUNING.least_predictions or not np.isfinite(sizes).all():
         return None
     ranks = np.array([ranks_of(values) for values in (predicted, measured, sizes)])
     ranks -= ranks.mean(1, keepdims=True)
     by_size = ranks[2] / max(float(ranks[2] @ ranks[2]), 1.0)
     left = ranks[:2] - np.outer(ranks[:2] @ ranks[2], by_size)  # (2, T)
-    if ((left**2).sum(1) < DEFAULT.least_variance * (ranks[:2] ** 2).sum(1)).any():
+    if ((left**2).sum(1) < TUNING.least_variance * (ranks[:2] ** 2).sum(1)).any():
         return None
     return float(left[0] @ left[1] / np.sqrt((left**2).sum(1).prod()))
 
@@ -125,9 +125,9 @@ def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> 
 def _recent_error(rows: Sequence[Row], pairs: np.ndarray, objective: str) -> float:
     """The median of |log D predicted − log D measured| over the last of ``pairs`` (T, 2) of ``objective``; NaN where
     the dense model, which perplexities are relative to, is not measured."""
-    divergences = pairs[-DEFAULT.recent :]
+    divergences = pairs[-TUNING.recent :]
     if objective == "perplexity":
         dense = dense_row(rows, rung=0)
         divergences = np.log(divergences / (dense.values[objective] if dense else math.nan))
-    logs = np.log(np.maximum(divergences, DEFAULT.faint))
+    logs = np.log(np.maximum(divergences, TUNING.faint))
     return float(np.median(np.abs(logs[:, 0] - logs[:, 1])))

@@ -10,6 +10,7 @@ import numpy as np
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu import Places
+from rankfront.search.tuning import TUNING
 
 LARGEST = 100  # nats of excess loss that a perplexity is predicted of at most: beyond, exp overflows
 FAR = 1e6  # boxes; what misses a limit is behind everything that meets it
@@ -20,7 +21,7 @@ class Acquisition:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
-        self.menu, self.goal, self.tuning = predictor.menu, predictor.goal, predictor.tuning
+        self.menu, self.goal = predictor.menu, predictor.goal
 
     def best(self, candidates: Mapping[Places, float]) -> Places:
         """The one that gains most by prediction, each worse by so many standard deviations (the winner's curse); where
@@ -30,7 +31,7 @@ class Acquisition:
         """
         plans, pessimism = list(candidates), np.array(list(candidates.values()))
         sizes = map(self.menu.size, self.predictor.history.measured)
-        least = min(sizes, default=0) - self.tuning.slack * self.menu.dense
+        least = min(sizes, default=0) - TUNING.slack * self.menu.dense
         pessimism[[self.menu.size(plan) < least for plan in plans]] = 0.0
         values = self.values(plans, pessimism)
         gains = self.gains(values)
@@ -90,5 +91,5 @@ class Acquisition:
         unknown = np.isnan(values).any(0)
         if unknown.any():
             saved = [savings(self.menu.even, each) for each in (list(history.measured), candidates)]
-            values[:, unknown] = fitted(saved[0], history.values[:, unknown], saved[1], self.tuning.ridges)
+            values[:, unknown] = fitted(saved[0], history.values[:, unknown], saved[1])
         return values

@@ -14,9 +14,8 @@ from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES, inside_blocks
-from rankfront.search.optimise.goal import menu_of
+from rankfront.search.optimise.goal import make_goal, menu_of
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.rankfront_sampler import make_rankfront_sampler
 from rankfront.search.optimise.solvers import nearby
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
@@ -28,7 +27,7 @@ from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Parameters
 from rankfront.search.storage.front import Row, StudyState, check_dense, dense_row
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ def answer(
     config: StudyConfig,
     space: Space,
     limits: Sequence[Constraint],
-    tuning: Tuning = DEFAULT,
 ) -> Answer:
     """The plan of least divergence, measured or else predicted, within ``limits`` and the study's own.
 
@@ -67,7 +65,7 @@ def answer(
     Raises `InputError` where the run has no menu yet, a limit is not on a figure that plans decide or a table
     predicts, or no plan meets them all.
     """
-    predictor, dense, timings = prior_predictor(state, config, space, tuning)
+    predictor, dense, timings = prior_predictor(state, config, space)
     menu, origin = predictor.menu, dict(dense.plan.origin)
     predictor.learn(state.trials)
     learned = _Learned(predictor, _figures(predictor, space, dense, timings), list(config.objectives))
@@ -136,10 +134,9 @@ class _Learned:
         found, bounds = self._knapsack(limits, budget / menu.dense, size)
         if found is None:
             return {}
-        tuning = self.predictor.tuning
-        stored = [share * menu.size(found) for share in tuning.answer_shares] if size is None else []
-        steps = dict.fromkeys(nearby(self.predictor, [budget, *stored]), tuning.steps_worse)
-        return {found: tuning.solutions_worse} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
+        stored = [share * menu.size(found) for share in TUNING.answer_shares] if size is None else []
+        steps = dict.fromkeys(nearby(self.predictor, [budget, *stored]), TUNING.steps_worse)
+        return {found: TUNING.solutions_worse} | {plan: d for plan, d in steps.items() if met(bounds, self.of(plan))}
 
     def _knapsack(
         self, limits: Sequence[Constraint], share: float, size: float | None
@@ -153,7 +150,7 @@ class _Learned:
         predictor, bounds = self.predictor, [self._tightened(limit) for limit in limits]
         losses = predictor.surrogate.losses(share)
         places = None
-        for _ in range(predictor.tuning.answer_tries):
+        for _ in range(TUNING.answer_tries):
             try:
                 places = self._least(losses, bounds, size)
             except InputError:  # where this is the first, what was measured may still meet them
@@ -174,7 +171,7 @@ class _Learned:
         milliseconds, else by an integer program. Raises `InputError` where no plan meets them."""
         menu = self.predictor.menu
         if size is None:
-            gap = self.predictor.tuning.answer_gap
+            gap = TUNING.answer_gap
             return knapsack_several(menu, np.inf, self.figures.budgets(bounds), losses, gap)
         return Lagrangian(menu, losses).solve(size)
 
@@ -221,15 +218,12 @@ def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataF
     return pd.DataFrame(found)
 
 
-def prior_predictor(
-    state: StudyState, config: StudyConfig, space: Space, tuning: Tuning = DEFAULT
-) -> tuple[Predictor, Row, Timings]:
+def prior_predictor(state: StudyState, config: StudyConfig, space: Space) -> tuple[Predictor, Row, Timings]:
     """The predictor as it was before any trial but the dense one; the dense trial, and the latency tables.
 
     Raises `InputError` where the run has no menu yet."""
     menu, dense, timings = _known(state, config, space)
-    sampler = make_rankfront_sampler(menu, space, config, dense, dict(dense.plan.origin), timings, tuning)
-    return sampler.predictor, dense, timings
+    return Predictor(menu, space, make_goal(config, space, dense, timings)), dense, timings
 
 
 def _known(state: StudyState, config: StudyConfig, space: Space) -> tuple[Menu, Row, Timings]:

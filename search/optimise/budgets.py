@@ -8,6 +8,7 @@ import numpy as np
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.solvers import Solver
 from rankfront.search.plans.knapsack import sweep
+from rankfront.search.tuning import TUNING
 
 ROUNDING = 1e-6  # stored values; what floating point leaves below a whole number of them
 
@@ -36,7 +37,7 @@ def uses_up(size: float, targets: np.ndarray, slack: float) -> bool:
 def _budgets(predictor: Predictor) -> np.ndarray:
     """Sizes at which the objective is at `Tuning.round_fractions` of the dense model's: it is a straight line in the
     size."""
-    menu, costs, rounded = predictor.menu, predictor.goal.costs, np.array(predictor.tuning.round_fractions)
+    menu, costs, rounded = predictor.menu, predictor.goal.costs, np.array(TUNING.round_fractions)
     dense, cheapest = costs(menu.decode(menu.untreated)), costs(menu.decode(menu.cheapest))
     column = min((column for column in dense if dense[column] > cheapest[column]), default=None)
     if column is None:
@@ -50,17 +51,17 @@ def _budgets(predictor: Predictor) -> np.ndarray:
 def _most(predictor: Predictor, solved: Solver) -> float:
     """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
     is none."""
-    menu, tuning = predictor.menu, predictor.tuning
+    menu = predictor.menu
     if predictor.may_meet(menu.decode(menu.untreated)):
         return float(menu.dense)
     most, above = np.inf, float(menu.dense)
-    for budget in np.linspace(menu.dense, menu.least, tuning.limit_tries):
+    for budget in np.linspace(menu.dense, menu.least, TUNING.limit_tries):
         plan = solved.solve(float(budget))
         if predictor.may_meet(menu.decode(plan)):
             most = float(menu.size(plan))
             break
         above = float(budget)
-    for _ in range(tuning.limit_halvings if np.isfinite(most) else 0):
+    for _ in range(TUNING.limit_halvings if np.isfinite(most) else 0):
         plan = solved.solve((most + above) / 2)
         if predictor.may_meet(menu.decode(plan)):
             most = float(menu.size(plan))

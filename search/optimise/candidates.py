@@ -12,6 +12,7 @@ from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.solvers import corrected, downhill
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.menu import Menu, Places
+from rankfront.search.tuning import TUNING
 
 
 class Candidates:
@@ -24,7 +25,7 @@ class Candidates:
 
     def __init__(self, predictor: Predictor, random: np.random.Generator) -> None:
         self.predictor = predictor
-        self.menu, self.tuning = predictor.menu, predictor.tuning
+        self.menu = predictor.menu
         self.random = random
 
     def groups(self, mode: str) -> Iterator[dict[Places, float]]:
@@ -42,7 +43,7 @@ class Candidates:
             yield self.at_targets(self._with_pessimism(steps, []))
             yield self._with_pessimism(steps, [])
         if mode in ("newest", "any"):
-            steps = self._downhill(models[-self.tuning.references :], priced)
+            steps = self._downhill(models[-TUNING.references :], priced)
         solutions = self._solutions(priced, to_targets=True)
         yield self.at_targets(self._with_pessimism(steps, solutions))
         yield self._with_pessimism(steps, solutions)
@@ -50,12 +51,11 @@ class Candidates:
 
     def _with_pessimism(self, steps: Sequence[Places], solutions: Sequence[Places]) -> dict[Places, float]:
         """Each plan once, and the standard deviations by which its kind turns out worse than predicted."""
-        tuning = self.tuning
-        return dict.fromkeys(solutions, tuning.solutions_worse) | dict.fromkeys(steps, tuning.steps_worse)
+        return dict.fromkeys(solutions, TUNING.solutions_worse) | dict.fromkeys(steps, TUNING.steps_worse)
 
     def _solutions(self, priced: Menu, to_targets: bool = False) -> list[Places]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to targets."""
-        solved, count = corrected(self.predictor, priced), self.tuning.solutions
+        solved, count = corrected(self.predictor, priced), TUNING.solutions
         shift = self.random.uniform()
         budgets = priced.least + (np.arange(count) + shift) / count * (priced.dense - priced.least)
         return [solved.solve(budget) for budget in (self._to_targets(budgets) if to_targets else budgets)]
@@ -64,7 +64,7 @@ class Candidates:
         """The slopes of ``references``, solved at budgets around each."""
         found = []
         for taylor in references:
-            moved = self.tuning.stretch * self.random.uniform(-1, 1, self.tuning.around)
+            moved = TUNING.stretch * self.random.uniform(-1, 1, TUNING.around)
             budgets = self._to_targets(priced.size(taylor.places) * np.array([1.0, *(1 + moved)]))
             found += downhill(self.predictor, taylor, budgets, priced)
         return found
@@ -84,7 +84,7 @@ class Candidates:
 
     def at_targets(self, candidates: Mapping[Places, float]) -> dict[Places, float]:
         """Those of ``candidates`` that use up what a target allows: cautious steps up stop short of it."""
-        slack = self.tuning.slack * self.menu.dense
+        slack = TUNING.slack * self.menu.dense
         return {c: worse for c, worse in candidates.items() if uses_up(self.menu.size(c), self.targets, slack)}
 
     def step(self, plan: Places) -> Places:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.menu import Menu
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,7 @@ class Corrections:
     logs: np.ndarray
 
 
-def corrections_of(
-    taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int, str], int], tuning: Tuning = DEFAULT
-) -> Corrections | None:
+def corrections_of(taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int, str], int]) -> Corrections | None:
     """The factors by the slopes of ``taylor``; ``features`` are the places of (line, method).
 
     None where the plan treats nothing, or taking it back would not lower the loss: then λ says nothing.
@@ -54,14 +52,14 @@ def corrections_of(
     options = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options]
     feature = np.array([features.get(key, -1) for key in options])  # dense has none
     a, b = np.concatenate(taylor.first), np.concatenate(taylor.second)
-    bend = tuning.second_order[0] * b
+    bend = TUNING.second_order[0] * b
     increase = a - a[own_dense] + bend
     predicted = removed / alone * np.concatenate([line.divergence for line in menu.lines])
     # The variance of a slope a token over that by the Fisher, 2 b, is 1 / `own_labels`; taken for KL too.
-    noise = 2 / tuning.own_labels / taylor.tokens * (b + b[own_dense])
-    variance = noise + (tuning.increase_error * predicted) ** 2 + (tuning.bend_error * bend) ** 2
+    noise = 2 / TUNING.own_labels / taylor.tokens * (b + b[own_dense])
+    variance = noise + (TUNING.increase_error * predicted) ** 2 + (TUNING.bend_error * bend) ** 2
     known = np.isfinite(increase) & np.isfinite(variance) & (predicted > 0) & (feature >= 0)
-    logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features), tuning))
+    logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features)))
     return Corrections(menu.size(taylor.places) / menu.dense, logs)
 
 
@@ -71,7 +69,6 @@ def _factors(
     variance: np.ndarray,
     feature: np.ndarray,
     count: int,
-    tuning: Tuning,
 ) -> np.ndarray:
     """f of all ``count`` pairs of line and method, (F,), from options whose pair is ``feature``, (K,) each: alike as
     they are, options of one pair say together what the surest says alone. 1 where nothing is known."""
@@ -80,19 +77,17 @@ def _factors(
     np.maximum.at(sure, feature, weights)
     whole = np.maximum(np.bincount(feature, weights, count), np.finfo(float).tiny)
     mean = np.bincount(feature, weights * increase / predicted, count) / whole
-    prior = 1 / tuning.factor_deviation**2
-    found: np.ndarray = np.clip((sure * mean + prior) / (sure + prior), *tuning.factor_bounds)
+    prior = 1 / TUNING.factor_deviation**2
+    found: np.ndarray = np.clip((sure * mean + prior) / (sure + prior), *TUNING.factor_bounds)
     return found
 
 
-def factors_at(
-    corrections: Sequence[Corrections], shares: np.ndarray, count: int, tuning: Tuning = DEFAULT
-) -> np.ndarray:
+def factors_at(corrections: Sequence[Corrections], shares: np.ndarray, count: int) -> np.ndarray:
     """log f of every (line, method) for plans whose size is ``shares`` (T,) of dense, (T, ``count``)."""
     if not corrections:
         return np.zeros((len(shares), count))
     references = np.array([one.share for one in corrections])
-    near = np.exp(-0.5 * ((shares[:, None] - references) / tuning.factor_width) ** 2)  # (T, corrections)
-    weights = near / (near.sum(1, keepdims=True) + tuning.factor_prior)
+    near = np.exp(-0.5 * ((shares[:, None] - references) / TUNING.factor_width) ** 2)  # (T, corrections)
+    weights = near / (near.sum(1, keepdims=True) + TUNING.factor_prior)
     mixed: np.ndarray = weights @ np.stack([one.logs for one in corrections])
     return mixed

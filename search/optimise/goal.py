@@ -22,7 +22,7 @@ from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_st
 from rankfront.search.plans.plan import Plan, Prices
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row, box_of
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
 
@@ -92,14 +92,7 @@ class Goal:
     spread: float = 0.0
 
 
-def make_goal(
-    config: StudyConfig,
-    space: Space,
-    dense: Row,
-    dtype: str,
-    timings: Timings | None = None,
-    tuning: Tuning = DEFAULT,
-) -> Goal:
+def make_goal(config: StudyConfig, space: Space, dense: Row, timings: Timings) -> Goal:
     """The objectives of a study whose dense model is measured.
 
     Perplexity is read as divergence through its logarithm: log(perplexity / dense) is the excess loss in nats a token.
@@ -109,14 +102,18 @@ def make_goal(
     base = dense.values[quality] if quality == "perplexity" else None
     box = box_of(config.objectives, dense)
     objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
-    prices = Prices(inside_blocks(space.sites), int(dense.attributes[PARAMETER_COUNT]), VALUE_BYTES[dtype])
+    prices = Prices(
+        inside_blocks(space.sites),
+        int(dense.attributes[PARAMETER_COUNT]),
+        VALUE_BYTES[dict(dense.plan.origin)["dtype"]],
+    )
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough
         return divergence if base is None else base * math.exp(divergence)
 
     def log_divergence(value: float, dense: float) -> float:
-        return math.log(max(value if base is None else math.log(value / dense), tuning.least_divergence))
+        return math.log(max(value if base is None else math.log(value / dense), TUNING.least_divergence))
 
     def costs(plan: Plan) -> dict[int, float]:
         cost = prices.of(plan)
@@ -129,12 +126,12 @@ def make_goal(
         columns = [[limit.missed(float(v)) for v in values[:, names.index(limit.figure)]] for limit in limits]
         return np.array(columns).sum(0) if limits else np.zeros(len(values))
 
-    timed = {names.index(name): found for name, found in (timings or {}).items()}
+    timed = {names.index(name): found for name, found in timings.items()}
     place = names.index(quality)
     beside = quality != "perplexity" and "perplexity" in names
     other = (names.index("perplexity"), dense.values["perplexity"]) if beside else None
     # A divergence is of whole distributions: no token is drawn from them.
-    spread = 0.0 if base is None else tuning.loss_spread
+    spread = 0.0 if base is None else TUNING.loss_spread
     return Goal(
         loss, log_divergence, costs, dense.values[quality], place, len(names), box.unit, excess, timed, other, spread
     )

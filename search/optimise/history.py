@@ -17,7 +17,7 @@ from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.taylor import EARLIER_TOKENS, TaylorModel
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.space import Space
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ class History:
         menu: what plans are looked up in.
         space: what trials drew from.
         goal: the objectives.
-        tuning: how uncertain a measurement is.
     """
 
-    def __init__(self, menu: Menu, space: Space, goal: Goal, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, menu: Menu, space: Space, goal: Goal) -> None:
         self.menu = menu
         self.space = space
         self.goal = goal
-        self.tuning = tuning
         self.measured: dict[Places, Measured] = {}
         self.taylor_of: dict[int, TaylorModel] = {}  # by the trial that measured them
         self._finished = 0
@@ -71,7 +69,7 @@ class History:
 
     def _measured(self, trial: FrozenTrial) -> Measured:
         level = self.goal.log_divergence(trial.values[self.goal.quality], self.goal.dense)
-        most = self.tuning.spread_tokens
+        most = TUNING.spread_tokens
         spread = self.goal.spread * math.sqrt(most / trial.user_attrs.get(keys.FIDELITY, most))
         return Measured(trial.number, level, trial.values, spread)
 

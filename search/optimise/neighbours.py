@@ -15,12 +15,12 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial.distance import cdist
 
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 
-def alike(a: np.ndarray, b: np.ndarray, tuning: Tuning = DEFAULT) -> np.ndarray:
+def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """exp(−share of lines that differ / `Tuning.alike`) of plans (A, lines) and (B, lines), (A, B)."""
-    kernel: np.ndarray = np.exp(-cdist(a, b, "hamming") / tuning.alike)
+    kernel: np.ndarray = np.exp(-cdist(a, b, "hamming") / TUNING.alike)
     return kernel
 
 
@@ -32,20 +32,17 @@ class Neighbours:
         missed: their log-divergence less what was predicted of it, (T,).
         errors: standard deviations that are claimed for those predictions, (T,).
         spreads: standard deviations of what was measured, (T,).
-        tuning: its constants.
     """
 
-    def __init__(
-        self, plans: np.ndarray, missed: np.ndarray, errors: np.ndarray, spreads: np.ndarray, tuning: Tuning = DEFAULT
-    ) -> None:
-        self.plans, self.errors, self.tuning = plans, errors, tuning
-        noise = np.diag(tuning.alike_noise**2 + spreads**2)
-        self._factor = cho_factor(np.outer(errors, errors) * alike(plans, plans, tuning) + noise)
+    def __init__(self, plans: np.ndarray, missed: np.ndarray, errors: np.ndarray, spreads: np.ndarray) -> None:
+        self.plans, self.errors = plans, errors
+        noise = np.diag(TUNING.alike_noise**2 + spreads**2)
+        self._factor = cho_factor(np.outer(errors, errors) * alike(plans, plans) + noise)
         self._weights = cho_solve(self._factor, missed)
 
     def correct(self, plans: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What to add to predictions of ``plans`` (N, lines) that claim ``errors`` (N,), and the errors after it."""
-        shared = np.outer(errors, self.errors) * alike(plans, self.plans, self.tuning)  # (N, T)
+        shared = np.outer(errors, self.errors) * alike(plans, self.plans)  # (N, T)
         correction: np.ndarray = shared @ self._weights
         explained = (shared * cho_solve(self._factor, shared.T).T).sum(1)
         return correction, np.sqrt(np.maximum(errors**2 - explained, 0.0))

@@ -13,20 +13,20 @@ from rankfront.search.optimise.solvers import corrected
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.plans.variables import Parameters
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 
-def opening_budgets(targets: Iterable[float], dense: float, tuning: Tuning = DEFAULT) -> list[float]:
+def opening_budgets(targets: Iterable[float], dense: float) -> list[float]:
     """Sizes at which the predicted front is measured, falling, for a model of the size ``dense``: the ``targets`` down
     to the least of `Tuning.opening_fractions`, or where all are smaller every one of them, and what of these fractions
     has no target nearby."""
-    every, keeps = sorted(targets, reverse=True), tuning.opening_fractions
+    every, keeps = sorted(targets, reverse=True), TUNING.opening_fractions
     opened = [target for target in every if target >= math.floor(min(keeps) * dense)] or every
-    lonely = [keep for keep in keeps if all(abs(target / dense - keep) > tuning.opening_nearby for target in opened)]
+    lonely = [keep for keep in keeps if all(abs(target / dense - keep) > TUNING.opening_nearby for target in opened)]
     return sorted([*opened, *(keep * dense for keep in lonely)], reverse=True)
 
 
-def warm_start(predictor: Predictor, space: Space, budgets: Iterable[float]) -> Iterator[tuple[str, Parameters]]:
+def warm_start(predictor: Predictor, budgets: Iterable[float]) -> Iterator[tuple[str, Parameters]]:
     """(label, draws) of the front that the menu and slopes so far predict, at ``budgets`` in stored values, every cost
     weighed alike: of what may meet the study's limits."""
     even = predictor.menu.even
@@ -35,12 +35,12 @@ def warm_start(predictor: Predictor, space: Space, budgets: Iterable[float]) -> 
         if budget >= even.least:
             chosen = even.decode(solved.solve(budget))
             if predictor.may_meet(chosen):
-                yield f"keep={budget / even.dense:.3g}", space.encode(chosen)
+                yield f"keep={budget / even.dense:.3g}", predictor.space.encode(chosen)
 
 
-def reference_first(budgets: Iterable[float], dense: float, tuning: Tuning = DEFAULT) -> list[float]:
+def reference_first(budgets: Iterable[float], dense: float) -> list[float]:
     """``budgets`` by how far they are from `Tuning.reference_fraction`."""
-    return sorted(budgets, key=lambda budget: abs(budget / dense - tuning.reference_fraction))
+    return sorted(budgets, key=lambda budget: abs(budget / dense - TUNING.reference_fraction))
 
 
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:

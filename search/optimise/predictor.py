@@ -17,7 +17,7 @@ from rankfront.search.optimise.taylor import Scaling, TaylorModel, learn_scaling
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 DEVIATION = 1.48  # of a Gaussian, in median absolute errors
 
@@ -29,22 +29,20 @@ class Predictor:
         menu: what each option costs and is predicted to hurt.
         space: what trials draw from, a variable for each site.
         goal: the objectives.
-        tuning: constants of all of this.
     """
 
-    def __init__(self, menu: Menu, space: Space, goal: Goal, tuning: Tuning = DEFAULT) -> None:
-        self.tuning = tuning
+    def __init__(self, menu: Menu, space: Space, goal: Goal) -> None:
         self.menu = menu
         self.space = space
         self.goal = goal
-        self.history = History(menu, space, goal, tuning)
+        self.history = History(menu, space, goal)
         places = {site.name: place for site, place in space.sites.items()}
         at = [places[line.site] for line in menu.lines]
         blocks = [-1 if place.block is None else place.block for place in at]
-        self.surrogate = Surrogate(menu, [place.kind for place in at], blocks, tuning)
+        self.surrogate = Surrogate(menu, [place.kind for place in at], blocks)
         self.scalings: list[Scaling] = []  # of each Taylor model
         self.neighbours: Neighbours | None = None  # None before anything is measured
-        self.error = tuning.prior_error  # of the surrogate's predictions, as recent trials showed it
+        self.error = TUNING.prior_error  # of the surrogate's predictions, as recent trials showed it
         self._corrections: dict[int, Corrections | None] = {}  # what slopes say of the menu, by trial
 
     # -- learning
@@ -62,23 +60,22 @@ class Predictor:
         self.surrogate.terms.corrections = [found for found in corrections if found is not None]
         self.surrogate.fit(plans, levels, spreads)
         self._assess()
-        self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels), self.tuning)
+        self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels))
         predicted, errors = self.uncorrected(plans)
         relative = spreads / np.exp(np.minimum(levels, predicted))  # what noise made large is no surer for it
-        self.neighbours = Neighbours(plans, levels - predicted, errors, relative, self.tuning)
+        self.neighbours = Neighbours(plans, levels - predicted, errors, relative)
 
     def _assess(self) -> None:
         """Estimate the surrogate's error from what it would have predicted of recent trials."""
-        tuning = self.tuning
-        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < tuning.prior_error])[-tuning.recent :]
+        missed = np.abs(self.surrogate.ahead()[self.surrogate.noise < TUNING.prior_error])[-TUNING.recent :]
         median = float(np.median(missed)) if len(missed) else 0.0
-        variances = [tuning.prior_error**2] * tuning.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
+        variances = [TUNING.prior_error**2] * TUNING.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
         self.error = math.sqrt(sum(variances) / len(variances))
 
     def _correction(self, number: int, taylor: TaylorModel) -> Corrections | None:
         """What the slopes of trial ``number`` say of the menu: worked out once, for it does not depend on the level."""
         if number not in self._corrections:
-            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.terms.features, self.tuning)
+            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.terms.features)
         return self._corrections[number]
 
     # -- predicting
@@ -109,10 +106,10 @@ class Predictor:
     def uncorrected(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`levels` of plans (T, lines) by surrogate and slopes alone."""
         logs = self.surrogate.predict(places)
-        near, errors = surest(self.history.taylor_models, places, self.scalings, self.tuning)
+        near, errors = surest(self.history.taylor_models, places, self.scalings)
         weight = self.error**2 / (self.error**2 + errors**2)
         mixed: np.ndarray = (1 - weight) * logs + weight * np.where(weight > 0, near, 0.0)
-        return mixed, np.minimum(self.error * np.sqrt(1 - weight), self.tuning.prior_error)
+        return mixed, np.minimum(self.error * np.sqrt(1 - weight), TUNING.prior_error)
 
     def may_meet(self, plan: Plan) -> bool:
         """Whether a plan meets the study's limits on what the plan alone decides."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,16 +14,11 @@ from optuna.trial import FrozenTrial
 
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
-from rankfront.search.config import StudyConfig
 from rankfront.search.optimise.acquisition import Acquisition
 from rankfront.search.optimise.candidates import Candidates
-from rankfront.search.optimise.goal import make_goal
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.plans.latency_table import Timings
-from rankfront.search.plans.menu import Menu, Places
-from rankfront.search.plans.space import Space
-from rankfront.search.storage.front import Row
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.plans.menu import Places
+from rankfront.search.tuning import TUNING
 
 NOT_PROPOSED = {keys.LABEL, keys.SLOPES_OF}  # attributes of trials that were queued
 
@@ -44,7 +39,6 @@ class RankfrontSampler(BaseSampler):
 
     def __init__(self, predictor: Predictor, seed: int) -> None:
         self.predictor = predictor
-        self.tuning = predictor.tuning
         self.menu, self.space = predictor.menu, predictor.space
         self.candidates = Candidates(predictor, np.random.default_rng(seed))
         self.acquisition = Acquisition(predictor)
@@ -72,7 +66,7 @@ class RankfrontSampler(BaseSampler):
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
         """Without slopes a solution of the corrected menu; with them, a step downhill from the newest, then from any of
         them or a solution, and now and then a solution."""
-        every = self.tuning.global_every
+        every = TUNING.global_every
         proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
         passes = [t for t in trials if keys.SLOPES in t.user_attrs]
         if not passes or not self.predictor.history.taylor_of:
@@ -98,9 +92,9 @@ class RankfrontSampler(BaseSampler):
             if fresh:
                 return self.acquisition.best(fresh)
         stepped = list(group)
-        for _ in range(self.tuning.random_steps):
+        for _ in range(TUNING.random_steps):
             stepped = [self.candidates.step(plan) for plan in stepped]
-            fresh = dict.fromkeys((plan for plan in stepped if plan not in tried), self.tuning.steps_worse)
+            fresh = dict.fromkeys((plan for plan in stepped if plan not in tried), TUNING.steps_worse)
             if fresh:
                 return self.acquisition.best(fresh)
         return stepped[0]  # the space is exhausted, which the scheduler notices
@@ -110,17 +104,3 @@ def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:
     """Whether ``trial`` began after another was finished."""
     begun, ended = trial.datetime_start, measured.datetime_complete
     return begun is not None and ended is not None and begun >= ended
-
-
-def make_rankfront_sampler(
-    menu: Menu,
-    space: Space,
-    config: StudyConfig,
-    dense: Row,
-    origin: Mapping[str, str],
-    timings: Timings | None = None,
-    tuning: Tuning = DEFAULT,
-) -> RankfrontSampler:
-    """Our sampler for a study whose menu and dense model are measured."""
-    goal = make_goal(config, space, dense, origin["dtype"], timings, tuning)
-    return RankfrontSampler(Predictor(menu, space, goal, tuning), config.search.seed)

@@ -1,4 +1,4 @@
-"""Samplers by name: Optuna's, made with a seed that a resumed study continues, and ours, which `sampler` has."""
+"""Optuna's samplers by name, made with a seed that a resumed study continues; ours is in `rankfront_sampler`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, GPSampler
 from optuna.trial import FrozenTrial
 
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 class RelaxedGPSampler(GPSampler):
@@ -36,8 +36,8 @@ class RelaxedGPSampler(GPSampler):
 OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=DEFAULT.population),
-    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=DEFAULT.population),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=TUNING.population),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=TUNING.population),
     "gp": lambda seed: RelaxedGPSampler(seed=seed),
 }
 

@@ -12,6 +12,7 @@ from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu, Places
+from rankfront.search.tuning import TUNING
 
 
 class Solver(Protocol):
@@ -42,18 +43,18 @@ class _Banded:
     def solve(self, budget: float) -> Places:
         """By the losses of the nearest of `bands` shares of the dense size; where costs are weighed otherwise, the
         size of a plan is known once it is solved for, so that it is solved for again."""
-        tuning, menu = self.predictor.tuning, self.predictor.menu
+        menu = self.predictor.menu
         share, places = budget / self.priced.dense, self.priced.cheapest
-        for _ in range(tuning.band_rounds):
-            places = self._band(round(share * tuning.bands)).solve(budget)
+        for _ in range(TUNING.band_rounds):
+            places = self._band(round(share * TUNING.bands)).solve(budget)
             before, share = share, menu.size(places) / menu.dense
-            if round(before * tuning.bands) == round(share * tuning.bands):
+            if round(before * TUNING.bands) == round(share * TUNING.bands):
                 break
         return places
 
     def _band(self, band: int) -> Lagrangian:
         if band not in self._solved:
-            losses = self.predictor.surrogate.losses(band / self.predictor.tuning.bands)
+            losses = self.predictor.surrogate.losses(band / TUNING.bands)
             self._solved[band] = Lagrangian(self.priced, losses)
         return self._solved[band]
 
@@ -63,10 +64,10 @@ def downhill(
 ) -> list[Places]:
     """The slopes of ``taylor``, solved at ``budgets`` in the size of ``menu`` (the predictor's), by steps of
     `Tuning.lengths`."""
-    priced, tuning = menu or predictor.menu, predictor.tuning
+    priced = menu or predictor.menu
     scaling = predictor.scalings[predictor.history.taylor_models.index(taylor)]
-    solved, _, promised = damped(taylor, scaling, priced, np.geomspace(*tuning.dampings))
-    reached = [np.flatnonzero(promised >= length) for length in tuning.lengths]  # the last: the shortest step
+    solved, _, promised = damped(taylor, scaling, priced, np.geomspace(*TUNING.dampings))
+    reached = [np.flatnonzero(promised >= length) for length in TUNING.lengths]  # the last: the shortest step
     chosen = dict.fromkeys(int(places[-1]) for places in reached if len(places)) or {0: None}
     within = [min(max(budget, priced.least), priced.dense) for budget in budgets]
     return [solved[place].solve(budget) for place in chosen for budget in within]
@@ -76,7 +77,7 @@ def nearby(predictor: Predictor, budgets: Sequence[float]) -> list[Places]:
     """Steps downhill to ``budgets`` of stored values from the references nearest to the first of them."""
     models, menu = predictor.history.taylor_models, predictor.menu
     by_distance = sorted(models, key=lambda taylor: abs(menu.size(taylor.places) - budgets[0]))
-    return [plan for taylor in by_distance[: predictor.tuning.nearest] for plan in downhill(predictor, taylor, budgets)]
+    return [plan for taylor in by_distance[: TUNING.nearest] for plan in downhill(predictor, taylor, budgets)]
 
 
 def damped(

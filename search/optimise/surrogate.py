@@ -22,7 +22,7 @@ import numpy as np
 
 from rankfront.search.optimise.terms import Terms, prior_root
 from rankfront.search.plans.menu import TINY, Menu
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,11 @@ class Surrogate:
         menu: predicted divergence of every option alone.
         kinds: the kind of projection of each line.
         blocks: the block of each line; -1 outside.
-        tuning: its constants.
     """
 
-    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int], tuning: Tuning = DEFAULT) -> None:
-        self.tuning = tuning
-        self.terms = Terms(menu, tuning)
-        self.root = prior_root(kinds, blocks, list(self.terms.features), tuning)
+    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int]) -> None:
+        self.terms = Terms(menu)
+        self.root = prior_root(kinds, blocks, list(self.terms.features))
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
@@ -68,7 +66,7 @@ class Surrogate:
     # -- fitting
 
     def fit(
-        self, plans: np.ndarray, log_divergence: np.ndarray, spread: float | np.ndarray = DEFAULT.loss_spread
+        self, plans: np.ndarray, log_divergence: np.ndarray, spread: float | np.ndarray = TUNING.loss_spread
     ) -> None:
         """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,).
 
@@ -78,9 +76,9 @@ class Surrogate:
         """
         self._plans = plans
         self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
-        self.noise = np.hypot(self.tuning.unexplained, spread * np.exp(-self._observed))
+        self.noise = np.hypot(TUNING.unexplained, spread * np.exp(-self._observed))
         expected = self.predict(plans, self._mode())
-        self.noise = np.hypot(self.tuning.unexplained, spread * np.exp(-np.minimum(self._observed, expected)))
+        self.noise = np.hypot(TUNING.unexplained, spread * np.exp(-np.minimum(self._observed, expected)))
         self.mean = self._mode()
 
     def linearised(self, at: Coefficients) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +102,7 @@ class Surrogate:
     def _mode(self) -> Coefficients:
         """The mode of the posterior."""
         effects = np.zeros(self.root.shape[1])
-        for _ in range(self.tuning.newton_steps):
+        for _ in range(TUNING.newton_steps):
             current = self._unpack(self.root @ effects)
             jacobian = self.jacobian(current) @ self.root  # (T, P)
             gap = self._observed - self.predict(self._plans, current) + jacobian @ effects

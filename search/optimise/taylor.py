@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankfront.search.tuning import DEFAULT, Tuning
+from rankfront.search.tuning import TUNING
 
 EARLIER_TOKENS = 2048  # of slopes that do not say of how many they are
 
@@ -48,15 +48,15 @@ class TaylorModel:
         """Each line's predicted change of D, for an allocator; ``damping`` above 1 asks for shorter steps."""
         return [scaling.first * a + damping * scaling.second * b for a, b in zip(self.first, self.second, strict=True)]
 
-    def predict(self, plans: np.ndarray, scaling: Scaling, tuning: Tuning = DEFAULT) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, plans: np.ndarray, scaling: Scaling) -> tuple[np.ndarray, np.ndarray]:
         """log D of plans (T, lines) and its standard deviation, (T,) each: that of D over the reference's, for boldness
         that promises much is not less sure of the direction."""
         a, b = self.sums(plans)
         change = scaling.first * a + scaling.second * b
-        divergence = np.maximum(self.divergence + change, tuning.least_left * self.divergence)
+        divergence = np.maximum(self.divergence + change, TUNING.least_left * self.divergence)
         errors = np.full(len(plans), np.inf)
         known = np.isfinite(divergence)
-        errors[known] = error_of(a, b, tuning)[known] / self.divergence
+        errors[known] = error_of(a, b)[known] / self.divergence
         return np.log(divergence), errors
 
 
@@ -68,57 +68,55 @@ class Scaling:
     second: float
 
     @classmethod
-    def prior(cls, tuning: Tuning = DEFAULT) -> Scaling:
+    def prior(cls) -> Scaling:
         """Before any plan was measured near a reference."""
-        return cls(tuning.first_order[0], tuning.second_order[0])
+        return cls(TUNING.first_order[0], TUNING.second_order[0])
 
 
-def error_of(a: np.ndarray, b: np.ndarray, tuning: Tuning) -> np.ndarray:
+def error_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The standard deviation of a predicted change of D with the sums ``a`` and ``b``, in nats."""
-    terms = abs(tuning.first_order[0] * a) + tuning.second_order[0] * b
-    return tuning.change_floor + tuning.change_error * terms
+    terms = abs(TUNING.first_order[0] * a) + TUNING.second_order[0] * b
+    return TUNING.change_floor + TUNING.change_error * terms
 
 
 def surest(
-    found: Sequence[TaylorModel], plans: np.ndarray, scalings: Sequence[Scaling], tuning: Tuning = DEFAULT
+    found: Sequence[TaylorModel], plans: np.ndarray, scalings: Sequence[Scaling]
 ) -> tuple[np.ndarray, np.ndarray]:
     """log D of plans (T, lines) by the reference that is surest of each, and its standard deviation, (T,) each."""
     logs, errors = np.zeros(len(plans)), np.full(len(plans), np.inf)
     for taylor, scaling in zip(found, scalings, strict=True):
-        value, error = taylor.predict(plans, scaling, tuning)
+        value, error = taylor.predict(plans, scaling)
         better = error < errors
         logs[better], errors[better] = value[better], error[better]
     return logs, errors
 
 
-def learn_scalings(
-    found: Sequence[TaylorModel], plans: np.ndarray, divergence: np.ndarray, tuning: Tuning = DEFAULT
-) -> list[Scaling]:
+def learn_scalings(found: Sequence[TaylorModel], plans: np.ndarray, divergence: np.ndarray) -> list[Scaling]:
     """The posterior mode of α and κ for the slopes of each, by measured ``plans`` (T, lines) and their ``divergence``
     (T,).
 
     Each plan is read through every reference but itself; the error of a change is Gaussian, in proportion to its terms.
     For the slopes of one reference, what was learned around others says less.
     """
-    taught = [_taught(taylor, plans, divergence, tuning) for taylor in found]
-    return [_fitted(found, taught, own, tuning) for own in found]
+    taught = [_taught(taylor, plans, divergence) for taylor in found]
+    return [_fitted(found, taught, own) for own in found]
 
 
-def _taught(taylor: TaylorModel, plans: np.ndarray, divergence: np.ndarray, tuning: Tuning) -> np.ndarray:
+def _taught(taylor: TaylorModel, plans: np.ndarray, divergence: np.ndarray) -> np.ndarray:
     """Σ a, Σ b, what came of it, and the error of that, (4, plans other than the reference)."""
     others = (plans != taylor.places).any(1)
     a, b = taylor.sums(plans[others])
-    return np.stack([a, b, divergence[others] - taylor.divergence, error_of(a, b, tuning)])
+    return np.stack([a, b, divergence[others] - taylor.divergence, error_of(a, b)])
 
 
-def _fitted(found: Sequence[TaylorModel], taught: Sequence[np.ndarray], own: TaylorModel, tuning: Tuning) -> Scaling:
+def _fitted(found: Sequence[TaylorModel], taught: Sequence[np.ndarray], own: TaylorModel) -> Scaling:
     """Ridge regression on what every one ``found`` has ``taught``."""
-    means, deviations = np.array([tuning.first_order, tuning.second_order]).T
+    means, deviations = np.array([TUNING.first_order, TUNING.second_order]).T
     rows, targets = [np.diag(1 / deviations)], [means / deviations]
     for taylor, (a, b, change, error) in zip(found, taught, strict=True):
-        error = error * (1.0 if taylor is own else tuning.taught_elsewhere)
-        sure = error < tuning.taught_below * taylor.divergence
+        error = error * (1.0 if taylor is own else TUNING.taught_elsewhere)
+        sure = error < TUNING.taught_below * taylor.divergence
         rows.append(np.stack([a[sure], b[sure]], axis=1) / error[sure, None])
         targets.append(change[sure] / error[sure])
     fitted = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=None)[0]
-    return Scaling(float(np.clip(fitted[0], *tuning.first_bounds)), float(np.clip(fitted[1], *tuning.second_bounds)))
+    return Scaling(float(np.clip(fitted[0], *TUNING.first_bounds)), float(np.clip(fitted[1], *TUNING.second_bounds)))

@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 
 from rankfront.search.optimise.corrections import Corrections, factors_at
 from rankfront.search.plans.menu import Menu
-from rankfront.search.tuning import Tuning
+from rankfront.search.tuning import TUNING
 
 
 class Terms:
@@ -20,9 +20,8 @@ class Terms:
         corrections: what slopes around plans said so far.
     """
 
-    def __init__(self, menu: Menu, tuning: Tuning) -> None:
+    def __init__(self, menu: Menu) -> None:
         self.menu = menu
-        self.tuning = tuning
         keys = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options[1:]]
         self.features = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         self.corrections: list[Corrections] = []
@@ -39,7 +38,7 @@ class Terms:
 
     def losses(self, theta: np.ndarray, share: float) -> list[np.ndarray]:
         """Each line's corrected divergences in plans whose size is ``share`` of dense, for an allocator."""
-        logs = theta + factors_at(self.corrections, np.array([share]), len(self.features), self.tuning)[0]
+        logs = theta + factors_at(self.corrections, np.array([share]), len(self.features))[0]
         rows = zip(self._corrected(logs), self.menu.lines, strict=True)
         return [row[: len(line.options)] for row, line in rows]
 
@@ -54,7 +53,7 @@ class Terms:
         if not self.corrections:
             return terms
         shares = self._sizes[self._lines, plans].sum(1)
-        logs = factors_at(self.corrections, shares, len(self.features), self.tuning)  # (T, F)
+        logs = factors_at(self.corrections, shares, len(self.features))  # (T, F)
         of_chosen = np.take_along_axis(logs, np.maximum(self.chosen(plans), 0), axis=1)
         shifted: np.ndarray = terms * np.exp(of_chosen)
         return shifted  # dense, whose feature is -1, has a term of 0 whatever it is multiplied by
@@ -66,19 +65,17 @@ class Terms:
         return corrected
 
 
-def prior_root(
-    kinds: Sequence[str], blocks: Sequence[int], features: Sequence[tuple[int, str]], tuning: Tuning
-) -> csr_array:
+def prior_root(kinds: Sequence[str], blocks: Sequence[int], features: Sequence[tuple[int, str]]) -> csr_array:
     """R (F + 2, P) of the prior covariance R Rᵀ of θ by ``features`` and of a and c: a column for each independent
     effect. ``kinds`` and ``blocks`` are those of each line."""
     size = len(features)
     of_line = [(line, kinds[line], blocks[line], method) for line, method in features]
     groups: list[tuple[float, list[object]]] = [
-        (tuning.site_deviation / np.sqrt(2), [line for line, _, _, _ in of_line]),
-        (tuning.site_deviation / np.sqrt(2), list(features)),
-        (tuning.kind_deviation, [kind for _, kind, _, _ in of_line]),
-        (tuning.block_deviation, [block for _, _, block, _ in of_line]),
-        (tuning.method_deviation, [(kind, method) for _, kind, _, method in of_line]),
+        (TUNING.site_deviation / np.sqrt(2), [line for line, _, _, _ in of_line]),
+        (TUNING.site_deviation / np.sqrt(2), list(features)),
+        (TUNING.kind_deviation, [kind for _, kind, _, _ in of_line]),
+        (TUNING.block_deviation, [block for _, _, block, _ in of_line]),
+        (TUNING.method_deviation, [(kind, method) for _, kind, _, method in of_line]),
     ]
     columns = []
     for scale, labels in groups:
@@ -87,5 +84,5 @@ def prior_root(
         block[np.arange(size), [names[label] for label in labels]] = scale
         columns.append(block)
     ends = np.zeros((size + 2, 2))
-    ends[[size, size + 1], [0, 1]] = tuning.offset_deviation, tuning.slope_deviation
+    ends[[size, size + 1], [0, 1]] = TUNING.offset_deviation, TUNING.slope_deviation
     return csr_array(np.hstack([*columns, ends]))

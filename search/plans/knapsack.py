@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from rankfront.methods import InputError
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.regions import Merged
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 def check_budget(menu: Menu, budget: float) -> None:
@@ -72,7 +72,7 @@ def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
     """
     used = [line.divergence for line in menu.lines] if losses is None else losses
     exact = gcd(*(int(cost) for line in menu.lines for cost in line.sizes))
-    unit = exact * ceil(menu.dense / (exact * DEFAULT.columns))
+    unit = exact * ceil(menu.dense / (exact * TUNING.columns))
     merged = tuple(
         region.merge([menu.lines[i].sizes for i in region.members], [used[i] for i in region.members], unit)
         for region in menu.regions
@@ -90,11 +90,6 @@ def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
             picks[number, shift:][better] = choice
         loss = best
     return Sweep(menu, merged, unit, loss, picks)
-
-
-def knapsack(menu: Menu, budget: float) -> Places:
-    """The least predicted divergence within ``budget`` stored values, by `sweep`."""
-    return sweep(menu).solve(budget)
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def knapsack_several(
     offered = np.isfinite(loss) & np.isfinite(changes).all(0)
     changes, loss = np.where(offered, changes, 0.0), np.where(offered, loss, 0.0)
     tighter = room.copy()
-    for attempt in range(DEFAULT.repairs):
+    for attempt in range(TUNING.repairs):
         constraints = [*_one_each(menu), LinearConstraint(changes, -np.inf, tighter)]
         with _silent():
             found = milp(

@@ -19,7 +19,7 @@ import numpy as np
 
 from rankfront.search.plans.knapsack import check_budget, sweep
 from rankfront.search.plans.menu import Menu, Places
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 TINY = 1e-15  # nats; less is rounding
 NEVER = 1e9  # nats; the loss of an option of which nothing is known, or that a line does not have
@@ -53,7 +53,7 @@ class Lagrangian:
         rates = self._loss[:, 1:] / np.maximum(self._saved[:, 1:], 1)
         known = rates[(self._loss[:, 1:] < NEVER / 2) & (rates > 0)]
         low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
-        multipliers = np.geomspace(low / 10, high * 100, DEFAULT.multipliers)
+        multipliers = np.geomspace(low / 10, high * 100, TUNING.multipliers)
         self._path = [(float(multiplier), self._relaxed(multiplier)) for multiplier in multipliers]
 
     def value(self, places: Sequence[int] | np.ndarray) -> float:
@@ -67,7 +67,7 @@ class Lagrangian:
         candidates = [np.array(self.menu.cheapest)] if not within else [self._path[within[0]][1]]
         if within and within[0]:
             low, high = self._path[within[0] - 1][0], self._path[within[0]][0]
-            for _ in range(DEFAULT.bisections):
+            for _ in range(TUNING.bisections):
                 middle = np.sqrt(low * high)
                 places = self._relaxed(middle)
                 if self._stored(places) <= budget:
@@ -75,9 +75,9 @@ class Lagrangian:
                     candidates.append(places)
                 else:
                     low = middle
-        if len(self._all) <= DEFAULT.few_lines:
+        if len(self._all) <= TUNING.few_lines:
             candidates.append(np.array(sweep(self.menu, self.losses).solve(budget)))
-        candidates = candidates[-DEFAULT.filled :]  # those of larger multipliers store less, and are worse for it
+        candidates = candidates[-TUNING.filled :]  # those of larger multipliers store less, and are worse for it
         distinct = {tuple(places): places for places in candidates}.values()
         refined = [self._exchange(self._fill(places, budget), budget) for places in distinct]
         values = [self.value(places) for places in refined]
@@ -127,13 +127,13 @@ class Lagrangian:
         """Lower the loss by moves of two lines at once, one dearer and one cheaper, as long as any pair does within
         budget."""
         places = places.copy()
-        for _ in range(DEFAULT.exchanges):
+        for _ in range(TUNING.exchanges):
             change, added = self._changes(places)
             room = budget - self._stored(places)
             rows, columns = np.nonzero((change < NEVER / 2) & (change != 0))
             worth, stored = change[rows, columns], added[rows, columns]
-            up = np.argsort(np.where(stored > 0, worth, np.inf))[: DEFAULT.paired]
-            down = np.argsort(np.where(stored < 0, worth, np.inf))[: DEFAULT.paired]
+            up = np.argsort(np.where(stored > 0, worth, np.inf))[: TUNING.paired]
+            down = np.argsort(np.where(stored < 0, worth, np.inf))[: TUNING.paired]
             up, down = up[stored[up] > 0], down[stored[down] < 0]
             both = worth[up][:, None] + worth[down][None, :]
             both[rows[up][:, None] == rows[down][None, :]] = np.inf

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rankfront.search.plans.menu import Menu
+from rankfront.search.tuning import TUNING
 
 
 def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
@@ -27,9 +28,9 @@ def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
     return found / menu.dense
 
 
-def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray, ridges: tuple[float, float]) -> np.ndarray:
+def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """Values (K, ...) of plans that save ``asked`` (K, M), from those (N, ...) measured of plans that save ``known``
-    (N, M); ones where nothing was. ``ridges`` lie on a and on each a_m."""
+    (N, M); ones where nothing was."""
     if not len(values):
         return np.ones((len(asked), *values.shape[1:]))
 
@@ -37,6 +38,6 @@ def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray, ridges: tup
         return np.hstack([np.ones((len(saved), 1)), saved.sum(1, keepdims=True), saved])
 
     x = design(known)
-    ridge = np.diag([0.0, ridges[0], *[ridges[1]] * known.shape[1]])
+    ridge = np.diag([0.0, TUNING.ridges[0], *[TUNING.ridges[1]] * known.shape[1]])
     found: np.ndarray = design(asked) @ np.linalg.lstsq(x.T @ x + ridge, x.T @ values, rcond=None)[0]
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from rankfront.methods import DENSE_OPTION, Option, Site, Storage, get_method
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.regions import Region, regions_of, rivals_of
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
 Places = tuple[int, ...]  # a plan as an index into the options of each line of a menu
@@ -91,7 +91,7 @@ class Menu:
             return self
         share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs(self.untreated), 1)
         lines = tuple(
-            replace(line, sizes=np.ceil(DEFAULT.grains * np.minimum(share @ line.costs, 1)).astype(int), more=())
+            replace(line, sizes=np.ceil(TUNING.grains * np.minimum(share @ line.costs, 1)).astype(int), more=())
             for line in self.lines
         )
         return replace(self, lines=lines)

@@ -19,14 +19,14 @@ from rankfront.methods import Option, Site, get_method
 from rankfront.search.attributes import menu_parts
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 GROUPED = "grouped"
 
 
 def menu_jobs(source: str, sites: int) -> int:
     """How many jobs a menu of ``sites`` from ``source`` is measured in, before any probes of groups."""
-    return min(DEFAULT.probe_jobs, sites) if source in DEFAULT.probe_fractions else 1
+    return min(TUNING.probe_jobs, sites) if source in TUNING.probe_fractions else 1
 
 
 def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -50,9 +50,9 @@ def group_plans(
 ) -> list[Plan]:
     """What the grouped source probes: each group's sites at the option nearest `Tuning.group_keep` of their storage, of
     the method with the least predicted divergence there. Groups of which nothing is predicted are left out."""
-    plans, widest = [], DEFAULT.group_keep + DEFAULT.group_wider
+    plans, widest = [], TUNING.group_keep + TUNING.group_wider
     for sites in groups:
-        near = probe_options({site: wanted[site] for site in sites if site in wanted}, (DEFAULT.group_keep,))
+        near = probe_options({site: wanted[site] for site in sites if site in wanted}, (TUNING.group_keep,))
         chosen = {}
         for site, options in near.items():
             known = predictions.get(site.name, {})
@@ -76,8 +76,8 @@ def scaled_by_group(
     """``predictions`` with those of the ``probed`` sites (name -> label) scaled to what was measured of them together;
     None where that was not finite."""
     predicted = max(sum(predictions[site][label] for site, label in probed.items()), TINY)
-    ratio = DEFAULT.worst_ratio if divergence is None else max(divergence, TINY) / predicted
-    ratio = min(max(ratio, 1 / DEFAULT.worst_ratio), DEFAULT.worst_ratio)
+    ratio = TUNING.worst_ratio if divergence is None else max(divergence, TINY) / predicted
+    ratio = min(max(ratio, 1 / TUNING.worst_ratio), TUNING.worst_ratio)
     scaled = {site: {label: ratio * value for label, value in predictions[site].items()} for site in probed}
     return {**predictions, **scaled}
 

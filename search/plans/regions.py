@@ -14,7 +14,7 @@ from math import ceil
 
 import numpy as np
 
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _first_open(state: int) -> int:
 def _spread(costs: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """At most `Tuning.region_points` of the choices (costs rising, losses falling): those a Lagrangian finds, and some
     evenly spread, the first and the last always among them."""
-    points = DEFAULT.region_points
+    points = TUNING.region_points
     if len(costs) <= points:
         return np.arange(len(costs))
     slopes = np.geomspace(1e-9, 1e3, points // 2) * (losses[0] - losses[-1]) / (costs[-1] - costs[0])

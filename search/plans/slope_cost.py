@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 # One forward pass and a backward one of twice its cost; for KL a second backward one, and the teacher's forward one.
 PASSES = {"perplexity": 3, "divergence": 6}
@@ -10,4 +10,4 @@ PASSES = {"perplexity": 3, "divergence": 6}
 
 def slope_tokens(spent: int, quality: str) -> int:
     """Of how many tokens slopes of ``quality`` are measured once a study has ``spent`` so many."""
-    return max(DEFAULT.slope_tokens, int(DEFAULT.slope_share * spent / PASSES[quality]))
+    return max(TUNING.slope_tokens, int(TUNING.slope_share * spent / PASSES[quality]))

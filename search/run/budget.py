@@ -12,7 +12,7 @@ from rankfront.search.config import StudyConfig, preferred_loss
 from rankfront.search.plans.slope_cost import PASSES, slope_tokens
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.storage.front import StudyState
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Budget:
             limit=np.array([search.trials, math.inf if search.tokens is None else search.tokens], dtype=float),
             trial=config.trial_windows * data.length,
             quality=preferred_loss(config),
-            readable=unread if unread >= DEFAULT.slope_tokens else data.search.windows * data.length,
+            readable=unread if unread >= TUNING.slope_tokens else data.search.windows * data.length,
         )
 
     @property
@@ -53,7 +53,7 @@ class Budget:
     def left(self, state: StudyState, running: InFlight) -> np.ndarray:
         """What the limits leave once what runs is measured; slopes count as trials until they are told."""
         promised = sum(
-            self.passes * trial.user_attrs.get(keys.SLOPE_TOKENS, DEFAULT.slope_tokens)
+            self.passes * trial.user_attrs.get(keys.SLOPE_TOKENS, TUNING.slope_tokens)
             if keys.SLOPES_OF in trial.user_attrs
             else self.trial
             for trial in running.trials.values()
@@ -66,4 +66,4 @@ class Budget:
         assert self.quality is not None
         room = (self.left(state, running)[1] - self.trial) / self.passes
         fitting = min(slope_tokens(state.tokens, self.quality), self.readable, room)
-        return int(fitting) if fitting >= min(DEFAULT.slope_tokens, self.readable) else 0
+        return int(fitting) if fitting >= min(TUNING.slope_tokens, self.readable) else 0

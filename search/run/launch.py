@@ -31,7 +31,6 @@ from rankfront.search.run.resolving import make_setup, own_text, placed, resolve
 from rankfront.search.run.scheduler import Scheduler, Stop
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
-from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @contextmanager
@@ -61,7 +60,6 @@ class Launch:
     Attributes:
         run: its folder.
         config: the study, paths as the first launch had them.
-        tuning: of our sampler.
         address: of an existing Ray cluster.
         rebuild: whether to factor everything again.
         report: whether the front is measured on the report split at the end.
@@ -70,7 +68,6 @@ class Launch:
 
     run: Run
     config: StudyConfig
-    tuning: Tuning = DEFAULT
     address: str | None = None
     rebuild: bool = False
     report: bool = True
@@ -111,7 +108,7 @@ class Launch:
             if keys.SITES not in storage.user_attrs:
                 storage.set_user_attr(keys.SITES, pack_sites(space.sites))
             listener, origin = display.search, setup.origin()
-            scheduler = Scheduler(storage, config, space, origin, listener, self.report, stop, self.only, self.tuning)
+            scheduler = Scheduler(storage, config, space, origin, listener, self.report, stop, self.only)
             if self.rebuild or not scheduler.done:
                 prepared = _prepared(setup, space, progress, display, self.rebuild)
                 display.search(scheduler.status())

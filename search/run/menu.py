@@ -13,7 +13,7 @@ from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu_jobs import GROUPED, group_plans, menu_jobs
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 
 class MenuJobs:
@@ -50,5 +50,5 @@ class MenuJobs:
         """The plan of each job: dense, but where a group is probed, which the ``first`` job's record decides on."""
         plans = [Plan(())] * menu_jobs(self.source, len(self.space.choices))
         if self.source == GROUPED and first is not None:
-            plans += group_plans(self.space.bands(DEFAULT.group_bands), self.space.wanted(), first["predictions"])
+            plans += group_plans(self.space.bands(TUNING.group_bands), self.space.wanted(), first["predictions"])
         return plans

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -13,9 +12,10 @@ from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, quality_of
-from rankfront.search.optimise.goal import menu_of
+from rankfront.search.optimise.goal import make_goal, menu_of
 from rankfront.search.optimise.opening import anchors_to_beat, opening_budgets, reference_first, warm_start
-from rankfront.search.optimise.rankfront_sampler import RankfrontSampler, make_rankfront_sampler
+from rankfront.search.optimise.predictor import Predictor
+from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
 from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.latency_table import timed_objectives, timings_of
@@ -29,7 +29,6 @@ from rankfront.search.run.slopes import next_reference
 from rankfront.search.run.strategy import enqueue_anchors
 from rankfront.search.storage.front import StudyState, dense_row
 from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
-from rankfront.search.tuning import Tuning
 
 REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are measured; on disk
 
@@ -42,10 +41,8 @@ class RankfrontStrategy:
         study: whose queue is filled.
         config: of the study; `InputError` where no objective can be modelled.
         space: what trials draw from.
-        origin: what plans say of where they come from.
         budget, in_flight: what may be spent.
         opens: whether the predicted front is queued; not where one plan alone is to be measured.
-        tuning: constants of the sampler.
         state: the study as it is.
     """
 
@@ -54,22 +51,18 @@ class RankfrontStrategy:
         study: optuna.Study,
         config: StudyConfig,
         space: Space,
-        origin: Mapping[str, str],
         budget: Budget,
         in_flight: InFlight,
         opens: bool,
-        tuning: Tuning,
         state: StudyState,
     ) -> None:
         quality_of(config)
         self.study = study
         self.config = config
         self.space = space
-        self.origin = origin
         self.budget = budget
         self.in_flight = in_flight
         self.opens = opens
-        self.tuning = tuning
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = bool(timed_objectives(config.objectives))
         self.wants_timing = timed and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
@@ -96,16 +89,16 @@ class RankfrontStrategy:
         if dense is None or record is None or self.wants_timing:
             return
         timings = timings_of(self.config.objectives, state.known)
-        menu = menu_of(self.config, self.space, record, self.origin["dtype"], timings)
+        menu = menu_of(self.config, self.space, record, dict(dense.plan.origin)["dtype"], timings)
         if not menu.lines:
             faster = " that is faster than dense" if timings else ""
             raise InputError(
                 f"search.menu = {self.config.search.menu!r} predicts no option of this space{faster}: use another"
                 " source or sampler, or other methods"
             )
-        sampler = make_rankfront_sampler(menu, self.space, self.config, dense, self.origin, timings, self.tuning)
-        self.study.sampler = sampler
-        self.proposals = Proposals(self.study, self.space, sampler, self.budget, self.in_flight)
+        predictor = Predictor(menu, self.space, make_goal(self.config, self.space, dense, timings))
+        self.study.sampler = sampler = RankfrontSampler(predictor, self.config.search.seed)
+        self.proposals = Proposals(self.study, sampler, self.budget, self.in_flight)
         if self.opens:
             self.proposals.open(state)
         anchors = anchors_to_beat(menu, self.space, self.config.search.anchors)
@@ -130,21 +123,17 @@ class Proposals:
 
     Args:
         study: whose queue is filled.
-        space: what trials draw from.
         sampler: ours.
         budget, in_flight: what may be spent.
     """
 
-    def __init__(
-        self, study: optuna.Study, space: Space, sampler: RankfrontSampler, budget: Budget, in_flight: InFlight
-    ) -> None:
+    def __init__(self, study: optuna.Study, sampler: RankfrontSampler, budget: Budget, in_flight: InFlight) -> None:
         self.study = study
-        self.space = space
         self.sampler = sampler
         self.predictor = sampler.predictor
         self.budget = budget
         self.in_flight = in_flight
-        self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense, sampler.tuning)
+        self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense)
         self.opened = False  # whether all of the predicted front was queued
 
     def open(self, state: StudyState) -> bool:
@@ -167,8 +156,8 @@ class Proposals:
 
     def _enqueue_reference(self) -> bool:
         """Queue the plan of the budget that is nearest to the reference, of those that the limits allow, if any is."""
-        nearest = reference_first(self.budgets, self.predictor.menu.even.dense, self.predictor.tuning)
-        found = next(warm_start(self.predictor, self.space, nearest), None)
+        nearest = reference_first(self.budgets, self.predictor.menu.even.dense)
+        found = next(warm_start(self.predictor, nearest), None)
         if found is not None:
             enqueue(self.study, found[1], {keys.ORIGIN: "menu", keys.LABEL: REFERENCE_LABEL})
         return found is not None
@@ -186,7 +175,7 @@ class Proposals:
         proposed = any(trial.user_attrs.get(keys.ORIGIN) == OURS for trial in state.trials)
         known = labelled(state.trials, "menu")
         count = len(known)
-        for label, draws in warm_start(self.predictor, self.space, self.budgets):
+        for label, draws in warm_start(self.predictor, self.budgets):
             if label in labels or not proposed:
                 enqueue_missing(self.study, known, "menu", label, draws)
         return len(known) > count

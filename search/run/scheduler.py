@@ -25,7 +25,6 @@ from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries
 from rankfront.search.run.strategy import OptunaStrategy, Strategy
 from rankfront.search.run.trials import Trials
 from rankfront.search.storage.front import Row, StudyReader, StudyState
-from rankfront.search.tuning import DEFAULT, Tuning
 
 
 @dataclass
@@ -84,7 +83,6 @@ class Scheduler:
         report: bool = True,
         stop: Stop | None = None,
         only: int | None = None,
-        tuning: Tuning = DEFAULT,
     ) -> None:
         self.study = study
         self.config = config
@@ -101,7 +99,7 @@ class Scheduler:
         state = self.state()
         if config.search.sampler == OURS:
             self.strategy: Strategy = RankfrontStrategy(
-                study, config, space, origin, self.budget, self.in_flight, only is None, tuning, state
+                study, config, space, self.budget, self.in_flight, only is None, state
             )
         else:
             self.strategy = OptunaStrategy(study, config, space, len(state.trials))

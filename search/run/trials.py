@@ -27,7 +27,7 @@ from rankfront.search.storage.trials import (
     tell_slopes,
     waiting_dense,
 )
-from rankfront.search.tuning import DEFAULT
+from rankfront.search.tuning import TUNING
 
 MAX_REPEATS = 20  # proposals in a row that were measured before: then the space is taken to be exhausted
 
@@ -103,7 +103,7 @@ class Trials:
     def _start_slopes(self, trial: optuna.Trial, plan: Plan) -> Job:
         """The job that measures slopes around ``plan``."""
         self.in_flight.trials[trial.number] = trial
-        return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get(keys.SLOPE_TOKENS, DEFAULT.slope_tokens))
+        return Job("slopes", trial.number, plan, tokens=trial.user_attrs.get(keys.SLOPE_TOKENS, TUNING.slope_tokens))
 
     def finish(self, job: Job, record: Record) -> None:
         """Tell a trial, or one that measured slopes, what came back. Raises `InputError` or `GaveUp` where that is a
