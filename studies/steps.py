@@ -86,7 +86,9 @@ def loss(bench: Bench, plan: Plan) -> float:
 def steps(menu: Menu, taylor: TaylorModel, excess: float) -> Iterator[tuple[float, Places]]:
     """(share of ``excess`` promised, plan) of the steps whose promises are nearest to `PROMISES`, each once."""
     dampings = np.geomspace(*TUNING.dampings)
-    _, plans, promised = damped(replace(taylor, divergence=excess), Scaling.prior(), menu, dampings)
+    _, plans, promised = damped(
+        replace(taylor, divergence=excess), Scaling(TUNING.first_order[0], TUNING.second_order[0]), menu, dampings
+    )
     for place in sorted({int(np.abs(promised - promise).argmin()) for promise in PROMISES}, reverse=True):
         yield float(promised[place]), plans[place]
 

@@ -1,10 +1,11 @@
-"""What trials read of the search split; runs of several fidelities, which 0.1 began, are still read."""
+"""What trials read of the search split; runs of several fidelities or of continuation, which 0.1 began, are read."""
 
 import json
 
 import numpy as np
 import pytest
 from launching import again, make_run, optuna_study, quiet, small_data
+from optuna.trial import TrialState
 
 from rankfront.methods import InputError
 from rankfront.search.attributes import INTERRUPTED
@@ -181,3 +182,30 @@ def test_it_goes_on_at_the_first(earlier):
     assert len([row for row in more if row.state == "complete"]) >= 2
     assert {row.attributes["fidelity"] for row in more if row.state == "complete"} == {64}
     assert not {row.plan_key for row in more} & {row.plan_key for row in before if row.state == "complete"}
+
+
+# -- runs of continuation
+
+
+def test_a_run_that_went_a_path_is_read_and_goes_on(data, tmp_path):
+    """Slopes at its stops are of no trial; one stop was measured, one interrupted, and one waits."""
+    data["search"] |= {"trial_tokens": 64, "sampler": OURS, "trials": 8}
+    study = make_run(data, tmp_path / "run")
+    front, storage = [row.number for row in study.front()], optuna_study(study, write=True)
+    measured = next(trial for trial in storage.trials if "slopes" in trial.user_attrs)
+    stop = {"origin": "slopes", "slopes_of": None, "path": 1, "slope_tokens": 64}
+    for attribute, value, state in (
+        ("slopes", measured.user_attrs["slopes"], TrialState.PRUNED),
+        ("failure", INTERRUPTED, TrialState.FAIL),
+    ):
+        storage.enqueue_trial(measured.params, user_attrs=stop)
+        asked = storage.ask()
+        for name, distribution in measured.distributions.items():
+            asked._suggest(name, distribution)
+        asked.set_user_attr(attribute, value)
+        storage.tell(asked, state=state)
+    storage.enqueue_trial(measured.params, user_attrs=stop)
+    assert [row.number for row in Study.open(study.run.path).front()] == front
+    longer = again(study, trials=12)
+    longer.launch(quiet())
+    assert sum(row.state == "complete" for row in longer.rows()) == 12

@@ -14,7 +14,7 @@ from rankfront.search.optimise.taylor import (
 from rankfront.search.tuning import TUNING
 
 LINES, OPTIONS, DIVERGENCE = 30, 5, 0.4
-PRIOR = Scaling.prior()
+PRIOR = Scaling(TUNING.first_order[0], TUNING.second_order[0])
 FIRST, SECOND = TUNING.first_order, TUNING.second_order
 BOUNDS = TUNING.first_bounds, TUNING.second_bounds
 

@@ -67,11 +67,6 @@ class Scaling:
     first: float
     second: float
 
-    @classmethod
-    def prior(cls) -> Scaling:
-        """Before any plan was measured near a reference."""
-        return cls(TUNING.first_order[0], TUNING.second_order[0])
-
 
 def error_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The standard deviation of a predicted change of D with the sums ``a`` and ``b``, in nats."""

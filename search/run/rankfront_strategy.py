@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
@@ -146,11 +146,15 @@ class Proposals:
         if reference is None:
             if self._enqueue_reference():
                 return True
-        elif not self._has_slopes(reference, trials):
-            if not reference.state.is_finished() or _slopes_of(reference, trials) or state.waiting:
-                return False  # what waits comes first, and what the limits leave for slopes is known after it
-            if self._enqueue_slopes(reference.number, state):
-                return True
+        else:
+            asked = [t for t in trials if t.user_attrs.get(keys.SLOPES_OF) == reference.number]
+            if not all(t.state.is_finished() for t in (reference, *asked)):
+                return False
+            if not asked and reference.state == TrialState.COMPLETE:
+                if state.waiting:
+                    return False  # what waits comes first, and what the limits leave for slopes is known after it
+                if self._enqueue_slopes(reference.number, state):
+                    return True
         self.opened = True
         return self._enqueue_front(state)
 
@@ -161,12 +165,6 @@ class Proposals:
         if found is not None:
             enqueue(self.study, found[1], {keys.ORIGIN: "menu", keys.LABEL: REFERENCE_LABEL})
         return found is not None
-
-    def _has_slopes(self, reference: FrozenTrial, trials: list[FrozenTrial]) -> bool:
-        """Whether slopes around the reference plan were measured, or cannot be because it failed."""
-        asked = _slopes_of(reference, trials)
-        failed = reference.state.is_finished() and reference.state != TrialState.COMPLETE
-        return reference.state.is_finished() and bool(asked or failed) and all(t.state.is_finished() for t in asked)
 
     def _enqueue_front(self, state: StudyState) -> bool:
         """Queue the predicted front; after proposals only what was interrupted is due, by its label."""
@@ -201,8 +199,3 @@ class Proposals:
         """The quality objective's value that is expected of ``plan``."""
         self.predictor.learn(state.trials)  # which a queued trial does not bring about
         return self.predictor.predict(plan)
-
-
-def _slopes_of(reference: FrozenTrial, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that measure slopes around the plan of another."""
-    return [trial for trial in trials if trial.user_attrs.get(keys.SLOPES_OF) == reference.number]
