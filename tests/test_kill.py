@@ -8,7 +8,6 @@ from launching import (
     PATIENCE,
     check_whole,
     ctrl_c,
-    finish,
     finished,
     sigterm,
     small_data,
@@ -31,14 +30,13 @@ def study_file(model_folder, text_file, tmp_path):
     return write_study(data, tmp_path / "study.toml")
 
 
-def test_killed_again_and_again(study_file, tmp_path):
+def test_killed_again_and_again(study_file, tmp_path, monkeypatch):
     """Between two factor files, then at arbitrary moments among the trials; every launch gets a little further, and
     the last one to the end."""
     cache, run, before = tmp_path / "cache", tmp_path / "run", {}
-    environment = {"RANKFRONT_CACHE": str(cache)}
 
     def launch_and_kill(due, after=0.0):
-        with started("launch", study_file, "--run", run, **environment) as process:
+        with started("launch", study_file, "--run", run, RANKFRONT_CACHE=str(cache)) as process:
             reached = wait_for(due, lambda: process.poll() is None)
             time.sleep(after)
             process.kill()
@@ -57,8 +55,8 @@ def test_killed_again_and_again(study_file, tmp_path):
         before = kept
     assert len(before) < TRIALS
 
-    done = finish("launch", study_file, "--run", run, **environment)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("RANKFRONT_CACHE", str(cache))
+    assert command_line(["launch", str(study_file), "--run", str(run)]) == 0
     study = Study.open(run)
     check_whole(study, before, TRIALS)
     assert all(row.report is not None for row in study.front())
