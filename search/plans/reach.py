@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-
 from rankfront.methods import InputError, Option, Site
 from rankfront.search.constraint import Constraint
 from rankfront.search.plans.limits import COSTS, added, exact_figures
 from rankfront.search.plans.plan import Plan, Prices
+from rankfront.search.plans.regions import regions_of
 
 SLACK = 1e-3  # of a figure: index bits are rounded up option by option here and once in a plan, so the least is less
 
@@ -32,22 +29,17 @@ def check_reachable(limits: Iterable[Constraint], wanted: Mapping[Site, Iterable
 
 
 def smallest(wanted: Mapping[Site, Iterable[Option]], figure: str, prices: Prices) -> Plan:
-    """The plan of the least ``figure``: of sites that share no weight, those that save most together (set packing)."""
+    """The plan of the least ``figure``: of sites that share no weight, those that save most together."""
     best: dict[Site, tuple[float, Option]] = {}
     for site, options in wanted.items():
-        saved = [(-added(figure, site, option, prices), option) for option in options]
-        best[site] = max(saved, key=lambda pair: pair[0])
-    sites = list(best)
-    paths = {path: row for row, path in enumerate({weight.path: None for site in sites for weight in site.weights})}
-    claims = [(paths[weight.path], column) for column, site in enumerate(sites) for weight in site.weights]
-    rows, columns = np.array(claims).T
-    claiming = csr_array((np.ones(len(claims)), (rows, columns)), shape=(len(paths), len(sites)))
-    found = milp(
-        -np.array([best[site][0] for site in sites]),
-        integrality=np.ones(len(sites), dtype=int),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(claiming, ub=1),
-    )
-    if found.x is None:
-        raise RuntimeError(f"the smallest plan was not found: {found.message}")
-    return Plan.of({site.name: best[site][1] for site, taken in zip(sites, found.x, strict=True) if taken > 0.5})
+        best[site] = min(
+            ((added(figure, site, option, prices), option) for option in options), key=lambda pair: pair[0]
+        )
+    alone = dict.fromkeys(weight.path for site in best for weight in site.weights)  # as it is, a weight adds nothing
+    claims = (*((path,) for path in alone), *(tuple(weight.path for weight in site.weights) for site in best))
+    values = [0.0] * len(alone) + [added for added, _ in best.values()]
+    taken: set[int] = set()
+    for region in regions_of(claims):
+        members = region.cover([values[member] for member in region.members])
+        taken |= {region.members[member] - len(alone) for member in members}
+    return Plan.of({site.name: option for number, (site, (_, option)) in enumerate(best.items()) if number in taken})
