@@ -190,10 +190,11 @@ class Run:
 
 def _as_now(config: Any) -> Any:
     """The configuration of a run that 0.1 began: of several fidelities, which trials had then, the first is left."""
-    if not isinstance(config, dict) or not isinstance(config.get("search"), dict):
+    before = config.get("search") if isinstance(config, dict) else None
+    rungs = before.get("rungs") if isinstance(before, dict) else None
+    if not isinstance(before, dict) or not isinstance(rungs, list):
         return config
-    search = {key: value for key, value in config["search"].items() if key not in ("rungs", "reduction")}
-    rungs = config["search"].get("rungs")
+    search = {key: value for key, value in before.items() if key not in ("rungs", "reduction")}
     return config | {"search": search | ({"trial_tokens": rungs[0]} if rungs else {})}
 
 
