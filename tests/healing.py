@@ -27,8 +27,8 @@ FAMILIES = (
 LENGTH = 16
 
 
-def settings(tokens: int = LENGTH * 4 * 30, **more: Any) -> HealSettings:
-    """Thirty steps of four windows, in fp32."""
+def settings(tokens: int = LENGTH * 4 * 16, **more: Any) -> HealSettings:
+    """Sixteen steps of four windows, in fp32."""
     return HealSettings(**{"tokens": tokens, "batch": LENGTH * 4, "rate": 3e-3, "dtype": "float32", **more})
 
 
