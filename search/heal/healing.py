@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError, check_choice, undo_prepack
-from rankfront.search.heal.arms import ARMS, Arm
+from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.blocks import BlockWise
 from rankfront.search.heal.fit import Best, NotFinite
 from rankfront.search.heal.keeper import Keeper
@@ -86,6 +86,8 @@ class Healing:
         results: of the stages that are done.
     """
 
+    stage_began = earlier = 0.0  # when this launch began the stage, and seconds that earlier ones spent in it
+
     def __init__(
         self,
         student: Any,
@@ -138,12 +140,13 @@ class Healing:
         self.status.now = self.results[-1].after if self.results else self.status.start
         if where.get("stage") == "logits":
             based = {name.removeprefix(BASE): value for name, value in tensors.items() if name.startswith(BASE)}
-            put_back(self.student, self.parameters if based else [], based)
+            put_back(self.student, self.parameters, based)
         elif tensors:
             put_back(self.student, self.parameters, tensors)
         for stage in self.settings.stages[len(self.results) :]:
             own = where if where.get("stage") == stage else {}
-            before = self.status.now
+            before, self.stage_began = self.status.now, time.monotonic()
+            self.earlier = float(own.get("seconds", 0.0))
             start = self._snapshot()
             note = self._blocks(own) if stage == "blocks" else self._logits(own, tensors if own else {})
             after = self._held_out()
@@ -152,7 +155,7 @@ class Healing:
                 note = note or f"it left the held-out divergence at {after:.4g}, more than {before:.4g}: taken back"
                 after = before
             self.status.now = after
-            seconds = time.monotonic() - self.began - sum(result.seconds for result in self.results)
+            seconds = self.earlier + time.monotonic() - self.stage_began
             self.results.append(StageResult(stage, self.settings.budget(stage), seconds, before, after, note))
             self._keep({"stage": "", "tokens": self.status.done}, self._snapshot())
         for name, tensor in self.student.named_parameters():
@@ -168,7 +171,11 @@ class Healing:
         return divergence(self.head, self.beside, self.held, self.precision)
 
     def _keep(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        shared = {"results": [vars(result) for result in self.results], "first": self.status.start}
+        shared = {
+            "results": [vars(result) for result in self.results],
+            "first": self.status.start,
+            "seconds": self.earlier + time.monotonic() - self.stage_began,
+        }
         self.keeper.save({**shared, **where}, tensors)
 
     def _tell(self, stage: str, done: int, loss: float) -> None:
@@ -179,7 +186,7 @@ class Healing:
     def _blocks(self, where: Mapping[str, Any]) -> str | None:
         settings = self.settings
         count = settings.budget("blocks") // settings.passes // self.train.shape[1]
-        windows = self.train[: max(1, min(len(self.train), count))]
+        windows = spread(self.train, count)
         wise = BlockWise(
             self.student,
             self.teacher,
@@ -197,19 +204,18 @@ class Healing:
                 wise.skip(number)
                 continue
             before, after, note = wise.heal(number)
-            notes += [f"block {number}: {note}"] * bool(note)
+            notes += [f"block {number}: {note}"] if note else []
             tokens = settings.budget("blocks") * (number + 1) // wise.count
             self._keep({"stage": "blocks", "blocks": number + 1, "tokens": tokens}, self._snapshot())
             self._tell("blocks", tokens, after / before if before else 1.0)
-        return "; ".join(notes) or None
+        return None if not notes else notes[0] + (f", and {len(notes) - 1} more blocks" if len(notes) > 1 else "")
 
     def _logits(self, where: Mapping[str, Any], tensors: dict[str, Tensor]) -> str | None:
         settings, seen = self.settings, self.settings.tokens - self.settings.budget("logits")
         length = self.train.shape[1]
-        windows = self.train[: max(1, min(len(self.train), settings.budget("logits") // length))]
+        windows = spread(self.train, settings.budget("logits") // length)
         note = None
-        plain = settings.method == Arm.name  # whose state is all that there is
-        base = {} if plain else {f"{BASE}{name}": value for name, value in self._snapshot().items()}
+        base = {f"{BASE}{name}": value for name, value in self._snapshot().items()}
         arm = ARMS[settings.method](self.student, self.teacher, self.parameters, settings.seed)
         with training(arm.parameters):
             whole = EndToEnd(arm, self.student, self._teacher(windows), windows, settings, self.precision)
@@ -251,6 +257,12 @@ class Healing:
         if settings.loss == "ce" or not cached:
             return self.beside
         return Cached(self.teacher, windows, self.keeper.folder, self.precision, lambda done, total: None)
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """``count`` of windows (W, L), at least one, evenly over all of them; all where there are fewer."""
+    places = torch.linspace(0, len(windows) - 1, max(1, min(count, len(windows))))
+    return windows[places.round().long()]
 
 
 def split_held_out(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
