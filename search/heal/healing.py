@@ -138,6 +138,7 @@ class Healing:
         else:
             self.status.start = self._held_out()
         self.status.now = self.results[-1].after if self.results else self.status.start
+        untouched = self._snapshot()  # what blocks, always first, go back to where they have not helped
         if where.get("stage") == "logits":
             based = {name.removeprefix(BASE): value for name, value in tensors.items() if name.startswith(BASE)}
             put_back(self.student, self.parameters, based)
@@ -147,7 +148,7 @@ class Healing:
             own = where if where.get("stage") == stage else {}
             before, self.stage_began = self.status.now, time.monotonic()
             self.earlier = float(own.get("seconds", 0.0))
-            start = self._snapshot()
+            start = untouched if stage == "blocks" else self._snapshot()
             note = self._blocks(own) if stage == "blocks" else self._logits(own, tensors if own else {})
             after = self._held_out()
             if not after <= before:
