@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from rankfront.search.heal.healing import Show, StageResult
+    from rankfront.search.heal.healing import Show
+    from rankfront.search.heal.status import StageResult
     from rankfront.search.inputs.source import Source
     from rankfront.search.measure.setup import Setup
     from rankfront.search.optimise.accuracy import Calibration

@@ -12,9 +12,10 @@ from launching import small_data
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import get_method
-from rankfront.search.heal.healing import Healing, StageResult
+from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.status import StageResult
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study

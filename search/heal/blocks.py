@@ -127,9 +127,18 @@ class BlockWise:
         self.parameters = [parameter for parameter in parameters if id(parameter.tensor) not in outside]
         self.steps = max(1, settings.budget("blocks") // (self.size * length))
 
-    def skip(self, number: int) -> None:
-        """Let both streams pass a block that was healed before."""
-        self._advance(number)
+    def run(self, done: int, after_block: Callable[[int, float], None]) -> str | None:
+        """Train every block but the first ``done``, which were; after each, how many are and its held-out error as a
+        ratio to what it was. What went wrong, in one line."""
+        notes: list[str] = []
+        for number in range(self.count):
+            if number < done:
+                self._advance(number)
+                continue
+            before, after, note = self.heal(number)
+            notes += [f"block {number}: {note}"] if note else []
+            after_block(number + 1, after / before if before else 1.0)
+        return None if not notes else notes[0] + (f", and {len(notes) - 1} more blocks" if len(notes) > 1 else "")
 
     def heal(self, number: int) -> tuple[float, float, str | None]:
         """Train block ``number``, let both streams pass; its held-out error before and after, and what went wrong."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Fit:
                 found[f"{name}.{p.name}"] = value.detach().clone() if value.ndim == 0 else value.detach()
         return found
 
-    def load(self, state: dict[str, Tensor], done: int) -> None:
+    def load(self, state: Mapping[str, Tensor], done: int) -> None:
         """Go on from what `state` gave after ``done`` steps."""
         restore(self.parameters, {p.name: state[f"value.{p.name}"] for p in self.parameters})
         for p in self.parameters:

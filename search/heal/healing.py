@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor
 from rankfront.methods import InputError, check_choice, undo_prepack
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.blocks import BlockWise
-from rankfront.search.heal.fit import Best, NotFinite
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.logits import EVALUATIONS, EndToEnd, divergence
+from rankfront.search.heal.logits import EndToEnd, divergence
 from rankfront.search.heal.loss import Head
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.status import StageResult, Status
 from rankfront.search.heal.teacher import Beside, Cached, Says, cached_bytes
 from rankfront.search.heal.trainable import Parameter, balance, put_back, snapshot, stored, trainable, training
 from rankfront.search.measure.joining import separate
@@ -26,51 +25,6 @@ from rankfront.search.measure.joining import separate
 BASE = "base."  # before the names, in a checkpoint of the last stage, of what was stored when it began
 KEEP_EVERY = 60.0  # seconds between checkpoints of the last stage; guess
 LARGEST_CACHE = 4 * 10**9  # bytes of a teacher's file that `auto` makes; guess
-
-
-@dataclass
-class Status:
-    """Where a healing is.
-
-    Attributes:
-        stage: which.
-        done, tokens: tokens seen, and to be seen, in all.
-        loss: of the newest step, or the newest block's error relative to its start.
-        start, now: held-out divergence from the dense model before and as last measured, nats a token.
-        seconds: since this launch began healing; `resumed` tokens were seen before it.
-    """
-
-    tokens: int
-    stage: str = ""
-    done: int = 0
-    resumed: int = 0
-    loss: float = float("nan")
-    start: float = float("nan")
-    now: float = float("nan")
-    seconds: float = 0.0
-
-    @property
-    def closed(self) -> float:
-        """Share of the held-out divergence that is gone."""
-        return 1 - self.now / self.start if self.start > 0 else 0.0
-
-    @property
-    def left(self) -> float:
-        """Seconds to go, at the pace of this launch."""
-        seen = self.done - self.resumed
-        return (self.tokens - self.done) * self.seconds / seen if seen else float("nan")
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did: tokens, seconds, held-out divergence before and after, and what went wrong, if anything."""
-
-    stage: str
-    tokens: int
-    seconds: float
-    before: float
-    after: float
-    note: str | None = None
 
 
 Show = Callable[[Status], None]
@@ -121,8 +75,8 @@ class Healing:
         with self.precision.context():
             if not (self.head.whole(ids) and self.beside.head.whole(ids)):
                 raise InputError(
-                    f"{type(self.student).__name__} makes its logits otherwise than from the last hidden states, which"
-                    " healing by logits needs: heal with --stages blocks"
+                    f"{type(self.student).__name__} makes its logits of more than its last hidden states, which healing"
+                    " has to make them of: this model cannot be healed"
                 )
 
     def run(self) -> list[StageResult]:
@@ -198,54 +152,38 @@ class Healing:
             self.parameters,
             self.precision,
         )
-        notes: list[str] = []
-        done = int(where.get("blocks", 0))
-        for number in range(wise.count):
-            if number < done:
-                wise.skip(number)
-                continue
-            before, after, note = wise.heal(number)
-            notes += [f"block {number}: {note}"] if note else []
-            tokens = settings.budget("blocks") * (number + 1) // wise.count
-            self._keep({"stage": "blocks", "blocks": number + 1, "tokens": tokens}, self._snapshot())
-            self._tell("blocks", tokens, after / before if before else 1.0)
-        return None if not notes else notes[0] + (f", and {len(notes) - 1} more blocks" if len(notes) > 1 else "")
+
+        def after_block(done: int, ratio: float) -> None:
+            tokens = settings.budget("blocks") * done // wise.count
+            self._keep({"stage": "blocks", "blocks": done, "tokens": tokens}, self._snapshot())
+            self._tell("blocks", tokens, ratio)
+
+        return wise.run(int(where.get("blocks", 0)), after_block)
 
     def _logits(self, where: Mapping[str, Any], tensors: dict[str, Tensor]) -> str | None:
         settings, seen = self.settings, self.settings.tokens - self.settings.budget("logits")
-        length = self.train.shape[1]
-        windows = spread(self.train, settings.budget("logits") // length)
-        note = None
+        windows = spread(self.train, settings.budget("logits") // self.train.shape[1])
         base = {f"{BASE}{name}": value for name, value in self._snapshot().items()}
         arm = ARMS[settings.method](self.student, self.teacher, self.parameters, settings.seed)
         with training(arm.parameters):
             whole = EndToEnd(arm, self.student, self._teacher(windows), windows, settings, self.precision)
-            best = Best(arm.parameters, self.status.now)
-            if where:
-                whole.fit.load(tensors, int(where["step"]))
-                best.error = where["best"]
-                best.values = {p.name: tensors[f"best.{p.name}"] for p in arm.parameters}
+            whole.begin(self.status.now, where, tensors)
             kept = time.monotonic()
-            try:
-                while whole.fit.done < whole.steps:
-                    loss = whole.step()
-                    done = whole.fit.done
-                    if done % max(1, whole.steps // EVALUATIONS) == 0 or done == whole.steps:
-                        self.status.now = self._held_out()
-                        best.offer(self.status.now)
-                    tokens = seen + settings.budget("logits") * done // whole.steps
-                    if time.monotonic() - kept >= KEEP_EVERY:
-                        state = whole.fit.state() | {f"best.{name}": value for name, value in best.values.items()}
-                        state |= base
-                        self._keep({"stage": "logits", "step": done, "best": best.error, "tokens": tokens}, state)
-                        kept = time.monotonic()
-                    self._tell("logits", tokens, loss)
-            except NotFinite as error:
-                note = f"{error}: ended at its best state"
-                whole.fit.optimiser.zero_grad(set_to_none=True)
-            best.take()
-            arm.finish()
-        return note
+
+            def after_step(loss: float) -> None:
+                nonlocal kept
+                tokens = seen + settings.budget("logits") * whole.fit.done // whole.steps
+                if time.monotonic() - kept >= KEEP_EVERY:
+                    own, state = whole.state()
+                    self._keep({"stage": "logits", "tokens": tokens, **own}, state | base)
+                    kept = time.monotonic()
+                self._tell("logits", tokens, loss)
+
+            return whole.run(self._looked_at, after_step)
+
+    def _looked_at(self) -> float:
+        self.status.now = self._held_out()
+        return self.status.now
 
     def _teacher(self, windows: Tensor) -> Says:
         settings = self.settings

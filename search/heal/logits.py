@@ -7,18 +7,20 @@ divergence is scaled to the size of the entropy at every step, as NVIDIA's Model
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankfront.search.heal.arms import Arm
-from rankfront.search.heal.fit import Fit
+from rankfront.search.heal.fit import Best, Fit, NotFinite
 from rankfront.search.heal.loss import Head, Target, chunked
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.teacher import Beside, Says
 
+BEST = "best."  # before the names, in a checkpoint, of the best state
 EVALUATIONS = 8  # of the held-out divergence; guess
 AT_ONCE = {"cpu": 2_048, "cuda": 8_192}  # tokens of one forward pass with gradients; guess
 
@@ -55,6 +57,35 @@ class EndToEnd:
         self.steps = max(1, settings.budget("logits") // (self.size * length))
         self.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
         self.at_once = max(1, AT_ONCE[self.device.type] // length)
+
+    def begin(self, error: float, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Start from the parameters as they are, of held-out divergence ``error``; or from what `state` gave."""
+        self.best = Best(self.arm.parameters, error)
+        if where:
+            self.fit.load(tensors, int(where["step"]))
+            self.best.error = where["best"]
+            self.best.values = {p.name: tensors[f"{BEST}{p.name}"] for p in self.arm.parameters}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `begin` goes on from."""
+        best = {f"{BEST}{name}": value for name, value in self.best.values.items()}
+        return {"step": self.fit.done, "best": self.best.error}, self.fit.state() | best
+
+    def run(self, evaluate: Callable[[], float], after_step: Callable[[float], None]) -> str | None:
+        """All steps that are left; the best state is in place after. What went wrong, in one line."""
+        note = None
+        try:
+            while self.fit.done < self.steps:
+                loss = self.step()
+                if self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps:
+                    self.best.offer(evaluate())
+                after_step(loss)
+        except NotFinite as error:
+            note = f"{error}: ended at its best state"
+            self.fit.optimiser.zero_grad(set_to_none=True)
+        self.best.take()
+        self.arm.finish()
+        return note
 
     def chosen(self, step: int) -> Tensor:
         """Numbers of the windows of a step: pass after pass over all of them, each in an order of its own."""

@@ -54,7 +54,7 @@ class Head:
             for handle in handles:
                 handle.remove()
         if not found:
-            raise InputError(f"{type(self.model).__name__} has no body that gives hidden states: heal its blocks alone")
+            raise InputError(f"{type(self.model).__name__} has no body that gives hidden states: it cannot be healed")
         return found[-1]
 
     def hidden(self, ids: Tensor) -> Tensor:

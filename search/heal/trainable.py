@@ -71,7 +71,7 @@ def _names(module: nn.Module, kind: str) -> tuple[str, ...]:
 
 
 def within(parameters: Iterable[Parameter], module: nn.Module) -> list[Parameter]:
-    """Those that ``module`` holds and no other block does: a basis that several blocks share stays as it is there."""
+    """Those of ``parameters`` that ``module`` holds."""
     own = {id(tensor) for tensor in module.parameters()}
     return [parameter for parameter in parameters if id(parameter.tensor) in own]
 

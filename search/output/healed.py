@@ -20,10 +20,11 @@ from rankfront.search.atomic import staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Refit
 from rankfront.search.errors import ExportError, Interrupted
-from rankfront.search.heal.healing import Healing, Show, StageResult
+from rankfront.search.heal.healing import Healing, Show
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.memory import check, free_bytes, need_of
 from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.status import StageResult
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
 from rankfront.search.inputs.model import load_model, load_tokenizer, quiet, read_config

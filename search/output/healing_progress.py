@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from rankfront.search.heal.healing import StageResult, Status
+from rankfront.search.heal.status import StageResult, Status
 
 LINES = 10  # printed of a healing where there is no terminal
 
