@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import eigh_descending, fix_signs
+from rankfront.methods._algebra import balance_scale, eigh_descending, fix_signs
 from rankfront.methods._errors import InputError
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site
 from rankfront.methods._metric import Metric
@@ -40,9 +40,8 @@ def weighted_subspace(weight: Tensor, weighting: Weighting) -> tuple[Tensor, Ten
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """(m, r) and (r, n) with the same product, the norm of each component shared equally between its two sides."""
-    tiny = torch.finfo(torch.float32).tiny
-    balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
-    return left * balance, right / balance[:, None]
+    scale = balance_scale(left, right)
+    return left * scale, right / scale[:, None]
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TINY = torch.finfo(torch.float32).tiny
+from rankfront.methods._algebra import balance_scale
 
 
 @torch.no_grad()
 def balance_pair(left: Tensor, right: Tensor) -> None:
-    """Scale columns of ``left`` (m, r) and rows of ``right`` (r, n) in place, so that ‖left_:k‖ = ‖right_k:‖."""
-    ratio = right.norm(dim=1).clamp_min(TINY) / left.norm(dim=0).clamp_min(TINY)
-    scale = torch.where((left.norm(dim=0) > 0) & (right.norm(dim=1) > 0), ratio.sqrt(), torch.ones_like(ratio))
+    """Scale columns of ``left`` (m, r) and rows of ``right`` (r, n) in place, so that ‖left_:k‖ = ‖right_k:‖.
+
+    A component of which one side is zero stays as it is: scaled, neither side could train.
+    """
+    scale = balance_scale(left, right)
+    scale = torch.where((left.norm(dim=0) > 0) & (right.norm(dim=1) > 0), scale, torch.ones_like(scale))
     left.mul_(scale)
     right.div_(scale[:, None])
 

@@ -8,14 +8,14 @@ import signal
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 import rankfront
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
-from rankfront.search.choices import Format, Refit
+from rankfront.search.choices import Format, Loss, Refit, TeacherChoice, Window
 from rankfront.search.errors import ExportError, GaveUp, Interrupted
 from rankfront.search.plain import literal, plain
 
@@ -298,10 +298,10 @@ def export_command(
 
 def _export_healed(study: Study, out: Path, row: Row, tokens: str) -> None:
     from rankfront.search.heal.settings import parse_tokens
-    from rankfront.search.output.healing_progress import HealingProgress, summary
+    from rankfront.search.output.healing_progress import progress_line, summary
 
-    with HealingProgress(terminal()) as progress:
-        results = study.export_healed(out, row, parse_tokens(tokens), progress.show, lambda x: _say(terminal(), x))
+    with progress_line(terminal()) as show:
+        results = study.export_healed(out, row, parse_tokens(tokens), show, lambda x: _say(terminal(), x))
     for line in summary(results):
         _say(terminal(), line)
     _say(terminal(), f"trial {row.number} ({row.origin}), healed, is in {out}")
@@ -328,9 +328,9 @@ def heal_command(
     tokens: Annotated[str, typer.Option(help="tokens seen in all, passes counted, such as 300k or 1M")] = "1M",
     stages: Annotated[str, typer.Option(help="blocks, logits, or both in that order")] = "blocks,logits",
     method: Annotated[str, typer.Option(help="what trains: factors, scales, lora, stf or hola")] = "factors",
-    loss: Annotated[str, typer.Option(help="of the last stage: kl, ce or both")] = "kl",
-    window: Annotated[str, typer.Option(help="what the first stage trains at once: block or half")] = "block",
-    teacher: Annotated[str, typer.Option(help="the dense model: beside, cached, or auto")] = "auto",
+    loss: Annotated[Loss, typer.Option(help="of the last stage: kl, ce or both")] = "kl",
+    window: Annotated[Window, typer.Option(help="what the first stage trains at once: block or half")] = "block",
+    teacher: Annotated[TeacherChoice, typer.Option(help="the dense model: beside, cached, or auto")] = "auto",
     rate: Annotated[float | None, typer.Option(help="learning rate of factors; by the budget")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="tokens of a step; by the budget")] = None,
     length: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 512,
@@ -346,18 +346,18 @@ def heal_command(
 
     from rankfront.search.heal.settings import HealSettings, parse_tokens
     from rankfront.search.output.healed import HealText, heal_folder
-    from rankfront.search.output.healing_progress import HealingProgress, summary
+    from rankfront.search.output.healing_progress import progress_line, summary
 
     settings = HealSettings(
-        tokens=parse_tokens(tokens), stages=tuple(stages.split(",")), method=method, loss=loss, window=window,  # type: ignore[arg-type]
-        teacher=teacher, rate=rate, batch=batch, seed=seed,  # type: ignore[arg-type]
+        tokens=parse_tokens(tokens), stages=tuple(cast(Any, stages.split(","))), method=method, loss=loss,
+        window=window, teacher=teacher, rate=rate, batch=batch, seed=seed,
     )  # fmt: skip
     if not 0 <= part[0] < part[1] <= 1:
         raise InputError(f"--part is {part[0]:g} {part[1]:g}: give a start and an end with 0 <= start < end <= 1")
     where = HealText(text, length, part)
-    with HealingProgress(terminal()) as progress:
+    with progress_line(terminal()) as show:
         results = heal_folder(
-            folder, where, settings, out, None, model, device, trust_remote_code, progress.show,
+            folder, where, settings, out, None, model, device, trust_remote_code, show,
             lambda line: _say(terminal(), line),
         )  # fmt: skip
     if as_json:

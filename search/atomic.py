@@ -110,6 +110,14 @@ def _crc32(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
+def new_folder(path: Path) -> Path:
+    """Where ``path`` leads, of a link what it names; `InputError` where something is there but an empty folder."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink() or (found.exists() and (not found.is_dir() or any(found.iterdir()))):
+        raise InputError(f"{str(found)!r} exists and is not empty: name a new folder")
+    return found
+
+
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A hidden folder beside ``folder`` that takes its name when the body succeeds and vanishes when it does not.

@@ -4,5 +4,9 @@ from typing import Literal
 
 Format = Literal["factored", "dense"]
 Refit = Literal["none", "sequential"]
+Stage = Literal["blocks", "logits"]
+Loss = Literal["kl", "ce", "both"]
+Window = Literal["block", "half"]
+TeacherChoice = Literal["auto", "beside", "cached"]
 OURS = "rankfront"
 SAMPLERS = (OURS, "random", "tpe", "nsga2", "nsga3", "gp")

@@ -29,9 +29,10 @@ from search_benchmark import JOINT, settings
 
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
+from rankfront.search.choices import Stage
 from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.settings import HealSettings, Stage, parse_tokens
+from rankfront.search.heal.settings import HealSettings, parse_tokens
 from rankfront.search.inputs.model import load_model, load_tokenizer
 from rankfront.search.inputs.text import cut
 from rankfront.search.measure.compressed_model import CompressedModel

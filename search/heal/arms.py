@@ -36,7 +36,6 @@ class Arm:
 
     def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
         self.model, self.dense, self.seed = model, dense, seed
-        self.beside: list[_Put] = []
         self.parameters = self.chosen(parameters)
         names = {id(parameter.tensor) for parameter in self.parameters}
         self.projected = [
@@ -96,6 +95,7 @@ class Beside(Arm):
     def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
         holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
         alone = [parameter for parameter in parameters if holders[id(parameter.tensor)] == 1]
+        self.beside: list[_Put] = []
         super().__init__(model, dense, alone, seed)
         self.projected = []
 
@@ -223,7 +223,7 @@ class StraightThrough(Arm):
             latent = nn.Parameter(self._start(module, self.dense.get_submodule(path)))
             module.register_parameter("latent", latent)
             self.latents.append((module, latent))
-            vars(module)["forward"] = partial(self._forward, module, latent)
+            vars(module)["forward"] = partial(self._forward, len(self.latents) - 1)
             found.append(Parameter(f"{path}.latent", latent, "factor"))
         return [*names.values(), *found]
 
@@ -243,9 +243,10 @@ class StraightThrough(Arm):
         started: Tensor = torch.where(used, codes, NEXT * least * wanted / most)
         return started
 
-    def _forward(self, module: Any, latent: Tensor, x: Tensor) -> Tensor:
+    def _forward(self, number: int, x: Tensor) -> Tensor:
+        module, latent = self.latents[number]
         if self.frozen:
-            passed = latent * self.frozen[[id(own) for _, own in self.latents].index(id(latent))]
+            passed = latent * self.frozen[number]
         else:
             passed = latent + (latent * module.largest(latent.detach()) - latent).detach()
         found: Tensor = module.coded(passed, x)

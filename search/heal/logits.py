@@ -89,12 +89,14 @@ class EndToEnd:
 
     def chosen(self, step: int) -> Tensor:
         """Numbers of the windows of a step: pass after pass over all of them, each in an order of its own."""
-        numbers, start = [], step * self.size
-        for place in range(start, start + self.size):
-            turn, within = divmod(place, len(self.windows))
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + turn)
-            numbers.append(int(torch.randperm(len(self.windows), generator=generator)[within]))
-        return torch.tensor(numbers)
+        count, start = len(self.windows), step * self.size
+        turns = range(start // count, (start + self.size - 1) // count + 1)
+        orders = [
+            torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + turn))
+            for turn in turns
+        ]
+        first = start - turns.start * count
+        return torch.cat(orders)[first : first + self.size]
 
     def step(self) -> float:
         """One step; the loss a token of its batch, before it. Raises `NotFinite`."""

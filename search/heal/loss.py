@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from rankfront.methods import InputError
-from rankfront.objectives import Teacher
-from rankfront.objectives._scores import divergence_from
-from rankfront.search.heal.settings import Loss
+from rankfront.objectives import Teacher, divergence_from
+from rankfront.search.choices import Loss
 
 AT_ONCE = {"cuda": 2**26, "cpu": 2**24}  # logits that exist at once, of each model: 64 MiB in fp32 on a CPU; guess
 EPSILON = 1e-6  # of the mean square of a target, below which its error counts no more; guess

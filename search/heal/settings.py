@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from rankfront.methods import InputError, check_choice
+from rankfront.search.choices import Loss, Stage, TeacherChoice, Window
 
-Stage = Literal["blocks", "logits"]
-Loss = Literal["kl", "ce", "both"]
-Window = Literal["half", "block"]
-TeacherChoice = Literal["auto", "beside", "cached"]
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-# Settings by tokens seen in all, on a CPU. Rates: a tenth of these closed a third as much a token in first tries on one
-# plan of smollm2-135m at keep 0.6, not kept; no more was tried: guesses, and so are the rest.
+# Settings by tokens seen in all: guesses. Of the rates below `SMALL_BUDGET`, a tenth closed less a token in one try
+# each, on one plan of smollm2-135m at keep 0.6, not kept; those above were not tried.
 SMALL_BUDGET = 500_000  # tokens; below, steps are few, so batches are smaller and rates higher
 BATCHES = (4_096, 8_192)  # tokens a step, below and above
 BLOCK_RATES = (2e-3, 1e-3)  # of factors

@@ -11,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rankfront.objectives import Teacher
-from rankfront.objectives._scores import teach
+from rankfront.objectives import Teacher, teach
 from rankfront.search.atomic import write_whole
 from rankfront.search.heal.loss import Head, Target
 from rankfront.search.heal.precision import Precision

@@ -96,7 +96,9 @@ def shared(model: nn.Module, blocks: Iterable[nn.Module]) -> set[int]:
 
 def balance(model: nn.Module) -> None:
     """Bring every module's factors to the scale that they train in; those that modules share keep theirs."""
-    _each(model, "balance")
+    for module in _unshared(model):
+        if hasattr(module, "balance"):
+            cast(Trained, module).balance()
 
 
 def normalise(modules: Iterable[Trained]) -> None:
@@ -108,12 +110,6 @@ def normalise(modules: Iterable[Trained]) -> None:
 def normalised(model: nn.Module) -> list[Trained]:
     """Modules of ``model`` whose factors keep their scale, by a projection after every step."""
     return [cast(Trained, module) for module in _unshared(model) if hasattr(module, "normalise")]
-
-
-def _each(model: nn.Module, name: str) -> None:
-    for module in _unshared(model):
-        if hasattr(module, name):
-            getattr(module, name)()
 
 
 def _unshared(model: nn.Module) -> Iterator[nn.Module]:

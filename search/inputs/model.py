@@ -36,7 +36,7 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
         check_unpacked(source)
     config = read_config(source)
     _check_size(source, config)
-    method = _quantisation(config)
+    method = quantisation(config)
     quantised = None if method == QUANT_METHOD else method
     model = load_whole(source, source.location, quantised, dtype=dtype, **source.arguments)
     return model.to(device).eval().requires_grad_(False)
@@ -149,7 +149,7 @@ def _saved_names(model: Any, name: str) -> tuple[str, str]:
 
 def _refuse_compressed(source: Source, config: Any) -> None:
     """Raise `InputError` where the checkpoint holds no plain weights, which are what methods treat."""
-    method = _quantisation(config)
+    method = quantisation(config)
     if method == QUANT_METHOD:
         raise InputError(
             f"model {source.name!r} is a factored export, which a study cannot factor again: name the model that it was"
@@ -162,7 +162,7 @@ def _refuse_compressed(source: Source, config: Any) -> None:
         )
 
 
-def _quantisation(config: Any) -> str | None:
+def quantisation(config: Any) -> str | None:
     """By which method the checkpoint of a model is quantised, or None."""
     settings = getattr(config, "quantization_config", None)
     if not settings:

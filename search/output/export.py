@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, ti
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.objectives import score
 from rankfront.search import attributes as keys
-from rankfront.search.atomic import staged
+from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Format, Refit
 from rankfront.search.errors import ExportError
@@ -76,9 +75,7 @@ def export(
     A link as ``out`` is followed. Raises `InputError` where ``out`` is taken, `ExportError` where writing or verifying
     fails.
     """
-    out = Path(os.path.realpath(out))  # of a link, what it names: the link stays
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
+    out = new_folder(out)
     now = setup.origin()
     for name, value in row.plan.origin:
         if now.get(name) != value:
@@ -140,11 +137,7 @@ def _write_verified(
         verified = verify_folder(folder, windows, setup.device, setup.source.trust_remote_code)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
-        if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
-            raise ExportError(
-                f"the export's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
-                f" tokens, more than {TOLERANCE:.1%} apart: not kept"
-            )
+        check_same("export", verified, measured)
         line = warning(*reports, setup.config.data.control.label)
         verified = replace(verified, parameters=verified.parameters + buffers, warning=line)
         (folder / "README.md").write_text(_card(setup, row, verified, form, refit, reports), encoding="utf-8")
@@ -160,11 +153,25 @@ def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) ->
         _multiply_out(model, compressed.modules, compressed.dense_modules)
     with quiet():
         model.save_pretrained(folder)
+    save_tokenizer(compressed.tokenizer, folder)
+    (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write ``tokenizer``; an OSError where that fails."""
     try:
-        compressed.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises a bare Exception where the disk is full
         raise OSError(str(error)) from error
-    (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
+
+
+def check_same(what: str, verified: Verified, measured: float) -> None:
+    """Raise `ExportError` where a fresh process has another perplexity than was ``measured`` here."""
+    if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
+        raise ExportError(
+            f"the {what}'s perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
+            f" tokens, more than {TOLERANCE:.1%} apart: not kept"
+        )
 
 
 def _mark(model: Any, compressed: CompressedModel) -> None:

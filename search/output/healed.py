@@ -16,7 +16,7 @@ import rankfront
 from rankfront.methods import InputError
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.objectives import score
-from rankfront.search.atomic import staged
+from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Refit
 from rankfront.search.errors import ExportError, Interrupted
@@ -27,13 +27,13 @@ from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
-from rankfront.search.inputs.model import load_model, load_tokenizer, quiet, read_config
+from rankfront.search.inputs.model import load_model, load_tokenizer, quantisation, quiet, read_config
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import blocks
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import cut, hash_tokens, read_text, tokenize
 from rankfront.search.measure.setup import Setup
-from rankfront.search.output.export import REFIT_NOTE, TOLERANCE, export, verify_folder
+from rankfront.search.output.export import REFIT_NOTE, check_same, export, save_tokenizer, verify_folder
 from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 from rankfront.search.splits import Split
@@ -73,8 +73,7 @@ def heal_folder(
     Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails, `Interrupted` on
     Ctrl-C or SIGTERM.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{str(out)!r} exists and is not empty: name a new folder")
+    out = new_folder(out)
     source = resolve(str(folder), trust_remote_code)
     plan = _plan_of(folder, source)
     teacher_source = resolve(dense or _dense_name(plan, folder), trust_remote_code)
@@ -99,8 +98,7 @@ def heal_folder(
     teacher = load_model(teacher_source, "auto", device)
     try:
         healing = Healing(student, teacher, windows, settings, keeper, show)
-        _, found = blocks(healing.teacher)
-        prefix = next(path for path, module in healing.teacher.named_modules() if module is found)
+        prefix, _ = blocks(healing.teacher)
         need = need_of(
             healing.student,
             healing.teacher,
@@ -177,9 +175,7 @@ def _is_export_of(folder: Path, row: Row, refit: Refit) -> bool:
 
 
 def _plan_of(folder: Path, source: Source) -> Plan:
-    settings = getattr(read_config(source), "quantization_config", None) or {}
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    if method != QUANT_METHOD:
+    if quantisation(read_config(source)) != QUANT_METHOD:
         raise InputError(f"{str(folder)!r} is no factored export: name a folder that `rankfront export` wrote")
     file = folder / "plan.json"
     if not file.is_file():
@@ -223,15 +219,11 @@ def _write(healing: Healing, source: Source, plan: Plan, text: HealText, setting
     with staged(out) as folder:
         with quiet():
             student.save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
+        save_tokenizer(load_tokenizer(source), folder)
         (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         verified = verify_folder(folder, held, str(next(student.parameters()).device), source.trust_remote_code)
-        if not abs(verified.perplexity / measured - 1) <= TOLERANCE:
-            raise ExportError(
-                f"the healed folder's perplexity is {verified.perplexity:.6g} and was {measured:.6g} here on the same"
-                f" tokens, more than {TOLERANCE:.1%} apart: not kept"
-            )
+        check_same("healed folder", verified, measured)
         card = Path(source.location) / "README.md"
         before = card.read_text(encoding="utf-8") if card.is_file() else f"# {markdown(source.name)}\n"
         (folder / "README.md").write_text(

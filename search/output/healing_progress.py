@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from rankfront.search.heal.healing import Show
 from rankfront.search.heal.status import StageResult, Status
 
 LINES = 10  # printed of a healing where there is no terminal
 
 
-class HealingProgress:
-    """A live line on ``console`` while it is entered; without a terminal, a line for every tenth of the tokens."""
+@contextmanager
+def progress_line(console: Console) -> Iterator[Show]:
+    """Within, what it gives draws a live line on ``console``; without a terminal, one for every tenth of the tokens."""
+    bar = Progress(
+        TextColumn("heal {task.description:<7}"), BarColumn(), TextColumn("{task.fields[status]}", markup=False),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    task: TaskID | None = None
+    printed = 0
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("heal {task.description:<7}"), BarColumn(), TextColumn("{task.fields[status]}", markup=False),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task: TaskID | None = None
-        self.printed = 0
-
-    def __enter__(self) -> HealingProgress:
-        self.bar.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.__exit__(kind, error, trace)
-
-    def show(self, status: Status) -> None:
-        """Draw ``status``."""
+    def show(status: Status) -> None:
+        nonlocal task, printed
         line = said(status)
-        if self.task is None:
-            self.task = self.bar.add_task(status.stage, total=status.tokens, status=line)
-        self.bar.update(self.task, description=status.stage, completed=status.done, status=line)
+        if task is None:
+            task = bar.add_task(status.stage, total=status.tokens, status=line)
+        bar.update(task, description=status.stage, completed=status.done, status=line)
         tenth = LINES * status.done // status.tokens
-        if not self.console.is_terminal and tenth > self.printed:
-            self.printed = tenth
-            self.console.print(f"heal {status.stage}: {line}", soft_wrap=True, markup=False, highlight=False)
+        if not console.is_terminal and tenth > printed:
+            printed = tenth
+            console.print(f"heal {status.stage}: {line}", soft_wrap=True, markup=False, highlight=False)
+
+    with bar:
+        yield show
 
 
 def said(status: Status) -> str:
