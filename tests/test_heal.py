@@ -227,7 +227,7 @@ def test_more_tokens_close_more(zoo, tmp_path):
 
 def test_halves_of_a_block_train_what_they_hold(zoo):
     """Attention first, then the MLP: cut where the residual stream enters the norm between."""
-    from rankfront.search.heal.arms import Arm
+    from rankfront.search.heal.arm import Arm
     from rankfront.search.heal.blocks import BlockWise, middle
 
     student = zoo.student("svd-llm")
@@ -248,7 +248,7 @@ def test_halves_of_a_block_train_what_they_hold(zoo):
 def test_parallel_blocks_have_no_middle(tmp_path, text_file):
     from healing import Zoo
 
-    from rankfront.search.heal.arms import Arm
+    from rankfront.search.heal.arm import Arm
     from rankfront.search.heal.blocks import BlockWise, middle
 
     parallel = Zoo(tmp_path, text_file, "gpt-neox")

@@ -9,58 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.methods.layers import weight_of
-from rankfront.search.heal.trainable import Parameter, normalise, normalised
+from rankfront.search.heal.arm import Arm
+from rankfront.search.heal.trainable import Parameter, normalise
 
 LORA_RANK = 16  # LEMS's
 NEXT = 0.9  # times the least coefficient of a row that is used: where the best of the others starts; guess
 PULL = 2e-4  # of the squares of coefficients that are not used, SR-STE's; there for weights of another task
-
-
-class Arm:
-    """Factors, smaller dense weights, norms and biases, as they are stored.
-
-    Attributes:
-        model: what is trained, or the block of it.
-        dense: the same of the dense model.
-        parameters: that train.
-        projected: modules whose factors are normalised after every step.
-    """
-
-    name: ClassVar[str] = "factors"
-
-    def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
-        self.model, self.dense, self.seed = model, dense, seed
-        self.parameters = self.chosen(parameters)
-        names = {id(parameter.tensor) for parameter in self.parameters}
-        self.projected = [
-            module
-            for module in normalised(model)
-            if any(id(tensor) in names for tensor in cast(nn.Module, module).parameters())
-        ]
-
-    def chosen(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """What trains of what may train."""
-        return list(parameters)
-
-    def before(self, step: int, steps: int) -> None:
-        """Called before the forward pass of each step."""
-
-    def penalty(self) -> Tensor | None:
-        """What is added to the loss."""
-        return None
-
-    def after(self, step: int, steps: int) -> None:
-        """Called after each step of the optimiser."""
-        normalise(self.projected)
-
-    def finish(self) -> None:
-        """Merge what was added into what is stored."""
 
 
 class _Gain(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.search.heal.arms import Arm
+from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fit import Best, Fit, NotFinite
 from rankfront.search.heal.loss import relative_error
 from rankfront.search.heal.precision import Precision

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfront.search.heal.arms import Arm
+from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fit import Best, Fit, NotFinite
 from rankfront.search.heal.loss import Head, Target, chunked
 from rankfront.search.heal.precision import Precision

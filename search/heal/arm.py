@@ -1,0 +1,51 @@
+"""What trains while a model heals: the base of every method, which trains the factors as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from rankfront.search.heal.trainable import Parameter, normalise, normalised
+
+
+class Arm:
+    """Factors, smaller dense weights, norms and biases, as they are stored.
+
+    Attributes:
+        model: what is trained, or the block of it.
+        dense: the same of the dense model.
+        parameters: that train.
+        projected: modules whose factors are normalised after every step.
+    """
+
+    name: ClassVar[str] = "factors"
+
+    def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
+        self.model, self.dense, self.seed = model, dense, seed
+        self.parameters = self.chosen(parameters)
+        names = {id(parameter.tensor) for parameter in self.parameters}
+        self.projected = [
+            module
+            for module in normalised(model)
+            if any(id(tensor) in names for tensor in cast(nn.Module, module).parameters())
+        ]
+
+    def chosen(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """What trains of what may train."""
+        return list(parameters)
+
+    def before(self, step: int, steps: int) -> None:
+        """Called before the forward pass of each step."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss."""
+        return None
+
+    def after(self, step: int, steps: int) -> None:
+        """Called after each step of the optimiser."""
+        normalise(self.projected)
+
+    def finish(self) -> None:
+        """Merge what was added into what is stored."""
