@@ -16,7 +16,7 @@ from rankfront.search.heal.fit import Best, Fit, NotFinite, schedule
 from rankfront.search.heal.healing import split_held_out
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.logits import divergence
-from rankfront.search.heal.loss import Head, chunked, kl
+from rankfront.search.heal.loss import Head, descend, kl, summed
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings, parse_tokens
 from rankfront.search.heal.teacher import Beside, Cached
@@ -49,9 +49,10 @@ def test_run_by_run_the_loss_and_its_gradient_are_those_of_all_logits_at_once(zo
         slow = torch.autograd.grad(whole, tensors, allow_unused=True)
         monkeypatch.setitem(logits_at_once(), "cpu", 5 * common.VOCABULARY)
         head = Head(student)
-        part, _ = chunked(head, head.hidden(ids), ids, "kl", Beside(teacher, PLAIN).target(torch.zeros(0), ids))
-        fast = torch.autograd.grad(part, tensors, allow_unused=True)
-    assert math.isclose(float(part.detach()), float(whole.detach()), rel_tol=1e-5)
+        target = Beside(teacher, PLAIN).target(torch.zeros(0), ids)
+        part = descend(head, head.hidden(ids), ids, "kl", target, 1.0)
+        fast = [tensor.grad for tensor in tensors]
+    assert math.isclose(part, float(whole.detach()), rel_tol=1e-5)
     for one, other in zip(fast, slow, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.allclose(one, other, rtol=1e-3, atol=1e-5)
@@ -66,11 +67,10 @@ def logits_at_once():
 def test_the_dense_model_has_no_divergence_from_itself_and_no_gradient(zoo):
     teacher = zoo.teacher()
     assert divergence_of(zoo.teacher(), teacher) == pytest.approx(0, abs=1e-6)
-    hidden = Head(teacher).hidden(windows(1)).requires_grad_(True)
+    hidden = Head(teacher).hidden(windows(1)).detach().requires_grad_(True)
     target = Beside(zoo.teacher(), PLAIN).target(torch.zeros(0), windows(1))
-    loss, _ = chunked(Head(teacher), hidden, windows(1), "kl", target)
-    (gradient,) = torch.autograd.grad(loss, [hidden])
-    assert float(gradient.abs().max()) < 1e-5
+    descend(Head(teacher), hidden, windows(1), "kl", target, 1.0)
+    assert float(hidden.grad.abs().max()) < 1e-5
 
 
 def test_a_cached_teacher_of_the_whole_vocabulary_gives_the_divergence_and_fewer_tokens_less(
@@ -88,11 +88,7 @@ def test_a_cached_teacher_of_the_whole_vocabulary_gives_the_divergence_and_fewer
         head = Head(student)
         with torch.no_grad():
             total = sum(
-                float(
-                    chunked(
-                        head, head.hidden(ids[n : n + 1]), ids[n : n + 1], "kl", cached.target(torch.tensor([n]), ids)
-                    )[0]
-                )
+                summed(head, head.hidden(ids[n : n + 1]), ids[n : n + 1], "kl", cached.target(torch.tensor([n]), ids))
                 for n in range(4)
             )
         found[top] = total / (4 * (LENGTH - 1))

@@ -2,7 +2,7 @@
 
 All that may train does at once: factors, smaller dense weights, norms and biases; embeddings, heads and untouched dense
 weights stay. Logits exist for one run of tokens at a time. Cross-entropy alone, or both, as the user says: of both, the
-divergence is scaled to the size of the entropy at every step, as NVIDIA's ModelOpt does.
+divergence is scaled to the size of the entropy, run by run, as NVIDIA's ModelOpt does step by step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fit import Best, Fit, NotFinite
-from rankfront.search.heal.loss import Head, Target, chunked
+from rankfront.search.heal.loss import Head, Target, descend, summed
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.teacher import Beside, Says
@@ -33,7 +33,7 @@ def divergence(head: Head, beside: Beside, windows: Tensor, precision: Precision
         here = ids.to(device)
         target = beside.target(torch.zeros(0), here)
         with precision.context():
-            total += float(chunked(head, head.hidden(here), here, "kl", target)[0])
+            total += summed(head, head.hidden(here), here, "kl", target)
     return total / (len(windows) * (windows.shape[1] - 1))
 
 
@@ -108,17 +108,11 @@ class EndToEnd:
             ids = self.windows[part].to(self.device)
             target = self.teacher.target(part, ids) if self.settings.loss != "ce" else Target()
             with self.precision.context():
-                loss = self._loss(*chunked(self.head, self.head.hidden(ids), ids, self.settings.loss, target)) / count
-            total += float(loss.detach())
-            loss.backward()
+                hidden = self.head.hidden(ids)
+                total += descend(self.head, hidden, ids, self.settings.loss, target, 1 / count) / count
         penalty = self.arm.penalty()
         if penalty is not None:
             penalty.backward()
         self.fit.step()
         self.arm.after(done, self.steps)
         return total
-
-    def _loss(self, kl: Tensor, entropy: Tensor) -> Tensor:
-        if self.settings.loss == "both":
-            return entropy + kl * (entropy / kl.clamp_min(torch.finfo(torch.float32).tiny)).detach()
-        return entropy if self.settings.loss == "ce" else kl

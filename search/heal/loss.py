@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from rankfront.methods import InputError
@@ -86,36 +86,66 @@ def runs_of(tokens: int, vocabulary: int, device: str) -> list[slice]:
     return [slice(start, start + run) for start in range(0, tokens, run)]
 
 
+class _Kl(torch.autograd.Function):
+    """Σ over rows of KL(p ‖ q), whose gradient for the logits of q is q − p."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        p = log_p.exp()
+        found = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+        ctx.save_for_backward(log_q.exp_().sub_(p).to(student.dtype))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *wanted: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * wanted[0], None
+
+
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Σ over rows of KL(p ‖ q) for logits (n, V) of q, the student, and p, the teacher; temperature 1, in nats."""
-    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    """Σ over rows of KL(p ‖ q) for logits (n, V) of q, the student, and p, the teacher; temperature 1, in nats.
 
-
-def chunked(head: Head, hidden: Tensor, ids: Tensor, loss: Loss, teacher: Target) -> tuple[Tensor, Tensor]:
-    """Sums over predicted tokens of (KL to ``teacher``, cross-entropy) of hidden states (B, L, d) of ids (B, L).
-
-    Logits exist for one run of tokens at a time: what a backward pass needs of them is made again then. One that
-    ``loss`` does not name is zero.
+    The teacher's logits get no gradient.
     """
-    predicting = hidden[:, :-1].flatten(0, 1)  # (B (L - 1), d)
-    targets = ids[:, 1:].flatten()
-    vocabulary = head.model.config.get_text_config().vocab_size
+    found: Tensor = _Kl.apply(student, teacher)
+    return found
 
-    def run(states: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        logits = head.logits(states[None])[0]
+
+def _runs(head: Head, states: Tensor, targets: Tensor, loss: Loss, teacher: Target) -> Iterator[Tensor]:
+    """Run of tokens by run, its loss: of last hidden states (n, d) and the tokens (n,) that follow them."""
+    for rows in runs_of(len(targets), head.model.config.get_text_config().vocab_size, states.device.type):
+        logits = head.logits(states[rows][None])[0]
         divergence = teacher.divergence(logits, rows) if loss != "ce" else logits.new_zeros((), dtype=torch.float32)
-        entropy = divergence.new_zeros(())
-        if loss != "kl":
-            entropy = nn.functional.cross_entropy(logits.float(), targets[rows], reduction="sum")
-        return divergence, entropy
+        if loss == "kl":
+            yield divergence
+            continue
+        entropy = nn.functional.cross_entropy(logits.float(), targets[rows], reduction="sum")
+        tiny = torch.finfo(torch.float32).tiny
+        yield entropy if loss == "ce" else entropy + divergence * (entropy / divergence.clamp_min(tiny)).detach()
 
-    sums = [
-        checkpoint(run, predicting[rows], rows, use_reentrant=False)
-        for rows in runs_of(len(targets), vocabulary, str(hidden.device))
-    ]
-    divergences, entropies = zip(*sums, strict=True)
-    return torch.stack(divergences).sum(), torch.stack(entropies).sum()
+
+@torch.no_grad()
+def summed(head: Head, hidden: Tensor, ids: Tensor, loss: Loss, teacher: Target) -> float:
+    """The sum over predicted tokens of ``loss`` at hidden states (B, L, d) of ids (B, L)."""
+    runs = _runs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), loss, teacher)
+    return sum(float(run) for run in runs)
+
+
+def descend(head: Head, hidden: Tensor, ids: Tensor, loss: Loss, teacher: Target, scale: float) -> float:
+    """`summed`, and ``scale`` times its gradient added to that of all that made ``hidden`` or makes logits of it.
+
+    Backward passes go run by run down to the hidden states, and from there once: logits exist for one run at a time,
+    and are made once.
+    """
+    predicting = hidden[:, :-1].flatten(0, 1)
+    states = predicting.detach().requires_grad_(True)
+    total = 0.0
+    for run in _runs(head, states, ids[:, 1:].flatten(), loss, teacher):
+        (scale * run).backward()  # type: ignore[no-untyped-call]
+        total += float(run.detach())
+    predicting.backward(states.grad)  # type: ignore[no-untyped-call]
+    return total
 
 
 class Target:
