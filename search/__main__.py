@@ -327,7 +327,7 @@ def heal_command(
     out: Annotated[Path, typer.Option(help="the new folder")],
     tokens: Annotated[str, typer.Option(help="tokens seen in all, passes counted, such as 300k or 1M")] = "1M",
     stages: Annotated[str, typer.Option(help="blocks, logits, or both in that order")] = "blocks,logits",
-    method: Annotated[str, typer.Option(help="what trains: factors, scales, lora, stf or hola")] = "factors",
+    method: Annotated[str, typer.Option(help="what trains: factors, scales, lora, stf, hola or trp")] = "factors",
     loss: Annotated[Loss, typer.Option(help="of the last stage: kl, ce or both")] = "kl",
     window: Annotated[Window, typer.Option(help="what the first stage trains at once: block or half")] = "block",
     teacher: Annotated[TeacherChoice, typer.Option(help="the dense model: beside, cached, or auto")] = "auto",

@@ -176,6 +176,7 @@ class BlockWise:
         arm = self.arm(block, self.dense.blocks[number], _inside(own, block), settings.seed + number)
         with training(arm.parameters):
             fit = Fit(arm.parameters, settings.rate_of("blocks"), self.steps)
+            arm.fit = fit
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
 
             best = Best(arm.parameters, self._held_out(number, until, target))
@@ -192,7 +193,8 @@ class BlockWise:
                     (loss if penalty is None else loss + penalty).backward()
                     fit.step()
                     arm.after(step, self.steps)
-                    if (step + 1) % max(1, self.steps // EVALUATIONS) == 0 or step + 1 == self.steps:
+                    due = (step + 1) % max(1, self.steps // EVALUATIONS) == 0 or step + 1 == self.steps
+                    if due and arm.storable:
                         best.offer(self._held_out(number, until, target))
             except NotFinite as failure:
                 note = f"{failure}: ended at its best state"

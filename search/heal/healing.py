@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError, check_choice, undo_prepack
+from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.blocks import BlockWise
 from rankfront.search.heal.keeper import Keeper
@@ -64,6 +65,7 @@ class Healing:
         self.student, self.teacher = self.precision.prepared(student), self.precision.prepared(teacher)
         balance(self.student)
         self.parameters: list[Parameter] = trainable(self.student)
+        ARMS[settings.method].check(self.student)
         self.beside = Beside(self.teacher, self.precision)
         self.head = Head(self.student)
         self._check_heads()
@@ -164,9 +166,10 @@ class Healing:
         settings, seen = self.settings, self.settings.tokens - self.settings.budget("logits")
         windows = spread(self.train, settings.budget("logits") // self.train.shape[1])
         base = {f"{BASE}{name}": value for name, value in self._snapshot().items()}
-        arm = ARMS[settings.method](self.student, self.teacher, self.parameters, settings.seed)
+        kind = Arm if self.results and ARMS[settings.method].first_alone else ARMS[settings.method]
+        arm = kind(self.student, self.teacher, self.parameters, settings.seed)
         with training(arm.parameters):
-            whole = EndToEnd(arm, self.student, self._teacher(windows), windows, settings, self.precision)
+            whole = EndToEnd(arm, self.head, self._teacher(windows), windows, settings, self.precision)
             whole.begin(self.status.now, where, tensors)
             kept = time.monotonic()
 

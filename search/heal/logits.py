@@ -43,19 +43,19 @@ class EndToEnd:
     def __init__(
         self,
         arm: Arm,
-        model: Any,
+        head: Head,
         teacher: Says,
         windows: Tensor,
         settings: HealSettings,
         precision: Precision,
     ) -> None:
-        self.arm, self.head, self.teacher = arm, Head(model), teacher
+        self.arm, self.head, self.teacher = arm, head, teacher
         self.windows, self.settings, self.precision = windows, settings, precision
-        self.device = next(model.parameters()).device
+        self.device = next(head.model.parameters()).device
         length = windows.shape[1]
         self.size = max(1, min(settings.step_tokens // length, len(windows)))
         self.steps = max(1, settings.budget("logits") // (self.size * length))
-        self.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
+        self.fit = arm.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
         self.at_once = max(1, AT_ONCE[self.device.type] // length)
 
     def begin(self, error: float, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -77,7 +77,8 @@ class EndToEnd:
         try:
             while self.fit.done < self.steps:
                 loss = self.step()
-                if self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps:
+                due = self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps
+                if due and self.arm.storable:
                     self.best.offer(evaluate())
                 after_step(loss)
         except NotFinite as error:
