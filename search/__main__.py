@@ -15,7 +15,7 @@ import typer
 import rankfront
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
-from rankfront.search.choices import Format, Loss, Refit, TeacherChoice, Window
+from rankfront.search.choices import BlockError, Format, Loss, Refit, TeacherChoice, Window
 from rankfront.search.errors import ExportError, GaveUp, Interrupted
 from rankfront.search.plain import literal, plain
 
@@ -329,6 +329,9 @@ def heal_command(
     stages: Annotated[str, typer.Option(help="blocks, logits, or both in that order")] = "blocks,logits",
     method: Annotated[str, typer.Option(help="what trains: factors, scales, lora, stf, hola or trp")] = "factors",
     loss: Annotated[Loss, typer.Option(help="of the last stage: kl, ce or both")] = "kl",
+    error: Annotated[
+        BlockError, typer.Option(help="of hidden states in the first stage: relative or fisher")
+    ] = "relative",
     window: Annotated[Window, typer.Option(help="what the first stage trains at once: block or half")] = "block",
     teacher: Annotated[TeacherChoice, typer.Option(help="the dense model: beside, cached, or auto")] = "auto",
     rate: Annotated[float | None, typer.Option(help="learning rate of factors; by the budget")] = None,
@@ -349,7 +352,7 @@ def heal_command(
     from rankfront.search.output.healing_progress import progress_line, summary
 
     settings = HealSettings(
-        tokens=parse_tokens(tokens), stages=tuple(cast(Any, stages.split(","))), method=method, loss=loss,
+        tokens=parse_tokens(tokens), stages=tuple(cast(Any, stages.split(","))), method=method, loss=loss, error=error,
         window=window, teacher=teacher, rate=rate, batch=batch, seed=seed,
     )  # fmt: skip
     if not 0 <= part[0] < part[1] <= 1:

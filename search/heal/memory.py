@@ -61,9 +61,16 @@ def need_of(
         by_factors = arm.first_alone and len(settings.stages) == 2
         training = max(training_of(most), sum(chosen.values())) if by_factors else training_of(student)
         at_once, modules = max(AT_ONCE[device], length), list(student.modules())
-    features = sum(module.in_features + module.out_features for module in modules if _is_linear(module))
+    kept = _features(modules) * at_once
+    if settings.error == "fisher" and "blocks" in settings.stages:
+        kept = max(kept, _features(teacher.modules()) * length)  # one window through all blocks
     streams = 3 * tokens * width * 4 if "blocks" in settings.stages else 0
-    return Need(models, STATE * training, round(KEPT * 4 * features * at_once) + streams)
+    return Need(models, STATE * training, round(KEPT * 4 * kept) + streams)
+
+
+def _features(modules: Iterable[Any]) -> int:
+    """Inputs and outputs of all linear modules, of one token."""
+    return sum(module.in_features + module.out_features for module in modules if _is_linear(module))
 
 
 def _is_linear(module: nn.Module) -> bool:

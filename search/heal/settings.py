@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from rankfront.methods import InputError, check_choice
-from rankfront.search.choices import Loss, Stage, TeacherChoice, Window
+from rankfront.search.choices import BlockError, Loss, Stage, TeacherChoice, Window
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 # Settings by tokens seen in all: guesses. Of the rates below `SMALL_BUDGET`, a tenth closed less a token in one try
@@ -37,6 +37,8 @@ class HealSettings:
         method: what trains, one of `arms.ARMS`.
         loss: of the last stage: KL(dense ‖ healed) at temperature 1, cross-entropy, or both, the latter scaled to the
             size of the former at every step.
+        error: of hidden states in the first stage: relative to each token's size, or weighted by the Fisher information
+            of each channel.
         window: what the first stage trains at once: attention and MLP in turn, or a block.
         passes: over the windows of the first stage.
         share: of the tokens that the first stage gets where there are two.
@@ -52,6 +54,7 @@ class HealSettings:
     stages: tuple[Stage, ...] = ("blocks", "logits")
     method: str = "factors"
     loss: Loss = "kl"
+    error: BlockError = "relative"
     window: Window = "block"
     passes: int = 8  # guess
     share: float = 0.5  # guess
@@ -66,6 +69,7 @@ class HealSettings:
         for stage in self.stages:
             check_choice("heal stage", stage, get_args(Stage))
         check_choice("heal loss", self.loss, get_args(Loss))
+        check_choice("heal error", self.error, get_args(BlockError))
         check_choice("heal window", self.window, get_args(Window))
         check_choice("heal teacher", self.teacher, get_args(TeacherChoice))
         if self.stages not in (("blocks",), ("logits",), ("blocks", "logits")):

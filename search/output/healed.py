@@ -145,6 +145,7 @@ def export_healed(
         stages=stages or ("blocks", "logits"),
         method=config.method,
         loss=config.loss,
+        error=config.error,
         window=config.window,
         teacher=config.teacher,
         rate=None if config.rate == "auto" else config.rate,
