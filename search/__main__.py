@@ -341,6 +341,9 @@ def heal_command(
     model: Annotated[str | None, typer.Option(help="the dense model; by default the one the plan names")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="initialise all of it anew, train on the text")
+    ] = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -348,12 +351,15 @@ def heal_command(
     from dataclasses import asdict
 
     from rankfront.search.heal.settings import HealSettings, parse_tokens
-    from rankfront.search.output.healed import HealText, heal_folder
+    from rankfront.search.output.healed import heal_folder
+    from rankfront.search.output.healing_card import HealText
     from rankfront.search.output.healing_progress import progress_line, summary
 
+    if from_scratch:  # what else there could be is refused
+        stages, loss = stages.replace("blocks,logits", "logits"), "ce" if loss == "kl" else loss
     settings = HealSettings(
         tokens=parse_tokens(tokens), stages=tuple(cast(Any, stages.split(","))), method=method, loss=loss, error=error,
-        window=window, teacher=teacher, rate=rate, batch=batch, seed=seed,
+        window=window, teacher=teacher, rate=rate, batch=batch, seed=seed, from_scratch=from_scratch,
     )  # fmt: skip
     if not 0 <= part[0] < part[1] <= 1:
         raise InputError(f"--part is {part[0]:g} {part[1]:g}: give a start and an end with 0 <= start < end <= 1")
@@ -366,7 +372,7 @@ def heal_command(
     if as_json:
         _print_json({"out": str(out), "stages": [asdict(result) for result in results]})
     else:
-        for line in summary(results):
+        for line in summary(results, "cross-entropy" if from_scratch else "divergence"):
             _say(output(), line)
         _say(terminal(), f"the healed model is in {out}")
 

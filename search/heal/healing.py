@@ -14,9 +14,10 @@ from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.blocks import BlockWise
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.logits import EndToEnd, divergence
+from rankfront.search.heal.logits import EndToEnd, divergence, entropy
 from rankfront.search.heal.loss import Head
 from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.scratch import everything
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult, Status
 from rankfront.search.heal.teacher import Beside, Cached, Says, cached_bytes
@@ -36,7 +37,7 @@ class Healing:
 
     Attributes:
         student: as it was loaded, its factors in the place of dense weights.
-        teacher: the dense model.
+        teacher: the dense model; of training from scratch the model itself, which is not asked.
         windows: what it trains on (W, L); the last of them, a share, are held out.
         results: of the stages that are done.
     """
@@ -63,13 +64,14 @@ class Healing:
         self.before = stored(student)
         self.dtypes = {name: tensor.dtype for name, tensor in student.named_parameters()}
         self.student, self.teacher = self.precision.prepared(student), self.precision.prepared(teacher)
-        balance(self.student)
-        self.parameters: list[Parameter] = trainable(self.student)
+        if not settings.from_scratch:
+            balance(self.student)
+        self.parameters: list[Parameter] = (everything if settings.from_scratch else trainable)(self.student)
         ARMS[settings.method].check(self.student)
         self.beside = Beside(self.teacher, self.precision)
         self.head = Head(self.student)
         self._check_heads()
-        self.status = Status(settings.tokens)
+        self.status = Status(settings.tokens, "cross-entropy" if settings.from_scratch else "divergence")
         self.results: list[StageResult] = []
 
     def _check_heads(self) -> None:
@@ -109,7 +111,10 @@ class Healing:
             after = self._held_out()
             if not after <= before:
                 put_back(self.student, self.parameters, start)
-                note = note or f"it left the held-out divergence at {after:.4g}, more than {before:.4g}: taken back"
+                note = (
+                    note
+                    or f"it left the held-out {self.status.measure} at {after:.4g}, more than {before:.4g}: taken back"
+                )
                 after = before
             self.status.now = after
             seconds = self.earlier + time.monotonic() - self.stage_began
@@ -125,6 +130,8 @@ class Healing:
         return snapshot(self.student, self.parameters)
 
     def _held_out(self) -> float:
+        if self.settings.from_scratch:
+            return entropy(self.head, self.held, self.precision)
         return divergence(self.head, self.beside, self.held, self.precision)
 
     def _keep(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

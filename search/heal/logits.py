@@ -37,6 +37,17 @@ def divergence(head: Head, beside: Beside, windows: Tensor, precision: Precision
     return total / (len(windows) * (windows.shape[1] - 1))
 
 
+@torch.no_grad()
+def entropy(head: Head, windows: Tensor, precision: Precision) -> float:
+    """Mean −log p over predicted tokens of windows (W, L), in nats."""
+    device, total = next(head.model.parameters()).device, 0.0
+    for ids in windows.split(1):
+        here = ids.to(device)
+        with precision.context():
+            total += summed(head, head.hidden(here), here, "ce", Target())
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
 class EndToEnd:
     """Trains the whole of a model; `steps` of them, each of which `step` does."""
 

@@ -16,6 +16,7 @@ SMALL_BUDGET = 500_000  # tokens; below, steps are few, so batches are smaller a
 BATCHES = (4_096, 8_192)  # tokens a step, below and above
 BLOCK_RATES = (2e-3, 1e-3)  # of factors
 LOGIT_RATES = (5e-4, 3e-4)
+SCRATCH_RATE = 3e-3  # of everything: SLTrain's (2406.02214)
 
 
 def parse_tokens(value: str | int) -> int:
@@ -47,6 +48,7 @@ class HealSettings:
         batch: tokens of a step; None: by the budget.
         held_out: share of the windows that nothing is trained on.
         dtype: of products: float32, bfloat16, or auto, the latter where the hardware has it; masters are fp32.
+        from_scratch: everything that is stored trains, from a fresh initialisation, on the text's next tokens.
         seed: of the order of the windows and of what is drawn.
     """
 
@@ -64,6 +66,7 @@ class HealSettings:
     held_out: float = 0.05  # guess
     dtype: str = "auto"
     seed: int = 0
+    from_scratch: bool = False
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -74,6 +77,11 @@ class HealSettings:
         check_choice("heal teacher", self.teacher, get_args(TeacherChoice))
         if self.stages not in (("blocks",), ("logits",), ("blocks", "logits")):
             raise InputError(f"heal stages are {list(self.stages)}: name blocks, logits, or blocks and then logits")
+        if self.from_scratch and (self.stages, self.method, self.loss) != (("logits",), "factors", "ce"):
+            raise InputError(
+                f"from scratch there is nothing to heal towards: stages are logits, method factors and loss ce, and not"
+                f" {', '.join(self.stages)}, {self.method} and {self.loss}"
+            )
         check_choice("heal dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"heal rate is {self.rate}: it must be above 0, such as 1e-4")
@@ -87,6 +95,8 @@ class HealSettings:
 
     def rate_of(self, stage: Stage) -> float:
         """The peak learning rate of factors."""
+        if self.from_scratch:
+            return self.rate or SCRATCH_RATE
         by_budget = BLOCK_RATES if stage == "blocks" else LOGIT_RATES
         return self.rate if self.rate is not None else by_budget[self.tokens >= SMALL_BUDGET]
 
