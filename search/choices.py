@@ -6,6 +6,7 @@ Format = Literal["factored", "dense"]
 Refit = Literal["none", "sequential"]
 Stage = Literal["blocks", "logits"]
 Loss = Literal["kl", "ce", "both"]
+BlockError = Literal["relative", "fisher"]
 Window = Literal["block", "half"]
 TeacherChoice = Literal["auto", "beside", "cached"]
 OURS = "rankfront"

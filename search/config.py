@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
-from rankfront.search.choices import OURS, SAMPLERS, Loss, Stage, TeacherChoice, Window
+from rankfront.search.choices import OURS, SAMPLERS, BlockError, Loss, Stage, TeacherChoice, Window
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
 from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, trial_windows
@@ -315,6 +315,7 @@ class HealConfig(Strict):
     stages: Annotated[tuple[Literal["refit"] | Stage, ...], Field(min_length=1)] = ("blocks", "logits")
     method: str = "factors"
     loss: Loss = "kl"
+    error: BlockError = "relative"
     window: Window = "block"
     teacher: TeacherChoice = "auto"
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"

@@ -45,8 +45,7 @@ class Tuning:
     # Multiples of κ among which those are found: from, to, count; guess.
     dampings: tuple[float, float, int] = (0.5, 16.0, 16)
     references: int = 4  # plans with slopes that steps are taken from at once; guess
-    bands: int = 10  # shares of the dense size that the corrected menu is solved for each by itself; guess
-    band_rounds: int = 3  # of solving for a budget whose plan turns out of another band; guess
+    share_rounds: int = 3  # of solving the corrected menu for a plan whose size is known once it is solved for; guess
     nearest: int = 2  # plans with slopes that an answer steps from; guess
     # Ridges of objectives that nothing predicts: on what all methods save in common, and on what each does; guess.
     ridges: tuple[float, float] = (1e-5, 1e-3)
@@ -127,15 +126,11 @@ class Tuning:
 
     # -- solvers: how near the optimum, against time; guess, all of them
     grains: int = 50_000  # of the whole size where several costs are weighed against each other
-    columns: int = 2**17  # of the dynamic program; finer budgets are rounded up to this grid, costs with them
-    region_points: int = 128  # combined choices of a region of sites that share weights
     repairs: int = 12  # times that budgets are tightened where the integer solver's tolerance let a plan through
-    multipliers: int = 48  # from one that keeps everything dense to one that keeps everything cheapest
-    bisections: int = 8  # multipliers tried between two of those for a given budget
+    beyond: float = 100.0  # times below and above all losses by stored value are the first and last multiplier
+    bisections: int = 16  # multipliers tried for a budget
     exchanges: int = 200  # pairs of moves made at most
     paired: int = 256  # moves up and moves down of which every pair is looked at
-    few_lines: int = 32  # up to which the dynamic program's plan is a start too
-    filled: int = 2  # candidates that are filled up
 
     # -- jobs
     probe_jobs: int = 16  # that probes are split into, so that workers share them, interruptions lose little; guess

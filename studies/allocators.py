@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankfront.search.plans.knapsack import check_budget, sweep
+from rankfront.search.plans.lagrangian import Lagrangian, check_budget
 from rankfront.search.plans.menu import TINY, Line, Menu, Places
 
 
 def knapsack(menu: Menu, budget: float) -> Places:
-    """The least predicted divergence: our dynamic program."""
-    return sweep(menu).solve(budget)
+    """Nearly the least predicted divergence: our Lagrangian relaxation."""
+    return Lagrangian(menu).solve(budget)
 
 
 def _cheapest_from(line: Line, keep: float) -> int:

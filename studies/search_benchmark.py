@@ -43,7 +43,7 @@ from rankfront.search.optimise.corrections import corrections_of
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
 from rankfront.search.plans.job import Job
-from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu, Places, Predictions, make_menu
 from rankfront.search.plans.menu_jobs import group_plans, menu_record, probe_options
 from rankfront.search.plans.slope_cost import PASSES
@@ -169,7 +169,7 @@ def probe_row(
 
 
 def menu_row(grouped: bool) -> Callable[[Bench, int, int], Found]:
-    """Our menu and the exact knapsack, nothing more: the gradient's, or with its probes of groups."""
+    """Our menu and a knapsack, nothing more: the gradient's, or with its probes of groups."""
 
     def run(bench: Bench, budget: int, seed: int) -> Found:
         found = Found()
@@ -199,7 +199,7 @@ def context_row(bench: Bench, budget: int, seed: int) -> Found:
     context = corrections_of(taylor, menu, surrogate.terms.features)
     surrogate.terms.corrections = [context] if context is not None else []
     for keep in GRID:
-        solved = sweep(menu, surrogate.losses(keep))
+        solved = Lagrangian(menu, surrogate.losses(keep))
         found.plans[keep] = menu.decode(solved.solve(keep * menu.dense))
     found.overhead += time.perf_counter() - begun
     return found

@@ -15,7 +15,7 @@ from rankfront.search.names import Place
 from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
-from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Choices, Single
@@ -250,7 +250,7 @@ def measure_slopes(problem, study, number, random=None):
 def around(problem, sampler, keep, random=None):
     """A study of one plan of the menu, at ``keep``, with slopes around it, which ``sampler`` has learned from."""
     study = problem.study(sampler)
-    study.enqueue_trial(problem.params(sweep(problem.menu).solve(keep * problem.menu.dense)))
+    study.enqueue_trial(problem.params(Lagrangian(problem.menu).solve(keep * problem.menu.dense)))
     problem.run(study, 1)
     measure_slopes(problem, study, 0, random)
     sampler.predictor.learn(study.trials)

@@ -10,9 +10,9 @@ from allocators import knapsack, sensitivity, tolerance, uniform, value
 from synthetic import compatible
 
 from rankfront.methods import DENSE_OPTION, InputError, Option
-from rankfront.search.plans.knapsack import Budget, _silent, knapsack_several, sweep
+from rankfront.search.plans.knapsack import Budget, _silent, knapsack_several
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import TINY, Line, Menu
-from rankfront.search.tuning import TUNING
 
 # One row per allocator, those that studies compare with too: a new one adds a row here.
 ROWS = {
@@ -23,7 +23,6 @@ ROWS = {
     "knapsack": knapsack,
     "knapsack_several": knapsack_several,
 }
-EXACT = ("knapsack", "knapsack_several")
 
 
 def make_line(site, costs, losses):
@@ -134,70 +133,29 @@ def test_storage_never_falls_with_the_budget(menu, allocate):
     assert stored == sorted(stored)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_loss_never_rises_with_the_budget(menu, name):
-    losses = [menu.divergence(ROWS[name](menu, budget)) for budget in sorted(budgets(menu)) if budget >= menu.least]
+def test_loss_never_rises_with_the_budget_of_an_integer_program(menu):
+    losses = [menu.divergence(knapsack_several(menu, b)) for b in sorted(budgets(menu)) if b >= menu.least]
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(losses))
 
 
-@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("size", SMALL)
-def test_the_knapsack_is_exact(size, name):
+def test_the_integer_program_is_exact(size):
     menu = MENUS[size]
     plans = every_plan(menu)
-    assert sweep(menu).unit == np.gcd.reduce(np.concatenate([line.sizes for line in menu.lines]))
     for budget in budgets(menu, 8):
         if budget >= menu.least:
-            plan = ROWS[name](menu, budget)
+            plan = knapsack_several(menu, budget)
             assert menu.divergence(plan) == pytest.approx(least_loss(menu, plans, budget))
 
 
-@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("other", ROWS)
 @pytest.mark.parametrize("size", [*SMALL, "many"])
-def test_no_allocator_predicts_less_than_the_knapsack(size, other, name):
+def test_no_allocator_predicts_less_than_the_integer_program(size, other):
     menu = MENUS[size]
     for budget in budgets(menu):
         if budget >= menu.least:
-            exact, plan = ROWS[name](menu, budget), ROWS[other](menu, budget)
+            exact, plan = knapsack_several(menu, budget), ROWS[other](menu, budget)
             assert menu.divergence(exact) <= menu.divergence(plan) + 1e-9
-
-
-# -- the grid of the dynamic program
-
-
-def test_a_coarse_grid_costs_at_most_one_unit_a_line():
-    """Costs are rounded up, so the plan is at least as good as the best within one unit less for each line."""
-    menu = MENUS["coarse"]
-    solved, plans = sweep(menu), every_plan(menu)
-    assert solved.unit > 1
-    assert len(solved.loss) <= TUNING.columns + len(menu.lines) + 1
-    slack = solved.unit * (len(menu.lines) + 1)
-    for budget in range(menu.least + slack, menu.dense, (menu.dense - menu.least) // 50):
-        plan = solved.solve(budget)
-        assert menu.size(plan) <= budget
-        assert least_loss(menu, plans, budget) <= menu.divergence(plan) + 1e-12
-        assert menu.divergence(plan) <= least_loss(menu, plans, budget - slack) + 1e-12
-
-
-def test_the_least_budget_is_met_on_a_coarse_grid():
-    """Where every plan is rounded above the budget there is still the cheapest one."""
-    for seed in range(10):
-        menu = random_menu(seed, 8, 4, unit=1, largest=1_000_003)
-        for budget in (menu.least, menu.least + 1, menu.least + 100):
-            assert menu.size(sweep(menu).solve(budget)) <= budget
-
-
-def test_one_sweep_serves_every_budget():
-    """As large as a study's menu gets: 210 sites of 20 options."""
-    menu = random_menu(0, 210, 20, unit=64, largest=9_000)
-    solved = sweep(menu)
-    losses = []
-    for budget in np.linspace(menu.least, menu.dense, 40):
-        plan = solved.solve(float(budget))
-        assert menu.size(plan) <= budget
-        losses.append(menu.divergence(plan))
-    assert losses == sorted(losses, reverse=True)
 
 
 def test_other_losses_replace_the_menus():
@@ -207,7 +165,8 @@ def test_other_losses_replace_the_menus():
     changed = Menu(tuple(Line(m.site, m.options, m.sizes, d) for m, d in zip(menu.lines, other, strict=True)))
     for budget in budgets(menu):
         if budget >= menu.least:
-            assert sweep(menu, other).solve(budget) == sweep(changed).solve(budget)
+            assert Lagrangian(menu, other).solve(budget) == Lagrangian(changed).solve(budget)
+            assert knapsack_several(menu, budget, losses=other) == knapsack_several(changed, budget)
 
 
 # -- several budgets at once
@@ -243,15 +202,6 @@ def test_two_budgets_are_met_exactly(size, seed):
         assert menu.divergence(plan) == pytest.approx(min(menu.divergence(plan) for plan in within))
         solved += 1
     assert solved >= 5
-
-
-def test_one_budget_is_the_knapsack(menu):
-    if sweep(menu).unit > np.gcd.reduce(np.concatenate([line.sizes for line in menu.lines])):
-        return  # on a coarse grid the dynamic program is allowed to be a little worse
-    for budget in budgets(menu):
-        if budget >= menu.least:
-            found = menu.divergence(knapsack_several(menu, budget))
-            assert found == pytest.approx(menu.divergence(sweep(menu).solve(budget)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -364,19 +314,12 @@ def test_the_cheapest_choice_of_joint_sites(joint):
     assert compatible(joint, joint.cheapest)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_the_knapsack_with_joint_sites_is_the_best_by_brute_force(name):
+def test_the_integer_program_with_joint_sites_is_the_best_by_brute_force():
     menu = JOINT[0]
     choices = [(menu.size(places), menu.divergence(places)) for places in every_choice(menu)]
     for budget in budgets(menu):
         best = min(divergence for stored, divergence in choices if stored <= budget)
-        assert menu.divergence(ROWS[name](menu, budget)) == pytest.approx(best, abs=1e-12)
-
-
-def test_both_exact_solvers_agree_where_brute_force_cannot_go(joint):
-    for budget in budgets(joint, count=6):
-        found = [joint.divergence(ROWS[name](joint, budget)) for name in EXACT]
-        assert found[0] == pytest.approx(found[1], abs=1e-9)
+        assert menu.divergence(knapsack_several(menu, budget)) == pytest.approx(best, abs=1e-12)
 
 
 def test_a_joint_site_that_is_worth_it_is_taken(allocate):
@@ -387,20 +330,6 @@ def test_a_joint_site_that_is_worth_it_is_taken(allocate):
     assert menu.size(places) <= 100
     if allocate in (ROWS["knapsack"], ROWS["knapsack_several"], ROWS["sensitivity"]):
         assert places == (0, 0, 1)
-
-
-def test_a_region_with_more_choices_than_points_stays_near_the_optimum():
-    random = np.random.default_rng(0)
-    lines = []
-    for name in "abc":
-        costs = [10_000, *np.sort(random.choice(np.arange(1, 10_000), 19, replace=False))[::-1]]
-        lines.append(make_line(name, costs, [0.0, *np.sort(random.exponential(size=19))]))
-    costs = [30_000, *np.sort(random.choice(np.arange(1, 30_000), 19, replace=False))[::-1]]
-    joint = replace(make_line("abc", costs, [0.0, *np.sort(random.exponential(size=19))]), weights=tuple("abc"))
-    menu = Menu((*lines, joint))
-    for budget in budgets(menu):
-        exact = menu.divergence(knapsack_several(menu, budget))
-        assert exact - 1e-9 <= menu.divergence(sweep(menu).solve(budget)) <= 1.1 * exact + 0.01
 
 
 def test_a_joint_line_needs_a_line_for_each_of_its_weights():
@@ -416,6 +345,6 @@ def test_a_joint_option_that_takes_more_than_all_of_its_weights_dense_is_left_ou
     joint = Line("v+o", options, np.array([200, 250]), np.array([0.0, 0.1]), ("v", "o"))
     menu = Menu((*alone, joint))
     for budget in (102, 151, 200):
-        plan = sweep(menu).solve(budget)
-        assert menu.size(plan) <= budget
-        assert plan[2] == 0
+        for plan in (knapsack(menu, budget), knapsack_several(menu, budget)):
+            assert menu.size(plan) <= budget
+            assert plan[2] == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic import Both, Problem, around
 
-from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.tuning import TUNING
 
 ROUND = TUNING.round_fractions
@@ -63,7 +63,7 @@ def test_steps_end_at_round_kept_fractions():
     """Budgets are those at which limits are set; candidates that do not use them up are left out."""
     problem = Problem(sites=30, levels=8)
     sampler, menu = problem.sampler(0), problem.menu
-    full, idle = (sweep(menu).solve(share * menu.dense) for share in (0.7, 0.67))
+    full, idle = (Lagrangian(menu).solve(share * menu.dense) for share in (0.7, 0.67))
     assert sampler.candidates.at_targets({full: 1.5, idle: 0.5, (0,) * 30: 0.5}) == {full: 1.5}
     around(problem, sampler, 0.79)
     for mode, targets in (("newest", {0.8}), ("any", set(ROUND))):

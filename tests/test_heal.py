@@ -256,7 +256,14 @@ def test_parallel_blocks_have_no_middle(tmp_path, text_file):
 
 @pytest.mark.parametrize(
     ("method", "plan"),
-    [("factors", "svd-llm"), ("scales", "svd-llm"), ("lora", "svd-llm"), ("stf", "dsformer"), ("hola", "shared-basis")],
+    [
+        ("factors", "svd-llm"),
+        ("scales", "svd-llm"),
+        ("lora", "svd-llm"),
+        ("trp", "svd-llm"),
+        ("stf", "dsformer"),
+        ("hola", "shared-basis"),
+    ],
 )
 def test_stopped_at_any_step_and_gone_on_with_it_ends_where_it_would_have(zoo, method, plan, tmp_path, monkeypatch):
     """A checkpoint after every step, and Ctrl-C after the second block and in the middle of the last stage."""

@@ -16,6 +16,7 @@ from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.memory import Need, check
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.output import healed
+from rankfront.search.output.healing_card import HealText
 from rankfront.search.run.resolving import heal_windows
 from rankfront.search.study import Study
 
@@ -48,7 +49,7 @@ def arguments(exported, text_file, out, **more):
         str(exported / "small"),
         "--out",
         str(out),
-        *(f"--{k.replace('_', '-')}={v}" for k, v in given.items()),
+        *(f"--{k.replace('_', '-')}" + ("" if v is None else f"={v}") for k, v in given.items()),
     ]
 
 
@@ -94,6 +95,24 @@ def test_killed_at_any_moment_it_goes_on_from_its_checkpoint(exported, text_file
     assert not work.exists()
 
 
+def test_from_scratch_a_folder_of_the_same_shapes_is_trained_that_has_nothing_of_the_model(
+    exported, text_file, tmp_path, verified_here, capsys
+):
+    small, out = tmp_path / "small", tmp_path / "healed"
+    shutil.copytree(exported / "small", small)
+    plan = json.loads((small / "plan.json").read_text())
+    (small / "plan.json").write_text(json.dumps(plan | {"origin": {}}))  # no dense model is asked for
+    assert command_line([*arguments(tmp_path, text_file, out), "--from-scratch"]) == 0
+    assert "held-out cross-entropy" in capsys.readouterr().out
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (small, out))
+    shapes = [{name: (x.shape, x.dtype) for name, x in model.state_dict().items()} for model in (before, after)]
+    assert shapes[0] == shapes[1]
+    assert not torch.equal(*(model.get_input_embeddings().weight for model in (before, after)))
+    (stage,) = json.loads((out / "healing.json").read_text())["stages"]
+    assert stage["after"] < stage["before"]
+    assert "## Trained from scratch" in (out / "README.md").read_text()
+
+
 def test_what_is_asked_for_again_with_other_settings_is_refused(exported, text_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "healed"
 
@@ -116,6 +135,7 @@ def test_what_is_asked_for_again_with_other_settings_is_refused(exported, text_f
         ({"length": 20_000}, "healing needs 2 or more"),
         ({"stages": "logits,blocks"}, "name blocks, logits, or blocks and then logits"),
         ({"method": "magic"}, "heal method"),
+        ({"method": "lora", "from_scratch": None}, "from scratch there is nothing to heal towards"),
         ({"model": "nowhere"}, "nowhere"),
         ({"device": "cuda:9"}, "torch sees no GPU"),
     ],
@@ -191,7 +211,7 @@ def test_a_healed_folder_that_does_not_reload_the_same_is_not_kept(
 
 def heal_here(exported, text, out):
     asked = HealSettings(2_000, batch=128, rate=3e-3)
-    return healed.heal_folder(exported / "small", healed.HealText(str(text), 32), asked, out)
+    return healed.heal_folder(exported / "small", HealText(str(text), 32), asked, out)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The allocator by Lagrangian relaxation: against the dynamic program and brute force, on random menus."""
+"""The allocator by Lagrangian relaxation: against the integer program and brute force, on random menus."""
 
 import math
 from dataclasses import replace
@@ -9,11 +9,11 @@ from synthetic import compatible
 from test_allocate import budgets, every_choice, every_plan, joint_menu, make_line, random_menu
 
 from rankfront.methods import InputError, Option
-from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Line, Menu
 
-LARGE = [(seed, lines, options) for seed in range(4) for lines, options in ((40, 6), (60, 12), (45, 3))]
+LARGE = [(seed, lines, options) for seed in range(2) for lines, options in ((40, 6), (60, 12), (45, 3))]
 SMALL = [(seed, lines, options) for seed in range(12) for lines, options in ((4, 5), (5, 4), (6, 4))]
 
 
@@ -49,15 +49,14 @@ def within(menu, count=12):
 
 
 @pytest.mark.parametrize(("seed", "lines", "options"), LARGE)
-def test_it_is_nearly_the_dynamic_program(seed, lines, options):
+def test_it_is_nearly_the_integer_program(seed, lines, options):
     """Relaxation finds the convex hull alone; on many lines what lies between is filled nearly as well."""
     menu = large_menu(seed, lines, options)
-    solver, exact = Lagrangian(menu, divergences(menu)), sweep(menu)
-    excess = []
-    for budget in within(menu, 24):
+    solver, excess = Lagrangian(menu), []
+    for budget in within(menu, 12):
         plan = solver.solve(budget)
         assert menu.size(plan) <= budget
-        best = menu.divergence(exact.solve(budget))
+        best = menu.divergence(knapsack_several(menu, budget))
         assert menu.divergence(plan) >= best - 1e-9
         excess.append((menu.divergence(plan) - best) / max(best, 1e-9))
         assert menu.divergence(plan) <= 1.05 * best + 0.003 * menu.divergence(menu.cheapest)
@@ -65,13 +64,24 @@ def test_it_is_nearly_the_dynamic_program(seed, lines, options):
     assert np.mean(np.array(excess) <= 0.05) >= 0.85
 
 
+def test_on_a_menu_as_large_as_a_study_gets_it_is_the_integer_program_to_a_thousandth():
+    """210 sites of 20 options."""
+    menu = random_menu(0, 210, 20, unit=64, largest=9_000)
+    solver = Lagrangian(menu)
+    for share in (0.2, 0.6):
+        budget = menu.least + share * (menu.dense - menu.least)
+        plan, best = solver.solve(budget), knapsack_several(menu, budget, gap=1e-4)
+        assert menu.size(plan) <= budget
+        assert menu.divergence(plan) <= 1.001 * menu.divergence(best)
+
+
 @pytest.mark.parametrize(("seed", "lines", "options"), LARGE)
 def test_losses_may_be_negative_and_dense_need_not_be_free(seed, lines, options):
     """Slopes say what a switch changes, which may be for the better."""
     menu = large_menu(seed, lines, options)
     losses = around_a_plan(menu, seed)
-    solver, exact = Lagrangian(menu, losses), sweep(menu, losses)
-    best = {budget: total(losses, exact.solve(budget)) for budget in within(menu)}
+    solver = Lagrangian(menu, losses)
+    best = {budget: total(losses, knapsack_several(menu, budget, losses=losses)) for budget in within(menu, 6)}
     assert min(best.values()) < 0
     span = max(best.values()) - min(best.values())
     for budget, least in best.items():
@@ -85,11 +95,11 @@ def test_losses_may_all_be_negative():
     menu = large_menu(0, 45, 5)
     random = np.random.default_rng(0)
     losses = [-random.exponential(0.1, len(line.options)) for line in menu.lines]
-    solver, exact = Lagrangian(menu, losses), sweep(menu, losses)
-    for budget in within(menu):
+    solver = Lagrangian(menu, losses)
+    for budget in within(menu, 6):
         plan = solver.solve(budget)
         assert menu.size(plan) <= budget
-        assert total(losses, plan) <= 0.97 * total(losses, exact.solve(budget))
+        assert total(losses, plan) <= 0.97 * total(losses, knapsack_several(menu, budget, losses=losses))
 
 
 def test_an_option_of_which_nothing_is_known_is_not_taken():
@@ -110,15 +120,19 @@ def test_an_option_of_which_nothing_is_known_is_not_taken():
             assert tuple(plan[:2]) == tuple(centre[:2])
 
 
-@pytest.mark.parametrize(("seed", "lines", "options"), SMALL)
-def test_on_few_lines_it_is_as_good_as_the_dynamic_program(seed, lines, options):
-    """By brute force: a hull of few points leaves large gaps, so that it starts from that program's plan too."""
-    menu = random_menu(seed, lines, options)
-    solver = Lagrangian(menu, divergences(menu))
-    plans = [(menu.size(plan), menu.divergence(plan)) for plan in every_plan(menu)]
-    for budget in within(menu, 10):
-        least = min(value for stored, value in plans if stored <= budget)
-        assert menu.divergence(solver.solve(budget)) == pytest.approx(least, abs=1e-9)
+def test_on_few_lines_it_is_nearly_always_the_best():
+    """By brute force: a hull of few points leaves large gaps, not all of which are filled."""
+    exact = []
+    for seed, lines, options in SMALL:
+        menu = random_menu(seed, lines, options)
+        solver = Lagrangian(menu)
+        plans = [(menu.size(plan), menu.divergence(plan)) for plan in every_plan(menu)]
+        for budget in within(menu, 10):
+            least = min(value for stored, value in plans if stored <= budget)
+            found = menu.divergence(solver.solve(budget))
+            assert found >= least - 1e-9
+            exact.append(found <= least + 1e-9)
+    assert np.mean(exact) >= 0.85
 
 
 # -- sites that share weights
@@ -140,7 +154,7 @@ def test_joint_sites_are_solved_well():
     gaps = []
     for seed in range(0, 16, 2):
         menu = joint_menu(seed, blocks=1)
-        solver = Lagrangian(menu, divergences(menu))
+        solver = Lagrangian(menu)
         choices = [(menu.size(places), menu.divergence(places)) for places in every_choice(menu)]
         for budget in within(menu):
             least = min(value for stored, value in choices if stored <= budget)
@@ -197,17 +211,17 @@ def test_exchanges_never_treat_a_weight_twice_where_options_may_be_dearer_than_d
 @pytest.mark.parametrize("more", [0, 1, 10**9])
 def test_dense_is_reachable(more):
     for menu in (random_menu(1, 6, 4), joint_menu(0, 1), Menu((make_line("alone", [80], [0.0]),))):
-        assert Lagrangian(menu, divergences(menu)).solve(menu.dense + more) == menu.untreated
+        assert Lagrangian(menu).solve(menu.dense + more) == menu.untreated
 
 
 def test_the_least_budget_is_met():
     for menu in (random_menu(1, 6, 4), random_menu(2, 40, 6), joint_menu(1, 2)):
-        assert menu.size(Lagrangian(menu, divergences(menu)).solve(menu.least)) == menu.least
+        assert menu.size(Lagrangian(menu).solve(menu.least)) == menu.least
 
 
 def test_too_small_a_budget_is_refused_in_one_line():
     menu = random_menu(0, 5, 4)
-    solver = Lagrangian(menu, divergences(menu))
+    solver = Lagrangian(menu)
     for budget in (menu.least - 1, 0):
         with pytest.raises(InputError) as caught:
             solver.solve(budget)
@@ -217,7 +231,7 @@ def test_too_small_a_budget_is_refused_in_one_line():
 
 def test_budgets_may_be_asked_for_in_any_order():
     menu = large_menu(0, 40, 6)
-    first, second = (Lagrangian(menu, divergences(menu)) for _ in range(2))
+    first, second = (Lagrangian(menu) for _ in range(2))
     asked = within(menu)
     forwards = [first.solve(budget) for budget in asked]
     assert [second.solve(budget) for budget in reversed(asked)] == forwards[::-1]

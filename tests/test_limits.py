@@ -11,7 +11,8 @@ from synthetic import compatible
 from rankfront.methods import DENSE_OPTION, InputError, Option, Site, Weight
 from rankfront.objectives.latency import Latency
 from rankfront.search.constraint import Constraint
-from rankfront.search.plans.knapsack import knapsack_several, sweep
+from rankfront.search.plans.knapsack import knapsack_several
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.latency_table import Timing
 from rankfront.search.plans.limits import COSTS, Figures, met
 from rankfront.search.plans.menu import make_menu
@@ -91,13 +92,13 @@ def test_fewer_bytes_at_as_many_parameters_are_chosen_where_bytes_are_limited():
     """What one budget of stored values, made smaller and smaller, cannot find."""
     figures = make_figures()
     menu = figures.menu
-    alone = sweep(menu).solve(0.6 * menu.dense)
+    alone = Lagrangian(menu).solve(0.6 * menu.dense)
     kept, heavy = (figures.of(menu.decode(alone))[name] for name in ("parameter_count", "bytes"))
     limits = [Constraint("parameter_count", "<=", kept), Constraint("bytes", "<=", 0.9 * heavy)]
     plan = knapsack_several(menu, math.inf, figures.budgets(limits))
     assert met(limits, figures.of(menu.decode(plan)))
     assert any("int8" in option.method for option in menu.decode(plan).by_site.values())
-    smaller = (sweep(menu).solve(budget) for budget in range(menu.size(alone), 0, -1))
+    smaller = (Lagrangian(menu).solve(budget) for budget in range(menu.size(alone), 0, -1))
     shrunk = next(plan for plan in smaller if met(limits, figures.of(menu.decode(plan))))
     assert menu.divergence(plan) < menu.divergence(shrunk)
 

@@ -13,6 +13,7 @@ from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
 from rankfront.search.optimise.opening import opening_budgets, reference_first
 from rankfront.search.optimise.solvers import corrected
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.study import Study
 from rankfront.search.tuning import TUNING, tuned
@@ -137,21 +138,20 @@ def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
 
 
 def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tmp_path):
-    """Bands are shares of the first cost, as factors are, whatever the budget of all costs weighed alike is."""
+    """By what hurts in plans of the size that they turn out to have, whatever the budget of all costs weighed alike."""
     data["objectives"] = {"divergence": {}, "block_parameters": {}, "bytes": {}}
     data["space"] = {"methods": ["svd-llm", "gptq-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
     study = make_run(data, tmp_path / "run")
     predictor = predictor_of(study)
     assert predictor.surrogate.terms.corrections
-    even, solver = predictor.menu.even, corrected(predictor, menu=predictor.menu.even)
-    apart = []
+    even, apart = predictor.menu.even, []
     for keep in WARM_START:
         if keep * even.dense >= even.least:
-            plan = solver.solve(keep * even.dense)
+            plan = corrected(predictor, keep * even.dense, even)
             share = predictor.menu.size(plan) / predictor.menu.dense
-            apart.append(abs(share - keep) > 1 / TUNING.bands)
-            settled = solver._band(round(share * TUNING.bands)).solve(keep * even.dense)
-            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 1 / TUNING.bands
+            apart.append(abs(share - keep) > 0.1)
+            settled = Lagrangian(even, predictor.surrogate.losses(share)).solve(keep * even.dense)
+            assert abs(predictor.menu.size(settled) / predictor.menu.dense - share) <= 0.1
     assert any(apart)
 
 

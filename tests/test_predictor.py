@@ -12,7 +12,7 @@ from rankfront.methods import Option
 from rankfront.search.choices import OURS
 from rankfront.search.optimise.accuracy import calibration
 from rankfront.search.optimise.solvers import downhill, nearby
-from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.plan import Plan
 from rankfront.search.storage.front import Row
@@ -79,7 +79,7 @@ def predictions_of(problem, trials):
     """Rows of the menu's front and then proposals, with what was predicted of each; the sampler at the end."""
     sampler = problem.sampler(0)
     study = problem.study(sampler)
-    solved, rows = sweep(problem.menu), []
+    solved, rows = Lagrangian(problem.menu), []
     for keep in TUNING.opening_fractions:
         if keep * problem.menu.dense >= problem.menu.least:
             study.enqueue_trial(problem.params(solved.solve(keep * problem.menu.dense)))

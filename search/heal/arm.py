@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
+from rankfront.search.heal.fit import Fit
 from rankfront.search.heal.trainable import Parameter, normalise, normalised
 
 
@@ -19,11 +19,22 @@ class Arm:
         dense: the same of the dense model.
         parameters: that train.
         projected: modules whose factors are normalised after every step.
-        lasso: the strength of a penalty that the user sets, where there is one.
+        fit: takes the steps, once there is one.
+        first_alone: whether the first stage is trained so and a second one by its factors.
     """
 
     name: ClassVar[str] = "factors"
-    lasso: float = 0.0
+    first_alone: ClassVar[bool] = False
+    fit: Fit
+
+    @classmethod
+    def added(cls, model: nn.Module) -> int:
+        """How many values train beside what ``model``, or a block of it, stores."""
+        return 0
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        """Raise `InputError` where ``model`` stores nothing that this trains in a way of its own."""
 
     def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
         self.model, self.dense, self.seed = model, dense, seed
@@ -39,14 +50,10 @@ class Arm:
         """What trains of what may train."""
         return list(parameters)
 
-    @classmethod
-    def views(cls, model: nn.Module) -> Sequence[AbstractContextManager[None]]:
-        """Within each, ``model`` runs as it is judged: its held-out divergence is the mean over them."""
-        return (nullcontext(),)
-
-    def cost(self) -> float:
-        """What counts beside held-out divergence where the best state is chosen."""
-        return 0.0
+    @property
+    def storable(self) -> bool:
+        """Whether the model runs as it would be stored now: only then may it be the best state."""
+        return True
 
     def before(self, step: int, steps: int) -> None:
         """Called before the forward pass of each step."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rankfront.methods.layers import weight_of
 from rankfront.search.heal.arm import Arm
-from rankfront.search.heal.ordered import Ordered, OrderedTogether
 from rankfront.search.heal.trainable import Parameter, normalise
+from rankfront.search.heal.trp import RankPruning
 
 LORA_RANK = 16  # LEMS's
 NEXT = 0.9  # times the least coefficient of a row that is used: where the best of the others starts; guess
@@ -242,5 +242,4 @@ class StraightThrough(Arm):
         self.latents = []
 
 
-ALL = (Arm, Scales, Lora, Coefficients, StraightThrough, Ordered, OrderedTogether)
-ARMS: dict[str, type[Arm]] = {arm.name: arm for arm in ALL}
+ARMS: dict[str, type[Arm]] = {arm.name: arm for arm in (Arm, Scales, Lora, Coefficients, StraightThrough, RankPruning)}

@@ -1,6 +1,6 @@
 """Block-wise healing: every window of the model trained to give what the dense model gives there.
 
-    min_θ Σ_t ‖f_θ(h'_t) − h_t‖² / ‖h_t‖²,
+    min_θ Σ_t ‖f_θ(h'_t) − h_t‖² / ‖h_t‖²,    or    min_θ Σ_t Σ_c w_c (f_θ(h'_t) − h_t)_c²  with w as `fisher` says,
 
 f the window, h' the hidden states that the healed model before it makes, h what the dense model has after it. Two
 streams of hidden states go along, dense and healed; one window is trained at a time, so memory is that of a block.
@@ -12,14 +12,16 @@ Source: AA-SVD (2604.02119) for the window and its two streams; BRECQ (2102.0542
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.search.heal.arm import Arm
+from rankfront.search.heal.fisher import Point, fisher
 from rankfront.search.heal.fit import Best, Fit, NotFinite
-from rankfront.search.heal.loss import relative_error
+from rankfront.search.heal.loss import relative_error, weighted_error
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.trainable import Parameter, factored_modules, shared, training, within
@@ -27,6 +29,7 @@ from rankfront.search.inputs.sites import blocks
 from rankfront.search.measure.streams import Call, calls_of, caught, first_hidden
 
 Seen = Callable[[int, int, float, float], None]  # blocks done, in all, error before and after
+Measure = Callable[[Tensor, Tensor], Tensor]  # error of hidden states (B, L, d) and their targets
 EVALUATIONS = 4  # of the held-out error in a window's training; guess
 
 
@@ -125,6 +128,12 @@ class BlockWise:
         self.healed = Stream(student, ours, everything, self.size, precision)
         outside = shared(student, ours)
         self.parameters = [parameter for parameter in parameters if id(parameter.tensor) not in outside]
+        halves = settings.window == "half"
+        self.cuts = [middle(self.healed, number) if halves else None for number in range(self.count)]
+        self.weights: dict[Point, Tensor] = {}
+        if settings.error == "fisher":
+            points = [(number, until) for number, cut in enumerate(self.cuts) for until in {cut, None}]
+            self.weights = fisher(teacher, list(theirs), points, self.windows, precision, settings.seed)
         self.steps = max(1, settings.budget("blocks") // (self.size * length))
 
     def run(self, done: int, after_block: Callable[[int, float], None]) -> str | None:
@@ -143,7 +152,7 @@ class BlockWise:
     def heal(self, number: int) -> tuple[float, float, str | None]:
         """Train block ``number``, let both streams pass; its held-out error before and after, and what went wrong."""
         own = within(self.parameters, self.healed.blocks[number])
-        cut = middle(self.healed, number) if self.settings.window == "half" else None
+        cut = self.cuts[number]
         before, after = 0.0, 0.0
         notes: list[str] = []
         for until in (None,) if cut is None else (cut, None):
@@ -170,15 +179,16 @@ class BlockWise:
     def _train(
         self, number: int, own: list[Parameter], until: str | None, target: Tensor
     ) -> tuple[float, float, str | None]:
-        settings, train = self.settings, len(self.windows)
+        settings, train, measure = self.settings, len(self.windows), self._error((number, until), target)
         note = None
         block = self.healed.blocks[number]
         arm = self.arm(block, self.dense.blocks[number], _inside(own, block), settings.seed + number)
         with training(arm.parameters):
             fit = Fit(arm.parameters, settings.rate_of("blocks"), self.steps)
+            arm.fit = fit
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
 
-            best = Best(arm.parameters, self._held_out(number, until, target))
+            best = Best(arm.parameters, self._held_out(number, until, target, measure))
             try:
                 order: list[Tensor] = []
                 for step in range(self.steps):
@@ -187,13 +197,14 @@ class BlockWise:
                     chosen = order.pop()
                     arm.before(step, self.steps)
                     made = self.healed.run(number, self.healed.hidden[chosen], until)
-                    loss = relative_error(made, target[chosen].to(made.device))
+                    loss = measure(made, target[chosen].to(made.device))
                     penalty = arm.penalty()
                     (loss if penalty is None else loss + penalty).backward()
                     fit.step()
                     arm.after(step, self.steps)
-                    if (step + 1) % max(1, self.steps // EVALUATIONS) == 0 or step + 1 == self.steps:
-                        best.offer(self._held_out(number, until, target))
+                    due = (step + 1) % max(1, self.steps // EVALUATIONS) == 0 or step + 1 == self.steps
+                    if due and arm.storable:
+                        best.offer(self._held_out(number, until, target, measure))
             except NotFinite as failure:
                 note = f"{failure}: ended at its best state"
                 fit.optimiser.zero_grad(set_to_none=True)
@@ -201,15 +212,23 @@ class BlockWise:
             arm.finish()
         return best.start, best.error, note
 
+    def _error(self, point: Point, target: Tensor) -> Measure:
+        """The error at ``point``; a weighted one of 1 where all of the ``target`` (W, L, d) is missed."""
+        if self.settings.error == "relative":
+            return relative_error
+        weights = self.weights[point]
+        size = target[:, 1:].float().square().mean((0, 1)).to(weights.device) @ weights
+        return partial(weighted_error, weights=weights / size)
+
     @torch.no_grad()
-    def _held_out(self, number: int, until: str | None, target: Tensor) -> float:
+    def _held_out(self, number: int, until: str | None, target: Tensor, measure: Measure) -> float:
         """The mean error of the windows that nothing is trained on."""
         train, total = len(self.windows), 0.0
         for part, wanted in zip(
             self.healed.hidden[train:].split(self.size), target[train:].split(self.size), strict=True
         ):
             made = self.healed.run(number, part, until)
-            total += len(part) * float(relative_error(made, wanted.to(made.device)))
+            total += len(part) * float(measure(made, wanted.to(made.device)))
         return total / (len(self.healed.hidden) - train)
 
 

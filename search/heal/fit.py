@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfront.search.heal.trainable import RATES, Parameter, copied, restore
+from rankfront.search.heal.trainable import RATES, Kind, Parameter, copied, restore
 
 BETAS = (0.9, 0.95)
 WARM_UP, LEAST_WARM_UP = 0.1, 4  # share of the steps, and steps; Adam's first steps have full size in every entry
@@ -36,7 +36,7 @@ class Fit:
     def __init__(self, parameters: Sequence[Parameter], rate: float, steps: int) -> None:
         self.parameters, self.rate, self.steps, self.done = list(parameters), rate, steps, 0
         groups = [
-            {"params": [p.tensor for p in self.parameters if p.kind == kind], "scale": scale, "lr": rate * scale}
+            {"params": [p.tensor for p in self.parameters if p.kind == kind], "kind": kind, "lr": rate * scale}
             for kind, scale in RATES.items()
         ]
         self.optimiser = torch.optim.AdamW(
@@ -49,10 +49,19 @@ class Fit:
         if not bool(torch.isfinite(norm)):
             raise NotFinite(f"the gradient's norm is {float(norm)} at step {self.done + 1} of {self.steps}")
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * group["scale"] * schedule(self.done, self.steps)
+            group["lr"] = self.rate_of(group["kind"])
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
+
+    def rate_of(self, kind: Kind) -> float:
+        """The learning rate of the coming step."""
+        return self.rate * RATES[kind] * schedule(self.done, self.steps)
+
+    def moment(self, tensor: Tensor) -> Tensor | None:
+        """The first moment of a parameter; None before its first step."""
+        found: Tensor | None = self.optimiser.state.get(tensor, {}).get("exp_avg")
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Tensors from which `load` goes on: the parameters and both moments of each, by name."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankfront.methods import InputError, check_choice, undo_prepack
+from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.blocks import BlockWise
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.logits import EndToEnd, divergence
+from rankfront.search.heal.logits import EndToEnd, divergence, entropy
 from rankfront.search.heal.loss import Head
 from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.scratch import everything
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult, Status
 from rankfront.search.heal.teacher import Beside, Cached, Says, cached_bytes
@@ -36,7 +37,7 @@ class Healing:
 
     Attributes:
         student: as it was loaded, its factors in the place of dense weights.
-        teacher: the dense model.
+        teacher: the dense model; of training from scratch the model itself, which is not asked.
         windows: what it trains on (W, L); the last of them, a share, are held out.
         results: of the stages that are done.
     """
@@ -63,12 +64,14 @@ class Healing:
         self.before = stored(student)
         self.dtypes = {name: tensor.dtype for name, tensor in student.named_parameters()}
         self.student, self.teacher = self.precision.prepared(student), self.precision.prepared(teacher)
-        balance(self.student)
-        self.parameters: list[Parameter] = trainable(self.student)
+        if not settings.from_scratch:
+            balance(self.student)
+        self.parameters: list[Parameter] = (everything if settings.from_scratch else trainable)(self.student)
+        ARMS[settings.method].check(self.student)
         self.beside = Beside(self.teacher, self.precision)
         self.head = Head(self.student)
         self._check_heads()
-        self.status = Status(settings.tokens)
+        self.status = Status(settings.tokens, "cross-entropy" if settings.from_scratch else "divergence")
         self.results: list[StageResult] = []
 
     def _check_heads(self) -> None:
@@ -108,7 +111,10 @@ class Healing:
             after = self._held_out()
             if not after <= before:
                 put_back(self.student, self.parameters, start)
-                note = note or f"it left the held-out divergence at {after:.4g}, more than {before:.4g}: taken back"
+                note = (
+                    note
+                    or f"it left the held-out {self.status.measure} at {after:.4g}, more than {before:.4g}: taken back"
+                )
                 after = before
             self.status.now = after
             seconds = self.earlier + time.monotonic() - self.stage_began
@@ -124,11 +130,9 @@ class Healing:
         return snapshot(self.student, self.parameters)
 
     def _held_out(self) -> float:
-        found = []
-        for view in ARMS[self.settings.method].views(self.student):
-            with view:
-                found.append(divergence(self.head, self.beside, self.held, self.precision))
-        return fmean(found)
+        if self.settings.from_scratch:
+            return entropy(self.head, self.held, self.precision)
+        return divergence(self.head, self.beside, self.held, self.precision)
 
     def _keep(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         shared = {
@@ -169,10 +173,10 @@ class Healing:
         settings, seen = self.settings, self.settings.tokens - self.settings.budget("logits")
         windows = spread(self.train, settings.budget("logits") // self.train.shape[1])
         base = {f"{BASE}{name}": value for name, value in self._snapshot().items()}
-        arm = ARMS[settings.method](self.student, self.teacher, self.parameters, settings.seed)
-        arm.lasso = settings.lasso
+        kind = Arm if self.results and ARMS[settings.method].first_alone else ARMS[settings.method]
+        arm = kind(self.student, self.teacher, self.parameters, settings.seed)
         with training(arm.parameters):
-            whole = EndToEnd(arm, self.student, self._teacher(windows), windows, settings, self.precision)
+            whole = EndToEnd(arm, self.head, self._teacher(windows), windows, settings, self.precision)
             whole.begin(self.status.now, where, tensors)
             kept = time.monotonic()
 

@@ -37,30 +37,41 @@ def divergence(head: Head, beside: Beside, windows: Tensor, precision: Precision
     return total / (len(windows) * (windows.shape[1] - 1))
 
 
+@torch.no_grad()
+def entropy(head: Head, windows: Tensor, precision: Precision) -> float:
+    """Mean −log p over predicted tokens of windows (W, L), in nats."""
+    device, total = next(head.model.parameters()).device, 0.0
+    for ids in windows.split(1):
+        here = ids.to(device)
+        with precision.context():
+            total += summed(head, head.hidden(here), here, "ce", Target())
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
 class EndToEnd:
     """Trains the whole of a model; `steps` of them, each of which `step` does."""
 
     def __init__(
         self,
         arm: Arm,
-        model: Any,
+        head: Head,
         teacher: Says,
         windows: Tensor,
         settings: HealSettings,
         precision: Precision,
     ) -> None:
-        self.arm, self.head, self.teacher = arm, Head(model), teacher
+        self.arm, self.head, self.teacher = arm, head, teacher
         self.windows, self.settings, self.precision = windows, settings, precision
-        self.device = next(model.parameters()).device
+        self.device = next(head.model.parameters()).device
         length = windows.shape[1]
         self.size = max(1, min(settings.step_tokens // length, len(windows)))
         self.steps = max(1, settings.budget("logits") // (self.size * length))
-        self.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
+        self.fit = arm.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
         self.at_once = max(1, AT_ONCE[self.device.type] // length)
 
     def begin(self, error: float, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Start from the parameters as they are, of held-out divergence ``error``; or from what `state` gave."""
-        self.best = Best(self.arm.parameters, error + self.arm.cost())
+        self.best = Best(self.arm.parameters, error)
         if where:
             self.fit.load(tensors, int(where["step"]))
             self.best.error = where["best"]
@@ -77,8 +88,9 @@ class EndToEnd:
         try:
             while self.fit.done < self.steps:
                 loss = self.step()
-                if self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps:
-                    self.best.offer(evaluate() + self.arm.cost())
+                due = self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps
+                if due and self.arm.storable:
+                    self.best.offer(evaluate())
                 after_step(loss)
         except NotFinite as error:
             note = f"{error}: ended at its best state"

@@ -29,6 +29,11 @@ def relative_error(hidden: Tensor, target: Tensor) -> Tensor:
     return ((hidden - target).square().sum(-1) / (size + EPSILON * size.mean())).mean()
 
 
+def weighted_error(hidden: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean over tokens of Σ_c w_c (h_c − t_c)² for hidden states (B, L, d) and weights (d,), first tokens left out."""
+    return ((hidden[:, 1:].float() - target[:, 1:].float()).square() @ weights).mean()
+
+
 class Head:
     """Logits of a causal model from its last hidden states, as its own forward makes them: scaled or capped where it
     scales or caps. The body of the model, which makes these states, gives the ones at hand meanwhile."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankfront.methods import InputError
+from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.logits import AT_ONCE
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.trainable import Parameter
@@ -47,15 +48,29 @@ def need_of(
     chosen = {id(parameter.tensor): parameter.tensor.numel() for parameter in parameters}
     found = list(blocks)
     width = student.get_input_embeddings().embedding_dim
-    if "logits" in settings.stages:
-        training, at_once, modules = sum(chosen.values()), max(AT_ONCE[device], length), list(student.modules())
+    arm = ARMS[settings.method]
+
+    def training_of(module: nn.Module) -> int:
+        stored = sum(chosen.get(id(tensor), 0) for tensor in module.parameters())
+        return stored + arm.added(module)
+
+    most: Any = max(found, key=training_of)
+    if settings.stages == ("blocks",):
+        training, at_once, modules = training_of(most), settings.step_tokens, list(most.modules())
     else:
-        most = max(found, key=lambda block: sum(chosen.get(id(tensor), 0) for tensor in block.parameters()))
-        training = sum(chosen.get(id(tensor), 0) for tensor in most.parameters())
-        at_once, modules = settings.step_tokens, list(most.modules())
-    features = sum(module.in_features + module.out_features for module in modules if _is_linear(module))
+        by_factors = arm.first_alone and len(settings.stages) == 2
+        training = max(training_of(most), sum(chosen.values())) if by_factors else training_of(student)
+        at_once, modules = max(AT_ONCE[device], length), list(student.modules())
+    kept = _features(modules) * at_once
+    if settings.error == "fisher" and "blocks" in settings.stages:
+        kept = max(kept, _features(teacher.modules()) * length)  # one window through all blocks
     streams = 3 * tokens * width * 4 if "blocks" in settings.stages else 0
-    return Need(models, STATE * training, round(KEPT * 4 * features * at_once) + streams)
+    return Need(models, STATE * training, round(KEPT * 4 * kept) + streams)
+
+
+def _features(modules: Iterable[Any]) -> int:
+    """Inputs and outputs of all linear modules, of one token."""
+    return sum(module.in_features + module.out_features for module in modules if _is_linear(module))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from rankfront.methods import InputError, check_choice
-from rankfront.search.choices import Loss, Stage, TeacherChoice, Window
+from rankfront.search.choices import BlockError, Loss, Stage, TeacherChoice, Window
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 # Settings by tokens seen in all: guesses. Of the rates below `SMALL_BUDGET`, a tenth closed less a token in one try
@@ -16,8 +16,7 @@ SMALL_BUDGET = 500_000  # tokens; below, steps are few, so batches are smaller a
 BATCHES = (4_096, 8_192)  # tokens a step, below and above
 BLOCK_RATES = (2e-3, 1e-3)  # of factors
 LOGIT_RATES = (5e-4, 3e-4)
-
-ORDERED = ("lod", "fjord")  # methods by ordered dropout
+SCRATCH_RATE = 3e-3  # of everything: SLTrain's (2406.02214)
 
 
 def parse_tokens(value: str | int) -> int:
@@ -39,6 +38,8 @@ class HealSettings:
         method: what trains, one of `arms.ARMS`.
         loss: of the last stage: KL(dense ‖ healed) at temperature 1, cross-entropy, or both, the latter scaled to the
             size of the former at every step.
+        error: of hidden states in the first stage: relative to each token's size, or weighted by the Fisher information
+            of each channel.
         window: what the first stage trains at once: attention and MLP in turn, or a block.
         passes: over the windows of the first stage.
         share: of the tokens that the first stage gets where there are two.
@@ -47,7 +48,7 @@ class HealSettings:
         batch: tokens of a step; None: by the budget.
         held_out: share of the windows that nothing is trained on.
         dtype: of products: float32, bfloat16, or auto, the latter where the hardware has it; masters are fp32.
-        lasso: strength of the group lasso of ordered dropout, 0 for none; see `ordered`.
+        from_scratch: everything that is stored trains, from a fresh initialisation, on the text's next tokens.
         seed: of the order of the windows and of what is drawn.
     """
 
@@ -55,6 +56,7 @@ class HealSettings:
     stages: tuple[Stage, ...] = ("blocks", "logits")
     method: str = "factors"
     loss: Loss = "kl"
+    error: BlockError = "relative"
     window: Window = "block"
     passes: int = 8  # guess
     share: float = 0.5  # guess
@@ -63,30 +65,26 @@ class HealSettings:
     batch: int | None = None
     held_out: float = 0.05  # guess
     dtype: str = "auto"
-    lasso: float = 0.0
     seed: int = 0
+    from_scratch: bool = False
 
     def __post_init__(self) -> None:
         for stage in self.stages:
             check_choice("heal stage", stage, get_args(Stage))
         check_choice("heal loss", self.loss, get_args(Loss))
+        check_choice("heal error", self.error, get_args(BlockError))
         check_choice("heal window", self.window, get_args(Window))
         check_choice("heal teacher", self.teacher, get_args(TeacherChoice))
         if self.stages not in (("blocks",), ("logits",), ("blocks", "logits")):
             raise InputError(f"heal stages are {list(self.stages)}: name blocks, logits, or blocks and then logits")
+        if self.from_scratch and (self.stages, self.method, self.loss) != (("logits",), "factors", "ce"):
+            raise InputError(
+                f"from scratch there is nothing to heal towards: stages are logits, method factors and loss ce, and not"
+                f" {', '.join(self.stages)}, {self.method} and {self.loss}"
+            )
         check_choice("heal dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"heal rate is {self.rate}: it must be above 0, such as 1e-4")
-        if self.method in ORDERED and self.stages != ("logits",):
-            raise InputError(
-                f"heal method {self.method} trains by the loss of the whole model: leave blocks out of the stages"
-                " (--stages logits)"
-            )
-        if not self.lasso >= 0 or (self.lasso and self.method not in ORDERED):
-            raise InputError(
-                f"heal lasso is {self.lasso} with method {self.method}: leave it out, or set it above 0 with method"
-                f" {' or '.join(ORDERED)}"
-            )
 
     def budget(self, stage: Stage) -> int:
         """Tokens that ``stage`` may see."""
@@ -97,6 +95,8 @@ class HealSettings:
 
     def rate_of(self, stage: Stage) -> float:
         """The peak learning rate of factors."""
+        if self.from_scratch:
+            return self.rate or SCRATCH_RATE
         by_budget = BLOCK_RATES if stage == "blocks" else LOGIT_RATES
         return self.rate if self.rate is not None else by_budget[self.tokens >= SMALL_BUDGET]
 

@@ -13,11 +13,13 @@ class Status:
         stage: which.
         done, tokens: tokens seen, and to be seen, in all.
         loss: of the newest step, or the newest block's error relative to its start.
-        start, now: held-out divergence from the dense model before and as last measured, nats a token.
+        measure: what is measured on held-out windows: the divergence from the dense model, or the entropy of the text.
+        start, now: this before and as last measured, nats a token.
         seconds: since this launch began healing; `resumed` tokens were seen before it.
     """
 
     tokens: int
+    measure: str = "divergence"
     stage: str = ""
     done: int = 0
     resumed: int = 0

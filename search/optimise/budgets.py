@@ -6,8 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.solvers import Solver
-from rankfront.search.plans.knapsack import sweep
+from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.tuning import TUNING
 
 ROUNDING = 1e-6  # stored values; what floating point leaves below a whole number of them
@@ -22,7 +21,7 @@ def target_budgets(predictor: Predictor) -> np.ndarray:
     budgets = np.floor(_budgets(predictor) + ROUNDING)
     found = {float(budget) for budget in budgets if menu.least <= budget <= menu.dense}
     if not all(predictor.may_meet(menu.decode(end)) for end in (menu.untreated, menu.cheapest)):
-        solved = sweep(menu)
+        solved = Lagrangian(menu)
         most = _most(predictor, solved)
         within = {budget for budget in found if predictor.may_meet(menu.decode(solved.solve(budget)))}
         found = {budget for budget in within if budget <= most} | ({most} if most < menu.dense else set()) or found
@@ -48,7 +47,7 @@ def _budgets(predictor: Predictor) -> np.ndarray:
     return budgets
 
 
-def _most(predictor: Predictor, solved: Solver) -> float:
+def _most(predictor: Predictor, solved: Lagrangian) -> float:
     """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
     is none."""
     menu = predictor.menu

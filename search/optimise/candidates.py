@@ -55,10 +55,10 @@ class Candidates:
 
     def _solutions(self, priced: Menu, to_targets: bool = False) -> list[Places]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to targets."""
-        solved, count = corrected(self.predictor, priced), TUNING.solutions
-        shift = self.random.uniform()
+        count, shift = TUNING.solutions, self.random.uniform()
         budgets = priced.least + (np.arange(count) + shift) / count * (priced.dense - priced.least)
-        return [solved.solve(budget) for budget in (self._to_targets(budgets) if to_targets else budgets)]
+        wanted = self._to_targets(budgets) if to_targets else budgets
+        return [corrected(self.predictor, budget, priced) for budget in wanted]
 
     def _downhill(self, references: Sequence[TaylorModel], priced: Menu) -> list[Places]:
         """The slopes of ``references``, solved at budgets around each."""

@@ -30,10 +30,9 @@ def warm_start(predictor: Predictor, budgets: Iterable[float]) -> Iterator[tuple
     """(label, draws) of the front that the menu and slopes so far predict, at ``budgets`` in stored values, every cost
     weighed alike: of what may meet the study's limits."""
     even = predictor.menu.even
-    solved = corrected(predictor, menu=even)
     for budget in budgets:
         if budget >= even.least:
-            chosen = even.decode(solved.solve(budget))
+            chosen = even.decode(corrected(predictor, budget, even))
             if predictor.may_meet(chosen):
                 yield f"keep={budget / even.dense:.3g}", predictor.space.encode(chosen)
 

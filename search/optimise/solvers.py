@@ -3,60 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
-from rankfront.search.plans.knapsack import sweep
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING
 
 
-class Solver(Protocol):
-    """A menu, solved for any budget."""
+def corrected(predictor: Predictor, budget: float, menu: Menu | None = None) -> Places:
+    """The plan of nearly least divergence within ``budget`` by the predictor's menu as the trials corrected it.
 
-    def solve(self, budget: float) -> Places:
-        """The plan of least predicted divergence within ``budget`` stored values; `InputError` where nothing fits."""
-
-
-def corrected(predictor: Predictor, menu: Menu | None = None) -> Solver:
-    """The predictor's menu, as corrected by what the trials taught, for any budget.
-
-    ``menu`` is the same with its costs weighed otherwise; budgets are in its size.
+    ``menu`` is the same with its costs weighed otherwise, and ``budget`` in its size. What options hurt depends on the
+    size of the plan: where costs are weighed that is known once it is solved for, so that it is solved for again.
     """
     priced = menu or predictor.menu
-    if predictor.surrogate.terms.corrections:
-        return _Banded(predictor, priced)
-    return sweep(priced, predictor.surrogate.losses())
-
-
-class _Banded:
-    """The corrected menu where what options hurt depends on the size of the plan: solved for bands of it."""
-
-    def __init__(self, predictor: Predictor, priced: Menu) -> None:
-        self.predictor, self.priced = predictor, priced
-        self._solved: dict[int, Lagrangian] = {}
-
-    def solve(self, budget: float) -> Places:
-        """By the losses of the nearest of `bands` shares of the dense size; where costs are weighed otherwise, the
-        size of a plan is known once it is solved for, so that it is solved for again."""
-        menu = self.predictor.menu
-        share, places = budget / self.priced.dense, self.priced.cheapest
-        for _ in range(TUNING.band_rounds):
-            places = self._band(round(share * TUNING.bands)).solve(budget)
-            before, share = share, menu.size(places) / menu.dense
-            if round(before * TUNING.bands) == round(share * TUNING.bands):
-                break
-        return places
-
-    def _band(self, band: int) -> Lagrangian:
-        if band not in self._solved:
-            losses = self.predictor.surrogate.losses(band / TUNING.bands)
-            self._solved[band] = Lagrangian(self.priced, losses)
-        return self._solved[band]
+    share, places = budget / priced.dense, priced.cheapest
+    for _ in range(TUNING.share_rounds if predictor.menu.count > 1 else 1):
+        places = Lagrangian(priced, predictor.surrogate.losses(share)).solve(budget)
+        share = predictor.menu.size(places) / predictor.menu.dense
+    return places
 
 
 def downhill(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.healing import Healing, Show
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.memory import check, free_bytes, need_of
-from rankfront.search.heal.settings import ORDERED, HealSettings
+from rankfront.search.heal.scratch import initialise
+from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
@@ -34,6 +35,7 @@ from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import cut, hash_tokens, read_text, tokenize
 from rankfront.search.measure.setup import Setup
 from rankfront.search.output.export import REFIT_NOTE, check_same, export, save_tokenizer, verify_folder
+from rankfront.search.output.healing_card import HealText, note
 from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 from rankfront.search.splits import Split
@@ -41,15 +43,6 @@ from rankfront.search.storage.front import Row
 
 RECORD = "healing.json"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class HealText:
-    """What a model is healed on: the part (start, end) of a text, in windows of ``length`` tokens."""
-
-    name: str
-    length: int = 512
-    part: tuple[float, float] = (0.0, 1.0)
 
 
 def heal_folder(
@@ -75,19 +68,12 @@ def heal_folder(
     """
     out = new_folder(out)
     source = resolve(str(folder), trust_remote_code)
-    plan = plan_of(folder, source)
-    teacher_source = resolve(dense or _dense_name(plan, folder), trust_remote_code)
-    read_config(teacher_source)  # which says in a line where there is no such model
-    fingerprint = dict(plan.origin).get("fingerprint")
-    if fingerprint is not None and teacher_source.fingerprint != fingerprint:
-        raise InputError(
-            f"{teacher_source.name!r} is not the model that {str(folder)!r} was made of (its weights differ): name that"
-            " one by --model"
-        )
+    plan = _plan_of(folder, source)
+    teacher_source = None if settings.from_scratch else _teacher_of(plan, folder, dense, trust_remote_code)
     device = pick_device(device)
     windows = _windows(source, text, settings) if windows is None else windows
     identity = {
-        "plan": plan.key, "folder": source.fingerprint, "dense": teacher_source.fingerprint,
+        "plan": plan.key, "folder": source.fingerprint, "dense": teacher_source and teacher_source.fingerprint,
         "text": hash_tokens(windows), "settings": asdict(settings), "device": torch.device(device).type,
     }  # fmt: skip
     keeper = Keeper(out.with_name(f".{out.name}.healing"), identity)
@@ -95,15 +81,18 @@ def heal_folder(
     capacity = capacity_of(student)
     capacity.check_length(text.length, "--length")
     capacity.check_tokens({"heal": windows})
-    teacher = load_model(teacher_source, "auto", device)
+    if teacher_source is None:
+        initialise(student, settings.seed)
+    teacher = student if teacher_source is None else load_model(teacher_source, "auto", device)
     try:
         healing = Healing(student, teacher, windows, settings, keeper, show)
-        prefix, _ = blocks(healing.teacher)
+        ours: Any = healing.student
+        found = [ours] if settings.from_scratch else list(ours.get_submodule(blocks(healing.teacher)[0]))
         need = need_of(
             healing.student,
             healing.teacher,
             healing.parameters,
-            list(healing.student.get_submodule(prefix)),
+            found,
             settings,
             windows.numel(),
             text.length,
@@ -145,6 +134,7 @@ def export_healed(
         stages=stages or ("blocks", "logits"),
         method=config.method,
         loss=config.loss,
+        error=config.error,
         window=config.window,
         teacher=config.teacher,
         rate=None if config.rate == "auto" else config.rate,
@@ -174,14 +164,25 @@ def _is_export_of(folder: Path, row: Row, refit: Refit) -> bool:
     return plan == row.plan and (REFIT_NOTE in card) == (refit != "none")
 
 
-def plan_of(folder: Path, source: Source) -> Plan:
-    """The plan of a factored export; `InputError` where ``folder`` is none, or has no plan."""
+def _plan_of(folder: Path, source: Source) -> Plan:
     if quantisation(read_config(source)) != QUANT_METHOD:
         raise InputError(f"{str(folder)!r} is no factored export: name a folder that `rankfront export` wrote")
     file = folder / "plan.json"
     if not file.is_file():
         raise InputError(f"{str(folder)!r} has no plan.json: restore it, or export the plan again")
     return Plan.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _teacher_of(plan: Plan, folder: Path, dense: str | None, trust_remote_code: bool) -> Source:
+    source = resolve(dense or _dense_name(plan, folder), trust_remote_code)
+    read_config(source)  # which says in a line where there is no such model
+    fingerprint = dict(plan.origin).get("fingerprint")
+    if fingerprint is not None and source.fingerprint != fingerprint:
+        raise InputError(
+            f"{source.name!r} is not the model that {str(folder)!r} was made of (its weights differ): name that"
+            " one by --model"
+        )
+    return source
 
 
 def _dense_name(plan: Plan, folder: Path) -> str:
@@ -230,22 +231,3 @@ def _write(healing: Healing, source: Source, plan: Plan, text: HealText, setting
         (folder / "README.md").write_text(
             before.rstrip() + "\n\n" + note(healing.results, text, settings), encoding="utf-8"
         )
-
-
-def note(results: Sequence[StageResult], text: HealText, settings: HealSettings) -> str:
-    """A model card's section on what was healed."""
-    rows = "\n".join(
-        f"| {r.stage} | {r.tokens:,} | {r.seconds:,.0f} | {r.before:.4f} | {r.after:.4f} |" for r in results
-    )
-    narrow = ", the mean over the whole ranks, three quarters and half of them" * (settings.method in ORDERED)
-    return f"""## Healed
-
-After factorisation, what is stored was trained towards the dense model (method `{settings.method}`, loss
-`{settings.loss}`) on {markdown(text.name)}, part {list(text.part)}, in windows of {text.length} tokens. **The figures
-above are of the model before that.** Divergence is KL(dense ‖ this model) in nats a token{narrow}, on windows that
-nothing was trained on.
-
-| stage | tokens seen | seconds | divergence before | after |
-| --- | --- | --- | --- | --- |
-{rows}
-"""

@@ -44,14 +44,15 @@ def progress_line(console: Console) -> Iterator[Show]:
 def said(status: Status) -> str:
     """One line."""
     left = "" if math.isnan(status.left) else f", {timedelta(seconds=round(status.left))} left"
-    return f"{status.done:,} of {status.tokens:,} tokens, loss {status.loss:.4g}, {status.closed:.0%} closed{left}"
+    now = f"{status.closed:.0%} closed" if status.measure == "divergence" else f"held-out {status.now:.4g}"
+    return f"{status.done:,} of {status.tokens:,} tokens, loss {status.loss:.4g}, {now}{left}"
 
 
-def summary(results: Sequence[StageResult]) -> Iterator[str]:
+def summary(results: Sequence[StageResult], measure: str = "divergence") -> Iterator[str]:
     """A line for each stage."""
     for r in results:
         pace = f"{r.tokens / r.seconds:,.0f} tokens a second" if r.seconds > 0 else "before"
         yield (
-            f"{r.stage}: {r.tokens:,} tokens ({pace}), held-out divergence {r.before:.4f} -> {r.after:.4f} nats a"
+            f"{r.stage}: {r.tokens:,} tokens ({pace}), held-out {measure} {r.before:.4f} -> {r.after:.4f} nats a"
             f" token{'' if r.note is None else f'; {r.note}'}"
         )

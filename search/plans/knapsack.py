@@ -1,4 +1,4 @@
-"""Multi-choice knapsacks: the plan of least predicted divergence within a budget, or within several at once."""
+"""Multi-choice knapsack under several budgets at once, as an integer program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, gcd
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -14,82 +13,7 @@ from scipy.sparse import csr_array
 
 from rankfront.methods import InputError
 from rankfront.search.plans.menu import Menu, Places
-from rankfront.search.plans.regions import Merged
 from rankfront.search.tuning import TUNING
-
-
-def check_budget(menu: Menu, budget: float) -> None:
-    """Raise `InputError` where nothing on the menu fits ``budget`` stored values."""
-    if budget < menu.least:
-        raise InputError(
-            f"a budget of {budget:,.0f} is below the {menu.least:,} that every site at its cheapest option"
-            " stores: raise the budget, or offer lower levels in space.keep"
-        )
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Every budget's optimum at once, from one dynamic program over units of storage.
-
-    Attributes:
-        menu: what was solved.
-        merged: its regions, each as one line.
-        unit: stored values per column.
-        loss: the least predicted divergence within u units, (U + 1,), infinite where nothing fits.
-        picks: the choice taken in each region for each budget, (regions, U + 1).
-    """
-
-    menu: Menu
-    merged: tuple[Merged, ...]
-    unit: int
-    loss: np.ndarray
-    picks: np.ndarray
-
-    def solve(self, budget: float) -> Places:
-        """The optimum within ``budget`` stored values; `InputError` where nothing fits."""
-        check_budget(self.menu, budget)
-        # Costs are rounded up to the grid, and so would be dense: its own budget is the last column.
-        last = len(self.loss) - 1
-        column = last if budget >= self.menu.dense else min(int(budget // self.unit), last)
-        if not np.isfinite(self.loss[column]):  # rounding costs up to the grid can lose the very cheapest plans
-            return self.menu.cheapest
-        places = [0] * len(self.menu.lines)
-        for region, picks in zip(reversed(self.merged), self.picks[::-1], strict=True):
-            choice = int(picks[column])
-            column -= ceil(int(region.costs[choice]) / self.unit)
-            for member, place in zip(region.members, region.places[choice], strict=True):
-                places[member] = int(place)
-        return tuple(places)
-
-
-def sweep(menu: Menu, losses: Sequence[np.ndarray] | None = None) -> Sweep:
-    """Multi-choice knapsack for every budget by dynamic programming, over regions of sites that share no weight.
-
-    f_i(u) = min_k f_{i−1}(u − c_ik) + d_ik. Exact where no two sites share a weight and the costs' greatest common
-    divisor allows at most `Tuning.columns`; else costs are rounded up, so that plans stay within budget, and a
-    region offers a limited number of combined choices (`Region.merge`). ``losses`` replace the menu's divergences,
-    line by line.
-    """
-    used = [line.divergence for line in menu.lines] if losses is None else losses
-    exact = gcd(*(int(cost) for line in menu.lines for cost in line.sizes))
-    unit = exact * ceil(menu.dense / (exact * TUNING.columns))
-    merged = tuple(
-        region.merge([menu.lines[i].sizes for i in region.members], [used[i] for i in region.members], unit)
-        for region in menu.regions
-    )
-    columns = sum(ceil(int(region.costs.max()) / unit) for region in merged) + 1
-    loss = np.zeros(columns)
-    picks = np.zeros((len(merged), columns), dtype=np.int16)
-    for number, region in enumerate(merged):
-        best = np.full(columns, np.inf)
-        for choice, (cost, value) in enumerate(zip(region.costs, region.losses, strict=True)):
-            shift = ceil(int(cost) / unit)
-            candidate = loss[: columns - shift] + value
-            better = candidate < best[shift:]
-            best[shift:][better] = candidate[better]
-            picks[number, shift:][better] = choice
-        loss = best
-    return Sweep(menu, merged, unit, loss, picks)
 
 
 @dataclass(frozen=True)

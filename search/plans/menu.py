@@ -130,11 +130,11 @@ class Menu:
     @cached_property
     def cheapest(self) -> Places:
         """The choice that stores least."""
-        places = [0] * len(self.lines)
-        for region in self.regions:
-            for number, place in region.cheapest([self.lines[i].sizes for i in region.members]).items():
-                places[number] = place
-        return tuple(places)
+        # A joint line at dense is its single ones at dense, which are options of their own.
+        sizes = [np.append(np.inf, line.sizes[1:]) if line.weights else line.sizes for line in self.lines]
+        least = [float(own.min()) for own in sizes]
+        taken = {line for region in self.regions for line in region.cover(least)}
+        return tuple(int(own.argmin()) if line in taken else 0 for line, own in enumerate(sizes))
 
     def size(self, places: Sequence[int] | np.ndarray) -> int:
         """Size of the choice ``places``."""

@@ -38,8 +38,6 @@ def smallest(wanted: Mapping[Site, Iterable[Option]], figure: str, prices: Price
     alone = dict.fromkeys(weight.path for site in best for weight in site.weights)  # as it is, a weight adds nothing
     claims = (*((path,) for path in alone), *(tuple(weight.path for weight in site.weights) for site in best))
     values = [0.0] * len(alone) + [added for added, _ in best.values()]
-    taken: set[int] = set()
-    for region in regions_of(claims):
-        members = region.cover([values[member] for member in region.members])
-        taken |= {region.members[member] - len(alone) for member in members}
-    return Plan.of({site.name: option for number, (site, (_, option)) in enumerate(best.items()) if number in taken})
+    taken = {line for region in regions_of(claims) for line in region.cover(values)}
+    numbered = enumerate(best.items(), start=len(alone))
+    return Plan.of({site.name: option for number, (site, (_, option)) in numbered if number in taken})
