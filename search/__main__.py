@@ -350,6 +350,7 @@ def heal_command(
     """Train what an export stores towards the dense model, and write it to a new folder."""
     from dataclasses import asdict
 
+    from rankfront.search.heal.processes import Processes
     from rankfront.search.heal.settings import HealSettings, parse_tokens
     from rankfront.search.output.healed import heal_folder
     from rankfront.search.output.healing_card import HealText
@@ -369,6 +370,10 @@ def heal_command(
             folder, where, settings, out, None, model, device, trust_remote_code, show,
             lambda line: _say(terminal(), line),
         )  # fmt: skip
+    processes = Processes()
+    processes.end()
+    if not processes.first:
+        return
     if as_json:
         _print_json({"out": str(out), "stages": [asdict(result) for result in results]})
     else:

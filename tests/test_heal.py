@@ -15,7 +15,7 @@ from rankfront.search.heal import healing, keeper, logits
 from rankfront.search.heal.fit import Best, Fit, NotFinite, schedule
 from rankfront.search.heal.healing import split_held_out
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.logits import divergence
+from rankfront.search.heal.logits import HeldOut
 from rankfront.search.heal.loss import Head, descend, kl, summed
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings, parse_tokens
@@ -26,7 +26,8 @@ PLAIN = Precision("cpu", "float32")
 
 
 def divergence_of(student, teacher, held=None):
-    return divergence(Head(student), Beside(teacher, PLAIN), windows(6, seed=9) if held is None else held, PLAIN)
+    held = windows(6, seed=9) if held is None else held
+    return HeldOut(Beside(teacher, PLAIN), held, PLAIN).mean(Head(student))
 
 
 # -- the loss

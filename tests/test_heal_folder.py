@@ -1,9 +1,13 @@
 """`rankfront heal`: from an exported folder to a healed one, killed on the way, and what it refuses."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import common
+import launching
 import pytest
 import torch
 from launching import finish, make_run, small_data, started, tree, verify_here, wait_for
@@ -111,6 +115,23 @@ def test_from_scratch_a_folder_of_the_same_shapes_is_trained_that_has_nothing_of
     (stage,) = json.loads((out / "healing.json").read_text())["stages"]
     assert stage["after"] < stage["before"]
     assert "## Trained from scratch" in (out / "README.md").read_text()
+
+
+def test_two_processes_heal_as_one(exported, text_file, tmp_path, verified_here):
+    """Data-parallel: half of every batch each, the same steps, one folder."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert command_line(arguments(exported, text_file, alone, stages="logits")) == 0
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *launching.command()]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments(exported, text_file, together, stages="logits"), "--json"],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)["stages"]
+    found = json.loads((alone / "healing.json").read_text())["stages"]
+    for key in ("before", "after"):
+        assert printed[0][key] == pytest.approx(found[0][key], rel=5e-3)  # products in bfloat16
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_asked_for_again_with_other_settings_is_refused(exported, text_file, tmp_path, capsys, monkeypatch):

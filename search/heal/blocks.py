@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods import InputError
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fisher import Point, fisher
 from rankfront.search.heal.fit import Best, Fit, NotFinite
 from rankfront.search.heal.loss import relative_error, weighted_error
 from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.processes import Processes
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.trainable import Parameter, factored_modules, shared, training, within
 from rankfront.search.inputs.sites import blocks
@@ -121,9 +123,17 @@ class BlockWise:
         self.count = len(ours)
         length = windows.shape[1]
         self.settings, self.arm, self.precision = settings, arm, precision
-        self.size = max(1, min(settings.step_tokens // length, len(windows)))
-        self.windows = windows[: len(windows) // self.size * self.size]
-        everything = torch.cat([self.windows, held])
+        self.processes = Processes()
+        together = self.processes.count
+        if len(windows) < together:
+            raise InputError(
+                f"{together} processes heal on {len(windows)} windows, and each needs one: start fewer, or give more"
+                " tokens or shorter windows"
+            )
+        self.size = max(1, min(settings.step_tokens // length, len(windows)) // together)  # of this process, a step
+        used = len(windows) // (self.size * together) * self.size * together
+        self.windows, self.held = self.processes.share(windows[:used]), len(held)
+        everything = torch.cat([self.windows, self.processes.share(held)])
         self.dense = Stream(teacher, list(theirs), everything, self.size, precision)
         self.healed = Stream(student, ours, everything, self.size, precision)
         outside = shared(student, ours)
@@ -134,7 +144,9 @@ class BlockWise:
         if settings.error == "fisher":
             points = [(number, until) for number, cut in enumerate(self.cuts) for until in {cut, None}]
             self.weights = fisher(teacher, list(theirs), points, self.windows, precision, settings.seed)
-        self.steps = max(1, settings.budget("blocks") // (self.size * length))
+            for weight in self.weights.values():
+                self.processes.add(weight)
+        self.steps = max(1, settings.budget("blocks") // (self.size * together * length))
 
     def run(self, done: int, after_block: Callable[[int, float], None]) -> str | None:
         """Train every block but the first ``done``, which were; after each, how many are and its held-out error as a
@@ -199,7 +211,8 @@ class BlockWise:
                     made = self.healed.run(number, self.healed.hidden[chosen], until)
                     loss = measure(made, target[chosen].to(made.device))
                     penalty = arm.penalty()
-                    (loss if penalty is None else loss + penalty).backward()
+                    ((loss if penalty is None else loss + penalty) / self.processes.count).backward()
+                    self.processes.add_gradients(parameter.tensor for parameter in arm.parameters)
                     fit.step()
                     arm.after(step, self.steps)
                     due = (step + 1) % max(1, self.steps // EVALUATIONS) == 0 or step + 1 == self.steps
@@ -227,9 +240,11 @@ class BlockWise:
         for part, wanted in zip(
             self.healed.hidden[train:].split(self.size), target[train:].split(self.size), strict=True
         ):
+            if not len(part):  # fewer windows than processes
+                continue
             made = self.healed.run(number, part, until)
             total += len(part) * float(measure(made, wanted.to(made.device)))
-        return total / (len(self.healed.hidden) - train)
+        return self.processes.total(total) / self.held
 
 
 def _inside(own: list[Parameter], block: nn.Module) -> list[Parameter]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError, check_choice, undo_prepack
+from rankfront.search.choices import Loss
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.blocks import BlockWise
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.logits import EndToEnd, divergence, entropy
+from rankfront.search.heal.logits import EndToEnd, HeldOut
 from rankfront.search.heal.loss import Head
 from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.processes import Processes
 from rankfront.search.heal.scratch import everything
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult, Status
@@ -26,6 +28,7 @@ from rankfront.search.measure.joining import separate
 
 BASE = "base."  # before the names, in a checkpoint of the last stage, of what was stored when it began
 KEEP_EVERY = 60.0  # seconds between checkpoints of the last stage; guess
+MOST_HELD_OUT = 2**14  # tokens that nothing is trained on; guess
 LARGEST_CACHE = 4 * 10**9  # bytes of a teacher's file that `auto` makes; guess
 
 
@@ -71,6 +74,8 @@ class Healing:
         self.beside = Beside(self.teacher, self.precision)
         self.head = Head(self.student)
         self._check_heads()
+        loss: Loss = "ce" if settings.from_scratch else "kl"
+        self.held_out = HeldOut(self.beside, self.held, self.precision, loss)
         self.status = Status(settings.tokens, "cross-entropy" if settings.from_scratch else "divergence")
         self.results: list[StageResult] = []
 
@@ -130,11 +135,11 @@ class Healing:
         return snapshot(self.student, self.parameters)
 
     def _held_out(self) -> float:
-        if self.settings.from_scratch:
-            return entropy(self.head, self.held, self.precision)
-        return divergence(self.head, self.beside, self.held, self.precision)
+        return self.held_out.mean(self.head)
 
     def _keep(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if not Processes().first:
+            return
         shared = {
             "results": [vars(result) for result in self.results],
             "first": self.status.start,
@@ -205,7 +210,9 @@ class Healing:
         )
         if settings.loss == "ce" or not cached:
             return self.beside
-        return Cached(self.teacher, windows, self.keeper.folder, self.precision, lambda done, total: None)
+        return Processes().one_by_one(
+            lambda: Cached(self.teacher, windows, self.keeper.folder, self.precision, lambda done, total: None)
+        )
 
 
 def spread(windows: Tensor, count: int) -> Tensor:
@@ -215,13 +222,14 @@ def spread(windows: Tensor, count: int) -> Tensor:
 
 
 def split_held_out(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Windows (W, L) to train on, and a share spread over them held out; `InputError` of fewer than two."""
+    """Windows (W, L) to train on, and a share spread over them, `MOST_HELD_OUT` tokens at most, held out; `InputError` of fewer than two."""
     if len(windows) < 2:
         raise InputError(
             f"healing needs at least 2 windows of {windows.shape[1]} tokens, one of them held out, and the text gives"
             f" {len(windows)}: give a longer text or shorter windows"
         )
-    count = max(1, round(share * len(windows)))
+    most = max(1, MOST_HELD_OUT // windows.shape[1])
+    count = min(max(1, round(share * len(windows))), most)
     held = torch.linspace(0, len(windows) - 1, count).round().long().unique()
     mask = torch.ones(len(windows), dtype=torch.bool)
     mask[held] = False

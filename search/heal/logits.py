@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfront.search.choices import Loss
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fit import Best, Fit, NotFinite
 from rankfront.search.heal.loss import Head, Target, descend, summed
 from rankfront.search.heal.precision import Precision
+from rankfront.search.heal.processes import Processes
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.teacher import Beside, Says
 
@@ -25,27 +27,24 @@ EVALUATIONS = 8  # of the held-out divergence; guess
 AT_ONCE = {"cpu": 2_048, "cuda": 8_192}  # tokens of one forward pass with gradients; guess
 
 
-@torch.no_grad()
-def divergence(head: Head, beside: Beside, windows: Tensor, precision: Precision) -> float:
-    """Mean KL(dense ‖ compressed) over predicted tokens of windows (W, L), in nats."""
-    device, total = next(head.model.parameters()).device, 0.0
-    for ids in windows.split(1):
-        here = ids.to(device)
-        target = beside.target(torch.zeros(0), here)
-        with precision.context():
-            total += summed(head, head.hidden(here), here, "kl", target)
-    return total / (len(windows) * (windows.shape[1] - 1))
+class HeldOut:
+    """Windows (W, L) that nothing is trained on, and what the dense model says of them, asked once."""
 
+    def __init__(self, beside: Beside, windows: Tensor, precision: Precision, loss: Loss = "kl") -> None:
+        self.processes, self.precision, self.loss = Processes(), precision, loss
+        self.predicted = len(windows) * (windows.shape[1] - 1)
+        device = next(beside.head.model.parameters()).device
+        self.windows = [ids.to(device) for ids in self.processes.share(windows).split(1) if len(ids)]
+        self.targets = [beside.target(torch.zeros(0), ids) if loss == "kl" else Target() for ids in self.windows]
 
-@torch.no_grad()
-def entropy(head: Head, windows: Tensor, precision: Precision) -> float:
-    """Mean −log p over predicted tokens of windows (W, L), in nats."""
-    device, total = next(head.model.parameters()).device, 0.0
-    for ids in windows.split(1):
-        here = ids.to(device)
-        with precision.context():
-            total += summed(head, head.hidden(here), here, "ce", Target())
-    return total / (len(windows) * (windows.shape[1] - 1))
+    @torch.no_grad()
+    def mean(self, head: Head) -> float:
+        """Mean of the loss over predicted tokens, KL(dense ‖ compressed) or −log p, in nats."""
+        total = 0.0
+        for ids, target in zip(self.windows, self.targets, strict=True):
+            with self.precision.context():
+                total += summed(head, head.hidden(ids), ids, self.loss, target)
+        return self.processes.total(total) / self.predicted
 
 
 class EndToEnd:
@@ -62,6 +61,7 @@ class EndToEnd:
     ) -> None:
         self.arm, self.head, self.teacher = arm, head, teacher
         self.windows, self.settings, self.precision = windows, settings, precision
+        self.processes = Processes()
         self.device = next(head.model.parameters()).device
         length = windows.shape[1]
         self.size = max(1, min(settings.step_tokens // length, len(windows)))
@@ -116,15 +116,18 @@ class EndToEnd:
         numbers = self.chosen(done)
         self.arm.before(done, self.steps)
         count, total = len(numbers) * (self.windows.shape[1] - 1), 0.0
-        for part in numbers.split(self.at_once):
+        for part in self.processes.share(numbers).split(self.at_once):
+            if not len(part):  # fewer windows than processes
+                continue
             ids = self.windows[part].to(self.device)
             target = self.teacher.target(part, ids) if self.settings.loss != "ce" else Target()
             with self.precision.context():
                 hidden = self.head.hidden(ids)
                 total += descend(self.head, hidden, ids, self.settings.loss, target, 1 / count) / count
-        penalty = self.arm.penalty()
+        penalty = self.arm.penalty() if self.processes.first else None
         if penalty is not None:
             penalty.backward()
+        self.processes.add_gradients(parameter.tensor for parameter in self.arm.parameters)
         self.fit.step()
         self.arm.after(done, self.steps)
-        return total
+        return self.processes.total(total)

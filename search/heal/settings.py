@@ -46,7 +46,7 @@ class HealSettings:
         teacher: the dense model ``beside``, or its likeliest tokens ``cached`` in the working folder.
         rate: of factors, at its peak; None: by the budget. Smaller dense weights get a fifth of it.
         batch: tokens of a step; None: by the budget.
-        held_out: share of the windows that nothing is trained on.
+        held_out: share of the windows that nothing is trained on, up to `healing.MOST_HELD_OUT` tokens.
         dtype: of products: float32, bfloat16, or auto, the latter where the hardware has it; masters are fp32.
         from_scratch: everything that is stored trains, from a fresh initialisation, on the text's next tokens.
         seed: of the order of the windows and of what is drawn.

@@ -23,6 +23,7 @@ from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.healing import Healing, Show
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.memory import check, free_bytes, need_of
+from rankfront.search.heal.processes import Processes
 from rankfront.search.heal.scratch import initialise
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult
@@ -70,13 +71,16 @@ def heal_folder(
     source = resolve(str(folder), trust_remote_code)
     plan = _plan_of(folder, source)
     teacher_source = None if settings.from_scratch else _teacher_of(plan, folder, dense, trust_remote_code)
-    device = pick_device(device)
+    processes = Processes()
+    if not processes.first:
+        show, say = (lambda status: None), (lambda line: None)
+    device = pick_device(processes.device(device))
     windows = _windows(source, text, settings) if windows is None else windows
     identity = {
         "plan": plan.key, "folder": source.fingerprint, "dense": teacher_source and teacher_source.fingerprint,
         "text": hash_tokens(windows), "settings": asdict(settings), "device": torch.device(device).type,
     }  # fmt: skip
-    keeper = Keeper(out.with_name(f".{out.name}.healing"), identity)
+    keeper = processes.one_by_one(lambda: Keeper(out.with_name(f".{out.name}.healing"), identity))
     student = load_model(source, "auto", device)
     capacity = capacity_of(student)
     capacity.check_length(text.length, "--length")
@@ -99,7 +103,9 @@ def heal_folder(
         )
         say(check(need, free_bytes(next(student.parameters()).device), settings))
         results = healing.run()
-        _write(healing, source, plan, text, settings, out)
+        if processes.first:
+            _write(healing, source, plan, text, settings, out)
+        processes.wait()
     except KeyboardInterrupt as error:
         raise Interrupted("stopped: the last checkpoint is kept") from error
     except (OSError, SafetensorError) as error:
@@ -107,7 +113,8 @@ def heal_folder(
             f"writing failed ({error}): free some space and run the same command again, which goes on from the last"
             " checkpoint"
         ) from error
-    keeper.drop()
+    if processes.first:
+        keeper.drop()
     return results
 
 
@@ -140,6 +147,8 @@ def export_healed(
         rate=None if config.rate == "auto" else config.rate,
         seed=setup.config.search.seed,
     )
+    if Processes().count > 1:
+        raise InputError("export runs in one process: export without --heal, then heal the folder with several")
     before = out.with_name(f".{out.name}.exported")
     if not _is_export_of(before, row, refit):
         shutil.rmtree(before, ignore_errors=True)
