@@ -222,7 +222,10 @@ def spread(windows: Tensor, count: int) -> Tensor:
 
 
 def split_held_out(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Windows (W, L) to train on, and a share spread over them, `MOST_HELD_OUT` tokens at most, held out; `InputError` of fewer than two."""
+    """Windows (W, L) to train on, and a share spread over them held out, `MOST_HELD_OUT` tokens at most.
+
+    Raises `InputError` of fewer than two windows.
+    """
     if len(windows) < 2:
         raise InputError(
             f"healing needs at least 2 windows of {windows.shape[1]} tokens, one of them held out, and the text gives"
