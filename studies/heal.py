@@ -1,12 +1,14 @@
 """What healing closes on smollm2-135m: log perplexity over dense before and after every stage, on two corpora.
 
-    python studies/heal.py TEXT [--keeps 0.8,0.6] [--seeds 0,1] [--rows a,b] [--tokens 300k] [--threads 2]
+    python studies/heal.py TEXT [--plans searched] [--keeps 0.8,0.6] [--rows logits] [--seeds 0,1] [--tokens 100k]
+        [--threads 2]
 
 TEXT is split as in search_benchmark.py: searched on its third quarter, healed on its first half, reported on its last
-quarter; the second corpus is pydoc, which nothing reads before. Plans are those that a search of 100,000 tokens over
-svd-llm, lama, vo-svd, nystrom and drop-block found best within each kept fraction of the block weights. Tokens are
-seen in all, passes counted. Finished cells are kept in studies/results/healing.jsonl, one line each, and never
-measured again: stop it at any time and start it again.
+quarter; the second corpus is pydoc, which nothing reads before. The plan ``searched`` is what a search of 100,000
+tokens over svd-llm, lama, vo-svd, nystrom and drop-block found best within a kept fraction of the block weights; the
+name of a method is that method at every site, at that fraction. Tokens are seen in all, passes counted. Rows and plans
+with a comma or plus in their names are given as they are, separated by semicolons. Finished cells are kept in
+studies/results/healing.jsonl, one line each, and never measured again: stop it at any time and start it again.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
@@ -39,77 +44,91 @@ from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.refit import refitted
 from rankfront.search.splits import Split
 
-LENGTH, HALF = 512, (0.0, 0.5)
+LENGTH, HALF = 256, (0.0, 0.5)
 SEARCH_TOKENS, CONTROL_WINDOWS = 100_000, 24
-BOTH: tuple[Stage, ...] = ("blocks", "logits")
-ROWS: dict[str, tuple[tuple[Stage, ...], Mapping[str, Any]]] = {  # row -> stages, each with its share of the tokens
-    "blocks, logits": (BOTH, {}),
-    "halves, logits": (BOTH, {"window": "half"}),
-    "blocks": (("blocks",), {}),
+SEARCHED = "searched"
+Stages = tuple[Literal["refit"] | Stage, ...]
+ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what it changes of `HealSettings`
     "logits": (("logits",), {}),
+    "refit + logits": (("refit", "logits"), {}),
+    "blocks + logits": (("blocks", "logits"), {}),
+    "refit": (("refit",), {}),
+    "blocks": (("blocks",), {}),
+    "halves": (("blocks",), {"window": "half"}),
+    "blocks, Fisher": (("blocks",), {"error": "fisher"}),
     "logits, cross-entropy": (("logits",), {"loss": "ce"}),
-    "scales": (BOTH, {"method": "scales"}),
-    "lora": (BOTH, {"method": "lora"}),
+    "scales": (("logits",), {"method": "scales"}),
+    "lora": (("logits",), {"method": "lora"}),
+    "stf": (("logits",), {"method": "stf"}),
+    "trp": (("logits",), {"method": "trp"}),
 }
 
 
 class Bench:
-    """The plans of one seed, and what models of them make of the texts."""
+    """A plan of one seed, and what models of it make of the texts."""
 
-    def __init__(self, text: str, seed: int) -> None:
-        overrides = {"space.methods": JOINT, "search.seed": seed, "search.tokens": SEARCH_TOKENS}
+    def __init__(self, text: str, plan: str, keep: float, seed: int) -> None:
+        searched = plan == SEARCHED
+        overrides = {
+            "space.methods": JOINT if searched else [plan],
+            "search.seed": seed,
+            "search.tokens": SEARCH_TOKENS,
+            **({} if searched else {"space.keep": [keep]}),
+        }
         given = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-        self.study = Study(settings(text, torch.get_num_threads()), RESULTS / "runs" / f"heal-{seed}", given)
-        self.study.launch(Console(quiet=True), report=False)
-        self.setup = self.study.setup()
+        study = Study(settings(text, torch.get_num_threads()), RESULTS / "runs" / f"heal-{plan}-{seed}", given)
+        if searched:
+            study.launch(Console(quiet=True), report=False)
+        self.setup = study.setup()
+        self.compressed = CompressedModel(self.setup)
+        self.plan = study.best(f"block_parameters<={keep}").plan if searched else self._uniform()
         tokenizer = load_tokenizer(self.setup.source)
-        count = int(0.95 * 0.5 * self._tokens(tokenizer, text)) // LENGTH
+        tokens = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        count = int(0.95 * HALF[1] * len(tokens)) // LENGTH
         self.windows = cut(tokenizer, {"heal": Split(text, count, HALF)}, LENGTH)["heal"]
         self.texts = {
             "wikitext": self.setup.tokens["report"],
-            "pydoc": cut(tokenizer, {"control": Split("pydoc", CONTROL_WINDOWS)}, LENGTH)["control"],
+            "pydoc": cut(tokenizer, {"control": Split("pydoc", CONTROL_WINDOWS)}, 512)["control"],
         }
 
-    @staticmethod
-    def _tokens(tokenizer: Any, text: str) -> int:
-        return len(tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    def _uniform(self) -> Plan:
+        wanted = self.compressed.space.wanted()
+        return Plan.of({site.name: options[0] for site, options in wanted.items() if options}, self.setup.origin())
 
-    def losses(self, model: Any) -> dict[str, float]:
+    def losses(self) -> dict[str, float]:
         """Text -> nats a token."""
-        return {name: score(model, windows).loss for name, windows in self.texts.items()}
-
-    def plan(self, keep: float) -> Plan:
-        return self.study.best(f"block_parameters<={keep}").plan
+        return {name: score(self.compressed.model, windows).loss for name, windows in self.texts.items()}
 
 
-def measure(bench: Bench, keep: float, row: str, tokens: int, seed: int) -> Cell:
+def measure(bench: Bench, row: str, tokens: int, seed: int) -> Cell:
     """One plan healed, looked at after every stage."""
-    stages, changed = ROWS[row]
-    compressed = CompressedModel(bench.setup)
+    (first, *later), changed = ROWS[row]
+    compressed, windows = bench.compressed, bench.windows
     teacher = load_model(bench.setup.source, "auto", bench.setup.device)
-    dense = bench.losses(compressed.model)
-    plan = bench.plan(keep)
-    with refitted(compressed, plan):
-        refit = bench.losses(compressed.model)
-    compressed.apply(plan)
-    seen = [{"stage": "before", "losses": bench.losses(compressed.model), "tokens": 0, "seconds": 0.0}]
-    whole = HealSettings(tokens, stages, seed=seed, **changed)
-    for stage in stages:
-        asked = HealSettings(
-            whole.budget(stage), (stage,), seed=seed, rate=whole.rate_of(stage), batch=whole.step_tokens, **changed
-        )
-        folder = RESULTS / "runs" / "healing"
-        shutil.rmtree(folder, ignore_errors=True)
-        start = time.monotonic()
-        (result,) = Healing(compressed.model, teacher, bench.windows, asked, Keeper(folder, {})).run()
-        seconds = time.monotonic() - start
-        found = {"stage": stage, "losses": bench.losses(compressed.model), "tokens": result.tokens, "seconds": seconds}
-        seen.append(found | {"held_out": [result.before, result.after], "note": result.note})
+    dense = bench.losses()
+    compressed.apply(bench.plan)
+    seen: list[dict[str, Any]] = [{"stage": "before", "losses": bench.losses(), "tokens": 0, "seconds": 0.0}]
+    start = time.monotonic()
+    with refitted(compressed, bench.plan) if first == "refit" else nullcontext():
+        if first == "refit":
+            seen.append({"stage": first, "losses": bench.losses(), "tokens": 0, "seconds": time.monotonic() - start})
+        stages: list[Stage] = [stage for stage in (first, *later) if stage != "refit"]
+        for stage in stages:
+            whole = HealSettings(tokens, tuple(stages), seed=seed, **changed)
+            own = replace(
+                whole, tokens=whole.budget(stage), stages=(stage,), rate=whole.rate_of(stage), batch=whole.step_tokens
+            )
+            folder = RESULTS / "runs" / f"healing-{os.getpid()}"
+            start = time.monotonic()
+            (result,) = Healing(compressed.model, teacher, windows, own, Keeper(folder, {})).run()
+            seconds = time.monotonic() - start
+            shutil.rmtree(folder)
+            seen.append(
+                {"stage": stage, "losses": bench.losses(), "tokens": result.tokens, "seconds": seconds}
+                | {"held_out": [result.before, result.after], "note": result.note}
+            )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "keep": keep, "row": row, "tokens": tokens, "seed": seed, "dense": dense, "refit": refit, "seen": seen,
-        "memory": memory,
-    }  # fmt: skip
+    return {"dense": dense, "seen": seen, "memory": memory}
 
 
 def closed(cell: Cell, place: int, text: str) -> float:
@@ -119,61 +138,69 @@ def closed(cell: Cell, place: int, text: str) -> float:
 
 
 def table(cells: Sequence[Cell]) -> Iterator[str]:
-    head = ["keep", "row", "seed", "tokens", "perplexity: dense", "before", "refitted", "after", "closed"]
+    head = ["plan", "keep", "row", "seed", "tokens", "perplexity: dense", "before", "after", "closed"]
     head += ["pydoc: before", "after", "closed", "tokens/s", "peak GB"]
     yield f"| {' | '.join(head)} |"
     yield f"| {' | '.join('---' for _ in head)} |"
-    for cell in sorted(cells, key=lambda c: (-c["keep"], list(ROWS).index(c["row"]), c["tokens"], c["seed"])):
+    ordered = sorted(
+        cells, key=lambda c: (c["plan"] != SEARCHED, c["plan"], -c["keep"], c["row"], c["tokens"], c["seed"])
+    )
+    for cell in ordered:
         last, first = cell["seen"][-1], cell["seen"][0]
-        seconds = sum(stage["seconds"] for stage in cell["seen"])
-        by_stage = " + ".join(f"{closed(cell, n, 'wikitext'):.0%}" for n in range(1, len(cell["seen"])))
+        seconds = sum(stage["seconds"] for stage in cell["seen"] if stage["tokens"])
+        by_stage = ", ".join(f"{closed(cell, n, 'wikitext'):.0%}" for n in range(1, len(cell["seen"])))
         entries = [
-            f"{cell['keep']:g}", cell["row"], str(cell["seed"]), f"{cell['tokens']:,}",
+            cell["plan"], f"{cell['keep']:g}", cell["row"], str(cell["seed"]), f"{cell['tokens']:,}",
             f"{math.exp(cell['dense']['wikitext']):.1f}", f"{math.exp(first['losses']['wikitext']):.1f}",
-            f"{math.exp(cell['refit']['wikitext']):.1f}", f"{math.exp(last['losses']['wikitext']):.1f}", by_stage,
+            f"{math.exp(last['losses']['wikitext']):.1f}", by_stage,
             f"{math.exp(first['losses']['pydoc']):.1f}", f"{math.exp(last['losses']['pydoc']):.1f}",
-            f"{closed(cell, -1, 'pydoc'):.0%}", f"{cell['tokens'] / seconds:,.0f}", f"{cell['memory'] / 1e9:.1f}",
+            f"{closed(cell, -1, 'pydoc'):.0%}", f"{cell['tokens'] / seconds:,.0f}" if seconds else "-",
+            f"{cell['memory'] / 1e9:.1f}",
         ]  # fmt: skip
         yield f"| {' | '.join(entries)} |"
 
 
 PAGE = """# Healing
 
-SmolLM2-135M-Instruct, WikiText-2 validation text, plans of a search over svd-llm, lama, vo-svd, nystrom and drop-block;
-how is said at the top of `studies/heal.py`. "Closed" is the share of the excess over dense, in log perplexity on the
-report part, that is gone: after each stage, counted from the plan before healing.
+SmolLM2-135M-Instruct, WikiText-2 validation text; plans and rows are said at the top of `studies/heal.py`. "Closed" is
+the share of the excess over dense, in log perplexity on the report part, that is gone after each stage, counted from
+the plan before healing. Tokens a second include held-out evaluations, and other work ran on the same machine.
 
 {tables}
 
-Command: `python studies/heal.py TEXT`
+Command: `python studies/heal.py TEXT --threads 1`
 
 {sources}
 """
 
 
+def write(cells: Sequence[Cell]) -> None:
+    made = sources(cells, lambda c: f"{c['plan']} {c['row']} {c['keep']:g} {c['tokens']:,} seed {c['seed']}")
+    page = PAGE.format(tables="\n".join(table(cells)), sources=made)
+    (RESULTS / "healing.md").write_text(page, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
+    parser.add_argument("--plans", default=SEARCHED)
     parser.add_argument("--keeps", default="0.8,0.6")
+    parser.add_argument("--rows", default="logits")
     parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--rows", default=",".join(["blocks, logits"]).replace(", ", ";"))
-    parser.add_argument("--tokens", default="300k")
+    parser.add_argument("--tokens", default="100k")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     file, tokens = RESULTS / "healing.jsonl", parse_tokens(asked.tokens)
-    cells = read_cells(file)
-    rows = [row.replace(";", ", ") for row in asked.rows.split(",")]
-    for seed, row, keep in product(map(int, asked.seeds.split(",")), rows, map(float, asked.keeps.split(","))):
-        key = {"keep": keep, "row": row, "tokens": tokens, "seed": seed}
-        if not any(key.items() <= cell.items() for cell in cells):
-            cell = measure(Bench(asked.text, seed), keep, row, tokens, seed) | {"from": provenance()}
-            cells.append(cell)
-            keep_cells(file, [cell])
-            made = sources(cells, lambda c: f"{c['row']} {c['keep']:g} {c['tokens']:,} seed {c['seed']}")
-            page = PAGE.format(tables="\n".join(table(cells)), sources=made)
-            (RESULTS / "healing.md").write_text(page, encoding="utf-8")
-            print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
+    keeps, seeds = map(float, asked.keeps.split(",")), map(int, asked.seeds.split(","))
+    for plan, keep, row, seed in product(asked.plans.split(";"), keeps, asked.rows.split(";"), seeds):
+        key = {"plan": plan, "keep": keep, "row": row, "tokens": tokens, "seed": seed}
+        if any(key.items() <= cell.items() for cell in read_cells(file)):
+            continue
+        cell = key | measure(Bench(asked.text, plan, keep, seed), row, tokens, seed) | {"from": provenance()}
+        keep_cells(file, [cell])
+        write(read_cells(file))
+        print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
 
 
 if __name__ == "__main__":
