@@ -31,11 +31,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rankfront.methods.layers import replacement, set_module
 from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.logits import entropy
+from rankfront.search.heal.logits import HeldOut
 from rankfront.search.heal.loss import Head
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.scratch import initialise
 from rankfront.search.heal.settings import HealSettings, parse_tokens
+from rankfront.search.heal.teacher import Beside
 
 ROWS = ("full", "sltrain", "low-rank")
 VOCABULARY, WIDTH, INNER, BLOCKS, HEADS, LENGTH = 1_024, 128, 352, 4, 4, 128
@@ -92,11 +93,13 @@ def measure(text: str, row: str, seed: int, tokens: int) -> Cell:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         (result,) = Healing(model, model, train, settings, Keeper(Path(folder), {})).run()
+    plain = Precision("cpu", "float32")
     seconds = time.monotonic() - began
+    held_out = HeldOut(Beside(model, plain), report, plain, "ce")
     blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
     return {
         "row": row, "seed": seed, "tokens": tokens, "blocks": blocks, "unique": train.numel(),
-        "held_out": result.after, "report": entropy(Head(model), report, Precision("cpu", "float32")),
+        "held_out": result.after, "report": held_out.mean(Head(model)),
         "seconds": seconds, "note": result.note,
     }  # fmt: skip
 

@@ -6,8 +6,9 @@ with σ the singular values of W C^{1/2}, C the Gram of what the site reads in t
 W = U Σ Vᵀ, a subgradient of its nuclear norm. τ falls so that e reaches the plan's rank.
 
 Source: TRP (1812.02402), which starts from the dense weight, as here; λ. It keeps nine tenths of the energy of W itself
-throughout. Ours: inputs weigh the energy; 1 − τ rises in proportion to the steps; the subgradient is a step of its own,
-as AdamW takes weight decay, so that no second moment rescales it; a share of the steps for the factors at the end.
+throughout. Ours: inputs weigh the energy, unless several processes train; 1 − τ rises in proportion to the steps; the
+subgradient is a step of its own, as AdamW takes weight decay, so that no second moment rescales it; a share of the
+steps for the factors at the end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.methods.truncation import truncated
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fit import NotFinite
+from rankfront.search.heal.processes import Processes
 from rankfront.search.heal.trainable import Parameter
 
 ROUNDS = 5  # truncations, the one to the plan's rank included; guess
@@ -60,6 +62,7 @@ class RankPruning(Arm):
         holders = Counter(id(tensor) for module in self.model.modules() for tensor in module.parameters(recurse=False))
         names = {parameter.name for parameter in parameters}
         self.sites: list[_Site] = []
+        self.several = Processes().count > 1
         found = list(parameters)
         for path, module in self.model.named_modules():
             if not isinstance(module, LowRankLinear) or not {f"{path}.left", f"{path}.right"} <= names:
@@ -114,6 +117,8 @@ class RankPruning(Arm):
                 site.due = 1.0
             elif step and step % every == 0:
                 site.due = step / dense
+            if site.due is not None and self.several:  # whose inputs differ: by the energy of the weight alone
+                self._truncate(site, None)
 
     @torch.no_grad()
     def after(self, step: int, steps: int) -> None:
