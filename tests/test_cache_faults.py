@@ -128,10 +128,11 @@ def test_a_file_replaced_by_the_same_is_used_on(resident):
 def test_nothing_that_a_model_runs_is_mapped(resident):
     plan, _ = plan_of(resident)
     resident.compressed.apply(plan)
+    sites = {site.name: site for site in resident.compressed.sites}
     mapped = {
         t.untyped_storage().data_ptr()
-        for file in resident.compressed.store._open.values()
-        for t in file.tensors.values()
+        for name, option in plan.choices
+        for t in resident.compressed.store.load(sites[name], option).values()
     }
     run = {
         t.untyped_storage().data_ptr() for module in resident.compressed.modules.values() for t in module.parameters()

@@ -9,6 +9,7 @@ from launching import small_data
 
 from rankfront.methods import InputError, method_names
 from rankfront.methods.layers import weight_of
+from rankfront.search.factors.mapped import MappedFiles
 from rankfront.search.inputs.model import count_parameters
 from rankfront.search.measure.evaluation_tokens import EvaluationTokens
 from rankfront.search.measure.prepare import prepare_store
@@ -155,7 +156,7 @@ def test_a_corrupt_factor_file_is_the_users_to_mend(resident, monkeypatch):
     site, options = next(iter(resident.compressed.space.wanted().items()))
     path = resident.compressed.store.path(site, options[0])
     whole = path.read_bytes()
-    resident.compressed.store._open.clear()
+    monkeypatch.setattr(resident.compressed.store, "_files", MappedFiles())
     try:
         path.write_bytes(whole[:-4] + b"\0\1\2\3")
         with pytest.raises(InputError, match=r"corrupt.*--rebuild") as caught:

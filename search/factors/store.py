@@ -1,60 +1,32 @@
 """The factor store: each (site, method) prepared once, kept on disk, memory-mapped, sliced at any level.
 
 Files take their names whole and are never written again in place: `prepare` renames a new one over an old one, whose
-readers keep what they have mapped. What others do to a file shows in its inode, size or time of change, which `load`
-and `check` look at.
+readers keep what they have mapped (see `mapped`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rankfront.methods import (
-    Factors,
-    InputError,
-    Method,
-    Option,
-    Prepared,
-    Site,
-    Statistics,
-    get_method,
-)
-from rankfront.search.atomic import drop_left, file_state, read_checked, write_checked, write_whole
+from rankfront.methods import Factors, Method, Option, Prepared, Site, Statistics, get_method
+from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
 from rankfront.search.factors import calibration
+from rankfront.search.factors.mapped import MappedFiles, checksum_of
 
 KEY_LENGTH = 16  # hex digits of a cache key
-REBUILD = "rebuild it with `rankfront launch STUDY.toml --rebuild`"
 UNMADE = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # what factoring may raise, shortage of memory too
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:KEY_LENGTH]
-
-
-@dataclass(frozen=True)
-class _Mapped:
-    """A factor file as it was when its checksum was verified.
-
-    Attributes:
-        tensors: memory-mapped.
-        checksum: of names and bytes.
-        state: see `file_state`.
-    """
-
-    tensors: Prepared
-    checksum: str
-    state: tuple[int, ...]
 
 
 class FactorStore:
@@ -82,7 +54,7 @@ class FactorStore:
         self.dtype = dtype
         self.seconds: dict[str, float] = defaultdict(float)  # spent on factoring here, by method
         self.unmade = dict(unmade or {})
-        self._open: dict[Path, _Mapped] = {}
+        self._files = MappedFiles()
 
     def folder(self, method: Method) -> Path:
         text = f"{self.calibration_hash} {calibration.VERSION}" if method.needs else "no text"
@@ -162,7 +134,7 @@ class FactorStore:
             self.seconds[method.name] += time.perf_counter() - started
         tensors = {name: self._narrow(tensor) for name, tensor in prepared.items()}
         if anew or not path.is_file():
-            write_whole(path, save(tensors, metadata={"crc32": _checksum(tensors)}))
+            write_whole(path, save(tensors, metadata={"crc32": checksum_of(tensors)}))
         _failure_file(path).unlink(missing_ok=True)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
@@ -186,60 +158,20 @@ class FactorStore:
         factoring had failed.
         """
         path = self.path(site, option)
-        if path not in self._open:
+        if path not in self._files:
             reason = self.failure(site, option)
             if reason is not None:
                 raise RuntimeError(f"{option.method} could not factor {site.name}: {reason}")
-        return self._current(path).tensors
+        return self._files.read(path)
 
     def check(self) -> None:
         """Raise `InputError` where a file that was read is no longer what it was: what came of it may be wrong."""
-        for path in list(self._open):
-            self._current(path)
-
-    def _current(self, path: Path) -> _Mapped:
-        known = self._open.get(path)
-        try:
-            if known is None or known.state != file_state(path):
-                found = _mapped(path)
-                if known is not None and found.checksum != known.checksum:
-                    raise InputError(
-                        f"factor file {path} has other content than before in this launch, so trials would not compare:"
-                        " launch the study again"
-                    )
-                self._open[path] = found
-        except FileNotFoundError as error:
-            raise InputError(f"factor file {path} is missing: launch the study again to rebuild it") from error
-        return self._open[path]
+        self._files.check()
 
     def factors(self, site: Site, option: Option) -> dict[str, Factors]:
         """Role -> factors of ``option`` at ``site``."""
         return get_method(option.method).truncate(self.load(site, option), option)
 
 
-def _mapped(path: Path) -> _Mapped:
-    """The file at ``path``, verified; `InputError` where it is corrupt."""
-    state = file_state(path)  # before it is read: a change meanwhile shows the next time
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"factor file {path} is corrupt ({error}): {REBUILD}") from error
-    checksum = _checksum(tensors)
-    if metadata.get("crc32") != checksum:
-        raise InputError(f"factor file {path} is corrupt (its checksum differs): {REBUILD}")
-    return _Mapped(tensors, checksum, state)
-
-
 def _failure_file(path: Path) -> Path:
     return path.with_suffix(".failed")
-
-
-def _checksum(tensors: Prepared) -> str:
-    """CRC-32 over names and bytes, in order of name."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"

@@ -38,6 +38,9 @@ Show = Callable[[Status], None]
 class Healing:
     """One compressed model healed towards its dense one, in place.
 
+    What a stage does is in `blocks` and `logits`. The class is long because it is what lies between them: both models,
+    what trains and what is held out are prepared once, and a checkpoint of either stage is taken up here.
+
     Attributes:
         student: as it was loaded, its factors in the place of dense weights.
         teacher: the dense model; of training from scratch the model itself, which is not asked.

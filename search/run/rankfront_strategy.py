@@ -42,7 +42,6 @@ class RankfrontStrategy:
         config: of the study; `InputError` where no objective can be modelled.
         space: what trials draw from.
         budget, in_flight: what may be spent.
-        opens: whether the predicted front is queued; not where one plan alone is to be measured.
         state: the study as it is.
     """
 
@@ -53,7 +52,6 @@ class RankfrontStrategy:
         space: Space,
         budget: Budget,
         in_flight: InFlight,
-        opens: bool,
         state: StudyState,
     ) -> None:
         quality_of(config)
@@ -62,7 +60,6 @@ class RankfrontStrategy:
         self.space = space
         self.budget = budget
         self.in_flight = in_flight
-        self.opens = opens
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = bool(timed_objectives(config.objectives))
         self.wants_timing = timed and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
@@ -99,8 +96,7 @@ class RankfrontStrategy:
         predictor = Predictor(menu, self.space, make_goal(self.config, self.space, dense, timings))
         self.study.sampler = sampler = RankfrontSampler(predictor, self.config.search.seed)
         self.proposals = Proposals(self.study, sampler, self.budget, self.in_flight)
-        if self.opens:
-            self.proposals.open(state)
+        self.proposals.open(state)
         anchors = anchors_to_beat(menu, self.space, self.config.search.anchors)
         enqueue_anchors(self.study, state, self.space, anchors)
 

@@ -69,6 +69,9 @@ class Scheduler:
     and the next launch tries it again. A job that fails otherwise has failed. Without the dense model the launch ends,
     and where the workers of `MAX_LOST` jobs in succession died at every attempt; see `Retries`.
 
+    What decides has names of its own: budget, strategy, trials, preparation, reports, retries. What is left is long
+    because both executors talk to this class alone, and it to all of those.
+
     The study is read where `next` and `finish` begin, and again where one of them has written what it then decides by;
     what decides is a function of what was read.
     """
@@ -98,14 +101,12 @@ class Scheduler:
         recover(study, again=only is None)
         state = self.state()
         if config.search.sampler == OURS:
-            self.strategy: Strategy = RankfrontStrategy(
-                study, config, space, self.budget, self.in_flight, only is None, state
-            )
+            self.strategy: Strategy = RankfrontStrategy(study, config, space, self.budget, self.in_flight, state)
         else:
             self.strategy = OptunaStrategy(study, config, space, len(state.trials))
         self.trials = Trials(study, config, origin, self.strategy, self.in_flight)
         self.preparation = Preparation(self.strategy, self.budget, self.in_flight)
-        self.strategy.advance(state)
+        self._advance(state)
 
     # -- how far it has come
 
@@ -194,14 +195,19 @@ class Scheduler:
 
     def _finish_preparation(self, job: Job, record: Record) -> None:
         if self.preparation.finish(job, record, self.state()):
-            self.strategy.advance(self.state())
+            self._advance(self.state())
             if job.kind == "menu":
                 self.preparation.check_tokens(self._phase())
 
     def _finish_trial(self, job: Job, record: Record) -> None:
         self.trials.finish(job, record)
         if job.kind == "trial" and keys.FAILURE not in record:
-            self.strategy.advance(self.state())
+            self._advance(self.state())
+
+    def _advance(self, state: StudyState) -> None:
+        """Have the strategy queue what has become possible, unless one plan alone is measured."""
+        if self.only is None:
+            self.strategy.advance(state)
 
     def lost(self, job: Job, reason: str) -> None:
         """The worker that measured ``job`` died: as `finish`. Raises `GaveUp` where they die whatever they measure."""

@@ -48,7 +48,8 @@ def _measure(
     if found.trial is None:
         with run.lock():
             storage = run.study(config, write=True)
-            number = enqueue(storage, found.draws, {keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints)})
+            known = {keys.ORIGIN: "solve", keys.LABEL: " ".join(constraints), keys.PREDICTED: found.predicted}
+            number = enqueue(storage, found.draws, known)
             close(storage)
         trials = run.read(config)[0].spent + 1
         limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
