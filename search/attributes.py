@@ -7,7 +7,7 @@ the keys of the worker's record; the figures among them are named as users name 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 # Of a trial, when it is queued.
 ORIGIN = "origin"  # who asked for it: a sampler, an anchor, the menu, slopes, an answer
@@ -15,7 +15,7 @@ LABEL = "anchor"  # what it is among those of one origin
 RUNG = "rung"  # of runs of 0.1 alone: the fidelity, 0 the cheapest
 PROMOTED = "promoted"  # likewise: number of the trial whose plan it measures at a higher fidelity
 SLOPES_OF = "slopes_of"  # number of the trial whose plan slopes are measured around
-SLOPE_TOKENS = "slope_tokens"
+SLOPE_TOKENS: Final = "slope_tokens"
 PATH = "path"  # of runs of 0.1 alone: number of the continuation whose slopes it measures
 REPLACES = "replaces"  # number of a damaged trial
 AGAIN = "again"  # number of a lost or failed trial
@@ -24,13 +24,15 @@ ASKED = "asked"  # of a damaged trial: parameters and attributes that it was que
 
 # Of a trial, when it starts and ends.
 PLAN, PLAN_KEY = "plan", "plan_key"
-STORED = "stored"  # values at each site that the plan treats, in its order
+STORED: Final = "stored"  # values at each site that the plan treats, in its order
 PREDICTED = "predicted"
-SECONDS = "seconds"
-TOKENS, FIDELITY = "tokens", "fidelity"
+SECONDS: Final = "seconds"
+TOKENS: Final = "tokens"
+FIDELITY = "fidelity"
 SLOPES = "slopes"
 NOTES = "notes"
-FAILURE, LOST = "failure", "lost"
+FAILURE: Final = "failure"
+LOST: Final = "lost"
 PARAMETER_COUNT, BLOCK_PARAMETERS = "parameter_count", "block_parameters"
 MEASURED = (FAILURE, LOST, SECONDS, PREDICTED, PLAN, PLAN_KEY)  # what a failed trial has beside what it was queued with
 
@@ -61,7 +63,7 @@ def menu_part(number: int) -> str:
     return f"menu {number}"
 
 
-def menu_parts(known: Attributes) -> list[dict[str, Any]] | None:
+def menu_parts(known: Attributes) -> list[Any] | None:
     """The records of all those jobs; None while any is missing. Each has the number of them all under ``jobs``."""
     jobs = known[menu_part(0)]["jobs"] if menu_part(0) in known else 1
     parts = [known[name] for number in range(jobs) if (name := menu_part(number)) in known]

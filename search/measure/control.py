@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rankfront.objectives import score
-from rankfront.search.attributes import Report
 from rankfront.search.inputs.capacity import capacity_of
+from rankfront.search.plans.job import Record
 from rankfront.search.splits import PROMPTS
 
 CONTINUED = 12  # tokens
@@ -41,13 +41,13 @@ def continuations(model: Any, tokenizer: Any) -> list[str]:
     return [str(tokenizer.decode(row[len(prompt) :])) for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any) -> Report:
+def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any) -> Record:
     """Of what runs now: ``perplexity`` on the report split, ``control`` on the control text where there is one, and
     the ``continuations`` of `PROMPTS`; ``failure`` alone where the first is not finite."""
     scores = score(model, tokens["report"])
     if not math.isfinite(scores.perplexity):
         return {"failure": f"perplexity on the report split is {scores.perplexity}"}
-    record: dict[str, Any] = {"perplexity": scores.perplexity, "tokens": scores.tokens}
+    record: Record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
     if "control" in tokens:
         control = score(model, tokens["control"]).perplexity
         record |= {"control": control} if math.isfinite(control) else {"control_failure": str(control)}

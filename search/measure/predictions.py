@@ -16,6 +16,7 @@ from rankfront.methods import Option, Site, get_method
 from rankfront.objectives import score, teach
 from rankfront.search.factors.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
+from rankfront.search.plans.job import Record
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.menu_jobs import GROUPED, probe_options
 from rankfront.search.tuning import TUNING
@@ -32,7 +33,7 @@ def predict(
     store: FactorStore,
     source: str,
     seed: int,
-) -> dict[str, Any]:
+) -> Record:
     """``predictions``, site name -> option label -> predicted divergence, from ``source``; the ``tokens`` that took.
 
     ``model`` is dense, ``apply`` makes it dense but for one option, ``windows`` (W, L) are of the search split.

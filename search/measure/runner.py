@@ -63,7 +63,9 @@ class JobRunner:
         except InputError:
             raise
         except FAILURES as error:
-            record = {"failure": _reason(error)} | ({"lost": True} if out_of_memory(error) else {})
+            record = {"failure": _reason(error)}
+            if out_of_memory(error):
+                record["lost"] = True
         self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
         store.check()
         return record
@@ -154,7 +156,7 @@ def measure_report(runner: JobRunner, job: Job) -> Record:
     with clock.phase("apply"):
         compressed.apply(job.plan)
     with clock.phase("evaluate"):
-        record: Record = dict(reported(compressed.model, runner.setup.tokens, compressed.tokenizer))
+        record = reported(compressed.model, runner.setup.tokens, compressed.tokenizer)
     if "failure" not in record and runner.setup.config.search.refit == "sequential" and job.plan.choices:
         record |= runner.refitted_perplexity(job.plan, clock)
     return record | {"seconds": clock.seconds}

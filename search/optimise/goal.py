@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES, inside_blocks
+from rankfront.search.plans.job import Record
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
 from rankfront.search.plans.plan import Plan, Prices
@@ -47,7 +47,7 @@ def _nanoseconds(timing: Timing, objective: Timed, site: Site, option: Option) -
     return round(1e9 * ours)
 
 
-def menu_of(config: StudyConfig, space: Space, record: Mapping[str, Any], dtype: str, timings: Timings) -> Menu:
+def menu_of(config: StudyConfig, space: Space, record: Record, dtype: str, timings: Timings) -> Menu:
     """The menu of a study. Under latencies nothing is on it that takes no less time than dense by any of them."""
 
     def faster(site: Site, option: Option) -> bool:

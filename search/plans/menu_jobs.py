@@ -17,6 +17,7 @@ from typing import Any
 
 from rankfront.methods import Option, Site, get_method
 from rankfront.search.attributes import menu_parts
+from rankfront.search.plans.job import Record
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
 from rankfront.search.tuning import TUNING
@@ -29,19 +30,19 @@ def menu_jobs(source: str, sites: int) -> int:
     return min(TUNING.probe_jobs, sites) if source in TUNING.probe_fractions else 1
 
 
-def menu_record(known: Mapping[str, Any]) -> dict[str, Any] | None:
+def menu_record(known: Mapping[str, Any]) -> Record | None:
     """The menu that a study's attributes hold, the records of its jobs as one; None while any is missing."""
-    parts = menu_parts(known)
+    parts: list[Record] | None = menu_parts(known)
     if parts is None:
         return None
-    merged = dict(parts[0])
+    merged = parts[0].copy()
     for part in parts[1:]:
         merged["tokens"] += part["tokens"]
         merged["seconds"] = {k: v + part["seconds"].get(k, 0.0) for k, v in merged["seconds"].items()}
         if "probed" in part:
             merged["predictions"] = scaled_by_group(merged["predictions"], part["probed"], part["divergence"])
         else:
-            merged["predictions"] = merged["predictions"] | part["predictions"]
+            merged["predictions"] = {**merged["predictions"], **part["predictions"]}
     return merged
 
 

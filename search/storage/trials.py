@@ -12,6 +12,7 @@ from rankfront.methods import DENSE
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.constraint import Constraint
+from rankfront.search.plans.job import Record
 from rankfront.search.storage.front import StudyState
 
 
@@ -47,9 +48,7 @@ def claim(study: optuna.Study, waiting: FrozenTrial) -> optuna.Trial:
     return optuna.Trial(study, waiting._trial_id)
 
 
-def tell_measured(
-    study: optuna.Study, trial: optuna.Trial, record: Mapping[str, Any], limits: Sequence[Constraint]
-) -> None:
+def tell_measured(study: optuna.Study, trial: optuna.Trial, record: Record, limits: Sequence[Constraint]) -> None:
     """Keep what a trial measured, its ``values`` by objective first, and by how much it misses each of ``limits``."""
     seconds = record[keys.SECONDS] | trial.user_attrs.get(keys.SECONDS, {})
     for key, value in {**record, keys.SECONDS: seconds}.items():
@@ -60,7 +59,7 @@ def tell_measured(
     study.tell(trial, list(record["values"].values()))
 
 
-def tell_slopes(study: optuna.Study, trial: optuna.Trial, record: Mapping[str, Any]) -> None:
+def tell_slopes(study: optuna.Study, trial: optuna.Trial, record: Record) -> None:
     """Keep what was measured around a plan; the trial is a repetition of that plan's."""
     for key, value in record.items():
         trial.set_user_attr(key, value)
