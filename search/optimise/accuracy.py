@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 
 import numpy as np
 
@@ -97,15 +93,8 @@ def ranks_of(values: np.ndarray) -> np.ndarray:
 def kendall_tau(x: np.ndarray, y: np.ndarray) -> float:
     """Kendall's τ_b = (C − D) / √((P − P_x) (P − P_y)) of two sequences (T,), C pairs in the same order in both, D in
     opposite ones, P of all pairs, P_x and P_y those of equals."""
-    seen: list[float] = []  # the second of pairs whose first is less, in order
-    excess = 0  # C − D
-    for _, equal in groupby(sorted(zip(x.tolist(), y.tolist(), strict=True)), itemgetter(0)):
-        added = [second for _, second in equal]
-        excess += sum(bisect_left(seen, each) + bisect_right(seen, each) - len(seen) for each in added)
-        for each in added:
-            insort(seen, each)
-    pairs = [math.comb(len(x), 2) - sum(math.comb(count, 2) for count in Counter(z.tolist()).values()) for z in (x, y)]
-    return excess / math.sqrt(math.prod(pairs))
+    orders = [np.sign(values[:, None] - values) for values in (x, y)]  # of every pair, (T, T)
+    return float((orders[0] * orders[1]).sum() / math.sqrt(math.prod(float((order**2).sum()) for order in orders)))
 
 
 def _partial(predicted: np.ndarray, measured: np.ndarray, sizes: np.ndarray) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import moocore
@@ -105,23 +104,14 @@ class History:
     def _unpacked(self, packed: Mapping[str, Sequence[Any]], plan: Places) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """a and b of every option, line by line, around ``plan``."""
         first, second = [], []
-        for line, drawn, place in zip(self.menu.lines, self._drawn, plan, strict=True):
-            known = np.array(packed.get(line.site, [[], []]), dtype=float)  # (2, options), nan where there is none
-            a, b = np.append(known, [[np.nan], [np.nan]], axis=1)[:, drawn if known.size else -np.ones_like(drawn)]
+        for line, place in zip(self.menu.lines, plan, strict=True):
+            drawn = self.space.options.get(line.site, ())  # none for a weight that only joint sites treat
+            known = dict(zip(drawn, zip(*packed.get(line.site, ((), ())), strict=True), strict=False))
+            a, b = np.array([known.get(option, (None, None)) for option in line.options], dtype=float).T
             a[place] = b[place] = 0.0
             first.append(np.where(np.isnan(a), 0.0, a))
             second.append(np.where(np.isnan(b), np.inf, b))
         return first, second
-
-    @cached_property
-    def _drawn(self) -> list[np.ndarray]:
-        """Of every line, where the study's variable has each option; -1 where it has not, as it is for all options of a
-        weight that only joint sites treat."""
-        places = [{o: i for i, o in enumerate(self.space.options.get(line.site, ()))} for line in self.menu.lines]
-        return [
-            np.array([own.get(option, -1) for option in line.options])
-            for own, line in zip(places, self.menu.lines, strict=True)
-        ]
 
     # -- values
 

@@ -16,22 +16,12 @@ linearisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from rankfront.search.optimise.terms import Terms, prior_root
 from rankfront.search.plans.menu import TINY, Menu
 from rankfront.search.tuning import TUNING
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """One setting of the model: ``offset`` a, ``slope`` c, and θ by (line, method), (F,)."""
-
-    offset: float
-    slope: float
-    theta: np.ndarray
 
 
 class Surrogate:
@@ -49,19 +39,20 @@ class Surrogate:
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
-        self.mean = self._unpack(np.zeros(self.root.shape[0]))
+        self.mean = np.zeros(self.root.shape[0])  # of θ by (line, method), a and c − 1, (F + 2,)
 
     # -- prediction
 
     def losses(self, share: float = 1.0) -> list[np.ndarray]:
         """Each line's corrected divergences d f exp(θ) in plans whose size is ``share`` of dense, for an allocator."""
-        return self.terms.losses(self.mean.theta, share)
+        return self.terms.losses(self.mean[:-2], share)
 
-    def predict(self, plans: np.ndarray, coefficients: Coefficients | None = None) -> np.ndarray:
-        """a + c log S of plans (T, lines) given as places in the menu, (T,)."""
-        used = coefficients or self.mean
-        logs: np.ndarray = np.log(self.terms.of(plans, used.theta).sum(1) + TINY)
-        return used.offset + used.slope * logs
+    def predict(self, plans: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
+        """a + c log S of plans (T, lines) given as places in the menu, (T,), ``at`` coefficients (F + 2,), the mean."""
+        used = self.mean if at is None else at
+        logs = np.log(self.terms.of(plans, used[:-2]).sum(1) + TINY)
+        levels: np.ndarray = used[-2] + _slope(used) * logs
+        return levels
 
     # -- fitting
 
@@ -81,42 +72,37 @@ class Surrogate:
         self.noise = np.hypot(TUNING.unexplained, spread * np.exp(-np.minimum(self._observed, expected)))
         self.mean = self._mode()
 
-    def linearised(self, at: Coefficients) -> tuple[np.ndarray, np.ndarray]:
-        """What was measured, less what the prior's mean predicts by the tangent at ``at``, (T,); its covariance."""
+    def linearised(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What was measured, less what the prior's mean predicts by the tangent at ``at``, (T,); its covariance; and
+        that tangent in the prior's independent effects, (T, P)."""
         jacobian = self.jacobian(at)
-        moved = np.array([*at.theta, at.offset, at.slope - 1.0])
-        gap = self._observed - self.predict(self._plans, at) + jacobian @ moved
         reach = jacobian @ self.root
-        return gap, reach @ reach.T + np.diag(self.noise**2)
+        gap = self._observed - self.predict(self._plans, at) + jacobian @ at
+        return gap, reach @ reach.T + np.diag(self.noise**2), reach
 
     def ahead(self) -> np.ndarray:
         """By how much each measured log-divergence missed what the ones before it had predicted, (T,).
 
         L_tt [L⁻¹ gap]_t with L Lᵀ the covariance of the linearised model: a trial's innovation given the earlier ones.
         """
-        gap, covariance = self.linearised(self.mean)
+        gap, covariance, _ = self.linearised(self.mean)
         root = np.linalg.cholesky(covariance)
         missed: np.ndarray = np.diag(root) * np.linalg.solve(root, gap)
         return missed
 
-    def _mode(self) -> Coefficients:
-        """The mode of the posterior."""
-        effects = np.zeros(self.root.shape[1])
+    def _mode(self) -> np.ndarray:
+        """The mode of the posterior, (F + 2,)."""
+        at = np.zeros(self.root.shape[0])
         for _ in range(TUNING.newton_steps):
-            current = self._unpack(self.root @ effects)
-            jacobian = self.jacobian(current) @ self.root  # (T, P)
-            gap = self._observed - self.predict(self._plans, current) + jacobian @ effects
-            effects = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + np.diag(self.noise**2), gap)
-        return self._unpack(self.root @ effects)
+            gap, covariance, reach = self.linearised(at)
+            at = self.root @ (reach.T @ np.linalg.solve(covariance, gap))
+        return at
 
-    def _unpack(self, values: np.ndarray) -> Coefficients:
-        return Coefficients(float(values[-2]), float(max(1.0 + values[-1], 0.1)), values[:-2])
-
-    def jacobian(self, at: Coefficients) -> np.ndarray:
+    def jacobian(self, at: np.ndarray) -> np.ndarray:
         """∂ log D / ∂ (θ, a, c) for the measured plans, (T, F + 2)."""
-        terms = self.terms.of(self._plans, at.theta)  # (T, lines)
+        terms = self.terms.of(self._plans, at[:-2])  # (T, lines)
         sums = terms.sum(1) + TINY
-        moved = at.slope * terms / sums[:, None]  # ∂ log D / ∂ θ_i
+        moved = _slope(at) * terms / sums[:, None]  # ∂ log D / ∂ θ_i
         jacobian = np.zeros((len(terms), self.root.shape[0]))
         chosen = self.terms.chosen(self._plans)  # no two lines have a feature in common
         rows, lines = np.nonzero(chosen >= 0)
@@ -124,3 +110,8 @@ class Surrogate:
         jacobian[:, -2] = 1.0
         jacobian[:, -1] = np.log(sums)
         return jacobian
+
+
+def _slope(at: np.ndarray) -> float:
+    """c of coefficients (F + 2,), never below 0.1."""
+    return max(1.0 + float(at[-1]), 0.1)

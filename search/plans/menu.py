@@ -199,18 +199,13 @@ def make_menu(
     for site, options in wanted.items():
         known = predictions.get(site.name, {})
         dense = _costs(site, DENSE_OPTION, sizes)
-        by_method: dict[str, list[tuple[tuple[int, ...], Option, float]]] = {}
-        for option in options:
-            if np.isfinite(known.get(option.label, np.nan)):
-                own = _costs(site, option, sizes)
-                if any(a < b for a, b in zip(own, dense, strict=True)) and offered(site, option):
-                    by_method.setdefault(option.method, []).append((own, option, max(known[option.label], TINY)))
+        predicted = [option for option in options if np.isfinite(known.get(option.label, np.nan))]
         entries: list[tuple[tuple[int, ...], Option, float]] = []
-        for found in by_method.values():
-            worst = 0.0
-            for own, option, divergence in sorted(found, key=lambda entry: -entry[0][0]):
-                worst = max(worst, divergence)
-                entries.append((own, option, worst))
+        worst: dict[str, float] = {}  # by method
+        for own, option in sorted(((_costs(site, o, sizes), o) for o in predicted), key=lambda pair: -pair[0][0]):
+            if any(a < b for a, b in zip(own, dense, strict=True)) and offered(site, option):
+                worst[option.method] = max(known[option.label], worst.get(option.method, TINY))
+                entries.append((own, option, worst[option.method]))
         if entries:
             entries.sort(key=lambda entry: (-entry[0][0], entry[2], entry[1].label))
             entries.insert(0, (dense, DENSE_OPTION, 0.0))

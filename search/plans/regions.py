@@ -7,11 +7,10 @@ that decided the same weights are merged, so the work is that of a dynamic progr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -27,25 +26,19 @@ class Region:
     claims: tuple[tuple[str, ...], ...]
 
     @cached_property
-    def _masks(self) -> list[int]:
+    def _steps(self) -> list[tuple[int, int, int]]:
+        """(decided weights, member that takes the first open one, decided then), no state before all that lead to it;
+        a set of weights is an integer, a bit for each."""
         bits = {weight: 1 << i for i, weight in enumerate(dict.fromkeys(w for claim in self.claims for w in claim))}
-        return [sum(bits[weight] for weight in claim) for claim in self.claims]
-
-    @cached_property
-    def _steps(self) -> list[tuple[int, int]]:
-        """(decided weights, member that takes the first open one), no state before all that lead to it."""
-        whole = max(np.bitwise_or.accumulate(self._masks))
-        steps: list[tuple[int, int]] = []
-        reached = {0}
-        waiting = {0}
-        while waiting:
-            state = min(waiting, key=_first_open)
-            waiting.remove(state)
-            takers = [i for i, mask in enumerate(self._masks) if mask & _first_open(state) and not mask & state]
-            steps += [(state, member) for member in takers]
-            found = {state | self._masks[member] for member in takers} - reached
-            reached |= found
-            waiting |= found - {whole}
+        masks = [sum(bits[weight] for weight in claim) for claim in self.claims]
+        steps: list[tuple[int, int, int]] = []
+        states = {0}
+        for bit in bits.values():
+            open_here = sorted(state for state in states if not state & bit)
+            takers = [(member, mask) for member, mask in enumerate(masks) if mask & bit]
+            found = [(s, member, s | mask) for s in open_here for member, mask in takers if not mask & s]
+            states = states - {*open_here} | {after for _, _, after in found}
+            steps += found
         return steps
 
     def cover(self, values: Sequence[float]) -> list[int]:
@@ -55,22 +48,15 @@ class Region:
             return [*self.members]
         least = {0: 0.0}
         taken: dict[int, tuple[int, int]] = {}  # state -> (the one before it, the member between them)
-        for state, member in self._steps:
-            if state in least:
-                after, total = state | self._masks[member], least[state] + values[self.members[member]]
-                if total < least.get(after, np.inf):
-                    least[after], taken[after] = total, (state, member)
+        for state, member, after in self._steps:
+            if state in least and (total := least[state] + values[self.members[member]]) < least.get(after, math.inf):
+                least[after], taken[after] = total, (state, member)
         lines = []
         state = max(least)
         while state:
             state, member = taken[state]
             lines.append(self.members[member])
         return lines
-
-
-def _first_open(state: int) -> int:
-    """The lowest bit that ``state`` lacks."""
-    return ~state & (state + 1)
 
 
 @lru_cache(maxsize=8)  # a menu whose costs are weighed anew claims the same weights
