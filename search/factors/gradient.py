@@ -16,21 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import Factors, Option, Site, get_method
+from rankfront.methods import Factors, Option, Prepared, Site, get_method
 from rankfront.methods.layers import replacement
-from rankfront.search.factors.store import FactorStore
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
 PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
 
 
+class Prepares(Protocol):
+    """Prepared tensors by site and option, and factors of them: a `FactorStore` or what stands for one."""
+
+    def load(self, site: Site, option: Option) -> Prepared: ...
+
+    def factors(self, site: Site, option: Option) -> Mapping[str, Factors]: ...
+
+
 def quadratic_divergence(
-    model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: FactorStore, seed: int
+    model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: Prepares, seed: int
 ) -> dict[str, dict[str, float]]:
     """Site name -> option label -> nats a token, for every option wanted, from ``windows`` (W, L) through the dense
     ``model``."""
@@ -78,7 +85,7 @@ def arriving(inputs: tuple[Tensor, ...]) -> Tensor:
 class _Scored:
     """One site under the pass: sums over tokens for every option."""
 
-    def __init__(self, site: Site, options: Sequence[Option], store: FactorStore) -> None:
+    def __init__(self, site: Site, options: Sequence[Option], store: Prepares) -> None:
         self.site = site
         self.options = options
         self.store = store
@@ -115,7 +122,7 @@ class _Scored:
 
 
 def products(
-    options: Sequence[Option], site: Site, part: Site, store: FactorStore, dense: nn.Module, g: Tensor, x: Tensor
+    options: Sequence[Option], site: Site, part: Site, store: Prepares, dense: nn.Module, g: Tensor, x: Tensor
 ) -> dict[str, Tensor]:
     """`Method.gradient_dot_outputs` at the anchor of a ``part`` of the ``site``, of options of several methods.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ class Arm:
         parameters: that train.
         projected: modules whose factors are normalised after every step.
         fit: takes the steps, once there is one.
+        lasso: the strength of a penalty that the user sets, where there is one.
         first_alone: whether the first stage is trained so and a second one by its factors.
     """
 
     name: ClassVar[str] = "factors"
     first_alone: ClassVar[bool] = False
+    lasso: float = 0.0
     fit: Fit
 
     @classmethod
@@ -54,6 +57,15 @@ class Arm:
     def storable(self) -> bool:
         """Whether the model runs as it would be stored now: only then may it be the best state."""
         return True
+
+    @classmethod
+    def views(cls, model: nn.Module) -> Sequence[AbstractContextManager[None]]:
+        """Within each, ``model`` runs as it is judged: its held-out divergence is the mean over them."""
+        return (nullcontext(),)
+
+    def cost(self) -> float:
+        """What counts beside held-out divergence where the best state is chosen."""
+        return 0.0
 
     def before(self, step: int, steps: int) -> None:
         """Called before the forward pass of each step."""

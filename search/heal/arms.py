@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankfront.methods.layers import weight_of
 from rankfront.search.heal.arm import Arm
+from rankfront.search.heal.ordered import Ordered, OrderedTogether
 from rankfront.search.heal.trainable import Parameter, normalise
 from rankfront.search.heal.trp import RankPruning
 
@@ -242,4 +243,5 @@ class StraightThrough(Arm):
         self.latents = []
 
 
-ARMS: dict[str, type[Arm]] = {arm.name: arm for arm in (Arm, Scales, Lora, Coefficients, StraightThrough, RankPruning)}
+ALL = (Arm, Scales, Lora, Coefficients, StraightThrough, RankPruning, Ordered, OrderedTogether)
+ARMS: dict[str, type[Arm]] = {arm.name: arm for arm in ALL}

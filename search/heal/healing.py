@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -138,7 +139,11 @@ class Healing:
         return snapshot(self.student, self.parameters)
 
     def _held_out(self) -> float:
-        return self.held_out.mean(self.head)
+        found = []
+        for view in ARMS[self.settings.method].views(self.student):
+            with view:
+                found.append(self.held_out.mean(self.head))
+        return fmean(found)
 
     def _keep(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if not Processes().first:
@@ -183,6 +188,7 @@ class Healing:
         base = {f"{BASE}{name}": value for name, value in self._snapshot().items()}
         kind = Arm if self.results and ARMS[settings.method].first_alone else ARMS[settings.method]
         arm = kind(self.student, self.teacher, self.parameters, settings.seed)
+        arm.lasso = settings.lasso
         with training(arm.parameters):
             whole = EndToEnd(arm, self.head, self._teacher(windows), windows, settings, self.precision)
             whole.begin(self.status.now, where, tensors)

@@ -71,7 +71,7 @@ class EndToEnd:
 
     def begin(self, error: float, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Start from the parameters as they are, of held-out divergence ``error``; or from what `state` gave."""
-        self.best = Best(self.arm.parameters, error)
+        self.best = Best(self.arm.parameters, error + self.arm.cost())
         if where:
             self.fit.load(tensors, int(where["step"]))
             self.best.error = where["best"]
@@ -90,7 +90,7 @@ class EndToEnd:
                 loss = self.step()
                 due = self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps
                 if due and self.arm.storable:
-                    self.best.offer(evaluate())
+                    self.best.offer(evaluate() + self.arm.cost())
                 after_step(loss)
         except NotFinite as error:
             note = f"{error}: ended at its best state"

@@ -18,6 +18,8 @@ BLOCK_RATES = (2e-3, 1e-3)  # of factors
 LOGIT_RATES = (5e-4, 3e-4)
 SCRATCH_RATE = 3e-3  # of everything: SLTrain's (2406.02214)
 
+ORDERED = ("lod", "fjord")  # methods by ordered dropout
+
 
 def parse_tokens(value: str | int) -> int:
     """``"300k"``, ``"1M"`` or ``1_000_000`` as a whole number of tokens; `InputError` where it is none."""
@@ -49,6 +51,7 @@ class HealSettings:
         held_out: share of the windows that nothing is trained on, up to `healing.MOST_HELD_OUT` tokens.
         dtype: of products: float32, bfloat16, or auto, the latter where the hardware has it; masters are fp32.
         from_scratch: everything that is stored trains, from a fresh initialisation, on the text's next tokens.
+        lasso: strength of the group lasso of ordered dropout, 0 for none; see `ordered`.
         seed: of the order of the windows and of what is drawn.
     """
 
@@ -65,6 +68,7 @@ class HealSettings:
     batch: int | None = None
     held_out: float = 0.05  # guess
     dtype: str = "auto"
+    lasso: float = 0.0
     seed: int = 0
     from_scratch: bool = False
 
@@ -85,6 +89,16 @@ class HealSettings:
         check_choice("heal dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"heal rate is {self.rate}: it must be above 0, such as 1e-4")
+        if self.method in ORDERED and self.stages != ("logits",):
+            raise InputError(
+                f"heal method {self.method} trains by the loss of the whole model: leave blocks out of the stages"
+                " (--stages logits)"
+            )
+        if not self.lasso >= 0 or (self.lasso and self.method not in ORDERED):
+            raise InputError(
+                f"heal lasso is {self.lasso} with method {self.method}: leave it out, or set it above 0 with method"
+                f" {' or '.join(ORDERED)}"
+            )
 
     def budget(self, stage: Stage) -> int:
         """Tokens that ``stage`` may see."""

@@ -86,6 +86,11 @@ def skeleton(source: Source) -> Any:
     return model
 
 
+def dense_skeleton(source: Source) -> Any:
+    """The dense model of a factored export, without weights: its configuration is that of the dense one."""
+    return _empty(source, read_config(source))
+
+
 def read_config(source: Source) -> Any:
     """The model's transformers configuration."""
     with loading(source, "configuration"):

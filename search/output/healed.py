@@ -69,7 +69,7 @@ def heal_folder(
     """
     out = new_folder(out)
     source = resolve(str(folder), trust_remote_code)
-    plan = _plan_of(folder, source)
+    plan = plan_of(folder, source)
     teacher_source = None if settings.from_scratch else _teacher_of(plan, folder, dense, trust_remote_code)
     processes = Processes()
     if not processes.first:
@@ -173,7 +173,8 @@ def _is_export_of(folder: Path, row: Row, refit: Refit) -> bool:
     return plan == row.plan and (REFIT_NOTE in card) == (refit != "none")
 
 
-def _plan_of(folder: Path, source: Source) -> Plan:
+def plan_of(folder: Path, source: Source) -> Plan:
+    """The plan of a factored export; `InputError` where ``folder`` is none, or has no plan."""
     if quantisation(read_config(source)) != QUANT_METHOD:
         raise InputError(f"{str(folder)!r} is no factored export: name a folder that `rankfront export` wrote")
     file = folder / "plan.json"

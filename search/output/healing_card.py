@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.settings import ORDERED, HealSettings
 from rankfront.search.heal.status import StageResult
 from rankfront.search.plain import markdown
 
@@ -23,7 +23,7 @@ HEALED = """## Healed
 
 After factorisation, what is stored was trained towards the dense model (method `{settings.method}`, loss
 `{settings.loss}`) on {where}. **The figures above are of the model before that.** Divergence is KL(dense ‖ this model)
-in nats a token, on windows that nothing was trained on.
+in nats a token{narrow}, on windows that nothing was trained on.
 
 | stage | tokens seen | seconds | divergence before | after |
 """
@@ -43,5 +43,6 @@ def note(results: Sequence[StageResult], text: HealText, settings: HealSettings)
     rows = "\n".join(
         f"| {r.stage} | {r.tokens:,} | {r.seconds:,.0f} | {r.before:.4f} | {r.after:.4f} |" for r in results
     )
-    head = (FROM_SCRATCH if settings.from_scratch else HEALED).format(settings=settings, where=where)
+    narrow = ", the mean over whole, three quarters and half ranks" * (settings.method in ORDERED)
+    head = (FROM_SCRATCH if settings.from_scratch else HEALED).format(settings=settings, where=where, narrow=narrow)
     return f"{head}| --- | --- | --- | --- | --- |\n{rows}\n"

@@ -1,0 +1,229 @@
+"""Slice an exported folder: the same factors at lower ranks, which are their first components; nothing is trained.
+
+Ranks are those of least predicted divergence within the size asked for: the Fisher quadratic of every rank of every
+site, from one pass around the model as it is (see `factors.gradient`), solved as a knapsack. It asks for components in
+the order of their worth, as SVD leaves them, and healing with ordered dropout.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from rankfront.methods import Factors, InputError, Option, Prepared, Site, get_method
+from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
+from rankfront.objectives import score
+from rankfront.search.atomic import new_folder, staged
+from rankfront.search.errors import ExportError
+from rankfront.search.factors.gradient import quadratic_divergence
+from rankfront.search.inputs.capacity import capacity_of
+from rankfront.search.inputs.device import pick_device
+from rankfront.search.inputs.model import count_parameters, dense_skeleton, load_model, load_tokenizer, quiet
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.source import Source
+from rankfront.search.inputs.text import cut
+from rankfront.search.measure.joining import separate
+from rankfront.search.names import inside_blocks
+from rankfront.search.output.export import check_same, save_tokenizer, verify_folder
+from rankfront.search.output.healed import RECORD, plan_of
+from rankfront.search.output.healing_card import HealText
+from rankfront.search.plain import markdown
+from rankfront.search.plans.lagrangian import Lagrangian
+from rankfront.search.plans.menu import Line, Menu
+from rankfront.search.plans.plan import Plan, Prices
+from rankfront.search.splits import Split
+
+VALUE_BYTES = 2  # of a value, for prices in bytes, which are not looked at
+MEASURED = 4  # windows that perplexity is measured on; guess
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What slicing did: kept fractions of the dense model and perplexities on the same windows, before and after."""
+
+    parameters_before: float
+    parameters: float
+    perplexity_before: float
+    perplexity: float
+    stored_values: int
+    sites: int
+
+
+def slice_folder(
+    folder: Path,
+    text: HealText,
+    most: float,
+    out: Path,
+    windows: int = 8,
+    multiple: int = 8,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Sliced:
+    """Write the factored export ``folder`` with at most ``most`` of the dense model's parameters to the new folder
+    ``out``, verified there as an export is.
+
+    Ranks are multiples of ``multiple``; their worth is measured on so many ``windows`` of the text, and perplexity on
+    `MEASURED` more. Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails.
+    """
+    out = new_folder(out)
+    source = resolve(str(folder), trust_remote_code)
+    plan = plan_of(folder, source)
+    empty = dense_skeleton(source)
+    sites = find_sites(empty)
+    prices = Prices(inside_blocks(sites), count_parameters(empty), VALUE_BYTES)
+    before = prices.of(plan)
+    if not 0 < most < before.parameters:
+        raise InputError(
+            f"--max-parameters is {most:g} and {str(folder)!r} keeps {before.parameters:.4g} of the dense model's"
+            " parameters: give a fraction above 0 and below that"
+        )
+    found = cut(load_tokenizer(source), {"slice": Split(text.name, windows + MEASURED, text.part)}, text.length)[
+        "slice"
+    ]
+    model = load_model(source, "auto", pick_device(device))
+    capacity = capacity_of(model)
+    capacity.check_length(text.length, "--length")
+    capacity.check_tokens({"slice": found})
+    separate(model.modules())
+    levels = offered(model, sites, plan, multiple)
+    menu = priced(model, levels, found[:windows], seed)
+    chosen = within(menu, int(most * before.dense_values) - (before.values - menu.dense), before.dense_values)
+    sliced = Plan.of(plan.by_site | chosen.by_site, dict(plan.origin))
+    held, count = found[windows:], count_parameters(model)
+    perplexity = score(model, held).perplexity
+    for site in levels:
+        narrow(model, site, cast(int, sliced.by_site[site.name]["rank"]))
+    after = prices.of(sliced)
+    if count - count_parameters(model) != before.values - after.values:
+        raise RuntimeError("the sliced model stores something else than its plan: a defect of rankfront")
+    result = Sliced(
+        before.parameters, after.parameters, perplexity, score(model, held).perplexity, after.values, len(levels)
+    )
+    try:
+        _write(model, source, sliced, text, result, held, out)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+    return result
+
+
+def offered(model: nn.Module, sites: Iterable[Site], plan: Plan, multiple: int) -> dict[Site, list[Option]]:
+    """The ranks that each site of ``plan`` may be cut to, its own first: sites of nested low-rank factors.
+
+    Embedding tables of their own stay: what their components are worth, no gradient at a linear says.
+    """
+    found = {}
+    for site in sites:
+        option = plan.option(site.name)
+        rank = dict(option.level).get("rank")
+        modules = _modules(model, site)
+        fits = all(isinstance(module, LowRankLinear | LowRankEmbedding) and module.rank == rank for module in modules)
+        if type(rank) is int and fits and site.anchor.kind == "linear" and get_method(option.method).nested:
+            ranks = [rank, *range((rank - 1) // multiple * multiple, 0, -multiple)]
+            found[site] = [Option.of(option.method, rank=own) for own in ranks]
+    if not any(len(options) > 1 for options in found.values()):
+        raise InputError("the plan has no low-rank factors that can be cut: export a plan of another method")
+    return found
+
+
+def _modules(model: nn.Module, site: Site) -> list[Any]:
+    return [model.get_submodule(path) for weight in site.weights for path in (weight.path, *weight.tied)]
+
+
+class _Held:
+    """The factors that a model runs, as a store of prepared ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def load(self, site: Site, option: Option) -> Prepared:
+        modules = [cast(LowRankLinear, self.model.get_submodule(weight.path)) for weight in site.weights]
+        ends = np.cumsum([0, *(module.out_features for module in modules)]).tolist()
+        rows = {
+            f"rows.{weight.role}": torch.tensor(span) for weight, span in zip(site.weights, pairwise(ends), strict=True)
+        }
+        left = torch.cat([module.left.detach() for module in modules])
+        return {"left": left.T, "right": modules[0].right.detach(), **rows}
+
+    def factors(self, site: Site, option: Option) -> Mapping[str, Factors]:
+        return get_method(option.method).truncate(self.load(site, option), option)
+
+
+def priced(model: nn.Module, levels: Mapping[Site, Sequence[Option]], windows: Tensor, seed: int) -> Menu:
+    """What every rank stores, and the divergence that it is predicted to cause by itself."""
+    predicted = quadratic_divergence(model, windows, levels, _Held(model), seed)
+    lines = []
+    for site, options in levels.items():
+        own = np.array([predicted[site.name][option.label] for option in options])
+        own[0] = 0.0
+        sizes = np.array([get_method(option.method).storage(site, option).parameters for option in options])
+        lines.append(Line(site.name, tuple(options), sizes, np.maximum.accumulate(own)))
+    return Menu(tuple(lines))
+
+
+def within(menu: Menu, budget: int, dense: int) -> Plan:
+    """The ranks of least predicted divergence that store at most ``budget`` values; ``dense`` is the dense model's."""
+    if budget < menu.least:
+        raise InputError(
+            f"every rank at its lowest keeps {(menu.least - budget) / dense:.4g} of the dense model's parameters more"
+            " than --max-parameters: raise it, or lower --rank-multiple"
+        )
+    return menu.decode(Lagrangian(menu).solve(budget))
+
+
+@torch.no_grad()
+def narrow(model: Any, site: Site, rank: int) -> None:
+    """Keep the first ``rank`` components of a site's factors; what modules share stays shared."""
+    known: dict[int, nn.Parameter] = {}
+    for module in _modules(model, site):
+        for name, kept in (("left", module.left[:, :rank]), ("right", module.right[:rank])):
+            whole = getattr(module, name)
+            setattr(module, name, known.setdefault(id(whole), nn.Parameter(kept.clone(), requires_grad=False)))
+        module.rank = rank
+    for weight in site.weights:
+        for path in (weight.path, *weight.tied):
+            model.config.quantization_config.modules[path]["rank"] = rank
+
+
+def _write(model: Any, source: Source, plan: Plan, text: HealText, result: Sliced, held: Tensor, out: Path) -> None:
+    """Write the sliced model, reload it in a fresh process and compare, and only then name it ``out``."""
+    with staged(out) as folder:
+        with quiet():
+            model.save_pretrained(folder)
+        save_tokenizer(load_tokenizer(source), folder)
+        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+        verified = verify_folder(folder, held, str(next(model.parameters()).device), source.trust_remote_code)
+        check_same("sliced folder", verified, result.perplexity)
+        if verified.parameters != count_parameters(model):
+            raise ExportError(f"the sliced folder has {verified.parameters:,} parameters: not kept")
+        old = Path(source.location)
+        if (old / RECORD).is_file():
+            shutil.copyfile(old / RECORD, folder / RECORD)
+        card = old / "README.md"
+        said = card.read_text(encoding="utf-8") if card.is_file() else f"# {markdown(source.name)}\n"
+        (folder / "README.md").write_text(said.rstrip() + "\n\n" + note(result, text), encoding="utf-8")
+
+
+def note(result: Sliced, text: HealText) -> str:
+    """A model card's section on what was cut."""
+    return f"""## Sliced
+
+The factors were cut to their first components at {result.sites} sites, without training. **The figures above are of the
+model before that.** Perplexity is on {MEASURED} windows of {text.length} tokens of {markdown(text.name)}, part
+{list(text.part)}; ranks were chosen on others.
+
+| | kept fraction of the model | perplexity |
+| --- | --- | --- |
+| before | {result.parameters_before:.4f} | {result.perplexity_before:.6g} |
+| after | {result.parameters:.4f} | {result.perplexity:.6g} |
+"""
