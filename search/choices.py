@@ -5,6 +5,7 @@ from typing import Literal
 Format = Literal["factored", "dense"]
 Refit = Literal["none", "sequential"]
 Stage = Literal["blocks", "logits"]
+STAGES: tuple[tuple[Stage, ...], ...] = (("blocks",), ("logits",), ("blocks", "logits"))
 Loss = Literal["kl", "ce", "both"]
 BlockError = Literal["relative", "fisher"]
 Window = Literal["block", "half"]

@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
-from rankfront.search.choices import OURS, SAMPLERS, BlockError, Loss, Stage, TeacherChoice, Window
+from rankfront.search.choices import OURS, SAMPLERS, STAGES, BlockError, Loss, Stage, TeacherChoice, Window
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
 from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, trial_windows
@@ -320,6 +320,15 @@ class HealConfig(Strict):
     teacher: TeacherChoice = "auto"
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     device: str = "auto"
+
+    @field_validator("stages")
+    @classmethod
+    def _stages(cls, stages: tuple[Literal["refit"] | Stage, ...]) -> tuple[Literal["refit"] | Stage, ...]:
+        if stages[stages[0] == "refit" :] not in STAGES:
+            raise ValueError(
+                f"stages are {list(stages)}: name blocks, logits, or blocks and then logits; refit may come first"
+            )
+        return stages
 
 
 class StudyConfig(Strict):

@@ -1,6 +1,7 @@
 """The study file: what is read, and one line for each thing wrong with it."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -336,6 +337,12 @@ def test_numbers_that_nobody_means_are_refused_by_key(key, number, tmp_path):
     assert key.rpartition(".")[2] in str(caught.value) or "duration" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("stages", [["refit"], ["logits", "blocks"], ["blocks", "refit"], ["refit", "refit", "logits"]])
+def test_stages_of_healing_that_nothing_runs_are_refused(stages):
+    assert "name blocks, logits" in refusal({}, [f"heal.stages={json.dumps(stages)}"])
+    make_config({}, ['heal.stages=["refit", "logits"]'])
 
 
 @pytest.mark.parametrize("value", ["[1e400]", "[nan]", "[0.5, inf]", "[-inf]", "[0]", f"[{'9' * 400}]"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from rankfront.methods import InputError, check_choice
-from rankfront.search.choices import BlockError, Loss, Stage, TeacherChoice, Window
+from rankfront.search.choices import STAGES, BlockError, Loss, Stage, TeacherChoice, Window
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 # Settings by tokens seen in all. On one plan of smollm2-135m at keep 0.6, 40,000 tokens of `logits` closed 26% of the
@@ -79,7 +79,7 @@ class HealSettings:
         check_choice("heal error", self.error, get_args(BlockError))
         check_choice("heal window", self.window, get_args(Window))
         check_choice("heal teacher", self.teacher, get_args(TeacherChoice))
-        if self.stages not in (("blocks",), ("logits",), ("blocks", "logits")):
+        if self.stages not in STAGES:
             raise InputError(f"heal stages are {list(self.stages)}: name blocks, logits, or blocks and then logits")
         if self.from_scratch and (self.stages, self.method, self.loss) != (("logits",), "factors", "ce"):
             raise InputError(

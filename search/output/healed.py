@@ -138,7 +138,7 @@ def export_healed(
     stages = tuple(stage for stage in config.stages if stage != "refit")
     settings = HealSettings(
         tokens=tokens or config.tokens,
-        stages=stages or ("blocks", "logits"),
+        stages=stages,
         method=config.method,
         loss=config.loss,
         error=config.error,
