@@ -23,8 +23,10 @@ if TYPE_CHECKING:  # each command imports what it needs
     from rich.console import Console
 
     from rankfront.search.optimise.answer import Answer
+    from rankfront.search.output.export import Verified
     from rankfront.search.output.results import Results
     from rankfront.search.storage.front import Row
+    from rankfront.search.storage.healed import Healed
     from rankfront.search.study import Study
 
 app = typer.Typer(
@@ -159,7 +161,7 @@ def front(
     html: Annotated[Path | None, typer.Option(help="write the report page to this file")] = None,
     where: WhereOption = None,
 ) -> None:
-    """Show the Pareto front of a run."""
+    """Show the Pareto front of a run, and that of its healed plans."""
     from rankfront.search.study import Study
 
     found = Study.open(run).read()
@@ -167,7 +169,7 @@ def front(
         from rankfront.search.storage.front import frame
 
         csv = csv.expanduser()
-        frame(found.rows).to_csv(csv, index=False)
+        frame(found.rows, found.healed.columns).to_csv(csv, index=False)
         _say(terminal(), f"wrote {csv}")
     if html is not None:
         html = html.expanduser()
@@ -213,6 +215,21 @@ def _print_front(found: Results, where: list[str]) -> None:
         _say(output(), warning)
     if any(row.report is None for row in rows):
         _say(output(), "some members have no report perplexity yet: launch the study again to measure it")
+    _print_healed(found, where)
+
+
+def _print_healed(found: Results, where: list[str]) -> None:
+    from rankfront.search.output.tables import healed_table
+
+    healed = found.healed
+    if healed.members:
+        output().print(healed_table(found, found.healed_front(*where)))
+        _say(output(), f"hypervolume {found.healed_hypervolume():.4f} of the same box")
+    if healed.failures:
+        number = min(healed.failures)
+        _say(output(), f"{len(healed.failures)} could not be healed, such as trial {number}: {healed.failures[number]}")
+    if healed.others:
+        _say(output(), f"not shown: {healed.others} that other settings, or another text, healed")
 
 
 @app.command(epilog="Example: rankfront menu runs/demo --csv menu.csv")
@@ -267,6 +284,7 @@ def export_command(
     form: Annotated[Format, typer.Option("--format", help="factored, or dense")] = "factored",
     refit: Annotated[Refit | None, typer.Option(help="fit factors again to the compressed model before them")] = None,
     heal: Annotated[str | None, typer.Option(help="train it on data.heal for so many tokens, such as 1M")] = None,
+    healed: Annotated[bool, typer.Option("--healed", help="a plan that the search healed, as it was scored")] = False,
 ) -> None:
     """Write a trial's model to a folder: of those that meet the limits, the best in the first objective."""
     from rankfront.search.study import Study
@@ -277,6 +295,13 @@ def export_command(
         *(f"{name}<={bound!r}" for name, bound in limits.items() if bound is not None),
     ]
     study = Study.open(run)
+    if trial is not None and (constraints or knee):
+        raise InputError("--trial names one trial, so limits and --knee have nothing to choose: leave one of them out")
+    if healed:
+        if form != "factored" or refit is not None or heal is not None:
+            raise InputError("--healed exports what the search healed: leave --format, --refit and --heal out")
+        _export_stored(study, out, study.read().pick_healed(constraints, trial, knee))
+        return
     row = _pick(study.read(), trial, constraints, knee)
     if heal is not None:
         if form != "factored" or refit is not None:
@@ -285,15 +310,25 @@ def export_command(
         return
     with terminal().status(f"exporting trial {row.number} ..."):
         verified = study.export(out, row, form, refit)
+    _say_exported(f"trial {row.number} ({row.origin})", verified, out)
+    if verified.warning is not None:
+        terminal().print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _say_exported(what: str, verified: Verified, out: Path) -> None:
     where_to = out.resolve() if out.is_symlink() else out
     _say(
         terminal(),
-        f"trial {row.number} ({row.origin}) is in {where_to}: {verified.parameters:,} stored values in"
-        f" {verified.bytes / 1e6:,.1f} MB, perplexity {verified.perplexity:.4g} on the search split after reloading in"
-        " a fresh process",
+        f"{what} is in {where_to}: {verified.parameters:,} stored values in {verified.bytes / 1e6:,.1f} MB, perplexity"
+        f" {verified.perplexity:.4g} on the search split after reloading in a fresh process",
     )
-    if verified.warning is not None:
-        terminal().print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _export_stored(study: Study, out: Path, healed: Healed) -> None:
+    row, tokens = healed.row, healed.record["tokens"]
+    with terminal().status(f"exporting trial {row.number} as it was healed ..."):
+        verified = study.export_stored(out, healed)
+    _say_exported(f"trial {row.number} ({row.origin}), healed by {tokens:,} tokens,", verified, out)
 
 
 def _export_healed(study: Study, out: Path, row: Row, tokens: str) -> None:
@@ -309,10 +344,6 @@ def _export_healed(study: Study, out: Path, row: Row, tokens: str) -> None:
 
 def _pick(found: Results, trial: int | None, constraints: list[str], knee: bool) -> Row:
     if trial is not None:
-        if constraints or knee:
-            raise InputError(
-                "--trial names one trial, so limits and --knee have nothing to choose: leave one of them out"
-            )
         row = found.trial(trial)
         if row.state != "complete":
             raise InputError(f"trial {trial} is {row.state} ({row.failure or 'no values'}): name a complete one")

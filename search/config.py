@@ -36,6 +36,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 MIN_WINDOW = 8  # tokens; shorter windows predict next to nothing
 LONGEST = 100 * 365 * UNITS["d"]  # of a search; a guess at what nobody means
 QUALITY = ("divergence", "perplexity")  # losses that our sampler can model, the preferred one first
+ALWAYS = ("block_parameters", "bytes", "parameters", "perplexity")  # figures of every trial, objectives or not
 MOST = 2**53  # of anything counted: beyond, figures are not exact
 MOST_AT_ONCE = 2**16  # workers, and CPUs or GPUs for one; a guess
 
@@ -264,7 +265,8 @@ class SearchConfig(Strict):
     ``workers`` are trials at once, in a Ray actor each; 0 runs them in this process. By default there is one for every
     device that trials run on, and a single device needs no actor.
     ``refit`` is what is done to members of the front before they are measured on the report split once more, and by
-    default to what is exported.
+    default to what is exported. ``heal`` is what is healed once the limits are reached: nothing, or members of the
+    front, as ``[heal]`` says.
     """
 
     sampler: str = "rankfront"
@@ -280,6 +282,7 @@ class SearchConfig(Strict):
     trial_tokens: Count | None = None
     where: tuple[str, ...] = ()
     refit: Literal["none", "sequential"] = "none"
+    heal: Literal["none", "front"] = "none"
     storage: str | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -306,9 +309,10 @@ class SearchConfig(Strict):
 
 
 class HealConfig(Strict):
-    """How exported plans are healed: see `heal.settings.HealSettings`, whose keys these are.
+    """How plans are healed: see `heal.settings.HealSettings`, whose keys most of these are.
 
-    ``stages`` may begin with ``refit``, the closed form that exports have too.
+    ``stages`` may begin with ``refit``, the closed form that exports have too. Of the front, ``members`` at most are
+    healed, for ``tokens`` each, of those that meet ``where``, which are limits on their figures before healing.
     """
 
     tokens: Count = 1_000_000
@@ -320,6 +324,8 @@ class HealConfig(Strict):
     teacher: TeacherChoice = "auto"
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     device: str = "auto"
+    members: Count = 4  # guess
+    where: tuple[str, ...] = ()
 
     @field_validator("stages")
     @classmethod
@@ -345,6 +351,27 @@ class StudyConfig(Strict):
     def _limits_on_objectives(self) -> StudyConfig:
         for text in self.search.where:
             check_choice("objective in search.where", Constraint.parse(text).figure, list(self.objectives))
+        for text in self.heal.where:
+            known = sorted({*self.objectives, *ALWAYS})
+            check_choice("figure in heal.where", Constraint.parse(text).figure, known)
+        return self
+
+    @model_validator(mode="after")
+    def _can_heal(self) -> StudyConfig:
+        if self.search.heal == "none":
+            return self
+        if preferred_loss(self) is None:
+            raise ValueError(
+                f"search.heal is {self.search.heal!r} and the objectives are {list(self.objectives)}, none of which"
+                f" healing changes: add {' or '.join(QUALITY)}"
+            )
+        if self.data.heal is None:
+            raise ValueError(
+                f"search.heal is {self.search.heal!r} and the study names no text to heal on: set data.heal ="
+                ' { text = "my.txt", windows = 512 }'
+            )
+        if self.data.heal.windows < 2:
+            raise ValueError("data.heal has 1 window, and healing holds one out: give it 2 or more")
         return self
 
     @model_validator(mode="after")
@@ -407,7 +434,7 @@ LEFT = {  # keys of earlier versions -> what to do
     "search.rungs": "trials have one fidelity, set search.trial_tokens to the tokens that each reads",
     "search.reduction": "remove it, trials have one fidelity",
 }
-LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit")}
+LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit", "heal")}
 
 
 def definition_of(config: StudyConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rankfront.search.constraint import Constraint
 from rankfront.search.output.results import Results
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Box, Row, frame
+from rankfront.search.storage.healed import Healed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,7 +144,8 @@ class Study:
 
     def frame(self) -> pd.DataFrame:
         """Every trial as one row of a pandas frame."""
-        return frame(self.rows())
+        found = self.read()
+        return frame(found.rows, found.healed.columns)
 
     def answer(self, *constraints: str) -> Answer:
         """The plan expected to be best within ``constraints``, such as ``block_parameters<=0.73``, and the study's own;
@@ -185,7 +187,8 @@ class Study:
     ) -> None:
         """Run the study until its limits are reached, or go on with it where an earlier launch stopped.
 
-        ``report`` measures the front on the report split at the end; a later launch does it otherwise.
+        ``report`` measures the front on the report split at the end, and heals its members where the study asks for it;
+        a later launch does both otherwise.
 
         Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C or SIGTERM.
         """
@@ -194,6 +197,19 @@ class Study:
         self.config = self.run.remembered(self.config)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         Launch(self.run, self.config, address, rebuild, report).measure(console)
+        if report and self.config.search.heal != "none":
+            self._heal(console)
+
+    def _heal(self, console: Console | None) -> None:
+        """Heal members of the front."""
+        from rankfront.search.output.front_healing import FrontHealing
+        from rankfront.search.output.healing_progress import lines_on
+        from rankfront.search.run.resolving import heal_windows
+
+        with self.run.lock():
+            setup = self.setup()
+            windows = heal_windows(self.run, self.config, setup, lambda phase, done, total: None)
+            FrontHealing(self.run, setup, windows, self.read, *lines_on(console)).heal()
 
     def solve(self, *constraints: str, console: Console | None = None) -> Row:
         """The plan expected to be best within ``constraints``, measured: one more trial, unless it was measured before.
@@ -218,6 +234,13 @@ class Study:
         found = self.read()
         row, refit = row or found.knee(), refit or self.config.search.refit
         return export(self.setup(), row, Path(out).expanduser(), form, refit, found.dense_report)
+
+    def export_stored(self, out: str | Path, healed: Healed | None = None) -> Verified:
+        """Write a plan that the search healed, by default the best, to the new folder ``out``, as it was scored; see
+        `Results.pick_healed` and `front_healing.export_stored`."""
+        from rankfront.search.output.front_healing import export_stored
+
+        return export_stored(self.run, self.setup(), healed or self.read().pick_healed(), Path(out).expanduser())
 
     def export_healed(
         self,

@@ -221,7 +221,7 @@ tables = {
     "objectives": ("perplexity", "divergence", "parameters", "latency"),
     "search": (
         "sampler", "menu", "trials", "time", "tokens", "seed", "workers", "groups", "untie", "anchors",
-        "trial_tokens", "where", "refit", "resources",
+        "trial_tokens", "where", "refit", "heal", "resources",
     ),
 }  # fmt: skip
 studies = st.fixed_dictionaries(

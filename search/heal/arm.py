@@ -37,7 +37,7 @@ class Arm:
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
-        """Raise `InputError` where ``model`` stores nothing that this trains in a way of its own."""
+        """Raise `NothingToHeal` where ``model`` stores nothing that this trains in a way of its own."""
 
     def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
         self.model, self.dense, self.seed = model, dense, seed

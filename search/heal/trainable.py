@@ -19,6 +19,10 @@ BUFFER = "buffer:"  # before the names of buffers in a snapshot
 RATES: dict[Kind, float] = {"factor": 1.0, "weight": 0.2, "small": 1.0}  # times the rate; training.md 6.1, a guess
 
 
+class NothingToHeal(InputError):
+    """A plan has no values that healing trains."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One tensor that trains: its name in the model, itself, and what it is."""
@@ -38,7 +42,7 @@ def trainable(model: nn.Module) -> list[Parameter]:
     """Every tensor of ``model`` that may train, each once, in the order of the module tree.
 
     Factors and smaller dense weights of compressed modules; norms and biases of all. Embedding tables and heads train
-    where they are factored. Untouched dense weights stay as they are. Raises `InputError` where nothing is left.
+    where they are factored. Untouched dense weights stay as they are. Raises `NothingToHeal` where nothing is left.
     """
     found: dict[int, Parameter] = {}
     modules = factored_modules(model)
@@ -58,7 +62,7 @@ def trainable(model: nn.Module) -> list[Parameter]:
         if parameter.ndim <= 1 and not fixed:
             found.setdefault(id(parameter), Parameter(name, parameter, "small"))
     if not any(parameter.kind != "small" for parameter in found.values()):
-        raise InputError(
+        raise NothingToHeal(
             "the plan has nothing to heal: no factors and no smaller dense weights (integers and absent blocks are"
             " fixed); choose a plan with another method"
         )

@@ -20,14 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import InputError
 from rankfront.methods.layers import weight_of
 from rankfront.methods.layers_low_rank import LowRankLinear
 from rankfront.methods.truncation import truncated
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.fit import NotFinite
 from rankfront.search.heal.processes import Processes
-from rankfront.search.heal.trainable import Parameter
+from rankfront.search.heal.trainable import NothingToHeal, Parameter
 
 ROUNDS = 5  # truncations, the one to the plan's rank included; guess
 DENSE = 2 / 3  # of the steps, before that one; guess
@@ -56,7 +55,9 @@ class RankPruning(Arm):
     @classmethod
     def check(cls, model: nn.Module) -> None:
         if not cls.added(model):
-            raise InputError("heal method trp truncates low-rank weights and the plan has none: use --method factors")
+            raise NothingToHeal(
+                "heal method trp truncates low-rank weights and the plan has none: use --method factors"
+            )
 
     def chosen(self, parameters: list[Parameter]) -> list[Parameter]:  # type: ignore[override]
         holders = Counter(id(tensor) for module in self.model.modules() for tensor in module.parameters(recurse=False))

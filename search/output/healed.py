@@ -118,6 +118,24 @@ def heal_folder(
     return results
 
 
+def settings_of(setup: Setup, tokens: int | None = None) -> tuple[HealSettings, Refit]:
+    """How the study heals, ``tokens`` instead of its own where they are given; and whether it refits before."""
+    config = setup.config.heal
+    stages = tuple(stage for stage in config.stages if stage != "refit")
+    settings = HealSettings(
+        tokens=tokens or config.tokens,
+        stages=stages,
+        method=config.method,
+        loss=config.loss,
+        error=config.error,
+        window=config.window,
+        teacher=config.teacher,
+        rate=None if config.rate == "auto" else config.rate,
+        seed=setup.config.search.seed,
+    )
+    return settings, "sequential" if config.stages[0] == "refit" else "none"
+
+
 def export_healed(
     setup: Setup,
     row: Row,
@@ -134,19 +152,7 @@ def export_healed(
     meanwhile; when the same is asked for again after an interruption, it is taken from there.
     """
     config, split = setup.config.heal, setup.config.data.heal
-    refit: Refit = "sequential" if config.stages[0] == "refit" else "none"
-    stages = tuple(stage for stage in config.stages if stage != "refit")
-    settings = HealSettings(
-        tokens=tokens or config.tokens,
-        stages=stages,
-        method=config.method,
-        loss=config.loss,
-        error=config.error,
-        window=config.window,
-        teacher=config.teacher,
-        rate=None if config.rate == "auto" else config.rate,
-        seed=setup.config.search.seed,
-    )
+    settings, refit = settings_of(setup, tokens)
     if Processes().count > 1:
         raise InputError("export runs in one process: export without --heal, then heal the folder with several")
     before = out.with_name(f".{out.name}.exported")

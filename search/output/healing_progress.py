@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 from rich.console import Console
@@ -12,7 +12,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from rankfront.search.heal.healing import Show
 from rankfront.search.heal.status import StageResult, Status
+from rankfront.search.plain import literal
 
+Line = Callable[[], AbstractContextManager[Show]]
+Say = Callable[[str], None]
 LINES = 10  # printed of a healing where there is no terminal
 
 
@@ -39,6 +42,16 @@ def progress_line(console: Console) -> Iterator[Show]:
 
     with bar:
         yield show
+
+
+def lines_on(console: Console | None) -> tuple[Line, Say]:
+    """On ``console``, by default standard error: a live line for each of several healings, and plain lines."""
+    console = console or Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(literal(line), soft_wrap=True)
+
+    return lambda: progress_line(console), say
 
 
 def said(status: Status) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ from rankfront.search.storage.front import Row, comparable
 
 GROUPS = ("dominated", "uniform anchors", "front")
 COLOURS = {"dominated": "#b8bdc6", "uniform anchors": "#d98e04", "front": "#1f5fbf"}
+HEALED = "#2e8540"
 SPAN = 20.0  # times the front's best value: what lies above is left out of the picture, and said so
 PLAIN = {"displayModeBar": False}
 SIZE_AXES = ("parameters", "block_parameters", "bytes", "latency")
@@ -43,6 +45,17 @@ def front_figure(found: Results) -> go.Figure:
         )
     left_out = len(rows) - len(shown)
     note = f" ({left_out} trials above the picture)" if left_out else ""
+    healed = found.healed_front()
+    if healed:
+        figure.add_scatter(
+            x=[row.values[size] for row in healed],
+            y=[row.values[quality] for row in healed],
+            name="front of healed plans",
+            mode="lines+markers" if len(names) == 2 else "markers",
+            marker={"color": HEALED, "size": 10},
+            text=[f"healed<br>{_hover(row)}" for row in healed],
+            hoverinfo="text",
+        )
     figure.update_layout(
         title=f"{_escaped(found.config.model.name)}: {len(rows)} trials, {len(front)} on the front{note}",
         template="plotly_white",
@@ -128,7 +141,8 @@ td:nth-child(2), th:nth-child(2), .said td, .said th {{ text-align: left }}
 The search split chose these trials; the report split, which the search never saw, and the control text, which is of
 another domain, give the last columns.</p>
 {front_figure(found).to_html(full_html=False, include_plotlyjs=True, config=PLAIN)}
-{_table(found)}
+{_table(found, found.front())}
+{_healed(found)}
 {_continuations(found)}
 {plan_figure(found, knee).to_html(full_html=False, include_plotlyjs=False, config=PLAIN)}
 </body></html>
@@ -137,7 +151,16 @@ another domain, give the last columns.</p>
     write_whole(path, page.encode())
 
 
-def _table(found: Results) -> str:
+def _healed(found: Results) -> str:
+    """The front of healed plans, where some are."""
+    rows, settings = found.healed_front(), found.healed.healing.get("settings", {})
+    if not rows:
+        return ""
+    said = f"Plans healed by {settings['tokens']:,} tokens each, on a front of their own; figures are after healing."
+    return f"<p>{_escaped(said)}</p>{_table(found, rows)}"
+
+
+def _table(found: Results, rows: Sequence[Row]) -> str:
     names = list(found.config.objectives)
     reported = {"perplexity": "report perplexity"}
     control = found.config.data.control
@@ -145,7 +168,7 @@ def _table(found: Results) -> str:
         reported["control"] = f"perplexity on {control.label}"
     head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, *reported.values()])
     lines = []
-    for row in found.front():
+    for row in rows:
         cells = [str(row.number), row.origin, *(f"{value:.4g}" for value in row.values.values())]
         measured = [(row.report or {}).get(name) for name in reported]
         cells += ["-" if value is None else f"{value:.4g}" for value in measured]

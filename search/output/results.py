@@ -19,6 +19,7 @@ from rankfront.search.plans.latency_table import Calibrated, timings_of
 from rankfront.search.plans.space import Space
 from rankfront.search.storage import front as fronts
 from rankfront.search.storage.front import Box, Row, StudyState
+from rankfront.search.storage.healed import Healed, HealedFront, healed_front
 from rankfront.search.storage.picking import best_meeting, holding, meeting
 
 
@@ -51,6 +52,43 @@ class Results:
     def front(self, *constraints: str) -> list[Row]:
         """The `members` that meet ``constraints`` and the study's own."""
         return holding(self.members, self._limits(constraints))
+
+    @cached_property
+    def healed(self) -> HealedFront:
+        """What was healed of them."""
+        return healed_front(self.state)
+
+    def healed_front(self, *constraints: str) -> list[Row]:
+        """The healed plans that no other healed plan dominates, those that meet ``constraints`` and the study's own.
+
+        Their figures are those after healing."""
+        return holding(self.healed.front, self._limits(constraints))
+
+    def healed_hypervolume(self) -> float:
+        """The share of the box that the front of healed plans dominates."""
+        return fronts.hypervolume(self.healed_front(), self.box)
+
+    def pick_healed(self, constraints: Sequence[str] = (), trial: int | None = None, knee: bool = False) -> Healed:
+        """A healed plan: of ``trial``, or of those that meet ``constraints`` and the study's own the best in the first
+        objective, or the ``knee`` of their front, by figures after healing. `InputError` where there is none."""
+        members = self.healed.members
+        if not members:
+            raise InputError(
+                f'run {str(self.path)!r} has no healed plan: launch it with search.heal = "front", or export by --heal'
+            )
+        if trial is not None:
+            if trial not in members:
+                why = self.healed.failures.get(trial)
+                raise InputError(
+                    f"trial {trial} was not healed{'' if why is None else f' ({why})'}: healed are"
+                    f" {', '.join(map(str, members))}; or export with --heal"
+                )
+            return members[trial]
+        limits = self._limits(constraints)
+        if knee:
+            return members[fronts.knee(meeting(self.healed.front, limits), self.box).number]
+        met = meeting([healed.row for healed in members.values()], limits)
+        return members[min(met, key=lambda row: list(row.values.values())).number]
 
     def best(self, *constraints: str) -> Row:
         """Of the complete trials that meet ``constraints`` and the study's own, the best in the first objective.

@@ -27,7 +27,7 @@ from rankfront.search.plans.plan import Prices
 from rankfront.search.plans.reach import check_reachable
 from rankfront.search.plans.space import Space
 from rankfront.search.run.progress import Display
-from rankfront.search.run.resolving import make_setup, own_text, placed, resolved_as
+from rankfront.search.run.resolving import heal_windows, make_setup, own_text, placed, resolved_as
 from rankfront.search.run.scheduler import Scheduler, Stop
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
@@ -99,6 +99,8 @@ class Launch:
         setup = make_setup(self.run, self.config, progress, drawn)
         space = make_space(setup)
         check_limits(setup, space)
+        if self.config.search.heal != "none":  # a text that is too short is refused before anything is measured
+            heal_windows(self.run, self.config, setup, progress, drawn)
         if drawn.keys() != known:
             self.run.keep_own_text({seed: ids.numpy() for seed, ids in drawn.items()})
         self.run.define(self.config, resolved_as(self.run, self.config, setup))

@@ -63,14 +63,18 @@ def make_setup(
     return Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
 
 
-def heal_windows(run: Run, config: StudyConfig, setup: Setup, progress: Progress) -> Tensor:
-    """Windows (W, L) of ``data.heal``, none of which another split has; `InputError` where the study names no text."""
+def heal_windows(
+    run: Run, config: StudyConfig, setup: Setup, progress: Progress, drawn: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Windows (W, L) of ``data.heal``, none of which another split has; `InputError` where the study names no text, or
+    one that is too short. ``drawn`` as of `make_setup`."""
     if config.data.heal is None:
         raise InputError(
             'the study names no text to heal on: set data.heal = { text = "my.txt", windows = 512 } and launch it'
             " again, or export the plan and use rankfront heal"
         )
-    own = OwnText(setup.source, setup.dtype, setup.device, Path(setup.cache), own_text(run), progress)
+    known = own_text(run) if drawn is None else drawn
+    own = OwnText(setup.source, setup.dtype, setup.device, Path(setup.cache), known, progress)
     splits = {**config.data.splits(), LAST: config.data.heal.split}
     return cut(load_tokenizer(setup.source), splits, config.data.length, own)[LAST]
 

@@ -309,8 +309,8 @@ def knee(rows: Sequence[Row], box: Box) -> Row:
     return rows[int(np.argmin(np.linalg.norm(box.scale(rows), axis=1)))]
 
 
-def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """One flat row per trial: nested records become columns such as ``seconds.apply``."""
+def frame(rows: Sequence[Row], more: Mapping[int, Mapping[str, Any]] | None = None) -> pd.DataFrame:
+    """One flat row per trial: nested records become columns such as ``seconds.apply``; ``more`` columns by trial."""
     import pandas as pd
 
     front = {row.number for row in front_of(rows)}
@@ -322,5 +322,5 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
         for name in (keys.SECONDS, keys.NOTES):
             flat |= {f"{name}.{key}": value for key, value in row.attributes.get(name, {}).items()}
         flat |= {f"report.{key}": value for key, value in (row.report or {}).items() if not isinstance(value, dict)}
-        records.append(flat)
+        records.append(flat | dict((more or {}).get(row.number, {})))
     return pd.DataFrame.from_records(records)

@@ -1,0 +1,211 @@
+"""Healing inside a search: members of the front are healed, scored as trials are, and kept under the run.
+
+Each lies in a folder of its own, ``RUN/healed/PLAN-HEALING``, which is an export like any other: PLAN is the plan's
+key, HEALING a hash of the settings, the windows, the seed and the dense model. The record of what was measured is an
+attribute of the study; what has both is not healed again. What was begun goes on from its checkpoint, in the hidden
+folder beside it. See `storage.healed` for which members are healed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import MISSING, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rankfront.methods import InputError
+from rankfront.objectives import Teacher, score, teach
+from rankfront.search import attributes as keys
+from rankfront.search.atomic import new_folder, staged
+from rankfront.search.errors import ExportError, Interrupted
+from rankfront.search.heal.settings import HealSettings
+from rankfront.search.heal.trainable import NothingToHeal
+from rankfront.search.inputs.device import DTYPES
+from rankfront.search.inputs.model import count_bytes, load_model, load_tokenizer, use_attention
+from rankfront.search.inputs.resolve import resolve
+from rankfront.search.inputs.source import Source
+from rankfront.search.inputs.text import hash_tokens
+from rankfront.search.measure.control import reported
+from rankfront.search.measure.setup import Setup
+from rankfront.search.output.export import Verified, check_same, verify_folder
+from rankfront.search.output.healed import RECORD, export_healed, settings_of
+from rankfront.search.output.healing_progress import Line, Say
+from rankfront.search.output.results import Results
+from rankfront.search.storage.checked import close
+from rankfront.search.storage.folder import Run
+from rankfront.search.storage.front import Row
+from rankfront.search.storage.healed import Healed, next_to_heal
+
+
+def folder_of(run: Run) -> Path:
+    """Where a run keeps healed members."""
+    return run.path / "healed"
+
+
+class FrontHealing:
+    """Heals members of a study's front.
+
+    Args:
+        run: of the study.
+        setup: the study resolved on this machine.
+        windows: what is healed on (W, L).
+        read: reads the study anew.
+        line, say: show how far a healing is, and print a line.
+    """
+
+    def __init__(
+        self, run: Run, setup: Setup, windows: torch.Tensor, read: Callable[[], Results], line: Line, say: Say
+    ) -> None:
+        self.run, self.setup, self.windows, self.read, self.line, self.say = run, setup, windows, read, line, say
+        settings, refit = settings_of(setup)
+        told = {**_chosen(settings), "refit": refit}
+        about = {"settings": told, "windows": hash_tokens(windows), "dense": setup.fingerprint}
+        text = json.dumps(about, sort_keys=True)
+        split = setup.config.data.heal
+        self.healing: dict[str, Any] = {
+            "key": hashlib.sha256(text.encode()).hexdigest()[:16],
+            **json.loads(text),
+            "text": "" if split is None else split.label,
+        }
+
+    def heal(self) -> None:
+        """Heal the members that are due. Those that are done are kept, whatever happens.
+
+        Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails, `Interrupted` on
+        Ctrl-C or SIGTERM.
+        """
+        if self.read().state.known.get(keys.HEALING) != self.healing:
+            self._keep(keys.HEALING, self.healing)
+        try:
+            while (row := self._next()) is not None:
+                self._keep(keys.healed_of(row.plan.key, self.healing["key"]), self._healed(row))
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped: healed members and the last checkpoint are kept") from error
+        for left in folder_of(self.run).glob(f".*-{self.healing['key']}.*"):  # of plans that left the front meanwhile
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _next(self) -> Row | None:
+        config, found = self.setup.config.heal, self.read()
+        failed = found.healed.failures
+        front = [row for row in found.front(*config.where) if row.plan.choices and row.number not in failed]
+        done = {row.number for row in front if row.number in found.healed.members and self._folder(row).is_dir()}
+        row = next_to_heal(front, done, config.members)
+        if row is not None:
+            many = min(config.members, len(front))
+            self.say(f"healing trial {row.number}, {len(done) + 1} of {many} members of the front")
+        return row
+
+    def _folder(self, row: Row) -> Path:
+        return folder_of(self.run) / f"{row.plan.key}-{self.healing['key']}"
+
+    def _keep(self, name: str, record: Any) -> None:
+        storage = self.run.study(self.setup.config, write=True)
+        try:
+            storage.set_user_attr(name, record)
+        finally:
+            close(storage)
+
+    def _healed(self, row: Row) -> dict[str, Any]:
+        """The record of ``row``, healed where its folder is not there yet."""
+        folder = self._folder(row)
+        if not folder.is_dir():
+            dense = self.read().dense_report
+            try:
+                with self.line() as show:
+                    export_healed(self.setup, row, folder, self.windows, None, dense, show, self.say)
+            except NothingToHeal as error:
+                return {keys.FAILURE: str(error)}
+        source = resolve(str(folder), self.setup.source.trust_remote_code)
+        measured = self._scored(row, source)
+        if keys.FAILURE in measured:
+            shutil.rmtree(folder)
+            return measured
+        stages = _stages(folder)
+        tokens = sum(stage["tokens"] for stage in stages)
+        return {"folder": folder.name, "weights": source.fingerprint, "tokens": tokens, "stages": stages, **measured}
+
+    def _scored(self, row: Row, source: Source) -> dict[str, Any]:
+        """The losses of the healed model on what trials read, and its report."""
+        model = self._loaded(source, "auto")
+        stored, wanted = count_bytes(model), row.figure("bytes")
+        if stored != wanted:
+            raise ExportError(f"healed, trial {row.number} stores {stored:,} bytes and not {wanted:,.0f}: not kept")
+        scores = score(model, self._read_by_trials, self._teacher)
+        values = {"perplexity": scores.perplexity}
+        if self._teacher is not None:
+            values["divergence"] = scores.divergence
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            return {keys.FAILURE: f"not finite after healing: {', '.join(bad)}"}
+        return {"values": values, "report": dict(reported(model, self.setup.tokens, load_tokenizer(source)))}
+
+    def _loaded(self, source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
+        model = load_model(source, dtype, self.setup.device)
+        use_attention(model, self.setup.config.model.attention)
+        return model
+
+    @property
+    def _read_by_trials(self) -> torch.Tensor:
+        return self.setup.tokens["search"][: self.setup.config.trial_windows]
+
+    @cached_property
+    def _teacher(self) -> Teacher | None:
+        """The dense model's predictions on what trials read, where an objective wants them."""
+        if "divergence" not in self.setup.config.objectives:
+            return None
+        return teach(self._loaded(self.setup.source, DTYPES[self.setup.dtype]), self._read_by_trials)
+
+
+def _chosen(settings: HealSettings) -> dict[str, Any]:
+    """What is not left at its default: settings that later versions add do not make a healing another one."""
+    return {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.default is MISSING or getattr(settings, field.name) != field.default
+    }
+
+
+def _stages(folder: Path) -> list[dict[str, Any]]:
+    """What each stage did, as the folder of a healed model says."""
+    try:
+        stages: list[dict[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / RECORD} is corrupt ({error}): remove its folder, and launch again") from error
+    return stages
+
+
+def export_stored(run: Run, setup: Setup, healed: Healed, out: Path) -> Verified:
+    """Copy a healed member to the new folder ``out`` and verify it there: the weights that were scored, bit for bit.
+
+    Raises `InputError` where ``out`` is taken, or the member is not what was scored any more; `ExportError` where
+    writing or verifying fails.
+    """
+    out, folder, trusted = new_folder(out), folder_of(run) / healed.record["folder"], setup.source.trust_remote_code
+    if not folder.is_dir() or resolve(str(folder), trusted).fingerprint != healed.record["weights"]:
+        raise InputError(
+            f"{str(folder)!r} is not there, or not what was scored: remove it, and launch the study to heal trial"
+            f" {healed.row.number} again"
+        )
+    perplexity = healed.row.figure("perplexity")
+    try:
+        with staged(out) as staging:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
+            if resolve(str(staging), trusted).fingerprint != healed.record["weights"]:
+                raise ExportError(f"the copy of {str(folder)!r} differs: not kept")
+            windows = setup.tokens["search"][: setup.config.trial_windows]
+            verified = verify_folder(staging, windows, setup.device, trusted)
+            check_same("healed export", verified, perplexity)
+            if verified.bytes != healed.row.figure("bytes"):
+                raise ExportError(f"the export has {verified.bytes:,} bytes and the plan another number: not kept")
+            with (staging / "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\nHealed, its perplexity on the search split is {verified.perplexity:.6g}, reloaded.\n")
+    except OSError as error:
+        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+    return replace(verified, parameters=healed.row.attributes[keys.PARAMETER_COUNT])  # integers and index bits too

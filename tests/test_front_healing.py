@@ -1,0 +1,380 @@
+"""Healing inside a search: members of the front are healed, scored, kept, shown by themselves and exported."""
+
+import json
+import math
+import shutil
+
+import pytest
+from launching import make_run, quiet, small_data, started, tree, verify_here, wait_for, write_study
+from transformers import AutoModelForCausalLM
+
+from rankfront.methods import InputError
+from rankfront.objectives import Scores, score
+from rankfront.search.__main__ import run as command_line
+from rankfront.search.config import make_config
+from rankfront.search.errors import Interrupted
+from rankfront.search.heal import logits
+from rankfront.search.heal.healing import Healing
+from rankfront.search.output import front_healing
+from rankfront.search.study import Study
+
+TOKENS = 60_000
+
+
+@pytest.fixture(autouse=True)
+def _verified_here(monkeypatch):
+    verify_here(monkeypatch)
+
+
+def healing_data(folder, text, **heal):
+    data = small_data(folder, text, trials=8, anchors=[0.4, 0.6, 0.8], heal="front")
+    data["data"]["heal"] = {"text": str(text), "windows": 300}
+    data["objectives"] = {"divergence": {}, "parameters": {}}
+    data["heal"] = {"tokens": TOKENS, "rate": 0.003, "members": 2, **heal}
+    return data
+
+
+@pytest.fixture(scope="module")
+def searched(model_folder, text_file, tmp_path_factory):
+    """A run whose search is over, and of which nothing is healed yet."""
+    folder = tmp_path_factory.mktemp("searched") / "run"
+    data = healing_data(model_folder, text_file)
+    data["search"]["heal"] = "none"
+    make_run(data, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(searched, tmp_path_factory):
+    """The same, healed by another launch."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    shutil.copytree(searched, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        verify_here(patch)
+        healing(folder).launch(quiet())
+    return folder
+
+
+@pytest.fixture
+def unhealed(searched, tmp_path):
+    """A copy of `searched`, the test's own."""
+    return shutil.copytree(searched, tmp_path / "run")
+
+
+def healing(folder, **heal):
+    """The study of a run, asked to heal its front."""
+    data = Study.open(folder).config.model_dump(mode="json")
+    data["search"]["heal"] = "front"
+    data["heal"] |= heal
+    return Study(data, folder)
+
+
+def test_members_are_healed_and_their_trials_stay_as_they_were(searched, launched):
+    before, found = Study.open(searched).read(), Study.open(launched).read()
+    assert [row.values for row in found.rows] == [row.values for row in before.rows]
+    assert found.front() == before.front()
+    assert len(found.healed.members) == 2
+    for number, healed in found.healed.members.items():
+        row = found.trial(number)
+        assert healed.row.values["parameters"] == row.values["parameters"]
+        assert healed.row.attributes["bytes"] == row.attributes["bytes"]
+        assert healed.row.values["divergence"] < row.values["divergence"]
+        assert healed.row.attributes["perplexity"] != row.attributes["perplexity"]
+        assert healed.row.report["perplexity"] != row.report["perplexity"]
+        assert healed.record["tokens"] == TOKENS
+
+
+def test_what_is_healed_is_not_healed_again(launched, monkeypatch):
+    monkeypatch.setattr(front_healing, "export_healed", None)  # which would fail
+    before, records = tree(launched / "healed"), Study.open(launched).read().healed
+    healing(launched).launch(quiet())
+    assert tree(launched / "healed") == before
+    assert Study.open(launched).read().healed == records
+
+
+def test_the_smallest_is_healed_first_and_then_what_is_farthest_from_those(launched):
+    found = Study.open(launched).read()
+    sizes = sorted(row.values["parameters"] for row in found.front() if row.plan.choices)
+    assert sorted(h.row.values["parameters"] for h in found.healed.members.values()) == [sizes[0], sizes[-1]]
+
+
+def test_more_members_are_healed_when_more_are_asked_for(launched, tmp_path):
+    run = shutil.copytree(launched, tmp_path / "run")
+    before = Study.open(run).read().healed.members
+    healing(run, members=3).launch(quiet())
+    after = Study.open(run).read().healed.members
+    assert len(after) == 3
+    assert {number: after[number] for number in before} == before
+
+
+def test_healed_and_unhealed_plans_never_share_a_front(launched):
+    found = Study.open(launched).read()
+    assert {row.number for row in found.healed.front} <= found.healed.members.keys()
+    assert all(row.values == found.trial(row.number).values for row in found.front())
+    assert all(row.values == found.healed.members[row.number].row.values for row in found.healed_front())
+    assert found.hypervolume() == Study.open(launched).hypervolume()
+
+
+def test_limits_say_which_members_are_healed(unhealed):
+    largest = max(row.values["parameters"] for row in Study.open(unhealed).front() if row.plan.choices)
+    healing(unhealed, members=1, where=[f"parameters>={largest!r}"]).launch(quiet())
+    members = Study.open(unhealed).read().healed.members.values()
+    assert [healed.row.values["parameters"] for healed in members] == [largest]
+
+
+@pytest.mark.parametrize("stage", ["blocks", "logits", "scoring", "recording"])
+def test_a_launch_that_is_stopped_goes_on_where_it_was(unhealed, monkeypatch, stage):
+    """Ctrl-C in a stage, after its end, and after everything but the record was written."""
+    run, steps = unhealed, []
+    with monkeypatch.context() as patch:
+        stop_at(patch, stage)
+        with pytest.raises(Interrupted):
+            healing(run, members=1).launch(quiet())
+    assert not Study.open(run).read().healed.members
+    left = {path.name.rsplit(".", 1)[-1] for path in (run / "healed").glob(".*")}
+    if stage in ("blocks", "logits"):
+        assert left == {"healing", "exported"}
+        state = json.loads(next((run / "healed").glob(".*.healing/state.json")).read_text())["data"]["where"]
+        assert state["tokens"] > 0
+    else:
+        monkeypatch.setattr(front_healing, "export_healed", None)  # which would fail
+    step = Healing._tell
+    monkeypatch.setattr(Healing, "_tell", lambda *given: steps.append(given[1:3]) or step(*given))
+    healing(run, members=1).launch(quiet())
+    (member,) = Study.open(run).read().healed.members.values()
+    assert member.record["tokens"] == TOKENS
+    assert not list((run / "healed").glob(".*"))
+    if stage == "blocks":
+        assert steps[0] == ("blocks", TOKENS // 2)  # of two blocks the second
+    if stage == "logits":
+        assert {name for name, _ in steps} == {"logits"}
+
+
+def test_killed_in_the_middle_it_goes_on(unhealed, text_file):
+    """SIGKILL after the first checkpoint, in a process of its own."""
+    file = write_study(
+        healing(unhealed, members=1, tokens=90_000).config.model_dump(mode="json"), unhealed / "study.toml"
+    )
+    with started("launch", file, "--run", unhealed) as process:
+        there = wait_for(
+            lambda: list((unhealed / "healed").glob(".*.healing/state.json")), lambda: process.poll() is None
+        )
+        process.kill()
+        process.communicate()
+    assert there
+    healing(unhealed, members=1, tokens=90_000).launch(quiet())
+    (member,) = Study.open(unhealed).read().healed.members.values()
+    assert member.record["tokens"] == 90_000
+    assert not list((unhealed / "healed").glob(".*"))
+
+
+def stop_at(patch, stage):
+    """Let Ctrl-C arrive in a stage of healing, before the scoring or before the record is written."""
+    if stage == "scoring":
+        return patch.setattr(front_healing.FrontHealing, "_scored", interrupt)
+    if stage == "recording":
+        keep = front_healing.FrontHealing._keep
+        return patch.setattr(
+            front_healing.FrontHealing,
+            "_keep",
+            lambda self, name, record: interrupt() if name.startswith("healed") else keep(self, name, record),
+        )
+    tell = Healing._tell
+
+    def stopping(self, where, done, loss):
+        tell(self, where, done, loss)
+        if where == stage:
+            interrupt()
+
+    return patch.setattr(Healing, "_tell", stopping)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+# -- settings
+
+
+def test_other_settings_heal_anew_and_what_was_healed_before_is_kept(launched, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(launched, tmp_path / "run")
+    before = Study.open(run).read().healed.members
+    files = tree(run / "healed")
+    healing(run, members=1, tokens=1_000).launch(quiet())
+    found = Study.open(run).read().healed
+    assert [member.record["tokens"] for member in found.members.values()] == [1_000]
+    assert found.others == 1
+    assert tree(run / "healed").items() >= files.items()
+    assert command_line(["front", str(run)]) == 0
+    assert "not shown: 1 that other settings" in capsys.readouterr().out
+    monkeypatch.setattr(front_healing, "export_healed", None)  # which would fail
+    healing(run, members=2, tokens=TOKENS).launch(quiet())
+    assert Study.open(run).read().healed.members == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data": {"heal": None}}, "names no text to heal on"),
+        ({"data": {"heal": {"text": "pydoc", "windows": 1}}}, "holds one out"),
+        ({"objectives": {"parameters": {}, "bytes": {}}, "search": {"heal": "front"}}, "add divergence or perplexity"),
+        ({"heal": {"where": ["seconds<=1"]}}, "figure in heal.where"),
+        ({"heal": {"where": ["parameters"]}}, "does not read as"),
+        ({"heal": {"members": 0}}, "heal.members"),
+    ],
+    ids=str,
+)
+def test_what_cannot_heal_is_refused_in_one_line(changed, said):
+    data = {"search": {"heal": "front"}, "data": {"heal": {"text": "pydoc", "windows": 2}}}
+    with pytest.raises(InputError, match=said) as caught:
+        make_config(data | changed)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_text_is_said_before_anything_is_measured(model_folder, text_file, tmp_path):
+    data = healing_data(model_folder, text_file)
+    data["data"]["heal"]["windows"] = 100_000
+    with pytest.raises(InputError, match=r"data\.heal: part .* has 24,000 tokens .* 100000 windows need 3,200,000"):
+        Study(data, tmp_path / "run").launch(quiet())
+    assert not (tmp_path / "run" / "study.db").exists()
+
+
+# -- what cannot be healed
+
+
+def test_a_plan_of_nothing_trainable_is_reported_unhealed(model_folder, text_file, tmp_path, capsys):
+    data = healing_data(model_folder, text_file)
+    data["space"] = {"methods": ["drop-block"]}
+    data["search"] |= {"trials": 2}
+    make_run(data, tmp_path / "run")
+    found = Study.open(tmp_path / "run").read()
+    assert not found.healed.members
+    assert found.healed.failures
+    assert command_line(["front", str(tmp_path / "run"), "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert {trial["healed"]["failure"] for trial in trials if trial["healed"]} == set(found.healed.failures.values())
+    assert command_line(["front", str(tmp_path / "run")]) == 0
+    assert "could not be healed, such as trial" in capsys.readouterr().out
+    assert not list((tmp_path / "run" / "healed").iterdir())
+
+
+def test_a_loss_that_is_no_number_ends_its_stage_at_the_best_state(unhealed, monkeypatch):
+    chunked = logits.chunked
+
+    def spoilt(*given):
+        kl, entropy = chunked(*given)
+        return (kl * float("nan"), entropy) if kl.requires_grad else (kl, entropy)
+
+    monkeypatch.setattr(logits, "chunked", spoilt)
+    healing(unhealed, members=1).launch(quiet())
+    found = Study.open(unhealed).read()
+    (member,) = found.healed.members.values()
+    assert "ended at its best state" in member.record["stages"][-1]["note"]
+    assert math.isfinite(member.row.values["divergence"])
+
+
+def test_what_is_not_finite_where_trials_are_scored_is_reported_unhealed(unhealed, monkeypatch):
+    monkeypatch.setattr(front_healing, "score", lambda *_: Scores(math.nan, math.nan, 1))
+    largest = max(row.values["parameters"] for row in Study.open(unhealed).front() if row.plan.choices)
+    healing(unhealed, where=[f"parameters>={largest!r}"]).launch(quiet())
+    found = Study.open(unhealed).read().healed
+    assert not found.members
+    assert all("not finite" in why for why in found.failures.values())
+    assert not list((unhealed / "healed").iterdir())
+
+
+# -- what is shown
+
+
+def test_commands_show_healed_plans_in_a_column_and_on_a_front_of_their_own(launched, tmp_path, capsys):
+    found = Study.open(launched).read()
+    assert command_line(["front", str(launched)]) == 0
+    shown = capsys.readouterr().out
+    assert "healed divergence" in shown
+    assert "Pareto front of healed plans" in shown
+    assert "60,000" in shown
+    number, member = next(iter(found.healed.members.items()))
+    assert command_line(["show", str(launched), str(number)]) == 0
+    assert "healed by 60,000 tokens" in capsys.readouterr().out
+    page, csv = tmp_path / "page.html", tmp_path / "trials.csv"
+    assert command_line(["front", str(launched), "--html", str(page), "--csv", str(csv)]) == 0
+    assert "front of healed plans" in page.read_text()
+    assert "healed.divergence" in csv.read_text().splitlines()[0]
+    frame = Study.open(launched).frame().set_index("number")
+    assert frame["healed.divergence"][number] == member.row.values["divergence"]
+    assert frame["healed.tokens"].count() == 2
+
+
+def test_json_has_what_was_healed_by_trial(launched, searched, capsys):
+    found = Study.open(launched).read()
+    assert command_line(["front", str(launched), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["healed"]["settings"]["tokens"] == TOKENS
+    assert printed["healed"]["hypervolume"] == found.healed_hypervolume()
+    trials = {trial["number"]: trial["healed"] for trial in printed["trials"] if trial["healed"]}
+    assert trials.keys() == found.healed.members.keys()
+    for number, shown in trials.items():
+        before, after = found.trial(number).values["divergence"], shown["values"]["divergence"]
+        assert shown["closed"] == pytest.approx(1 - after / before)
+        assert [stage["stage"] for stage in shown["stages"]] == ["blocks", "logits"]
+    assert command_line(["front", str(searched), "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert before["healed"] is None
+    assert all(trial["healed"] is None for trial in before["trials"])
+
+
+# -- exports
+
+
+def test_what_was_scored_is_exported_bit_for_bit(launched, tmp_path, capsys):
+    study, out = Study.open(launched), tmp_path / "small"
+    found = study.read()
+    assert command_line(["export", str(launched), "--healed", "--max-parameters", "0.99", "--out", str(out)]) == 0
+    assert "healed by 60,000 tokens" in " ".join(capsys.readouterr().err.split())
+    member = found.pick_healed(["parameters<=0.99"])
+    assert member.row.values == min(
+        (m.row.values for m in found.healed.members.values()), key=lambda v: v["divergence"]
+    )
+    stored = launched / "healed" / member.record["folder"] / "model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == stored.read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert score(model, study.setup().tokens["search"]).perplexity == member.row.attributes["perplexity"]
+    assert "Healed, its perplexity on the search split" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--healed", "--heal", "1k"], "leave --format, --refit and --heal out"),
+        (["--healed", "--format", "dense"], "leave --format, --refit and --heal out"),
+        (["--healed", "--trial", "0"], "trial 0 was not healed"),
+        (["--healed", "--max-parameters", "0.01"], "no trial meets"),
+        (["--healed", "--trial", "1", "--knee"], "--trial names one trial"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_exported_is_one_line(launched, tmp_path, capsys, more, said):
+    assert command_line(["export", str(launched), "--out", str(tmp_path / "small"), *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_of_nothing_healed_says_how_to_heal(searched, tmp_path, capsys):
+    assert command_line(["export", str(searched), "--healed", "--out", str(tmp_path / "small")]) == 2
+    assert 'search.heal = "front"' in capsys.readouterr().err
+
+
+def test_a_folder_that_changed_is_refused_and_one_that_is_gone_is_healed_again(launched, tmp_path):
+    run = shutil.copytree(launched, tmp_path / "run")
+    study = Study.open(run)
+    member = study.read().pick_healed()
+    folder = run / "healed" / member.record["folder"]
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="remove it, and launch the study"):
+        study.export_stored(tmp_path / "small", member)
+    assert not (tmp_path / "small").exists()
+    shutil.rmtree(folder)
+    healing(run).launch(quiet())
+    assert study.read().pick_healed().record["weights"] == member.record["weights"]
+    study.export_stored(tmp_path / "small")
