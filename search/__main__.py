@@ -381,6 +381,7 @@ def heal_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     lasso: Annotated[float, typer.Option(help="of lod and fjord: drop components that this penalty leaves")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    adapter: Annotated[int, typer.Option(min=0, help="rank of a wavelet adapter beside low-rank weights")] = 0,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="initialise all of it anew, train on the text")
     ] = False,
@@ -401,6 +402,7 @@ def heal_command(
     settings = HealSettings(
         tokens=parse_tokens(tokens), stages=tuple(cast(Any, stages.split(","))), method=method, loss=loss, error=error,
         window=window, teacher=teacher, rate=rate, batch=batch, lasso=lasso, seed=seed, from_scratch=from_scratch,
+        adapter=adapter,
     )  # fmt: skip
     where = HealText(text, length, _part(part))
     with progress_line(terminal()) as show:

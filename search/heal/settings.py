@@ -52,6 +52,7 @@ class HealSettings:
         dtype: of products: float32, bfloat16, or auto, the latter where the hardware has it; masters are fp32.
         from_scratch: everything that is stored trains, from a fresh initialisation, on the text's next tokens.
         lasso: strength of the group lasso of ordered dropout, 0 for none; see `ordered`.
+        adapter: rank of what is added beside low-rank weights, which alone makes a model larger; 0 for nothing.
         seed: of the order of the windows and of what is drawn.
     """
 
@@ -71,6 +72,7 @@ class HealSettings:
     lasso: float = 0.0
     seed: int = 0
     from_scratch: bool = False
+    adapter: int = 0
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -85,6 +87,11 @@ class HealSettings:
             raise InputError(
                 f"from scratch there is nothing to heal towards: stages are logits, method factors and loss ce, and not"
                 f" {', '.join(self.stages)}, {self.method} and {self.loss}"
+            )
+        if self.adapter and (self.from_scratch or self.method != "factors"):
+            raise InputError(
+                f"adapter is {self.adapter}, and adapters train beside an export's own factors: leave --from-scratch"
+                " out and --method at factors"
             )
         check_choice("heal dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.rate is not None and not self.rate > 0:

@@ -20,6 +20,7 @@ from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Refit
 from rankfront.search.errors import ExportError, Interrupted
+from rankfront.search.heal.adapter import adapt
 from rankfront.search.heal.healing import Healing, Show
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.memory import check, free_bytes, need_of
@@ -87,6 +88,9 @@ def heal_folder(
     capacity.check_tokens({"heal": windows})
     if teacher_source is None:
         initialise(student, settings.seed)
+    if settings.adapter:
+        added = adapt(student, settings.adapter, settings.seed)
+        say(f"adapters of rank {settings.adapter} add {added:,} values to what is stored")
     teacher = student if teacher_source is None else load_model(teacher_source, "auto", device)
     try:
         healing = Healing(student, teacher, windows, settings, keeper, show)

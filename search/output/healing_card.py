@@ -27,6 +27,10 @@ in nats a token{narrow}, on windows that nothing was trained on.
 
 | stage | tokens seen | seconds | divergence before | after |
 """
+ADAPTED = """
+
+Beside every low-rank weight stands a wavelet adapter (WaRA, 2506.24092) of rank {settings.adapter}, which training
+added. So the folder holds more values than the plan: `parameters` above leaves these out."""
 FROM_SCRATCH = """## Trained from scratch
 
 Of the model above nothing is left but its shapes: all that is stored was initialised anew, by seed {settings.seed}, and
@@ -45,4 +49,6 @@ def note(results: Sequence[StageResult], text: HealText, settings: HealSettings)
     )
     narrow = ", the mean over whole, three quarters and half ranks" * (settings.method in ORDERED)
     head = (FROM_SCRATCH if settings.from_scratch else HEALED).format(settings=settings, where=where, narrow=narrow)
+    if settings.adapter:
+        rows += ADAPTED.format(settings=settings)
     return f"{head}| --- | --- | --- | --- | --- |\n{rows}\n"
