@@ -118,11 +118,11 @@ def table(cells: Sequence[Cell]) -> Iterator[str]:
 
 PAGE = """# From scratch
 
-A Llama of {width} wide and {blocks} blocks on WikiText-2 validation text, tokenized by a byte-pair tokenizer of
+A Llama {width} wide, with {blocks} blocks, on WikiText-2 validation text, tokenized by a byte-pair tokenizer of
 {vocabulary:,} tokens; how is said at the top of `studies/from_scratch.py`. The three quarters of the text that are
 trained on have {unique:,} tokens. Perplexity is a token's, on the last quarter, as a geometric mean over seeds. The
-paper reports full rank and SLTrain close together, both well below low rank, after 1.1 billion tokens and more: so few
-tokens show what the first steps do, and no more.
+paper reports full rank and SLTrain close together, both well below low rank, after more than a billion tokens. So few
+tokens as here show how each starts to learn, and no more.
 
 {tables}
 

@@ -1,5 +1,7 @@
 """Trained rank pruning: truncation to an energy, its subgradient, and a healing that ends at the plan's rank."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from healing import LENGTH, heal, settings
@@ -161,6 +163,19 @@ def test_the_weight_is_truncated_on_the_way_and_stored_at_the_plans_rank():
     assert torch.allclose(module.matrix(), cut.weight.float(), atol=1e-5)
     assert torch.allclose(module(x), made, atol=1e-5)
     assert torch.allclose(module.left.norm(dim=0), module.right.norm(dim=1), rtol=1e-4)
+
+
+def test_several_processes_truncate_by_what_they_all_have(monkeypatch):
+    """Each reads inputs of its own, so the weight alone decides, before any is read."""
+    monkeypatch.setattr(trp, "Processes", lambda: SimpleNamespace(count=2))
+    student, dense = one()
+    arm = arm_of(student, dense)
+    with training(arm.parameters):
+        steps_of(arm, None, 20, 30)
+        before = arm.sites[0].weight.detach().clone()
+        arm.before(20, 30)
+    assert arm.storable
+    assert torch.allclose(student.site.matrix(), truncated(before, None, 4).weight.float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("stages", [("blocks",), ("logits",), ("blocks", "logits")])

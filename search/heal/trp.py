@@ -14,6 +14,7 @@ steps for the factors at the end.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +60,7 @@ class RankPruning(Arm):
                 "heal method trp truncates low-rank weights and the plan has none: use --method factors"
             )
 
-    def chosen(self, parameters: list[Parameter]) -> list[Parameter]:  # type: ignore[override]
+    def chosen(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         holders = Counter(id(tensor) for module in self.model.modules() for tensor in module.parameters(recurse=False))
         names = {parameter.name for parameter in parameters}
         self.sites: list[_Site] = []
