@@ -173,6 +173,32 @@ def test_a_joint_site_stays_where_nothing_is_known_of_leaving_it():
         assert solver.solve(budget) == (0, 0, 1)
 
 
+def tied_menu(seed, blocks=72, options=8):
+    """A line for each block, and one for any 2, 3 and 4 that follow each other, as bases that blocks share."""
+    lines = list(random_menu(seed, blocks, options, largest=400).lines)
+    for width in (2, 3, 4):
+        drawn = random_menu(seed + width, blocks, options, largest=400).lines
+        for first in range(0, blocks, width):
+            claimed, own = lines[first : first + width], drawn[first]
+            sizes = (own.sizes * (sum(int(line.sizes[0]) for line in claimed) / own.sizes[0])).astype(int)
+            names = tuple(line.site for line in claimed)
+            lines.append(Line("+".join(names), own.options, sizes, width * own.divergence, names))
+    return Menu(tuple(lines))
+
+
+def test_groups_that_tie_many_blocks_together_are_solved_well():
+    menu = tied_menu(0)
+    assert len(menu.regions) == 6
+    solver, gaps = Lagrangian(menu), []
+    for budget in within(menu, 5):
+        plan, best = solver.solve(budget), menu.divergence(knapsack_several(menu, budget, gap=1e-3))
+        assert compatible(menu, plan)
+        assert menu.size(plan) <= budget
+        gaps.append((menu.divergence(plan) - best) / max(best, 1e-3))
+    assert np.median(gaps) <= 0.01
+    assert max(gaps) <= 0.1
+
+
 def weighed_joint_menu(random, blocks=8):
     """Values and outputs, alone or joint, whose options may take more of the second cost than dense."""
     lines = []

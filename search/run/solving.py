@@ -44,7 +44,11 @@ def solve(
 def _measure(
     run: Run, config: StudyConfig, found: Answer, constraints: Sequence[str], console: Console | None
 ) -> Row | None:
-    """The trial that measured what was found for ``constraints``; None where it failed."""
+    """The trial that measured what was found for ``constraints``; None where it failed.
+
+    It is a launch of that one trial, for what surrounds it is that of any launch: the lock, what is tried again, the
+    report, Ctrl-C.
+    """
     if found.trial is None:
         with run.lock():
             storage = run.study(config, write=True)
