@@ -1,7 +1,6 @@
 """`rankfront slice`: an exported folder cut to lower ranks, and what it refuses."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -12,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import InputError, get_method
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.errors import ExportError
+from rankfront.search.heal.settings import HealSettings
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import sliced
 from rankfront.search.output.export import Verified, export
+from rankfront.search.output.healed import heal_folder
 from rankfront.search.output.healing_card import HealText
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -176,9 +177,16 @@ def test_a_disk_that_is_full_or_a_folder_that_reloads_otherwise_leaves_nothing(
         assert not tree(tmp_path)
 
 
-def test_what_was_healed_says_so_after_slicing(exported, text_file, tmp_path, monkeypatch):
+def test_one_healing_serves_every_size(exported, text_file, tmp_path, monkeypatch):
+    """Healed by ordered dropout with a lasso, in a folder of its own, and cut twice."""
     verify_here(monkeypatch)
-    shutil.copytree(exported / "small", tmp_path / "healed")
-    (tmp_path / "healed" / "healing.json").write_text("{}")
-    assert command_line(given(tmp_path, text_file, tmp_path / "sliced", name="healed")) == 0
-    assert (tmp_path / "sliced" / "healing.json").read_text() == "{}"
+    asked = HealSettings(2_000, ("logits",), "fjord", rate=3e-3, batch=128, lasso=1e-6)
+    nested = tmp_path / "nested"
+    heal_folder(exported / "small", HealText(str(text_file), 32), asked, nested)
+    assert "half ranks" in (nested / "README.md").read_text()
+    for most in (0.75, 0.6):
+        out = tmp_path / str(most)
+        assert command_line(given(tmp_path, text_file, out, most, name="nested")) == 0
+        assert (out / "healing.json").read_text() == (nested / "healing.json").read_text()
+        before, after = model_of(nested), model_of(out)
+        assert torch.equal(after.lm_head.left, before.lm_head.left[:, : after.lm_head.rank])

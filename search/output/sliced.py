@@ -49,7 +49,8 @@ MEASURED = 4  # windows that perplexity is measured on; guess
 
 @dataclass(frozen=True)
 class Sliced:
-    """What slicing did: kept fractions of the dense model and perplexities on the same windows, before and after."""
+    """What slicing did: kept fractions of the dense model, and perplexities on the same windows, before and after; what
+    is stored now, and at how many sites that is less."""
 
     parameters_before: float
     parameters: float
@@ -88,27 +89,26 @@ def slice_folder(
             f"--max-parameters is {most:g} and {str(folder)!r} keeps {before.parameters:.4g} of the dense model's"
             " parameters: give a fraction above 0 and below that"
         )
-    found = cut(load_tokenizer(source), {"slice": Split(text.name, windows + MEASURED, text.part)}, text.length)[
-        "slice"
-    ]
+    split = Split(text.name, windows + MEASURED, text.part)
+    found = cut(load_tokenizer(source), {"slice": split}, text.length)["slice"]
+    chosen, held = found[:windows], found[windows:]
     model = load_model(source, "auto", pick_device(device))
     capacity = capacity_of(model)
     capacity.check_length(text.length, "--length")
     capacity.check_tokens({"slice": found})
     separate(model.modules())
     levels = offered(model, sites, plan, multiple)
-    menu = priced(model, levels, found[:windows], seed)
-    chosen = within(menu, int(most * before.dense_values) - (before.values - menu.dense), before.dense_values)
-    sliced = Plan.of(plan.by_site | chosen.by_site, dict(plan.origin))
-    held, count = found[windows:], count_parameters(model)
-    perplexity = score(model, held).perplexity
-    for site in levels:
-        narrow(model, site, cast(int, sliced.by_site[site.name]["rank"]))
-    after = prices.of(sliced)
+    menu = priced(model, levels, chosen, seed)
+    ranks = within(menu, int(most * before.dense_values) - (before.values - menu.dense), before.dense_values)
+    sliced = Plan.of(plan.by_site | ranks.by_site, dict(plan.origin))
+    perplexity, count, after = score(model, held).perplexity, count_parameters(model), prices.of(sliced)
+    changed = [site for site in levels if sliced.option(site.name) != plan.option(site.name)]
+    for site in changed:
+        _apply(model, site, cast(int, sliced.option(site.name)["rank"]))
     if count - count_parameters(model) != before.values - after.values:
         raise RuntimeError("the sliced model stores something else than its plan: a defect of rankfront")
     result = Sliced(
-        before.parameters, after.parameters, perplexity, score(model, held).perplexity, after.values, len(levels)
+        before.parameters, after.parameters, perplexity, score(model, held).perplexity, after.values, len(changed)
     )
     try:
         _write(model, source, sliced, text, result, held, out)
@@ -136,8 +136,12 @@ def offered(model: nn.Module, sites: Iterable[Site], plan: Plan, multiple: int) 
     return found
 
 
+def _paths(site: Site) -> list[str]:
+    return [path for weight in site.weights for path in (weight.path, *weight.tied)]
+
+
 def _modules(model: nn.Module, site: Site) -> list[Any]:
-    return [model.get_submodule(path) for weight in site.weights for path in (weight.path, *weight.tied)]
+    return [model.get_submodule(path) for path in _paths(site)]
 
 
 class _Held:
@@ -182,7 +186,7 @@ def within(menu: Menu, budget: int, dense: int) -> Plan:
 
 
 @torch.no_grad()
-def narrow(model: Any, site: Site, rank: int) -> None:
+def narrow(model: nn.Module, site: Site, rank: int) -> None:
     """Keep the first ``rank`` components of a site's factors; what modules share stays shared."""
     known: dict[int, nn.Parameter] = {}
     for module in _modules(model, site):
@@ -190,9 +194,13 @@ def narrow(model: Any, site: Site, rank: int) -> None:
             whole = getattr(module, name)
             setattr(module, name, known.setdefault(id(whole), nn.Parameter(kept.clone(), requires_grad=False)))
         module.rank = rank
-    for weight in site.weights:
-        for path in (weight.path, *weight.tied):
-            model.config.quantization_config.modules[path]["rank"] = rank
+
+
+def _apply(model: Any, site: Site, rank: int) -> None:
+    """`narrow` a site of a loaded export, and describe it so."""
+    narrow(model, site, rank)
+    for path in _paths(site):
+        model.config.quantization_config.modules[path]["rank"] = rank
 
 
 def _write(model: Any, source: Source, plan: Plan, text: HealText, result: Sliced, held: Tensor, out: Path) -> None:
