@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import InputError
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.search.heal.arm import Arm
+from rankfront.search.heal.trainable import NothingToHeal
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly over [0, 1) however many there are
 ROOT = 1e-12  # under the root of a norm, whose gradient at zero is no number; Maestro's code warns of it
@@ -85,7 +85,7 @@ class Ranked:
 def ranked(model: nn.Module) -> list[Ranked]:
     """The low-rank modules of ``model`` in the order of the module tree, those that share a factor together.
 
-    Raises `InputError` where there is none.
+    Raises `NothingToHeal` where there is none.
     """
     groups: list[list[Any]] = []
     owner: dict[int, list[Any]] = {}
@@ -98,7 +98,7 @@ def ranked(model: nn.Module) -> list[Ranked]:
             group.append(module)
             owner[id(module.left)] = owner[id(module.right)] = group
     if not groups:
-        raise InputError(
+        raise NothingToHeal(
             "ordered dropout trains low-rank factors, and the plan has none: heal it by another method, or choose a"
             " plan of svd-llm"
         )
