@@ -195,9 +195,14 @@ class Study:
         from rankfront.search.run.launch import Launch
 
         self.config = self.run.remembered(self.config)
+        heals = self.config.search.heal != "none"
+        if heals:
+            from rankfront.search.output.healed import settings_of
+
+            settings_of(self.config)  # what is wrong there is said before the search
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         Launch(self.run, self.config, address, rebuild, report).measure(console)
-        if report and self.config.search.heal != "none":
+        if report and heals:
             self._heal(console)
 
     def _heal(self, console: Console | None) -> None:

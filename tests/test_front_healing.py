@@ -239,6 +239,16 @@ def test_too_little_text_is_said_before_anything_is_measured(model_folder, text_
     assert not (tmp_path / "run" / "study.db").exists()
 
 
+@pytest.mark.parametrize(
+    ("heal", "said"), [({"method": "magic"}, "heal method"), ({"method": "lod", "stages": ["blocks"]}, "lod")], ids=str
+)
+def test_settings_that_heal_nothing_are_refused_before_the_search(model_folder, text_file, tmp_path, heal, said):
+    study = Study(healing_data(model_folder, text_file, **heal), tmp_path / "run")
+    with pytest.raises(InputError, match=said):
+        study.launch(quiet())
+    assert not (tmp_path / "run").exists()
+
+
 # -- what cannot be healed
 
 

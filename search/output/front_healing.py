@@ -64,7 +64,7 @@ class FrontHealing:
         self, run: Run, setup: Setup, windows: torch.Tensor, read: Callable[[], Results], line: Line, say: Say
     ) -> None:
         self.run, self.setup, self.windows, self.read, self.line, self.say = run, setup, windows, read, line, say
-        settings, refit = settings_of(setup)
+        settings, refit = settings_of(setup.config)
         told = {**_chosen(settings), "refit": refit}
         about = {"settings": told, "windows": hash_tokens(windows), "dense": setup.fingerprint}
         text = json.dumps(about, sort_keys=True)

@@ -13,14 +13,16 @@ import torch
 from safetensors import SafetensorError
 
 import rankfront
-from rankfront.methods import InputError
+from rankfront.methods import InputError, check_choice
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.objectives import score
 from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Refit
+from rankfront.search.config import StudyConfig
 from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.adapter import adapt
+from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.healing import Healing, Show
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.memory import check, free_bytes, need_of
@@ -122,9 +124,11 @@ def heal_folder(
     return results
 
 
-def settings_of(setup: Setup, tokens: int | None = None) -> tuple[HealSettings, Refit]:
-    """How the study heals, ``tokens`` instead of its own where they are given; and whether it refits before."""
-    config = setup.config.heal
+def settings_of(study: StudyConfig, tokens: int | None = None) -> tuple[HealSettings, Refit]:
+    """How a study heals, ``tokens`` instead of its own where they are given; and whether it refits before. Raises
+    `InputError` where nothing heals so."""
+    config = study.heal
+    check_choice("heal method", config.method, ARMS)
     stages = tuple(stage for stage in config.stages if stage != "refit")
     settings = HealSettings(
         tokens=tokens or config.tokens,
@@ -135,7 +139,7 @@ def settings_of(setup: Setup, tokens: int | None = None) -> tuple[HealSettings, 
         window=config.window,
         teacher=config.teacher,
         rate=None if config.rate == "auto" else config.rate,
-        seed=setup.config.search.seed,
+        seed=study.search.seed,
     )
     return settings, "sequential" if config.stages[0] == "refit" else "none"
 
@@ -156,7 +160,7 @@ def export_healed(
     meanwhile; when the same is asked for again after an interruption, it is taken from there.
     """
     config, split = setup.config.heal, setup.config.data.heal
-    settings, refit = settings_of(setup, tokens)
+    settings, refit = settings_of(setup.config, tokens)
     if Processes().count > 1:
         raise InputError("export runs in one process: export without --heal, then heal the folder with several")
     before = out.with_name(f".{out.name}.exported")
