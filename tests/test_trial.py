@@ -14,7 +14,7 @@ from rankfront.search.inputs.model import count_parameters
 from rankfront.search.measure.evaluation_tokens import EvaluationTokens
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.runner import JobRunner
-from rankfront.search.plans.job import Job
+from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 
@@ -143,6 +143,15 @@ def test_a_failure_is_a_value_and_the_next_trial_runs(resident, monkeypatch, kin
     assert "\n" not in record["failure"]
     assert torch.equal(logits(resident), before)
     assert "failure" not in resident.run(Job(kind, 1, plan))
+
+
+@pytest.mark.parametrize("kind", ["trial", "report", "menu", "slopes"])
+def test_a_record_has_its_seconds_and_no_field_that_is_not_documented(resident, kind):
+    plan = Plan(()) if kind == "menu" else random_plan(resident, 7)
+    record = resident.run(Job(kind, 0, plan, tokens=64))
+    assert record["seconds"]
+    assert "failure" not in record
+    assert record.keys() <= Record.__annotations__.keys()
 
 
 def test_what_is_not_finite_is_a_failure(resident, monkeypatch):

@@ -61,10 +61,6 @@ class Lagrangian:
         # From a multiplier that keeps everything dense to one that keeps everything cheapest.
         self._multipliers = low / TUNING.beyond, high * TUNING.beyond
 
-    def value(self, places: Sequence[int] | np.ndarray) -> float:
-        """The total loss of a choice."""
-        return float(self._loss[self._all, np.asarray(places)].sum())
-
     def solve(self, budget: float) -> Places:
         """A plan of nearly least loss within ``budget`` stored values; `InputError` where nothing fits."""
         check_budget(self.menu, budget)
