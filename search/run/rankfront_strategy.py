@@ -96,18 +96,15 @@ class RankfrontStrategy:
         predictor = Predictor(menu, self.space, make_goal(self.config, self.space, dense, timings))
         self.study.sampler = sampler = RankfrontSampler(predictor, self.config.search.seed)
         self.proposals = Proposals(self.study, sampler, self.budget, self.in_flight)
-        self.proposals.open(state)
+        self.proposals.fill(state)
         anchors = anchors_to_beat(menu, self.space, self.config.search.anchors)
         enqueue_anchors(self.study, state, self.space, anchors)
 
     def ready(self, state: StudyState) -> bool:
         return bool(state.waiting) or (self.proposals is not None and self.proposals.opened)
 
-    def open(self, state: StudyState) -> bool:
-        return self.proposals is not None and self.proposals.open(state)
-
-    def refine(self, state: StudyState) -> bool:
-        return self.proposals is not None and self.proposals.refine(state)
+    def fill(self, state: StudyState) -> bool:
+        return self.proposals is not None and self.proposals.fill(state)
 
     def predictions(self, plan: Plan, state: StudyState) -> dict[str, Any]:
         return {} if self.proposals is None else {keys.PREDICTED: self.proposals.predict(plan, state)}
@@ -132,11 +129,13 @@ class Proposals:
         self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense)
         self.opened = False  # whether all of the predicted front was queued
 
-    def open(self, state: StudyState) -> bool:
+    def fill(self, state: StudyState) -> bool:
+        """Queue the predicted front and what it waits for, later slopes that are due; whether anything was queued."""
+        return self._refine(state) if self.opened else self._open(state)
+
+    def _open(self, state: StudyState) -> bool:
         """Queue the predicted front, once slopes around the plan at its reference are measured or cannot be, for they
         decide what the others are; until then what is missing of those. Whether anything was queued."""
-        if self.opened:
-            return False
         trials = [t for t in state.trials if not is_void(t.user_attrs)]
         reference = next((t for t in reversed(trials) if t.user_attrs.get(keys.LABEL) == REFERENCE_LABEL), None)
         if reference is None:
@@ -174,10 +173,10 @@ class Proposals:
                 enqueue_missing(self.study, known, "menu", label, draws)
         return len(known) > count
 
-    def refine(self, state: StudyState) -> bool:
+    def _refine(self, state: StudyState) -> bool:
         """Queue slopes around the plan where most is to gain, if any are due and the limits leave tokens for them and a
         trial; whether they were queued."""
-        if not self.opened or state.waiting:
+        if state.waiting:
             return False
         self.predictor.learn(state.trials)
         number = next_reference(state.trials, self.predictor, self.sampler.targets)

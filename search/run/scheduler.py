@@ -164,7 +164,7 @@ class Scheduler:
             job = self.preparation.next(jobs)
             if job is not None or self.preparation.alone(jobs):
                 return job
-            if self.strategy.refine(phase.state):
+            if self.strategy.fill(phase.state):
                 phase = self._phase()
         found = self.trials.next(phase, begun, self._phase) if phase.searching else None
         if found is None and not self.in_flight.trials:

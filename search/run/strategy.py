@@ -40,10 +40,7 @@ class Strategy(Protocol):
     def ready(self, state: StudyState) -> bool:
         """Whether the next trial can be asked for: one waits, or can be proposed."""
 
-    def open(self, state: StudyState) -> bool:
-        """Queue what is to be measured before the first proposal; whether anything was queued."""
-
-    def refine(self, state: StudyState) -> bool:
+    def fill(self, state: StudyState) -> bool:
         """Queue what is to be measured before the next proposal; whether anything was queued."""
 
     def predictions(self, plan: Plan, state: StudyState) -> dict[str, Any]:
@@ -88,10 +85,7 @@ class OptunaStrategy:
     def ready(self, state: StudyState) -> bool:
         return self.begun or bool(state.waiting)
 
-    def open(self, state: StudyState) -> bool:
-        return False
-
-    def refine(self, state: StudyState) -> bool:
+    def fill(self, state: StudyState) -> bool:
         return False
 
     def predictions(self, plan: Plan, state: StudyState) -> dict[str, Any]:

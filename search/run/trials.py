@@ -63,7 +63,7 @@ class Trials:
         """The next trial whose plan was not measured before, with the seconds that proposing took since ``begun``; None
         where none can start now. The study is read ``again`` after each that repeats one."""
         for _ in range(MAX_REPEATS):
-            trial = self._ask(phase, again)
+            trial = self._ask(phase)
             if trial is None:
                 return None
             plan, state = self.strategy.space.suggest(trial, self.origin), phase.state
@@ -76,7 +76,7 @@ class Trials:
         self.exhausted = True
         return None
 
-    def _ask(self, phase: Phase, again: Callable[[], Phase]) -> optuna.Trial | None:
+    def _ask(self, phase: Phase) -> optuna.Trial | None:
         """The next of the queue, the one that alone is measured, or a proposal; None where none can start now."""
         state = phase.state
         if not phase.exploring:
@@ -84,9 +84,7 @@ class Trials:
         dense = waiting_dense(state)
         if dense is not None:
             return claim(self.study, dense)
-        if self.strategy.open(state):
-            state = again().state
-        # Not ready where the last of the anchors was a repetition, and our sampler is not there yet.
+        # Not ready where what was asked for last was a repetition, and what follows from it is not queued yet.
         return self.study.ask() if self.strategy.ready(state) else None
 
     def _start(self, trial: optuna.Trial, plan: Plan, begun: float, expected: Mapping[str, Any]) -> Job:
