@@ -5,17 +5,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from healing import LENGTH, heal, settings
+from healing import LENGTH, heal, settings, windows
 from healing import zoo as zoo  # a fixture
 
 from rankfront.methods import InputError
 from rankfront.methods.layers_low_rank import LowRankLinear
-from rankfront.search.heal import healing, logits, ordered
+from rankfront.search.factors.gradient import differentiated, drawn_loss
+from rankfront.search.heal import healing, logits, ordered, worth
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.fit import Fit
 from rankfront.search.heal.ordered import Ordered, narrowed, pairs, ranked, spread
 from rankfront.search.heal.settings import ORDERED, HealSettings
 from rankfront.search.heal.trainable import Parameter, factored_modules, stored, training
+from rankfront.search.heal.worth import widths_at
 
 
 def low_rank(m, n, r, seed=0):
@@ -300,3 +302,42 @@ def test_stages_plans_and_settings_that_it_is_none_for_are_named(zoo, tmp_path):
         with pytest.raises(InputError, match="heal lasso"):
             HealSettings(1000, ("logits",), method, lasso=lasso)
     assert {name for name, arm in ARMS.items() if issubclass(arm, Ordered)} == set(ORDERED)
+
+
+# -- which widths
+
+
+def test_widths_of_all_sites_store_their_share_and_what_is_worth_more_keeps_more(zoo):
+    student = zoo.student("svd-llm")
+    groups = ranked(student)
+    sites, shares = [group.modules for group in groups], (0.3, 0.5, 0.8, 1.0)
+    found = widths_at(student, sites, windows(4), shares, 0)
+    values = [sum(m.left.shape[0] + m.right.shape[1] for m in group.modules) for group in groups]
+    whole = sum(value * group.rank for value, group in zip(values, groups, strict=True))
+    for share, widths in zip(shares, found, strict=True):
+        assert all(1 <= width <= group.rank for width, group in zip(widths, groups, strict=True))
+        assert sum(value * width for value, width in zip(values, widths, strict=True)) <= share * whole
+    assert found[-1] == [group.rank for group in groups]
+    with torch.no_grad():
+        for module in groups[0].modules:
+            module.left[:, 1:] = 0  # nothing is lost by cutting it to one component
+    assert widths_at(student, sites, windows(4), (0.8,), 0)[0][0] == 1
+
+
+def test_what_a_cut_is_predicted_to_cost_is_the_slow_sum_over_tokens(zoo):
+    student, ids = zoo.student("svd-llm"), windows(2)
+    groups = ranked(student)
+    module, path = groups[3].modules[0], {m: n for n, m in student.named_modules()}[groups[3].modules[0]]
+    seen = {}
+
+    def keep(_, inputs, output):
+        seen["x"] = inputs[0].detach().flatten(0, -2)
+        output.register_hook(lambda gradient: seen.update(h=gradient.flatten(0, -2)))
+
+    with differentiated(student, [(path, keep)]):
+        logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        drawn_loss(logits, torch.Generator().manual_seed(0)).backward()
+    fast = worth._tails(student, [group.modules for group in groups], ids, 0)[3]
+    for width in (0, 1, module.rank - 1):
+        cut = seen["x"] @ (module.left[:, width:] @ module.right[width:]).T
+        assert float(fast[width]) == pytest.approx(0.5 * float((seen["h"] * cut).sum(1).square().mean()), rel=1e-4)

@@ -67,6 +67,9 @@ class Arm:
         """What counts beside held-out divergence where the best state is chosen."""
         return 0.0
 
+    def prepare(self, windows: Tensor) -> None:
+        """Called before the first step, with the windows (W, L) that the whole model is trained on."""
+
     def before(self, step: int, steps: int) -> None:
         """Called before the forward pass of each step."""
 

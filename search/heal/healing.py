@@ -189,6 +189,7 @@ class Healing:
         kind = Arm if self.results and ARMS[settings.method].first_alone else ARMS[settings.method]
         arm = kind(self.student, self.teacher, self.parameters, settings.seed)
         arm.lasso = settings.lasso
+        arm.prepare(windows)
         with training(arm.parameters):
             whole = EndToEnd(arm, self.head, self._teacher(windows), windows, settings, self.precision)
             whole.begin(self.status.now, where, tensors)

@@ -6,8 +6,7 @@ At one linear layer with squared loss the optimum is the SVD of W C^{1/2}, C the
 stage would learn, `svd-llm` has in closed form. So it trains by the loss of the whole model alone.
 
 Sources: FjORD (2102.13451) for ordered dropout, one width for all layers at a step; Maestro (2308.14929) for one layer
-at a step, the hierarchical group lasso and the shrinking. Strata, and shares of rank in the place of the ranks of one
-model, are ours.
+at a step, the hierarchical group lasso and the shrinking. Strata are ours, and that widths are those of slices.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from torch import Tensor, nn
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.trainable import NothingToHeal
+from rankfront.search.heal.worth import widths_at
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly over [0, 1) however many there are
 ROOT = 1e-12  # under the root of a norm, whose gradient at zero is no number; Maestro's code warns of it
 SHARES = (1.0, 0.75, 0.5)  # of rank, at which a healing is judged; guess
-LEAST = 0.3  # share of rank that training of all sites at once goes down to; guess
+LEAST = 0.3  # share of the size that training of all sites at once goes down to; guess
+BUDGETS = 24  # shares of the size between that and all of it; guess
 SHRINKS = 8  # times that components are dropped, in a training with a lasso; Maestro does after every epoch
 DROPPED = 1e-3  # of a site's importance, below which components go. Maestro's 1e-5 is no share, after 300 epochs; guess
 
@@ -209,11 +210,23 @@ class Ordered(Arm):
 
 
 class OrderedTogether(Ordered):
-    """FjORD's: all sites at one share of their ranks, another at every step, spread over `LEAST` to 1."""
+    """FjORD's: all sites narrow at once, to another share of their size at every step, spread over `LEAST` to 1.
+
+    FjORD gives every layer one share of its width. Here a share is that of the sites' size together, and which widths
+    come to it is what `worth` says, as when a model is sliced.
+    """
 
     name: ClassVar[str] = "fjord"
+    path: Sequence[Sequence[int]] = ()  # for shares from `LEAST` to 1, widths of all sites; equal shares without
+
+    def prepare(self, windows: Tensor) -> None:
+        shares = [LEAST + (1 - LEAST) * place / (BUDGETS - 1) for place in range(BUDGETS)]
+        self.path = widths_at(self.model, [group.modules for group in self.groups], windows, shares, self.seed)
 
     def widths(self, step: int, since: int) -> dict[int, int]:
         start = torch.rand(1, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        share = LEAST + (1 - LEAST) * float((start + step * GOLDEN) % 1)
-        return {site: share_of(rank, share) for site, rank in enumerate(self.kept)}
+        place = float((start + step * GOLDEN) % 1)
+        if not self.path:
+            return {site: share_of(rank, LEAST + (1 - LEAST) * place) for site, rank in enumerate(self.kept)}
+        chosen = self.path[int(place * len(self.path))]
+        return {site: min(width, kept) for site, (width, kept) in enumerate(zip(chosen, self.kept, strict=True))}
