@@ -105,15 +105,14 @@ def measure(text: str, row: str, seed: int, tokens: int) -> Cell:
 
 
 def table(cells: Sequence[Cell]) -> Iterator[str]:
-    yield "| row | tokens seen | values in the blocks | seeds | perplexity | by seed | tokens/s |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| row | tokens seen | values in the blocks | seeds | perplexity | by seed |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for tokens, row in product(sorted({cell["tokens"] for cell in cells}), ROWS):
         own = sorted((c for c in cells if (c["row"], c["tokens"]) == (row, tokens)), key=lambda c: c["seed"])
         if own:
             mean = math.exp(sum(c["report"] for c in own) / len(own))
             each = ", ".join(f"{math.exp(c['report']):.2f}" for c in own)
-            pace = sum(c["tokens"] for c in own) / sum(c["seconds"] for c in own)
-            yield f"| {row} | {tokens:,} | {own[0]['blocks']:,} | {len(own)} | {mean:.2f} | {each} | {pace:,.0f} |"
+            yield f"| {row} | {tokens:,} | {own[0]['blocks']:,} | {len(own)} | {mean:.2f} | {each} |"
 
 
 PAGE = """# From scratch
