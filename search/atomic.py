@@ -46,11 +46,17 @@ def partial_of(path: Path) -> Path:
 def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write ``path``, replacing it whole, with the permissions ``mode`` as far as the process's mask leaves them; its
     folder is made."""
+    with replaced(path) as partial, open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write, which is ``path`` after, replacing it whole; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content)
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

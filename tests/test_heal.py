@@ -339,13 +339,15 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     kept = Keeper(tmp_path / "work", {"plan": "a"})
     kept.save({"step": 1}, {"x": torch.ones(3)})
 
-    def full(path, content, mode=0o666):
+    def full(tensors, path):
+        path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeper, "write_whole", full)
+        patch.setattr(keeper, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             kept.save({"step": 2}, {"x": torch.zeros(3)})
+    assert len(list((tmp_path / "work").iterdir())) == 3
     found = Keeper(tmp_path / "work", {"plan": "a"}).load()
     assert found.where == {"step": 1}
     assert torch.equal(found.tensors["x"], torch.ones(3))

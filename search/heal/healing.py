@@ -28,7 +28,7 @@ from rankfront.search.heal.trainable import Parameter, balance, put_back, snapsh
 from rankfront.search.measure.joining import separate
 
 BASE = "base."  # before the names, in a checkpoint of the last stage, of what was stored when it began
-KEEP_EVERY = 60.0  # seconds between checkpoints of the last stage; guess
+KEEP_EVERY = 300.0  # seconds between checkpoints of the last stage; guess
 MOST_HELD_OUT = 2**14  # tokens that nothing is trained on; guess
 LARGEST_CACHE = 4 * 10**9  # bytes of a teacher's file that `auto` makes; guess
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankfront.methods import InputError
-from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
+from rankfront.search.atomic import drop_left, read_checked, replaced, write_checked
 
 STATE, IDENTITY = "state.json", "healing.json"
+AT_ONCE = 2**24  # bytes of a file that are read at once
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class Keeper:
 
     def save(self, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Replace the checkpoint. An OSError leaves the one before."""
-        content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-        file = self.folder / f"state-{zlib.crc32(content):08x}.safetensors"
-        write_whole(file, content)
-        write_checked(self.folder / STATE, {"where": dict(where), "file": file.name, "crc32": zlib.crc32(content)})
+        file = self.folder / f"state-{secrets.token_hex(4)}.safetensors"
+        with replaced(file) as partial:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+            checksum = _crc32(partial)
+        write_checked(self.folder / STATE, {"where": dict(where), "file": file.name, "crc32": checksum})
         for other in self.folder.glob("state-*.safetensors"):
             if other != file:
                 other.unlink(missing_ok=True)
@@ -70,10 +73,10 @@ class Keeper:
         state = self.folder / STATE
         try:
             found = read_checked(state)
-            content = (self.folder / found["file"]).read_bytes()
-            if zlib.crc32(content) != found["crc32"]:
+            file = self.folder / found["file"]
+            if _crc32(file) != found["crc32"]:
                 raise ValueError("its checksum differs")
-            return Checkpoint(found["where"], load(content))
+            return Checkpoint(found["where"], load_file(file))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, SafetensorError) as error:
@@ -84,3 +87,12 @@ class Keeper:
     def drop(self) -> None:
         """Remove the folder: what was healed has a place of its own."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _crc32(file: Path) -> int:
+    """Of a file's bytes, a part at a time."""
+    found = 0
+    with file.open("rb") as content:
+        while part := content.read(AT_ONCE):
+            found = zlib.crc32(part, found)
+    return found

@@ -16,7 +16,7 @@ from rankfront.search.heal.logits import AT_ONCE
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.trainable import Parameter
 
-STATE = 24  # bytes of a value that trains: fp32 master, gradient, two moments, the best state, and one being written
+STATE = 24  # bytes of a value that trains: fp32 master, gradient, two moments, the best state, and the first
 KEPT = 2.0  # times the inputs and outputs of all linear layers that a backward pass keeps; guess
 
 
