@@ -20,7 +20,7 @@ from rankfront.search.heal.loss import Head, descend, kl, summed
 from rankfront.search.heal.precision import Precision
 from rankfront.search.heal.settings import HealSettings, parse_tokens
 from rankfront.search.heal.teacher import Beside, Cached
-from rankfront.search.heal.trainable import Parameter, copied, trainable, training
+from rankfront.search.heal.trainable import NothingToHeal, Parameter, copied, trainable, training
 
 PLAIN = Precision("cpu", "float32")
 
@@ -217,7 +217,7 @@ def test_every_way_of_healing_never_ends_worse_and_changes_no_shape(zoo, method,
 
 def test_more_tokens_close_more(zoo, tmp_path):
     left = []
-    for tokens in (2_000, 20_000):
+    for tokens in (2_000, 12_000):
         left.append(heal(zoo, zoo.student("svd-llm"), tmp_path / str(tokens), settings(tokens))[-1].after)
     assert left[1] < left[0]
 
@@ -293,6 +293,12 @@ def test_stopped_at_any_step_and_gone_on_with_it_ends_where_it_would_have(zoo, m
 
 
 # -- faults
+
+
+@pytest.mark.parametrize("method", ["stf", "hola", "trp", "lod", "fjord"])
+def test_a_method_of_which_the_plan_has_nothing_is_refused(zoo, method, tmp_path):
+    with pytest.raises(NothingToHeal, match="the plan has none"):
+        heal(zoo, zoo.student("nystrom"), tmp_path, settings(method=method, stages=("logits",)))
 
 
 def test_a_loss_that_is_no_number_ends_the_stage_at_its_best_state(zoo, tmp_path):

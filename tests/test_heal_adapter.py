@@ -89,7 +89,7 @@ def test_adapters_train_with_the_factors(zoo, tmp_path):
     student = with_config(zoo.student("svd-llm"))
     adapt(student, 3, seed=0)
     before = stored(student)
-    results = heal(zoo, student, tmp_path / "work", settings(20_000, adapter=3))
+    results = heal(zoo, student, tmp_path / "work", settings(6_000, adapter=3))
     assert results[-1].after < results[0].before
     assert stored(student) == before
     assert all(m.up.any() for m in factored_modules(student).values() if isinstance(m, AdaptedLinear))

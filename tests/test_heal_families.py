@@ -192,7 +192,7 @@ def test_supports_move_under_straight_through_training_and_under_no_other(zoo, m
         student = zoo.student(method)
         supports = [module.support.clone() for module in factored_modules(student).values()]
         before = stored(student)
-        results = heal(zoo, student, tmp_path / name, settings(method=name, tokens=10_000))
+        results = heal(zoo, student, tmp_path / name, settings(method=name, tokens=5_000))
         moved = [
             not torch.equal(module.support, support)
             for module, support in zip(factored_modules(student).values(), supports, strict=True)

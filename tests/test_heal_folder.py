@@ -84,7 +84,7 @@ def test_a_healed_folder_loads_is_as_large_and_says_what_was_done(exported, text
 def test_killed_at_any_moment_it_goes_on_from_its_checkpoint(exported, text_file, tmp_path):
     """SIGKILL after the first checkpoint, in a process of its own; then the same command to the end."""
     out, work = tmp_path / "healed", tmp_path / ".healed.healing"
-    asked = arguments(exported, text_file, out, tokens=60_000)
+    asked = arguments(exported, text_file, out, tokens=15_000)
     with started(*asked) as process:
         assert wait_for(lambda: (work / "state.json").exists(), lambda: process.poll() is None)
         process.kill()

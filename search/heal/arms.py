@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from rankfront.methods.layers import weight_of
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.ordered import Ordered, OrderedTogether
-from rankfront.search.heal.trainable import Parameter, normalise
+from rankfront.search.heal.trainable import NothingToHeal, Parameter, normalise, trainable
 from rankfront.search.heal.trp import RankPruning
 
 LORA_RANK = 16  # LEMS's
 NEXT = 0.9  # times the least coefficient of a row that is used: where the best of the others starts; guess
 PULL = 2e-4  # of the squares of coefficients that are not used, SR-STE's; there for weights of another task
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """Id of every tensor -> how many modules hold it."""
+    return Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
 
 
 class _Gain(nn.Module):
@@ -55,7 +60,7 @@ class Beside(Arm):
     """An arm that trains something beside the stored tensors; those that several modules share stay as they are."""
 
     def __init__(self, model: nn.Module, dense: nn.Module, parameters: Sequence[Parameter], seed: int = 0) -> None:
-        holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+        holders = _holders(model)
         alone = [parameter for parameter in parameters if holders[id(parameter.tensor)] == 1]
         self.beside: list[_Put] = []
         super().__init__(model, dense, alone, seed)
@@ -147,12 +152,18 @@ class Lora(Beside):
 
 class Coefficients(Arm):
     """Coefficients on frozen shared bases for the first half of the steps, then both. Source: HOLa (2507.15542), whose
-    task gradient reaches the coefficients alone; where nothing is shared this is `Arm`."""
+    task gradient reaches the coefficients alone; a block in which nothing is shared trains as `Arm` does."""
 
     name = "hola"
 
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        shared = _holders(model)
+        if not any(parameter.kind == "factor" and shared[id(parameter.tensor)] > 1 for parameter in trainable(model)):
+            raise NothingToHeal("heal method hola freezes shared bases and the plan has none: use --method factors")
+
     def before(self, step: int, steps: int) -> None:
-        holders = Counter(id(tensor) for module in self.model.modules() for tensor in module.parameters(recurse=False))
+        holders = _holders(self.model)
         for parameter in self.parameters:
             if parameter.kind == "factor" and holders[id(parameter.tensor)] > 1:
                 parameter.tensor.requires_grad_(2 * step >= steps)
@@ -171,6 +182,13 @@ class StraightThrough(Arm):
     """
 
     name = "stf"
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        if not any(hasattr(module, "keep_codes") for module in model.modules()):
+            raise NothingToHeal(
+                "heal method stf moves supports of sparse coefficients and the plan has none: use --method factors"
+            )
 
     def chosen(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         self.latents: list[tuple[Any, nn.Parameter]] = []
