@@ -7,14 +7,14 @@ as independent. BRECQ (2102.05426) weighs errors so, with labels of the task.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.search.factors.gradient import differentiated, drawn_loss
-from rankfront.search.heal.loss import Head, runs_of
+from rankfront.search.heal.loss import Head, run_by_run, runs_of
 from rankfront.search.heal.precision import Precision
 
 TOKENS = 16_384  # that one backward pass each goes over; guess
@@ -35,15 +35,16 @@ def fisher(
     handles = [_watch(blocks[number], until, (number, until), sums) for number, until in points]
     head, generator = Head(model), torch.Generator().manual_seed(seed)
     chosen = windows[:: max(1, windows.numel() // TOKENS)]
+
+    def drawn(states: Tensor) -> Iterator[Tensor]:
+        for rows in runs_of(len(states), model.config.get_text_config().vocab_size, device.type):
+            yield drawn_loss(head.logits(states[rows][None])[0].float(), generator)
+
     try:
         with differentiated(model, []):
             for ids in chosen.split(1):
                 with precision.context():
-                    hidden = head.hidden(ids.to(device)).flatten(0, 1)
-                    states = hidden.detach().requires_grad_(True)
-                    for rows in runs_of(len(states), model.config.get_text_config().vocab_size, device.type):
-                        drawn_loss(head.logits(states[rows][None])[0].float(), generator).backward()  # type: ignore[no-untyped-call]
-                hidden.backward(states.grad)  # type: ignore[no-untyped-call]
+                    run_by_run(head.hidden(ids.to(device)).flatten(0, 1), drawn)
     finally:
         for handle in handles:
             handle.remove()

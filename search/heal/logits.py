@@ -123,7 +123,7 @@ class EndToEnd:
             target = self.teacher.target(part, ids) if self.settings.loss != "ce" else Target()
             with self.precision.context():
                 hidden = self.head.hidden(ids)
-                total += descend(self.head, hidden, ids, self.settings.loss, target, 1 / count) / count
+                total += descend(self.head, hidden, ids, self.settings.loss, target, 1 / count)
         penalty = self.arm.penalty() if self.processes.first else None
         if penalty is not None:
             penalty.backward()

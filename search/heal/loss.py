@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -138,18 +138,26 @@ def summed(head: Head, hidden: Tensor, ids: Tensor, loss: Loss, teacher: Target)
 
 
 def descend(head: Head, hidden: Tensor, ids: Tensor, loss: Loss, teacher: Target, scale: float) -> float:
-    """`summed`, and ``scale`` times its gradient added to that of all that made ``hidden`` or makes logits of it.
+    """``scale`` times `summed`, and its gradient added to that of all that made ``hidden`` or makes logits of it."""
+    targets = ids[:, 1:].flatten()
+    return run_by_run(
+        hidden[:, :-1].flatten(0, 1),
+        lambda states: (scale * run for run in _runs(head, states, targets, loss, teacher)),
+    )
 
-    Backward passes go run by run down to the hidden states, and from there once: logits exist for one run at a time,
-    and are made once.
+
+def run_by_run(hidden: Tensor, losses: Callable[[Tensor], Iterable[Tensor]]) -> float:
+    """The sum of ``losses`` of hidden states (n, d), one of each run of tokens, and a backward pass of it.
+
+    It goes run by run down to the hidden states, and from there once: logits exist for one run at a time, and are made
+    once.
     """
-    predicting = hidden[:, :-1].flatten(0, 1)
-    states = predicting.detach().requires_grad_(True)
+    states = hidden.detach().requires_grad_(True)
     total = 0.0
-    for run in _runs(head, states, ids[:, 1:].flatten(), loss, teacher):
-        (scale * run).backward()  # type: ignore[no-untyped-call]
-        total += float(run.detach())
-    predicting.backward(states.grad)  # type: ignore[no-untyped-call]
+    for loss in losses(states):
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    hidden.backward(states.grad)  # type: ignore[no-untyped-call]
     return total
 
 
