@@ -28,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
+from common import RESULTS, Cell, finish, has, keep_cells, read_cells, sources
 from rich.console import Console
 from search_benchmark import GRID, JOINT, hypervolume, settings
 
@@ -203,12 +203,9 @@ def main() -> None:
     order = [asked.budgets.split(","), asked.seeds.split(","), asked.rows.split(","), asked.spaces.split(",")]
     for budget, seed, row, space in product(*order):
         key = {"space": space, "row": row, "budget": int(budget), "seed": int(seed)}
-        if not any(key.items() <= cell.items() for cell in cells):
-            cell = measure(memory, asked.text, space, row, int(budget), int(seed)) | {"from": provenance()}
-            cells.append(cell)
-            keep_cells(file, [cell])
+        if not has(cells, key):
+            cells = finish(file, measure(memory, asked.text, space, row, int(budget), int(seed)))
             write(cells)
-            print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,18 @@ def keep_cells(file: Path, cells: Iterable[Cell]) -> None:
         out.writelines(json.dumps(cell) + "\n" for cell in cells)
 
 
+def has(cells: Iterable[Cell], key: Cell) -> bool:
+    """Whether one of ``cells`` is of this ``key``."""
+    return any(key.items() <= cell.items() for cell in cells)
+
+
+def finish(file: Path, cell: Cell) -> list[Cell]:
+    """Add a finished ``cell`` to ``file``, with where it comes from, and print it; all that the file has."""
+    keep_cells(file, [cell | {"from": provenance()}])
+    print(json.dumps(cell), flush=True)
+    return read_cells(file)
+
+
 def origin(cell: Cell) -> str:
     """Commit and machine of a cell, on one line."""
     return str(cell["from"]).partition("commit: ")[2].replace("\nmachine: ", ", ")

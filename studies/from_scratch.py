@@ -12,7 +12,6 @@ studies/results/from_scratch.jsonl and never measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
+from common import RESULTS, Cell, finish, has, read_cells, sources
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,11 +144,8 @@ def main() -> None:
     cells = read_cells(file)
     for seed, row in product(map(int, asked.seeds.split(",")), asked.rows.split(",")):
         key = {"row": row, "seed": seed, "tokens": tokens}
-        if not any(key.items() <= cell.items() for cell in cells):
-            cell = measure(text, row, seed, tokens) | {"from": provenance()}
-            cells.append(cell)
-            keep_cells(file, [cell])
-            print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
+        if not has(cells, key):
+            cells = finish(file, measure(text, row, seed, tokens))
     page = PAGE.format(
         width=WIDTH, blocks=BLOCKS, vocabulary=VOCABULARY, unique=cells[0]["unique"], tables="\n".join(table(cells)),
         sources=sources(cells, lambda c: f"{c['row']} {c['tokens']:,} seed {c['seed']}"),

@@ -11,14 +11,13 @@ after every row: whatever stops the script, what was measured is there. It runs 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Cell, keep_cells, provenance
+from common import Cell, finish, keep_cells
 from heal import Bench, closed, measure
 
 from rankfront.search.heal.settings import parse_tokens
@@ -69,9 +68,7 @@ def main() -> None:
         cell = measure(Bench(asked.text, plan, keep, 0), row, tokens, 0)
         pace[row] = (time.monotonic() - start) / tokens
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else cell["memory"]
-        found = key | figures(cell, memory) | {"from": provenance()}
-        keep_cells(asked.out, [found])
-        print(json.dumps(found), flush=True)
+        finish(asked.out, key | figures(cell, memory))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
+from common import RESULTS, Cell, finish, has, read_cells, sources
 from rich.console import Console
 from search_benchmark import JOINT, settings
 
@@ -195,12 +195,8 @@ def main() -> None:
     keeps, seeds = map(float, asked.keeps.split(",")), map(int, asked.seeds.split(","))
     for plan, keep, row, seed in product(asked.plans.split(";"), keeps, asked.rows.split(";"), seeds):
         key = {"plan": plan, "keep": keep, "row": row, "tokens": tokens, "seed": seed}
-        if any(key.items() <= cell.items() for cell in read_cells(file)):
-            continue
-        cell = key | measure(Bench(asked.text, plan, keep, seed), row, tokens, seed) | {"from": provenance()}
-        keep_cells(file, [cell])
-        write(read_cells(file))
-        print(json.dumps({k: v for k, v in cell.items() if k != "from"}), flush=True)
+        if not has(read_cells(file), key):
+            write(finish(file, key | measure(Bench(asked.text, plan, keep, seed), row, tokens, seed)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import shutil
@@ -21,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from common import RESULTS, Cell, keep_cells, provenance, read_cells, sources
+from common import RESULTS, Cell, finish, read_cells, sources
 from heal import Bench
 
 from rankfront.objectives import score
@@ -108,11 +107,9 @@ def main() -> None:
     keeps = [float(keep) for keep in asked.keeps.split(",")]
 
     def kept(key: Cell, found: Cell) -> None:
-        keep_cells(file, [key | found | {"from": provenance()}])
-        cells = read_cells(file)
+        cells = finish(file, key | found)
         made = sources(cells, lambda c: f"{c['row']} {c['keep']:g} {c['tokens']:,} seed {c['seed']}")
         (RESULTS / "heal_slices.md").write_text(PAGE.format(tables="\n".join(table(cells)), sources=made), "utf-8")
-        print(json.dumps(key | found), flush=True)
 
     for seed in map(int, asked.seeds.split(",")):
         for row in (RAW, APART, *asked.methods.split(",")):
