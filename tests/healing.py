@@ -15,7 +15,7 @@ from rankfront.methods import get_method
 from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.settings import HealSettings
-from rankfront.search.heal.status import StageResult
+from rankfront.search.heal.status import StageResult, Status
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
@@ -72,6 +72,24 @@ def heal(zoo: Zoo, student: Any, folder: Path, asked: HealSettings, **more: Any)
     """Heal ``student`` in place."""
     keeper = Keeper(folder, {"settings": repr(asked)})
     return Healing(student, zoo.teacher(), more.pop("windows", windows()), asked, keeper, **more).run()
+
+
+def stopped_and_gone_on_with(zoo: Zoo, plan: str, asked: HealSettings, folder: Path, stop: int) -> Any:
+    """A student healed after Ctrl-C when it had been shown ``stop`` times; its results, and the tokens seen at every
+    showing before and after."""
+    before: list[int] = []
+    after: list[int] = []
+
+    def show(status: Status) -> None:
+        before.append(status.done)
+        if len(before) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heal(zoo, zoo.student(plan), folder, asked, show=show)
+    again = zoo.student(plan)
+    results = heal(zoo, again, folder, asked, show=lambda status: after.append(status.done))
+    return again, results, before, after
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import common
 import pytest
 import torch
-from healing import LENGTH, heal, settings, windows
+from healing import LENGTH, heal, settings, stopped_and_gone_on_with, windows
 from healing import zoo as zoo  # a fixture
 from torch import nn
 
@@ -273,19 +273,8 @@ def test_stopped_at_any_step_and_gone_on_with_it_ends_where_it_would_have(zoo, m
     whole = zoo.student(plan)
     expected = heal(zoo, whole, tmp_path / "whole", asked)
     for stop in (1, 2, 5, 9):
-        student, seen = zoo.student(plan), []
-
-        def show(status, seen=seen, stop=stop):
-            seen.append(status.done)
-            if len(seen) == stop:
-                raise KeyboardInterrupt
-
         folder = tmp_path / f"stopped-{stop}"
-        with pytest.raises(KeyboardInterrupt):
-            heal(zoo, student, folder, asked, show=show)
-        again = zoo.student(plan)
-        after = []
-        results = heal(zoo, again, folder, asked, show=lambda status, after=after: after.append(status.done))
+        again, results, seen, after = stopped_and_gone_on_with(zoo, plan, asked, folder, stop)
         assert min(after) >= seen[-1] if stop != len(seen) else min(after) > 0
         assert [result.after for result in results] == pytest.approx([result.after for result in expected], rel=1e-5)
         for (name, one), other in zip(again.state_dict().items(), whole.state_dict().values(), strict=True):

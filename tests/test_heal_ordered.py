@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from healing import LENGTH, heal, settings, windows
+from healing import LENGTH, heal, settings, stopped_and_gone_on_with, windows
 from healing import zoo as zoo  # a fixture
 
 from rankfront.methods import InputError
@@ -275,17 +275,7 @@ def test_stopped_and_gone_on_with_it_ends_where_it_would_have(zoo, method, lasso
     whole = zoo.student("svd-llm")
     heal(zoo, whole, tmp_path / "whole", asked)
     for stop in (3, 8):
-        seen = []
-
-        def show(status, seen=seen, stop=stop):
-            seen.append(status.done)
-            if len(seen) == stop:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            heal(zoo, zoo.student("svd-llm"), tmp_path / str(stop), asked, show=show)
-        again = zoo.student("svd-llm")
-        heal(zoo, again, tmp_path / str(stop), asked)
+        again, *_ = stopped_and_gone_on_with(zoo, "svd-llm", asked, tmp_path / str(stop), stop)
         for (name, one), other in zip(again.state_dict().items(), whole.state_dict().values(), strict=True):
             assert torch.allclose(one, other, atol=1e-6), name
 

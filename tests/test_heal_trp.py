@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from healing import LENGTH, heal, settings
+from healing import LENGTH, heal, settings, stopped_and_gone_on_with
 from healing import zoo as zoo  # a fixture
 from torch import nn
 
@@ -224,16 +224,6 @@ def test_stopped_before_at_and_after_the_last_truncation_it_ends_where_it_would_
     results = heal(zoo, whole, tmp_path / "whole", asked)
     assert results[0].after < results[0].before
     for stop in (4, 20, 21):
-        seen = []
-
-        def show(status, seen=seen, stop=stop):
-            seen.append(status.done)
-            if len(seen) == stop:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            heal(zoo, zoo.student("svd-llm"), tmp_path / str(stop), asked, show=show)
-        again = zoo.student("svd-llm")
-        heal(zoo, again, tmp_path / str(stop), asked)
+        again, *_ = stopped_and_gone_on_with(zoo, "svd-llm", asked, tmp_path / str(stop), stop)
         for (name, one), other in zip(again.state_dict().items(), whole.state_dict().values(), strict=True):
             assert torch.allclose(one, other, atol=1e-6), (stop, name)
