@@ -19,7 +19,7 @@ from rankfront.search.config import make_config
 from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal.memory import Need, check
 from rankfront.search.heal.settings import HealSettings
-from rankfront.search.output import healed
+from rankfront.search.output import derived, healed
 from rankfront.search.output.healing_card import HealText
 from rankfront.search.run.resolving import heal_windows
 from rankfront.search.study import Study
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(exported, text_file, tm
         raise OSError(28, "No space left on device")
 
     out = tmp_path / "healed"
-    monkeypatch.setattr(healed, "verify_folder", full)
+    monkeypatch.setattr(derived, "verify_folder", full)
     with pytest.raises(ExportError, match="goes on from the last checkpoint"):
         heal_here(exported, text_file, out)
     assert not out.exists()
@@ -218,13 +218,13 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(exported, text_file, tm
 def test_a_healed_folder_that_does_not_reload_the_same_is_not_kept(
     exported, text_file, tmp_path, monkeypatch, verified_here
 ):
-    real = healed.verify_folder
+    real = derived.verify_folder
 
     def other(*given):
         found = real(*given)
         return type(found)(2 * found.perplexity, found.parameters, found.bytes)
 
-    monkeypatch.setattr(healed, "verify_folder", other)
+    monkeypatch.setattr(derived, "verify_folder", other)
     with pytest.raises(ExportError, match="not kept"):
         heal_here(exported, text_file, tmp_path / "healed")
     assert not (tmp_path / "healed").exists()

@@ -13,7 +13,7 @@ from rankfront.search.__main__ import run as command_line
 from rankfront.search.errors import ExportError
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.measure.runner import JobRunner
-from rankfront.search.output import sliced
+from rankfront.search.output import derived, sliced
 from rankfront.search.output.export import Verified, export
 from rankfront.search.output.healed import heal_folder
 from rankfront.search.output.healing_card import HealText
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_or_a_folder_that_reloads_otherwise_leaves_nothing(
         return Verified(1e9, 1, 1)
 
     for verify in (full, other):
-        monkeypatch.setattr(sliced, "verify_folder", verify)
+        monkeypatch.setattr(derived, "verify_folder", verify)
         with pytest.raises(ExportError):
             sliced.slice_folder(exported / "small", HealText(str(text_file), 32), 0.7, tmp_path / "out", multiple=1)
         assert not tree(tmp_path)

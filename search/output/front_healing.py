@@ -34,8 +34,9 @@ from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.control import reported
 from rankfront.search.measure.setup import Setup
+from rankfront.search.output.derived import RECORD
 from rankfront.search.output.export import Verified, check_same, verify_folder
-from rankfront.search.output.healed import RECORD, export_healed, settings_of
+from rankfront.search.output.healed import export_healed, settings_of
 from rankfront.search.output.healing_progress import Line, Say
 from rankfront.search.output.results import Results
 from rankfront.search.storage.checked import close

@@ -16,7 +16,7 @@ import rankfront
 from rankfront.methods import InputError, check_choice
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.objectives import score
-from rankfront.search.atomic import new_folder, staged
+from rankfront.search.atomic import new_folder
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Refit
 from rankfront.search.config import StudyConfig
@@ -32,20 +32,19 @@ from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
-from rankfront.search.inputs.model import load_model, load_tokenizer, quantisation, quiet, read_config
+from rankfront.search.inputs.model import load_model, load_tokenizer, quantisation, read_config
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import blocks
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import cut, hash_tokens, read_text, tokenize
 from rankfront.search.measure.setup import Setup
-from rankfront.search.output.export import REFIT_NOTE, check_same, export, save_tokenizer, verify_folder
+from rankfront.search.output.derived import write_derived
+from rankfront.search.output.export import REFIT_NOTE, export
 from rankfront.search.output.healing_card import HealText, note
-from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 from rankfront.search.splits import Split
 from rankfront.search.storage.front import Row
 
-RECORD = "healing.json"
 Say = Callable[[str], None]
 
 
@@ -242,16 +241,5 @@ def _write(healing: Healing, source: Source, plan: Plan, text: HealText, setting
         "settings": asdict(settings),
         "stages": [asdict(result) for result in healing.results],
     }
-    with staged(out) as folder:
-        with quiet():
-            student.save_pretrained(folder)
-        save_tokenizer(load_tokenizer(source), folder)
-        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        verified = verify_folder(folder, held, str(next(student.parameters()).device), source.trust_remote_code)
-        check_same("healed folder", verified, measured)
-        card = Path(source.location) / "README.md"
-        before = card.read_text(encoding="utf-8") if card.is_file() else f"# {markdown(source.name)}\n"
-        (folder / "README.md").write_text(
-            before.rstrip() + "\n\n" + note(healing.results, text, settings), encoding="utf-8"
-        )
+    section, written = note(healing.results, text, settings), json.dumps(record, indent=1) + "\n"
+    write_derived(student, source, plan, held, measured, "healed", section, written, out)

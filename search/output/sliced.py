@@ -7,7 +7,6 @@ the order of their worth, as SVD leaves them, and healing with ordered dropout.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,20 +21,20 @@ from torch import Tensor, nn
 from rankfront.methods import Factors, InputError, Option, Prepared, Site, get_method
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.objectives import score
-from rankfront.search.atomic import new_folder, staged
+from rankfront.search.atomic import new_folder
 from rankfront.search.errors import ExportError
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
-from rankfront.search.inputs.model import count_parameters, dense_skeleton, load_model, load_tokenizer, quiet
+from rankfront.search.inputs.model import count_parameters, dense_skeleton, load_model, load_tokenizer
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import cut
 from rankfront.search.measure.joining import separate
 from rankfront.search.names import inside_blocks
-from rankfront.search.output.export import check_same, save_tokenizer, verify_folder
-from rankfront.search.output.healed import RECORD, plan_of
+from rankfront.search.output.derived import RECORD, write_derived
+from rankfront.search.output.healed import plan_of
 from rankfront.search.output.healing_card import HealText
 from rankfront.search.plain import markdown
 from rankfront.search.plans.lagrangian import Lagrangian
@@ -205,21 +204,9 @@ def _apply(model: Any, site: Site, rank: int) -> None:
 
 def _write(model: Any, source: Source, plan: Plan, text: HealText, result: Sliced, held: Tensor, out: Path) -> None:
     """Write the sliced model, reload it in a fresh process and compare, and only then name it ``out``."""
-    with staged(out) as folder:
-        with quiet():
-            model.save_pretrained(folder)
-        save_tokenizer(load_tokenizer(source), folder)
-        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-        verified = verify_folder(folder, held, str(next(model.parameters()).device), source.trust_remote_code)
-        check_same("sliced folder", verified, result.perplexity)
-        if verified.parameters != count_parameters(model):
-            raise ExportError(f"the sliced folder has {verified.parameters:,} parameters: not kept")
-        old = Path(source.location)
-        if (old / RECORD).is_file():
-            shutil.copyfile(old / RECORD, folder / RECORD)
-        card = old / "README.md"
-        said = card.read_text(encoding="utf-8") if card.is_file() else f"# {markdown(source.name)}\n"
-        (folder / "README.md").write_text(said.rstrip() + "\n\n" + note(result, text), encoding="utf-8")
+    healed = Path(source.location) / RECORD
+    record = healed.read_text(encoding="utf-8") if healed.is_file() else None
+    write_derived(model, source, plan, held, result.perplexity, "sliced", note(result, text), record, out)
 
 
 def note(result: Sliced, text: HealText) -> str:
