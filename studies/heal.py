@@ -6,9 +6,10 @@
 TEXT is split as in search_benchmark.py: searched on its third quarter, healed on its first half, reported on its last
 quarter; the second corpus is pydoc, which nothing reads before. The plan ``searched`` is what a search of 100,000
 tokens over svd-llm, lama, vo-svd, nystrom and drop-block found best within a kept fraction of the block weights; the
-name of a method is that method at every site, at that fraction. Tokens are seen in all, passes counted. Rows and plans
-with a comma or plus in their names are given as they are, separated by semicolons. Finished cells are kept in
-studies/results/healing.jsonl, one line each, and never measured again: stop it at any time and start it again.
+name of a method is that method at every site, at that fraction, and `a+b` is each where it fits. Tokens are seen in
+all, passes counted. Rows and plans with a comma or plus in their names are given as they are, separated by semicolons.
+Finished cells are kept in studies/results/healing.jsonl, one line each, and never measured again: stop it at any time
+and start it again.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Bench:
     def __init__(self, text: str, plan: str, keep: float, seed: int) -> None:
         searched = plan == SEARCHED
         overrides = {
-            "space.methods": JOINT if searched else [plan],
+            "space.methods": JOINT if searched else plan.split("+"),
             "search.seed": seed,
             "search.tokens": SEARCH_TOKENS,
             **({} if searched else {"space.keep": [keep]}),
@@ -79,7 +80,7 @@ class Bench:
         study = Study(settings(text, torch.get_num_threads()), RESULTS / "runs" / f"heal-{plan}-{seed}", given)
         if searched:
             study.launch(Console(quiet=True), report=False)
-        self.setup = study.setup()
+        self.study, self.setup = study, study.setup()
         self.compressed = CompressedModel(self.setup)
         self.plan = study.best(f"block_parameters<={keep}").plan if searched else self._uniform()
         tokenizer = load_tokenizer(self.setup.source)
@@ -100,6 +101,17 @@ class Bench:
         return {name: score(self.compressed.model, windows).loss for name, windows in self.texts.items()}
 
 
+def heal(model: Any, teacher: Any, windows: torch.Tensor, settings: HealSettings) -> Cell:
+    """One stage; what a cell keeps of it. Its checkpoints go."""
+    folder = RESULTS / "runs" / f"healing-{os.getpid()}"
+    start = time.monotonic()
+    (result,) = Healing(model, teacher, windows, settings, Keeper(folder, {})).run()
+    seconds = time.monotonic() - start
+    shutil.rmtree(folder)
+    held_out = [result.before, result.after]
+    return {"tokens": result.tokens, "seconds": seconds, "held_out": held_out, "note": result.note}
+
+
 def measure(bench: Bench, row: str, tokens: int, seed: int) -> Cell:
     """One plan healed, looked at after every stage."""
     (first, *later), changed = ROWS[row]
@@ -118,15 +130,8 @@ def measure(bench: Bench, row: str, tokens: int, seed: int) -> Cell:
             own = replace(
                 whole, tokens=whole.budget(stage), stages=(stage,), rate=whole.rate_of(stage), batch=whole.step_tokens
             )
-            folder = RESULTS / "runs" / f"healing-{os.getpid()}"
-            start = time.monotonic()
-            (result,) = Healing(compressed.model, teacher, windows, own, Keeper(folder, {})).run()
-            seconds = time.monotonic() - start
-            shutil.rmtree(folder)
-            seen.append(
-                {"stage": stage, "losses": bench.losses(), "tokens": result.tokens, "seconds": seconds}
-                | {"held_out": [result.before, result.after], "note": result.note}
-            )
+            result = heal(compressed.model, teacher, windows, own)
+            seen.append({"stage": stage, "losses": bench.losses()} | result)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"dense": dense, "seen": seen, "memory": memory}
 
