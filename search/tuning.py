@@ -118,7 +118,7 @@ class Tuning:
     # -- opening
     # Kept fractions of the treated weights at which the predicted front is measured, where no target is nearby: where
     # they are few of those that an objective counts, targets are far apart. guess
-    opening_fractions: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    opening_fractions: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
     opening_nearby: float = 0.05  # kept fraction; guess
     # Of the first plan, or as near as limits allow: slopes around it say of every site what it does in a compressed
     # model, and the others are solved for by that. guess

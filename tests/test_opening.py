@@ -205,7 +205,7 @@ def test_budgets_of_the_opening():
     """Marks, all of them where none is as large as usual, and what lies far from them."""
     assert opening_budgets([], 1000) == [1000 * keep for keep in WARM_START]
     targets = [int(1000 * keep) for keep in WARM_START]
-    assert opening_budgets([100, 300, *targets], 1000) == targets
-    assert opening_budgets([100, 399, 420, 637, 777, 930], 1000) == [930, 777, 700, 637, 500, 420]
-    assert opening_budgets([200, 377], 1000)[-2:] == [377, 200]
+    assert opening_budgets([100, 299, *targets], 1000) == targets
+    assert opening_budgets([100, 399, 420, 637, 777, 930], 1000) == [930, 777, 700, 637, 500, 420, 399, 300]
+    assert opening_budgets([200, 277], 1000)[-2:] == [277, 200]
     assert reference_first([900, 637, 400, 300], 1000) == [637, 400, 300, 900]
