@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A file stays on one process. Files go in the order of their names: with the fewest tests last, xdist's own order, the
 # longest of all would run alone in the end.
-# One process more than there are cores, for tests of clusters and commands wait for others.
-PROCESSES = $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
-PARALLEL = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# The whole suite gets one process more than there are cores, for tests of clusters and commands wait for others. Each
+# process takes ten seconds of a core to import what it tests.
+parallel = --numprocesses $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + $(1), 4))") \
+	--dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test quick durations check catalogue stored-outputs clean
@@ -22,13 +23,13 @@ demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh studies/demo.sh
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(call parallel,1)
 
 quick: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real"
+	$(BIN)/python -m pytest $(call parallel,0) -m "not slow and not real"
 
 durations: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) --junit-xml=build/durations.xml
+	$(BIN)/python -m pytest $(call parallel,1) --junit-xml=build/durations.xml
 	$(BIN)/python tests/durations.py build/durations.xml > tests/durations.md
 
 check: $(VENV)/.installed

@@ -1,7 +1,6 @@
-"""Fixtures: tiny random models, a tiny tokenizer, a text. Nothing is downloaded and no cache outside is touched."""
+"""Where tests keep what they cache, and which of them are slow. The fixtures are in shared_fixtures.py."""
 
 import os
-import shutil
 import tempfile
 
 # Read when the libraries are imported, so set before.
@@ -12,104 +11,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands too: tiny matrices run fastest on it
 
-import common
-import pytest
-import sqlalchemy
-import torch
-from spoiling import journal as journal  # fixtures of several files
-from spoiling import spoil as spoil
-
-from rankfront.search.measure.runner import JobRunner
-from rankfront.search.measure.setup import Setup
-from rankfront.search.study import Study
-
-# What `make quick` leaves out: files that launch studies again and again, or end processes, or build wheels, and laws
-# over fitted methods but for one of each family.
+# What `make quick` leaves out: files that launch studies again and again, or end processes, or build wheels, all of
+# healing, and laws over fitted methods but for one of each family.
 SLOW = {
     "test_answer", "test_cache_faults", "test_cluster", "test_end_to_end", "test_export", "test_faults",
-    "test_fidelity", "test_front_healing", "test_heal", "test_heal_families", "test_heal_folder", "test_hostile",
-    "test_integers", "test_joined", "test_kill", "test_latency", "test_limits", "test_opening",
-    "test_rankfront_sampler", "test_rankfront_study", "test_ray", "test_refit", "test_retries", "test_samplers",
-    "test_startup", "test_storage_faults", "test_timing", "test_wheel",
+    "test_fidelity", "test_front_healing", "test_hostile", "test_integers", "test_joined", "test_kill", "test_latency",
+    "test_limits", "test_opening", "test_rankfront_sampler", "test_rankfront_study", "test_ray", "test_refit",
+    "test_retries", "test_samplers", "test_slice", "test_startup", "test_storage_faults", "test_timing", "test_wheel",
 }  # fmt: skip
 ONE_OF_A_FAMILY = {"lrt-snmf", "wara", "tensor-train", "compot", "dsformer", "oats", "rtn-int8", "lqer-int4"}
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        fitted = item.path.stem == "test_fitted_laws"
+        stem = item.path.stem
         name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if item.path.stem in SLOW or (fitted and name not in ONE_OF_A_FAMILY):
+        of_many = stem == "test_fitted_laws" and name not in ONE_OF_A_FAMILY
+        if stem in SLOW or stem.startswith("test_heal") or of_many:
             item.add_marker("slow")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _session():
-    """One thread: tiny matrices run fastest on it, and its sums have one order. No database waits for the disk."""
-    torch.set_num_threads(1)
-    sqlalchemy.event.listen(
-        sqlalchemy.Engine, "connect", lambda connection, record: connection.execute("PRAGMA synchronous = OFF")
-    )
-    yield
-    shutil.rmtree(os.environ["RANKFRONT_CACHE"], ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def never_joined(monkeypatch):
-    """No clock decides how models run here; tests of what it does decide override this."""
-    monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: False)
-
-
-@pytest.fixture(params=common.ARCHITECTURES, ids=lambda row: row.name)
-def architecture(request):
-    """Each row of `common.ARCHITECTURES` in turn."""
-    return request.param
-
-
-@pytest.fixture
-def model(architecture):
-    """A tiny random model of the architecture, the test's own to change."""
-    return architecture.build()
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return common.tiny_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A tiny untied Llama and its tokenizer, saved as a local folder."""
-    return common.save_folder("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="session")
-def tied_folder(tmp_path_factory):
-    """The same with tied embeddings."""
-    return common.save_folder("llama-tied", tmp_path_factory.mktemp("llama-tied"))
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory):
-    """A text of about 24,000 characters, and as many tokens of the tiny tokenizer."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(common.random_text(24_000), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def setup(model_folder, text_file) -> Setup:
-    return Study(common.study_data(model_folder, text_file)).setup()
-
-
-@pytest.fixture(scope="session")
-def _resident(setup):
-    return JobRunner(setup)
-
-
-@pytest.fixture
-def resident(_resident):
-    """A resident tiny Llama with its factor store; dense again after the test."""
-    common.restore(_resident)
-    yield _resident
-    common.restore(_resident)
+def pytest_configure(config):
+    """The process that only hands files out to others imports nothing of what they test, so they begin at once."""
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        config.pluginmanager.import_plugin("shared_fixtures")

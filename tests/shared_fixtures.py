@@ -1,0 +1,87 @@
+"""Fixtures: tiny random models, a tiny tokenizer, a text. Nothing is downloaded and no cache outside is touched."""
+
+import os
+import shutil
+
+import common
+import pytest
+import sqlalchemy
+import torch
+from spoiling import journal as journal  # fixtures of several files
+from spoiling import spoil as spoil
+
+from rankfront.search.measure.runner import JobRunner
+from rankfront.search.measure.setup import Setup
+from rankfront.search.study import Study
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session():
+    """One thread: tiny matrices run fastest on it, and its sums have one order. No database waits for the disk."""
+    torch.set_num_threads(1)
+    sqlalchemy.event.listen(
+        sqlalchemy.Engine, "connect", lambda connection, record: connection.execute("PRAGMA synchronous = OFF")
+    )
+    yield
+    shutil.rmtree(os.environ["RANKFRONT_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def never_joined(monkeypatch):
+    """No clock decides how models run here; tests of what it does decide override this."""
+    monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: False)
+
+
+@pytest.fixture(params=common.ARCHITECTURES, ids=lambda row: row.name)
+def architecture(request):
+    """Each row of `common.ARCHITECTURES` in turn."""
+    return request.param
+
+
+@pytest.fixture
+def model(architecture):
+    """A tiny random model of the architecture, the test's own to change."""
+    return architecture.build()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return common.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny untied Llama and its tokenizer, saved as a local folder."""
+    return common.save_folder("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory):
+    """The same with tied embeddings."""
+    return common.save_folder("llama-tied", tmp_path_factory.mktemp("llama-tied"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A text of about 24,000 characters, and as many tokens of the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(common.random_text(24_000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def setup(model_folder, text_file) -> Setup:
+    return Study(common.study_data(model_folder, text_file)).setup()
+
+
+@pytest.fixture(scope="session")
+def _resident(setup):
+    return JobRunner(setup)
+
+
+@pytest.fixture
+def resident(_resident):
+    """A resident tiny Llama with its factor store; dense again after the test."""
+    common.restore(_resident)
+    yield _resident
+    common.restore(_resident)
