@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import psutil
 import pytest
 from common import study_data
+from forking import Forked
 from rich.console import Console
 
 from rankfront.search.errors import Interrupted
@@ -108,8 +109,15 @@ def command(*arguments: object) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """The command line in a process group of its own, its output piped; at the end it is gone, and all it started."""
+def started(*arguments: object, **environment: str) -> Iterator[Forked]:
+    """The command line in a process group of its own; at the end it is gone, and all it started."""
+    with _ended(Forked([str(argument) for argument in arguments], os.environ | environment)) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def started_anew(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The same in an interpreter of its own, which takes seconds to import torch."""
     process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,
@@ -118,6 +126,15 @@ def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen
         env=os.environ | environment,
         start_new_session=True,
     )
+    with _ended(process):
+        yield process
+
+
+Process = TypeVar("Process", Forked, subprocess.Popen[str])
+
+
+@contextlib.contextmanager
+def _ended(process: Process) -> Iterator[Process]:
     try:
         yield process
     finally:
@@ -153,13 +170,13 @@ def finish(*arguments: object, **environment: str) -> subprocess.CompletedProces
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
+def ctrl_c(process: Forked) -> tuple[str, str]:
     """What a terminal does: SIGINT to the whole process group. Returns standard output and error."""
     os.killpg(process.pid, signal.SIGINT)
     return process.communicate(timeout=PATIENCE)
 
 
-def sigterm(process: subprocess.Popen[str]) -> tuple[str, str]:
+def sigterm(process: Forked) -> tuple[str, str]:
     """What ``kill`` and schedulers do: SIGTERM to the launcher. Returns standard output and error."""
     process.terminate()
     return process.communicate(timeout=PATIENCE)

@@ -5,7 +5,7 @@ import json
 
 import psutil
 import pytest
-from launching import check_whole, finished, started, values_of, wait_for
+from launching import check_whole, finished, started_anew, values_of, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankfront.search.__main__ import run as command_line
@@ -46,7 +46,7 @@ cpu = 1
 def test_launch_kill_go_on_export_generate(tmp_path, capsys):
     file, run, out = tmp_path / "study.toml", tmp_path / "run", tmp_path / "small"
     file.write_text(STUDY, encoding="utf-8")
-    with started("launch", file, "--run", run) as process:
+    with started_anew("launch", file, "--run", run) as process:
         reached = wait_for(lambda: finished(run) >= 1, lambda: process.poll() is None)
         cluster = psutil.Process(process.pid).children(recursive=True) if reached else []
         process.kill()  # the launcher alone
