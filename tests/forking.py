@@ -1,7 +1,7 @@
 """Commands in processes of their own that start at once: forks of a process that has imported what commands import.
 
 As a script this is that process. Standard input is a socket. A request is the arguments, the environment and the folder
-as JSON, with three descriptors: for standard output, standard error and the answers. Answers are integers of eight bytes:
+as JSON, with three descriptors: for standard output, standard error and the answers. Answers are eight bytes each:
 the command's process id, then its exit status. The process ends with its requests.
 """
 
