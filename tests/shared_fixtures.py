@@ -7,6 +7,7 @@ import common
 import pytest
 import sqlalchemy
 import torch
+from optuna.storages._rdb.storage import _VersionManager
 from spoiling import journal as journal  # fixtures of several files
 from spoiling import spoil as spoil
 
@@ -17,8 +18,17 @@ from rankfront.search.study import Study
 
 @pytest.fixture(scope="session", autouse=True)
 def _session():
-    """One thread: tiny matrices run fastest on it, and its sums have one order. No database waits for the disk."""
+    """One thread: tiny matrices run fastest on it, and its sums have one order. No database waits for the disk, and
+    none has the history of Optuna's tables read again: to do so takes longer than a trial."""
     torch.set_num_threads(1)
+    read, history = _VersionManager._create_alembic_script, []
+
+    def once(manager):
+        if not history:
+            history.append(read(manager))
+        return history[0]
+
+    _VersionManager._create_alembic_script = once
     sqlalchemy.event.listen(
         sqlalchemy.Engine, "connect", lambda connection, record: connection.execute("PRAGMA synchronous = OFF")
     )

@@ -16,6 +16,9 @@ from rankfront.search import attributes as keys
 from rankfront.search.attributes import ASKED, DECIDING
 from rankfront.search.storage.records import (
     CHECKSUM,
+    NEWER_OR_INCLUDED,
+    OF_STUDY,
+    ONE,
     REQUEST,
     Records,
     checksum_of,
@@ -102,9 +105,8 @@ class CheckedStorage(optuna.storages.RDBStorage):
         """Of the trial as it will be: killed in between, it stays unfinished, and nobody looks at it."""
         table = models.TrialModel.__table__
         with self.engine.connect() as connection:
-            one = sqlalchemy.select(table.c.trial_id).where(table.c.trial_id == trial_id)
             number = connection.scalar(sqlalchemy.select(table.c.number).where(table.c.trial_id == trial_id))
-            rows = self.records.parts(connection, one)[trial_id]
+            rows = self.records.parts(connection, [trial_id], ONE, trial=trial_id)[trial_id]
         stored = [models.TrialValueModel.value_to_stored_repr(value) for value in values or ()]
         rows["values"] = [(place, value, kind.name) for place, (value, kind) in enumerate(stored)]
         known = {key: json.loads(text) for key, text in rows["user"]}
@@ -121,21 +123,19 @@ class CheckedStorage(optuna.storages.RDBStorage):
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
         """As Optuna's, by one query for each table instead of an object for each row."""
-        table = models.TrialModel.__table__
-        of_study = table.c.study_id == study_id
-        if trial_id_greater_than > -1:
-            newer = table.c.trial_id > trial_id_greater_than
-            of_study &= sqlalchemy.or_(newer, table.c.trial_id.in_(included_trial_ids))
         self._write()
-        trials = self.records.trials(of_study)
-        if trial_id_greater_than == -1:
+        if trial_id_greater_than > -1:
+            newer = {"newest": trial_id_greater_than, "included": sorted(included_trial_ids)}
+            trials = self.records.trials(NEWER_OR_INCLUDED, study=study_id, **newer)
+        else:
+            trials = self.records.trials(OF_STUDY, study=study_id)
             number_damaged(trials)
         return [trial for trial in trials if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """As Optuna's, likewise."""
         self._write()
-        found = self.records.trials(models.TrialModel.__table__.c.trial_id == trial_id)
+        found = self.records.trials(ONE, trial=trial_id)
         if not found:
             raise KeyError(trial_id)
         return found[0]

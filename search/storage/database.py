@@ -23,7 +23,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from rankfront.methods import InputError
 from rankfront.search.storage.checked import CheckedStorage
-from rankfront.search.storage.records import Records, damaged_names, number_damaged
+from rankfront.search.storage.records import OF_STUDY, Records, damaged_names, number_damaged
 from rankfront.search.urls import masked, parse_url, sqlite_file
 
 PATIENCE = 60  # seconds that a statement waits for another process to let go of the database
@@ -163,7 +163,7 @@ def _read_study(engine: Engine, place: Place) -> tuple[list[FrozenTrial], dict[s
         number = connection.scalar(sqlalchemy.select(studies.c.study_id).where(studies.c.study_name == place.name))
     if number is None:
         raise InputError(f"the study's storage {place.shown} does not hold this run: launch it first")
-    trials = records.trials(models.TrialModel.__table__.c.study_id == number)
+    trials = records.trials(OF_STUDY, study=number)
     number_damaged(trials)
     known = records.attributes(number)
     trials.sort(key=lambda trial: trial.number)

@@ -29,12 +29,13 @@ from rankfront.search import attributes as keys
 from rankfront.search.attributes import ASKED, DAMAGED
 from rankfront.search.plans.plan import Plan
 
+TRIALS: Any = models.TrialModel.__table__
 CHECKSUM, REQUEST = "rankfront:checksum", "rankfront:request"  # system attributes
 PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "values": (models.TrialValueModel, ("objective", "value", "value_type")),
-    "params": (models.TrialParamModel, ("param_name", "param_value", "distribution_json")),
-    "user": (models.TrialUserAttributeModel, ("key", "value_json")),
-    "system": (models.TrialSystemAttributeModel, ("key", "value_json")),
+    "values": (models.TrialValueModel.__table__, ("objective", "value", "value_type")),
+    "params": (models.TrialParamModel.__table__, ("param_name", "param_value", "distribution_json")),
+    "user": (models.TrialUserAttributeModel.__table__, ("key", "value_json")),
+    "system": (models.TrialSystemAttributeModel.__table__, ("key", "value_json")),
 }
 CORRUPT = (
     ValueError,
@@ -48,6 +49,43 @@ NUMBERS = {"FINITE": None, "INF_POS": float("inf"), "INF_NEG": -float("inf")}
 
 
 Rows = dict[str, list[Any]]  # of one trial, by part, as the tables hold them
+
+
+class Chosen:
+    """Queries for the trials that a condition on their table chooses, in order: made once, which takes longer than to
+    run them. No column is converted: it may be spoiled.
+
+    Attributes:
+        heads: of each trial its id, number, state, start and end.
+        parts: by part, of each of its rows the trial's id and the columns in `PARTS`.
+    """
+
+    def __init__(self, condition: Any) -> None:
+        ids = sqlalchemy.select(TRIALS.c.trial_id).where(condition)
+        head = _raw(TRIALS, ("number", "state", "datetime_start", "datetime_complete"))
+        self.heads = ids.add_columns(*head).order_by(TRIALS.c.trial_id)
+        self.parts = {
+            part: sqlalchemy.select(table.c.trial_id, *_raw(table, columns))
+            .where(table.c.trial_id.in_(ids))
+            .order_by(*table.primary_key)
+            for part, (table, columns) in PARTS.items()
+        }
+
+
+def _raw(table: Any, columns: Iterable[str]) -> list[Any]:
+    return [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in columns]
+
+
+_OF_STUDY = TRIALS.c.study_id == sqlalchemy.bindparam("study")
+OF_STUDY = Chosen(_OF_STUDY)
+NEWER_OR_INCLUDED = Chosen(
+    _OF_STUDY
+    & (
+        (TRIALS.c.trial_id > sqlalchemy.bindparam("newest"))
+        | TRIALS.c.trial_id.in_(sqlalchemy.bindparam("included", expanding=True))
+    )
+)
+ONE = Chosen(TRIALS.c.trial_id == sqlalchemy.bindparam("trial"))
 
 
 def checksum_of(record: Any) -> str:
@@ -83,15 +121,13 @@ class Records:
         self._first_checked: int | None = None  # id of the first trial with a checksum: later ones have it too
         self._known: dict[str, tuple[str, Any]] = {}  # the study's attributes: as stored, and parsed
 
-    def trials(self, chosen: Any) -> list[FrozenTrial]:
-        """The trials that a condition on their table chooses, in order; damaged ones have no number."""
-        table = models.TrialModel.__table__
-        head = ("number", "state", "datetime_start", "datetime_complete")
-        columns = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in head]
+    def trials(self, chosen: Chosen, **given: Any) -> list[FrozenTrial]:
+        """The ``chosen`` trials at the values ``given`` to the condition, in order; damaged ones have no number."""
         with self.engine.connect() as connection:
-            query = sqlalchemy.select(table.c.trial_id, *columns).where(chosen)
-            heads = [tuple(head) for head in connection.execute(query.order_by(table.c.trial_id))]
-            parts = self.parts(connection, sqlalchemy.select(table.c.trial_id).where(chosen))
+            heads = [tuple(head) for head in connection.execute(chosen.heads, given)]
+            if not heads:
+                return []
+            parts = self.parts(connection, [head[0] for head in heads], chosen, **given)
         checked = [trial_id for trial_id, rows in parts.items() if any(row[0] == CHECKSUM for row in rows["system"])]
         self._first_checked = min(
             [*checked, *([] if self._first_checked is None else [self._first_checked])], default=None
@@ -117,14 +153,11 @@ class Records:
             return False
         return self._first_checked is None or trial_id < self._first_checked
 
-    def parts(self, connection: Any, chosen: Any) -> dict[int, Rows]:
-        """The rows of the ``chosen`` trials (a query of ids), by trial. No column is converted: it may be spoiled."""
-        found: dict[int, Rows] = {trial_id: {part: [] for part in PARTS} for (trial_id,) in connection.execute(chosen)}
-        for part, (model, columns) in PARTS.items():
-            table = model.__table__
-            raw = [sqlalchemy.type_coerce(table.c[name], sqlalchemy.types.NullType()) for name in columns]
-            query = sqlalchemy.select(table.c.trial_id, *raw).where(table.c.trial_id.in_(chosen))
-            for trial_id, *row in connection.execute(query.order_by(*table.primary_key)):
+    def parts(self, connection: Any, trial_ids: Iterable[int], chosen: Chosen, **given: Any) -> dict[int, Rows]:
+        """The rows of the ``chosen`` trials, by trial."""
+        found: dict[int, Rows] = {trial_id: {part: [] for part in PARTS} for trial_id in trial_ids}
+        for part, query in chosen.parts.items():
+            for trial_id, *row in connection.execute(query, given):
                 if trial_id in found:  # an index that was spoiled leads to rows of others
                     found[trial_id][part].append(tuple(row))
         return found
