@@ -50,11 +50,11 @@ def line(run: str) -> str:
     missed: list[list[float]] = [[], []]
     scores: list[list[float]] = [[], []]
     for trial in past.state.trials:
-        plan = predictor.history.plan_of(trial.params)
+        plan = predictor.history.plan(trial)
         if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
             continue
         predictor.learn(past.state.trials[: trial.number])
-        level = predictor.goal.log_divergence(trial.values[predictor.goal.quality], predictor.goal.dense)
+        level = predictor.goal.log_divergence(trial.values[predictor.goal.quality])
         for kind, found in enumerate((predictor.uncorrected(np.array([plan])), predictor.levels([plan]))):
             (predicted,), (claimed,) = found
             missed[kind].append(abs(level - predicted))

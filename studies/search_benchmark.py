@@ -137,7 +137,7 @@ class Bench:
         for line, place in zip(pairs, places, strict=True):
             line[place] = 0.0
         first, second = ([line[:, column] for line in pairs] for column in (0, 1))
-        return TaylorModel(0, np.array(places), 1.0, first, second, windows.numel())
+        return TaylorModel(np.array(places), 1.0, first, second, windows.numel())
 
     def solve(self, found: Found, predictions: Predictions, allocator: Callable[[Menu, float], Places]) -> None:
         """Allocate at every fraction of the grid."""
@@ -196,8 +196,8 @@ def context_row(bench: Bench, budget: int, seed: int) -> Found:
     taylor = bench.slopes(menu, reference, windows, seed)
     begun = time.perf_counter()
     surrogate = Surrogate(menu, [""] * len(menu.lines), [0] * len(menu.lines))  # no trial teaches it
-    context = corrections_of(taylor, menu, surrogate.terms.features)
-    surrogate.terms.corrections = [context] if context is not None else []
+    context = corrections_of(taylor, menu, surrogate.features)
+    surrogate.corrections = [context] if context is not None else []
     for keep in GRID:
         solved = Lagrangian(menu, surrogate.losses(keep))
         found.plans[keep] = menu.decode(solved.solve(keep * menu.dense))

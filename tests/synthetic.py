@@ -111,7 +111,7 @@ class Problem:
     def goal(self):
         return Goal(
             loss=math.exp,
-            log_divergence=lambda value, dense: math.log(max(value, NEVER)),
+            log_divergence=lambda value: math.log(max(value, NEVER)),
             costs=self.costs,
             dense=NEVER,
             quality=0,

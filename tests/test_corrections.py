@@ -26,7 +26,7 @@ def line(i):
 
 
 MENU = Menu(tuple(line(i) for i in range(SITES)))
-FEATURES = Surrogate(MENU, ["kind"] * SITES, [0] * SITES).terms.features
+FEATURES = Surrogate(MENU, ["kind"] * SITES, [0] * SITES).features
 
 
 def around(places, factors, scale=2.0, noise=0.0):
@@ -45,7 +45,7 @@ def around(places, factors, scale=2.0, noise=0.0):
         a[0] = increase[0] - increase[place]  # taking a site's treatment back is straight
         first.append(a)
         second.append(b)
-    return TaylorModel(0, np.array(places), 1.0, first, second)
+    return TaylorModel(np.array(places), 1.0, first, second)
 
 
 def factors_of(context):
@@ -83,14 +83,14 @@ def test_untreated_sites_have_factors_too():
 def test_the_surest_options_say_most_and_noise_leaves_a_factor_at_one():
     taylor = around([4] * SITES, np.full(SITES, 1.0))
     doubtful = [np.full_like(b, 1e6) for b in taylor.second]
-    noisy = TaylorModel(0, taylor.places, 1.0, taylor.first, doubtful)
+    noisy = TaylorModel(taylor.places, 1.0, taylor.first, doubtful)
     assert np.exp(corrections_of(noisy, MENU, FEATURES).logs) == pytest.approx(1.0, abs=0.01)
 
 
 def test_what_is_unknown_has_no_factor():
     taylor = around([4] * SITES, np.ones(SITES))
     unknown = [np.full_like(b, np.inf) for b in taylor.second]
-    assert not corrections_of(TaylorModel(0, taylor.places, 1.0, taylor.first, unknown), MENU, FEATURES).logs.any()
+    assert not corrections_of(TaylorModel(taylor.places, 1.0, taylor.first, unknown), MENU, FEATURES).logs.any()
 
 
 def test_there_is_no_context_around_dense_nor_where_treatments_help():
@@ -114,10 +114,10 @@ def test_the_surrogate_reads_each_plan_by_its_own_size():
     """Predictions and the losses for an allocator agree with adding up by hand, at every size."""
     surrogate = Surrogate(MENU, ["kind"] * SITES, [0] * SITES)
     random = np.random.default_rng(3)
-    surrogate.terms.corrections = [Corrections(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
+    surrogate.corrections = [Corrections(share, random.normal(0, 0.5, len(FEATURES))) for share in (0.4, 0.8)]
     for plan in random.integers(0, 2 * LEVELS + 1, (20, SITES)):
         share = MENU.size(list(plan)) / MENU.dense
-        logs = factors_at(surrogate.terms.corrections, np.array([share]), len(FEATURES))[0]
+        logs = factors_at(surrogate.corrections, np.array([share]), len(FEATURES))[0]
         expected = sum(
             MENU.lines[i].divergence[place] * np.exp(logs[FEATURES[i, MENU.lines[i].options[place].method]])
             for i, place in enumerate(plan)

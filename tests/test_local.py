@@ -19,7 +19,7 @@ FIRST, SECOND = TUNING.first_order, TUNING.second_order
 BOUNDS = TUNING.first_bounds, TUNING.second_bounds
 
 
-def make_local(seed=0, trial=0, places=None, divergence=DIVERGENCE):
+def make_local(seed=0, places=None, divergence=DIVERGENCE):
     """Slopes of either sign and curvatures of none but positive, both 0 at the reference."""
     random = np.random.default_rng(seed)
     reference = random.integers(OPTIONS, size=LINES) if places is None else np.array(places)
@@ -29,7 +29,7 @@ def make_local(seed=0, trial=0, places=None, divergence=DIVERGENCE):
         a[place] = b[place] = 0.0
         first.append(a)
         second.append(b)
-    return TaylorModel(trial, reference, divergence, first, second)
+    return TaylorModel(reference, divergence, first, second)
 
 
 def near(taylor, seed, count, switched):
@@ -130,7 +130,7 @@ def test_the_surest_centre_is_asked():
     for trial, differing in enumerate((12, 3, 7)):
         places = base.copy()
         places[:differing] = 1
-        references.append(make_local(trial, trial, places))
+        references.append(make_local(trial, places))
     plans = np.concatenate([base[None], *(near(taylor, 5, 10, 6) for taylor in references)])
     logs, errors = surest(references, plans, [PRIOR] * len(references))
     for plan, log, error in zip(plans, logs, errors, strict=True):
@@ -147,7 +147,7 @@ def test_the_surest_centre_is_asked():
 def test_without_slopes_nobody_is_sure():
     plans = np.zeros((3, LINES), dtype=int)
     assert (surest([], plans, [])[1] == math.inf).all()
-    taylor = make_local(0, 0, np.ones(LINES, dtype=int))
+    taylor = make_local(0, np.ones(LINES, dtype=int))
     for b in taylor.second:
         b[0] = np.inf
     assert (surest([taylor], plans, [PRIOR])[1] == math.inf).all()
@@ -185,7 +185,7 @@ def test_more_plans_bring_it_nearer():
 
 def test_several_centres_teach_together():
     """Each plan is read through the references near to it; what the far one says of it is too unsure to count."""
-    locals_ = [make_local(seed, seed, np.full(LINES, seed), DIVERGENCE * (1 + seed)) for seed in (0, 1)]
+    locals_ = [make_local(seed, np.full(LINES, seed), DIVERGENCE * (1 + seed)) for seed in (0, 1)]
     for taylor in locals_:
         for b in taylor.second:
             b[1 - int(taylor.places[0])] = 1.0
@@ -198,7 +198,7 @@ def test_several_centres_teach_together():
 
 def test_without_data_it_stays_at_the_prior():
     """Neither without plans, nor with the reference alone, nor with plans of which the slopes are far from sure."""
-    taylor, far = make_local(0, 0, np.zeros(LINES, dtype=int)), np.full((5, LINES), 3)
+    taylor, far = make_local(0, np.zeros(LINES, dtype=int)), np.full((5, LINES), 3)
     for b in taylor.second:
         b[3] = 1.0
     none = np.zeros((0, LINES), dtype=int)
@@ -209,7 +209,7 @@ def test_without_data_it_stays_at_the_prior():
 
 
 def test_an_option_of_which_nothing_is_known_teaches_nothing():
-    taylor = make_local(0, 0, np.zeros(LINES, dtype=int))
+    taylor = make_local(0, np.zeros(LINES, dtype=int))
     taylor.second[4][2] = np.inf
     plans = near(taylor, 0, 30, 8)
     plans[:, 4] = 0
@@ -266,7 +266,7 @@ def test_the_same_measurements_give_the_same_trust():
 
 def test_what_was_learned_elsewhere_says_less():
     """Plans around one reference teach its own slopes all they can, and another centre's only some of it."""
-    found = [make_local(seed, seed, np.full(LINES, seed)) for seed in (0, 1)]
+    found = [make_local(seed, np.full(LINES, seed)) for seed in (0, 1)]
     for taylor in found:
         for b in taylor.second:
             b[1 - int(taylor.places[0])] = 1.0

@@ -143,7 +143,7 @@ def test_the_front_of_several_costs_is_solved_by_the_sizes_of_its_plans(data, tm
     data["space"] = {"methods": ["svd-llm", "gptq-int8"], "keep": [0.4, 0.6, 0.8], "rank_multiple": 2}
     study = make_run(data, tmp_path / "run")
     predictor = predictor_of(study)
-    assert predictor.surrogate.terms.corrections
+    assert predictor.surrogate.corrections
     even, apart = predictor.menu.even, []
     for keep in WARM_START:
         if keep * even.dense >= even.least:

@@ -146,7 +146,7 @@ def test_what_was_missed_of_one_plan_is_expected_of_its_neighbours():
     sampler = problem.sampler(0)
     study = around(problem, sampler, 0.6)
     predictor, (taylor,) = sampler.predictor, sampler.predictor.history.taylor_models
-    step = downhill(predictor, taylor, [0.45 * problem.menu.dense])[-1]
+    step = downhill(predictor, taylor, [0.45 * problem.menu.dense], problem.menu)[-1]
     moved = np.flatnonzero(np.array(step) != taylor.places)
     assert len(moved) >= 6
     likes = [
@@ -187,7 +187,7 @@ def test_steps_have_several_lengths():
     sampler = problem.sampler(0)
     around(problem, sampler, 0.6, np.random.default_rng(0))
     (taylor,) = sampler.predictor.history.taylor_models
-    found = downhill(sampler.predictor, taylor, [problem.menu.size(taylor.places)])
+    found = downhill(sampler.predictor, taylor, [problem.menu.size(taylor.places)], problem.menu)
     moved = [int((np.array(plan) != taylor.places).sum()) for plan in found]
     assert moved == sorted(moved)
     assert len(set(moved)) >= 3
@@ -208,4 +208,4 @@ def test_slopes_around_a_plan_that_stores_nothing_are_solved_for_any_budget():
     assert found
     assert all(0 < menu.size(plan) <= 0.5 * menu.dense for plan in found)
     (taylor,) = predictor.history.taylor_models
-    assert all(menu.size(plan) == 0 for plan in downhill(predictor, taylor, [1.0]))
+    assert all(menu.size(plan) == 0 for plan in downhill(predictor, taylor, [1.0], menu))

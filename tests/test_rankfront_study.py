@@ -349,7 +349,7 @@ def test_a_goal_reads_values_as_divergence(data, tmp_path, quality):
     for row in rows:
         value = row.values[quality]
         if value > dense.values[quality] * 1.001 + 1e-3:
-            assert goal.loss(goal.log_divergence(value, goal.dense)) == pytest.approx(value)
+            assert goal.loss(goal.log_divergence(value)) == pytest.approx(value)
         exact = {0: row.values["block_parameters"], 2: row.values["bytes"]}
         assert goal.costs(row.plan) == pytest.approx(exact)
     boxes = [make_objective(name, {}).box(dense.values[name]) for name in data["objectives"]]

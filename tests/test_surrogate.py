@@ -9,6 +9,7 @@ from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.tuning import TUNING
 
 BLOCKS, KINDS, METHODS, LEVELS = 4, ("query", "up", "down"), ("svd", "svd-llm"), 3
+SPREAD = TUNING.loss_spread  # of every measurement
 
 
 def make_menu(seed=0):
@@ -76,7 +77,7 @@ def test_without_data_it_is_the_menu():
 
 def test_dense_costs_nothing_whatever_was_measured():
     surrogate = make_surrogate()
-    surrogate.fit(random_plans(30, 0), truth(random_plans(30, 0), 1.0, 1.3, true_factors()))
+    surrogate.fit(random_plans(30, 0), truth(random_plans(30, 0), 1.0, 1.3, true_factors()), SPREAD)
     for losses in surrogate.losses():
         assert losses[0] == 0
         assert (losses[1:] > 0).all()
@@ -90,7 +91,7 @@ def test_more_trials_predict_better(seed):
     for count in (0, 20, 80):
         if count:
             plans = random_plans(count, seed)
-            surrogate.fit(plans, truth(plans, factors=factors))
+            surrogate.fit(plans, truth(plans, factors=factors), SPREAD)
         errors.append(root_mean_square(surrogate.predict(unseen) - truth(unseen, factors=factors)))
     assert errors[1] < 0.8 * errors[0]
     assert errors[2] < 0.4 * errors[0]
@@ -100,7 +101,7 @@ def test_more_trials_predict_better(seed):
 def test_offset_and_slope_are_recovered(offset, slope):
     """A common factor and a faster growth, as divergences of many sites together show."""
     surrogate, plans, unseen = make_surrogate(), random_plans(60, 0), random_plans(200, 1)
-    surrogate.fit(plans, truth(plans, offset, slope))
+    surrogate.fit(plans, truth(plans, offset, slope), SPREAD)
     assert 1 + surrogate.mean[-1] == pytest.approx(slope, abs=0.1)
     assert root_mean_square(surrogate.predict(unseen) - truth(unseen, offset, slope)) < 0.08
     whole = surrogate.mean[-2] + (1 + surrogate.mean[-1]) * float(surrogate.mean[:-2].mean())
@@ -109,7 +110,7 @@ def test_offset_and_slope_are_recovered(offset, slope):
 
 def test_one_trial_is_enough_to_fit():
     surrogate, plan = make_surrogate(), random_plans(1, 0)
-    surrogate.fit(plan, truth(plan, offset=1.0))
+    surrogate.fit(plan, truth(plan, offset=1.0), SPREAD)
     assert surrogate.predict(plan) == pytest.approx(truth(plan, offset=1.0), abs=TUNING.unexplained)
 
 
@@ -118,12 +119,7 @@ def test_one_trial_is_enough_to_fit():
 
 def near_dense_plans(count, seed):
     """Plans (count, SITES) of one option each that hurts by less than twice the spread."""
-    mild = [
-        (i, k)
-        for i, line in enumerate(MENU.lines)
-        for k in np.flatnonzero(line.divergence < 2 * TUNING.loss_spread)
-        if k
-    ]
+    mild = [(i, k) for i, line in enumerate(MENU.lines) for k in np.flatnonzero(line.divergence < 2 * SPREAD) if k]
     plans = np.zeros((count, SITES), dtype=int)
     for plan, which in zip(plans, np.random.default_rng(seed).permutation(len(mild)), strict=False):
         plan[mild[which][0]] = mild[which][1]
@@ -136,12 +132,12 @@ def test_near_dense_measurements_spoil_nothing():
     for seed in range(8):
         random, factors = np.random.default_rng(seed), true_factors(seed)
         plans = np.vstack([random_plans(12, seed), near_dense_plans(8, seed)])
-        measured = np.exp(truth(plans, factors=factors)) + TUNING.loss_spread * random.standard_normal(len(plans))
+        measured = np.exp(truth(plans, factors=factors)) + SPREAD * random.standard_normal(len(plans))
         unseen = random_plans(100, 100 + seed)
         for all_of_them in (True, False):
-            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * TUNING.loss_spread
+            kept = np.ones(len(plans), dtype=bool) if all_of_them else np.exp(truth(plans)) > 5 * SPREAD
             surrogate = make_surrogate()
-            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], TUNING.least_divergence)))
+            surrogate.fit(plans[kept], np.log(np.maximum(measured[kept], TUNING.least_divergence)), SPREAD)
             errors[all_of_them].append(root_mean_square(surrogate.predict(unseen) - truth(unseen, factors=factors)))
     assert np.median(errors[True]) <= 1.05 * np.median(errors[False])
 
@@ -149,10 +145,10 @@ def test_near_dense_measurements_spoil_nothing():
 def test_what_is_below_the_spread_is_only_known_to_be_small():
     """How far below, noise decides; no plan is made out to be worse by it than a measurement of it could."""
     plans, predicted = np.vstack([random_plans(12, 0), near_dense_plans(2, 0)]), []
-    for least in (TUNING.least_divergence, 0.1 * TUNING.loss_spread, TUNING.loss_spread):
+    for least in (TUNING.least_divergence, 0.1 * SPREAD, TUNING.loss_spread):
         surrogate, observed = make_surrogate(), truth(plans)
         observed[-2:] = np.log(least)
-        surrogate.fit(plans, observed, TUNING.loss_spread)
+        surrogate.fit(plans, observed, SPREAD)
         predicted.append(surrogate.predict(plans))
     assert predicted[0] == pytest.approx(predicted[2])
     assert predicted[1] == pytest.approx(predicted[2])
@@ -175,7 +171,7 @@ def test_each_measurement_has_its_own_spread():
 def test_what_earlier_trials_had_predicted_of_each():
     """The innovations against conditioning one trial after the other on those before it."""
     surrogate, plans = make_surrogate(), random_plans(12, 0)
-    surrogate.fit(plans, truth(plans, 0.3, 1.1, true_factors()))
+    surrogate.fit(plans, truth(plans, 0.3, 1.1, true_factors()), SPREAD)
     gap, covariance, _ = surrogate.linearised(surrogate.mean)
     slow = [gap[t] - covariance[t, :t] @ np.linalg.solve(covariance[:t, :t], gap[:t]) for t in range(len(gap))]
     assert surrogate.ahead() == pytest.approx(slow)
@@ -186,7 +182,7 @@ def test_what_earlier_trials_had_predicted_of_each():
 
 def test_the_jacobian_is_that_of_finite_differences():
     surrogate, plans = make_surrogate(), random_plans(15, 0)
-    surrogate.fit(plans, truth(plans, 0.5, 1.2, true_factors()))
+    surrogate.fit(plans, truth(plans, 0.5, 1.2, true_factors()), SPREAD)
     values = surrogate.mean
 
     def predicted(changed):

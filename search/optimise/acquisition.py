@@ -82,8 +82,7 @@ class Acquisition:
             trials = [(self.menu.decode(places), known.values[column]) for places, known in history.measured.items()]
             table = timing.calibrated(objective, trials)
             ratios = [table.timing.ratio(objective, plan) for plan in plans]
-            worse = 0.0 if np.isnan(table.median) else table.median
-            values[:, column] = [np.nan if ratio is None else ratio + worse for ratio in ratios]
+            values[:, column] = np.array(ratios, dtype=float) + np.nan_to_num(table.median)
         if goal.perplexity is not None:
             column, dense = goal.perplexity
             excess = history.excess_rate(column, dense) * np.exp(logs)

@@ -19,7 +19,7 @@ def target_budgets(predictor: Predictor) -> np.ndarray:
     if menu.count > 1:
         return np.zeros(0)
     budgets = np.floor(_budgets(predictor) + ROUNDING)
-    found = {float(budget) for budget in budgets if menu.least <= budget <= menu.dense}
+    found = {budget for budget in budgets.tolist() if menu.least <= budget <= menu.dense}
     if not all(predictor.may_meet(menu.decode(end)) for end in (menu.untreated, menu.cheapest)):
         solved = Lagrangian(menu)
         most = _most(predictor, solved)
@@ -51,19 +51,15 @@ def _most(predictor: Predictor, solved: Lagrangian) -> float:
     """The largest size of a plan of the menu, ``solved`` for it, that may meet the study's limits; infinite where there
     is none."""
     menu = predictor.menu
-    if predictor.may_meet(menu.decode(menu.untreated)):
-        return float(menu.dense)
     most, above = np.inf, float(menu.dense)
     for budget in np.linspace(menu.dense, menu.least, TUNING.limit_tries):
         plan = solved.solve(float(budget))
         if predictor.may_meet(menu.decode(plan)):
-            most = float(menu.size(plan))
+            most = menu.size(plan)
             break
         above = float(budget)
     for _ in range(TUNING.limit_halvings if np.isfinite(most) else 0):
-        plan = solved.solve((most + above) / 2)
-        if predictor.may_meet(menu.decode(plan)):
-            most = float(menu.size(plan))
-        else:
-            above = (most + above) / 2
+        middle = (most + above) / 2
+        plan = solved.solve(middle)
+        most, above = (menu.size(plan), above) if predictor.may_meet(menu.decode(plan)) else (most, middle)
     return most

@@ -29,29 +29,24 @@ class Candidates:
         self.random = random
 
     def groups(self, mode: str) -> Iterator[dict[Places, float]]:
-        """Plans to choose a proposal from, and should all of them be tried, others: the standard deviations by which
-        each may be worse than predicted (the winner's curse).
+        """Plans to choose a proposal from, and should all of them be tried, others: each with the standard deviations
+        by which its kind turns out worse than predicted (the winner's curse).
 
         ``mode`` is "newest" for steps from the newest slopes first, "any" for those from all recent ones beside
         solutions, "solve" for solutions alone.
         """
         costs, models = self.menu.count, self.predictor.history.taylor_models
         priced = self.menu.weighed(list(self.random.dirichlet([1.0] * costs))) if costs > 1 else self.menu
-        steps: list[Places] = []
         if mode == "newest":
-            steps = self._downhill(models[-1:], priced)
-            yield self.at_targets(self._with_pessimism(steps, []))
-            yield self._with_pessimism(steps, [])
-        if mode in ("newest", "any"):
-            steps = self._downhill(models[-TUNING.references :], priced)
-        solutions = self._solutions(priced, to_targets=True)
-        yield self.at_targets(self._with_pessimism(steps, solutions))
-        yield self._with_pessimism(steps, solutions)
-        yield self._with_pessimism(steps, self._solutions(priced))
-
-    def _with_pessimism(self, steps: Sequence[Places], solutions: Sequence[Places]) -> dict[Places, float]:
-        """Each plan once, and the standard deviations by which its kind turns out worse than predicted."""
-        return dict.fromkeys(solutions, TUNING.solutions_worse) | dict.fromkeys(steps, TUNING.steps_worse)
+            newest = dict.fromkeys(self._downhill(models[-1:], priced), TUNING.steps_worse)
+            yield self.at_targets(newest)
+            yield newest
+        references = [] if mode == "solve" else models[-TUNING.references :]
+        steps = dict.fromkeys(self._downhill(references, priced), TUNING.steps_worse)
+        both = dict.fromkeys(self._solutions(priced, to_targets=True), TUNING.solutions_worse) | steps
+        yield self.at_targets(both)
+        yield both
+        yield dict.fromkeys(self._solutions(priced), TUNING.solutions_worse) | steps
 
     def _solutions(self, priced: Menu, to_targets: bool = False) -> list[Places]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to targets."""

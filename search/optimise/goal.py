@@ -67,7 +67,7 @@ class Goal:
 
     Attributes:
         loss: log-divergence of a plan -> value of the quality objective.
-        log_divergence: values of the quality objective, a plan's and the dense model's -> log-divergence.
+        log_divergence: value of the quality objective -> log-divergence.
         costs: plan -> values of the objectives that the plan alone decides, by position.
         timed: position -> a latency among the objectives, and its table.
         spread: standard deviation of a measured divergence, in nats, where a trial scores `Tuning.spread_tokens`.
@@ -80,7 +80,7 @@ class Goal:
     """
 
     loss: Callable[[float], float]
-    log_divergence: Callable[[float, float], float]
+    log_divergence: Callable[[float], float]
     costs: Callable[[Plan], Mapping[int, float]]
     dense: float
     quality: int
@@ -97,11 +97,10 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, timings: Timings) -
 
     Perplexity is read as divergence through its logarithm: log(perplexity / dense) is the excess loss in nats a token.
     """
-    names = list(config.objectives)
-    quality = quality_of(config)
+    names, quality = list(config.objectives), quality_of(config)
     base = dense.values[quality] if quality == "perplexity" else None
     box = box_of(config.objectives, dense)
-    objectives = {i: make_objective(name, settings) for i, (name, settings) in enumerate(config.objectives.items())}
+    objectives = [make_objective(name, settings) for name, settings in config.objectives.items()]
     prices = Prices(
         inside_blocks(space.sites),
         int(dense.attributes[PARAMETER_COUNT]),
@@ -112,13 +111,12 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, timings: Timings) -
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough
         return divergence if base is None else base * math.exp(divergence)
 
-    def log_divergence(value: float, dense: float) -> float:
-        return math.log(max(value if base is None else math.log(value / dense), TUNING.least_divergence))
+    def log_divergence(value: float) -> float:
+        return math.log(max(value if base is None else math.log(value / base), TUNING.least_divergence))
 
     def costs(plan: Plan) -> dict[int, float]:
         cost = prices.of(plan)
-        found = {i: objective.from_cost(cost) for i, objective in objectives.items()}
-        return {i: value for i, value in found.items() if value is not None}
+        return {i: value for i, each in enumerate(objectives) if (value := each.from_cost(cost)) is not None}
 
     limits = [Constraint.parse(text) for text in config.search.where]
 

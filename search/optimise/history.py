@@ -61,28 +61,25 @@ class History:
         plans = [(self.plan(trial), trial) for trial in complete]
         self.measured = {plan: self._measured(trial) for plan, trial in plans if plan is not None}
         if any(map(any, self.measured)):
-            with_slopes = [trial for trial in finished if keys.SLOPES in trial.user_attrs]
-            known = [trial for trial in with_slopes if self.plan(trial) in self.measured]
-            self.taylor_of = {trial.number: self._taylor_model(trial) for trial in known}
+            asked = [(self.plan(trial), trial) for trial in finished if keys.SLOPES in trial.user_attrs]
+            self.taylor_of = {t.number: self._taylor_model(t, plan) for plan, t in asked if plan in self.measured}
         return True
 
     def _measured(self, trial: FrozenTrial) -> Measured:
-        level = self.goal.log_divergence(trial.values[self.goal.quality], self.goal.dense)
+        level = self.goal.log_divergence(trial.values[self.goal.quality])
         most = TUNING.spread_tokens
         spread = self.goal.spread * math.sqrt(most / trial.user_attrs.get(keys.FIDELITY, most))
         return Measured(trial.number, level, trial.values, spread)
 
-    def plan_of(self, parameters: Mapping[str, Any]) -> Places | None:
-        """A trial's parameters as a choice of the menu; None where it took an option that is not on it."""
-        return self.menu.encode(self.space.decode(parameters))
-
     def plan(self, trial: FrozenTrial) -> Places | None:
-        """`plan_of` a trial's parameters, worked out once where it is finished."""
-        if not trial.state.is_finished():
-            return self.plan_of(trial.params)
-        if trial.number not in self._plans:
-            self._plans[trial.number] = self.plan_of(trial.params)
-        return self._plans[trial.number]
+        """A trial's parameters as a choice of the menu, worked out once where it is finished; None where it took an
+        option that is not on it."""
+        if trial.number in self._plans:
+            return self._plans[trial.number]
+        plan = self.menu.encode(self.space.decode(trial.params))
+        if trial.state.is_finished():
+            self._plans[trial.number] = plan
+        return plan
 
     # -- slopes
 
@@ -91,15 +88,12 @@ class History:
         """Those around measured plans, in the order of the trials that measured their slopes."""
         return list(self.taylor_of.values())
 
-    def _taylor_model(self, trial: FrozenTrial) -> TaylorModel:
-        """The slopes that a trial measured around a plan whose divergence is known."""
-        plan = self._plans[trial.number]
-        assert plan is not None
+    def _taylor_model(self, trial: FrozenTrial, plan: Places) -> TaylorModel:
+        """The slopes that a trial measured around a ``plan`` whose divergence is known."""
         if trial.number not in self._slopes:
             self._slopes[trial.number] = self._unpacked(trial.user_attrs[keys.SLOPES], plan)
-        reference, tokens = self.measured[plan], trial.user_attrs.get(keys.SLOPE_TOKENS, EARLIER_TOKENS)
-        slopes = self._slopes[trial.number]
-        return TaylorModel(reference.trial, np.array(plan), math.exp(reference.level), *slopes, tokens)
+        tokens = trial.user_attrs.get(keys.SLOPE_TOKENS, EARLIER_TOKENS)
+        return TaylorModel(np.array(plan), math.exp(self.measured[plan].level), *self._slopes[trial.number], tokens)
 
     def _unpacked(self, packed: Mapping[str, Sequence[Any]], plan: Places) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """a and b of every option, line by line, around ``plan``."""

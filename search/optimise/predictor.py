@@ -57,7 +57,7 @@ class Predictor:
             return
         plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
         corrections = [self._correction(number, taylor) for number, taylor in self.history.taylor_of.items()]
-        self.surrogate.terms.corrections = [found for found in corrections if found is not None]
+        self.surrogate.corrections = [found for found in corrections if found is not None]
         self.surrogate.fit(plans, levels, spreads)
         self._assess()
         self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels))
@@ -75,7 +75,7 @@ class Predictor:
     def _correction(self, number: int, taylor: TaylorModel) -> Corrections | None:
         """What the slopes of trial ``number`` say of the menu: worked out once, for it does not depend on the level."""
         if number not in self._corrections:
-            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.terms.features)
+            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.features)
         return self._corrections[number]
 
     # -- predicting

@@ -13,13 +13,12 @@ from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING
 
 
-def corrected(predictor: Predictor, budget: float, menu: Menu | None = None) -> Places:
+def corrected(predictor: Predictor, budget: float, priced: Menu) -> Places:
     """The plan of nearly least divergence within ``budget`` by the predictor's menu as the trials corrected it.
 
-    ``menu`` is the same with its costs weighed otherwise, and ``budget`` in its size. What options hurt depends on the
-    size of the plan: where costs are weighed that is known once it is solved for, so that it is solved for again.
+    ``priced`` is that menu, or the same with its costs weighed, and ``budget`` in its size. What options hurt depends
+    on the plan's own size: where costs are weighed that is known once it is solved for, so that it is solved for again.
     """
-    priced = menu or predictor.menu
     share, places = budget / priced.dense, priced.cheapest
     for _ in range(TUNING.share_rounds if predictor.menu.count > 1 else 1):
         places = Lagrangian(priced, predictor.surrogate.losses(share)).solve(budget)
@@ -27,17 +26,13 @@ def corrected(predictor: Predictor, budget: float, menu: Menu | None = None) -> 
     return places
 
 
-def downhill(
-    predictor: Predictor, taylor: TaylorModel, budgets: Sequence[float], menu: Menu | None = None
-) -> list[Places]:
-    """The slopes of ``taylor``, solved at ``budgets`` in the size of ``menu`` (the predictor's), by steps of
-    `Tuning.lengths`."""
-    priced = menu or predictor.menu
+def downhill(predictor: Predictor, taylor: TaylorModel, budgets: Sequence[float], priced: Menu) -> list[Places]:
+    """The slopes of ``taylor``, solved at ``budgets`` in the size of ``priced``, by steps of `Tuning.lengths`."""
     scaling = predictor.scalings[predictor.history.taylor_models.index(taylor)]
     solved, _, promised = damped(taylor, scaling, priced, np.geomspace(*TUNING.dampings))
     reached = [np.flatnonzero(promised >= length) for length in TUNING.lengths]  # the last: the shortest step
     chosen = dict.fromkeys(int(places[-1]) for places in reached if len(places)) or {0: None}
-    within = [min(max(budget, priced.least), priced.dense) for budget in budgets]
+    within = np.clip(budgets, priced.least, priced.dense)
     return [solved[place].solve(budget) for place in chosen for budget in within]
 
 
@@ -45,7 +40,7 @@ def nearby(predictor: Predictor, budgets: Sequence[float]) -> list[Places]:
     """Steps downhill to ``budgets`` of stored values from the references nearest to the first of them."""
     models, menu = predictor.history.taylor_models, predictor.menu
     by_distance = sorted(models, key=lambda taylor: abs(menu.size(taylor.places) - budgets[0]))
-    return [plan for taylor in by_distance[: TUNING.nearest] for plan in downhill(predictor, taylor, budgets)]
+    return [plan for taylor in by_distance[: TUNING.nearest] for plan in downhill(predictor, taylor, budgets, menu)]
 
 
 def damped(

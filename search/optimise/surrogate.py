@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from rankfront.search.optimise.terms import Terms, prior_root
+from rankfront.search.optimise.corrections import Corrections, factors_at
 from rankfront.search.plans.menu import TINY, Menu
 from rankfront.search.tuning import TUNING
 
@@ -31,11 +32,28 @@ class Surrogate:
         menu: predicted divergence of every option alone.
         kinds: the kind of projection of each line.
         blocks: the block of each line; -1 outside.
+
+    Attributes:
+        features: the place of each (line, method) in θ, F of them.
+        corrections: what slopes around plans said so far.
     """
 
     def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int]) -> None:
-        self.terms = Terms(menu)
-        self.root = prior_root(kinds, blocks, list(self.terms.features))
+        self.menu = menu
+        treatments = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options[1:]]
+        self.features = {key: place for place, key in enumerate(dict.fromkeys(treatments))}
+        self.corrections: list[Corrections] = []
+        self.root = prior_root(kinds, blocks, list(self.features))
+        # Of every option, (lines, the most options): its feature, its divergence, and what it adds to the size of a
+        # plan over the dense one. Dense and what a line lacks have no feature.
+        widest = max(len(line.options) for line in menu.lines)
+        self._lines = np.arange(len(menu.lines))
+        self._feature = np.full((len(menu.lines), widest), -1)
+        self._divergence, self._sizes = np.zeros((2, len(menu.lines), widest))
+        for i, line in enumerate(menu.lines):
+            self._feature[i, 1 : len(line.options)] = [self.features[i, option.method] for option in line.options[1:]]
+            self._divergence[i, : len(line.options)] = line.divergence
+            self._sizes[i, : len(line.options)] = (line.sizes - line.sizes[0] * bool(line.weights)) / menu.dense
         self._plans = np.zeros((0, len(menu.lines)), dtype=int)
         self._observed = np.zeros(0)
         self.noise = np.zeros(0)  # standard deviation of each of them
@@ -45,28 +63,43 @@ class Surrogate:
 
     def losses(self, share: float = 1.0) -> list[np.ndarray]:
         """Each line's corrected divergences d f exp(θ) in plans whose size is ``share`` of dense, for an allocator."""
-        return self.terms.losses(self.mean[:-2], share)
+        logs = self.mean[:-2] + factors_at(self.corrections, np.array([share]), len(self.features))[0]
+        rows = zip(self._scaled(logs), self.menu.lines, strict=True)
+        return [row[: len(line.options)] for row, line in rows]
 
     def predict(self, plans: np.ndarray, at: np.ndarray | None = None) -> np.ndarray:
         """a + c log S of plans (T, lines) given as places in the menu, (T,), ``at`` coefficients (F + 2,), the mean."""
         used = self.mean if at is None else at
-        logs = np.log(self.terms.of(plans, used[:-2]).sum(1) + TINY)
+        logs = np.log(self._terms(plans, used[:-2]).sum(1) + TINY)
         levels: np.ndarray = used[-2] + _slope(used) * logs
         return levels
 
+    def _terms(self, plans: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        """d f exp(θ) of what every line has in plans (T, lines), (T, lines)."""
+        terms: np.ndarray = self._scaled(theta)[self._lines, plans]
+        if self.corrections:
+            logs = factors_at(self.corrections, self._sizes[self._lines, plans].sum(1), len(self.features))  # (T, F)
+            chosen = np.maximum(self._feature[self._lines, plans], 0)  # of dense any: its term is 0
+            terms *= np.exp(np.take_along_axis(logs, chosen, axis=1))
+        return terms
+
+    def _scaled(self, logs: np.ndarray) -> np.ndarray:
+        """d exp(logs) of every option, (lines, the most options), for ``logs`` by feature, (F,)."""
+        factors = np.append(np.exp(logs), 1.0)  # the last one serves dense, whose feature is -1
+        scaled: np.ndarray = self._divergence * factors[self._feature]
+        return scaled
+
     # -- fitting
 
-    def fit(
-        self, plans: np.ndarray, log_divergence: np.ndarray, spread: float | np.ndarray = TUNING.loss_spread
-    ) -> None:
+    def fit(self, plans: np.ndarray, log_divergence: np.ndarray, spread: np.ndarray) -> None:
         """Fit to measured ``plans`` (T, lines), places in the menu, and their log-divergences (T,).
 
-        ``spread`` is the standard deviation of the divergences in nats, of all or of each, (T,). What was measured
-        below it is only known to be small: it counts as ``spread``, give or take a factor of e. In the logarithm the
-        spread is relative to the lesser of measured and expected, for what noise made large is no surer for it.
+        ``spread`` is the standard deviation of each divergence in nats, (T,). What was measured below it is only known
+        to be small: it counts as ``spread``, give or take a factor of e. In the logarithm the spread is relative to the
+        lesser of measured and expected, for what noise made large is no surer for it.
         """
         self._plans = plans
-        self._observed = np.maximum(log_divergence, np.log(np.asarray(spread) + TINY))
+        self._observed = np.maximum(log_divergence, np.log(spread + TINY))
         self.noise = np.hypot(TUNING.unexplained, spread * np.exp(-self._observed))
         expected = self.predict(plans, self._mode())
         self.noise = np.hypot(TUNING.unexplained, spread * np.exp(-np.minimum(self._observed, expected)))
@@ -100,11 +133,11 @@ class Surrogate:
 
     def jacobian(self, at: np.ndarray) -> np.ndarray:
         """∂ log D / ∂ (θ, a, c) for the measured plans, (T, F + 2)."""
-        terms = self.terms.of(self._plans, at[:-2])  # (T, lines)
+        terms = self._terms(self._plans, at[:-2])  # (T, lines)
         sums = terms.sum(1) + TINY
         moved = _slope(at) * terms / sums[:, None]  # ∂ log D / ∂ θ_i
         jacobian = np.zeros((len(terms), self.root.shape[0]))
-        chosen = self.terms.chosen(self._plans)  # no two lines have a feature in common
+        chosen = self._feature[self._lines, self._plans]  # -1 for dense; no two lines have a feature in common
         rows, lines = np.nonzero(chosen >= 0)
         jacobian[rows, chosen[rows, lines]] = moved[rows, lines]
         jacobian[:, -2] = 1.0
@@ -115,3 +148,26 @@ class Surrogate:
 def _slope(at: np.ndarray) -> float:
     """c of coefficients (F + 2,), never below 0.1."""
     return max(1.0 + float(at[-1]), 0.1)
+
+
+def prior_root(kinds: Sequence[str], blocks: Sequence[int], features: Sequence[tuple[int, str]]) -> csr_array:
+    """R (F + 2, P) of the prior covariance R Rᵀ of θ by ``features`` and of a and c: a column for each independent
+    effect. ``kinds`` and ``blocks`` are those of each line."""
+    size = len(features)
+    of_line = [(line, kinds[line], blocks[line], method) for line, method in features]
+    groups: list[tuple[float, list[object]]] = [
+        (TUNING.site_deviation / np.sqrt(2), [line for line, _, _, _ in of_line]),
+        (TUNING.site_deviation / np.sqrt(2), list(features)),
+        (TUNING.kind_deviation, [kind for _, kind, _, _ in of_line]),
+        (TUNING.block_deviation, [block for _, _, block, _ in of_line]),
+        (TUNING.method_deviation, [(kind, method) for _, kind, _, method in of_line]),
+    ]
+    columns = []
+    for scale, labels in groups:
+        names = {label: column for column, label in enumerate(dict.fromkeys(labels))}
+        block = np.zeros((size + 2, len(names)))
+        block[np.arange(size), [names[label] for label in labels]] = scale
+        columns.append(block)
+    ends = np.zeros((size + 2, 2))
+    ends[[size, size + 1], [0, 1]] = TUNING.offset_deviation, TUNING.slope_deviation
+    return csr_array(np.hstack([*columns, ends]))

@@ -24,14 +24,12 @@ class TaylorModel:
     """A second-order Taylor model of option switches around one measured plan, the reference.
 
     Attributes:
-        trial: the number of the trial that measured the plan.
         places: the plan, (lines,).
         divergence: measured there, in nats; for perplexity its logarithm's excess over dense.
         first, second: a and b of every option, line by line; infinite where nothing is known.
         tokens: that they are a mean over.
     """
 
-    trial: int
     places: np.ndarray
     divergence: float
     first: Sequence[np.ndarray]

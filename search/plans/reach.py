@@ -30,14 +30,10 @@ def check_reachable(limits: Iterable[Constraint], wanted: Mapping[Site, Iterable
 
 def smallest(wanted: Mapping[Site, Iterable[Option]], figure: str, prices: Prices) -> Plan:
     """The plan of the least ``figure``: of sites that share no weight, those that save most together."""
-    best: dict[Site, tuple[float, Option]] = {}
-    for site, options in wanted.items():
-        best[site] = min(
-            ((added(figure, site, option, prices), option) for option in options), key=lambda pair: pair[0]
-        )
+    best = {s: min(options, key=lambda option: added(figure, s, option, prices)) for s, options in wanted.items()}
     alone = dict.fromkeys(weight.path for site in best for weight in site.weights)  # as it is, a weight adds nothing
     claims = (*((path,) for path in alone), *(tuple(weight.path for weight in site.weights) for site in best))
-    values = [0.0] * len(alone) + [added for added, _ in best.values()]
+    values = [0.0] * len(alone) + [added(figure, site, option, prices) for site, option in best.items()]
     taken = {line for region in regions_of(claims) for line in region.cover(values)}
     numbered = enumerate(best.items(), start=len(alone))
-    return Plan.of({site.name: option for number, (site, (_, option)) in numbered if number in taken})
+    return Plan.of({site.name: option for number, (site, option) in numbered if number in taken})

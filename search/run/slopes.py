@@ -31,7 +31,7 @@ def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets:
     enough = TUNING.steps_after_slopes
     if since < enough[len(asked) % len(enough)]:
         return None
-    done = {predictor.history.plan_of(t.params) for t in asked}
+    done = {predictor.history.plan(t) for t in asked}
     return _most_to_gain(predictor, targets, done)
 
 
