@@ -42,11 +42,10 @@ from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.optimise.corrections import corrections_of
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import TaylorModel
-from rankfront.search.plans.job import Job
+from rankfront.search.plans.job import PASSES, Job
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu, Places, Predictions, make_menu
 from rankfront.search.plans.menu_jobs import group_plans, menu_record, probe_options
-from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.tuning import TUNING
 
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # kept fractions at which rows are compared

@@ -24,7 +24,7 @@ from search_benchmark import ROWS, TRIAL_TOKENS, Bench
 
 from rankfront.objectives import score
 from rankfront.search import Plan
-from rankfront.search.optimise.solvers import damped
+from rankfront.search.optimise.candidates import damped
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING

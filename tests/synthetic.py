@@ -19,7 +19,7 @@ from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.space import Space
 from rankfront.search.plans.variables import Choices, Single
-from rankfront.search.run.slopes import next_reference
+from rankfront.search.run.rankfront_strategy import next_reference
 
 KINDS = ("attention", "mlp")
 NEVER = 1e-9  # nats; the divergence of dense, so that its logarithm exists

@@ -7,8 +7,8 @@ from launching import make_run, optuna_study, small_data
 from test_figures import disjoint_plan, value
 
 from rankfront.search.measure.runner import JobRunner
+from rankfront.search.optimise.acquisition import fitted, savings
 from rankfront.search.optimise.goal import menu_of
-from rankfront.search.plans.lines import fitted, savings
 from rankfront.search.plans.menu_jobs import menu_record
 
 

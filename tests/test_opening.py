@@ -11,8 +11,8 @@ from test_rankfront_study import make_scheduler
 from rankfront.search.choices import OURS
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.optimise.answer import prior_predictor
-from rankfront.search.optimise.opening import opening_budgets, reference_first
-from rankfront.search.optimise.solvers import corrected
+from rankfront.search.optimise.candidates import corrected
+from rankfront.search.optimise.opening import opening_budgets
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.study import Study
@@ -208,4 +208,3 @@ def test_budgets_of_the_opening():
     assert opening_budgets([100, 299, *targets], 1000) == targets
     assert opening_budgets([100, 399, 420, 637, 777, 930], 1000) == [930, 777, 700, 637, 500, 420, 399, 300]
     assert opening_budgets([200, 277], 1000)[-2:] == [277, 200]
-    assert reference_first([900, 637, 400, 300], 1000) == [637, 400, 300, 900]

@@ -11,7 +11,7 @@ from synthetic import Misled, Problem, around, measure_slopes
 from rankfront.methods import Option
 from rankfront.search.choices import OURS
 from rankfront.search.optimise.accuracy import calibration
-from rankfront.search.optimise.solvers import downhill, nearby
+from rankfront.search.optimise.candidates import downhill, nearby
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.plan import Plan

@@ -18,9 +18,9 @@ from rankfront.search.measure.setup import make_space
 from rankfront.search.optimise.goal import make_goal
 from rankfront.search.optimise.opening import anchors_to_beat
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
+from rankfront.search.plans.job import PASSES
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.menu_jobs import menu_jobs, menu_record
-from rankfront.search.plans.slope_cost import PASSES
 from rankfront.search.run.scheduler import Scheduler
 from rankfront.search.study import Study
 from rankfront.search.tuning import TUNING

@@ -14,7 +14,8 @@ from rankfront.objectives import score, teach
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.slopes import measure_slopes
-from rankfront.search.plans.slope_cost import PASSES, slope_tokens
+from rankfront.search.plans.job import PASSES
+from rankfront.search.run.budget import slope_tokens
 from rankfront.search.tuning import TUNING
 
 WINDOWS, LENGTH, SEED = 3, 16, 5

@@ -26,12 +26,11 @@ from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.measure.timed_model import TimedModel
 from rankfront.search.measure.timing import time_sites, time_whole
 from rankfront.search.names import inside_blocks
-from rankfront.search.plans.job import Job, Kind, Record
+from rankfront.search.plans.job import PASSES, Job, Kind, Record
 from rankfront.search.plans.latency_table import pack
 from rankfront.search.plans.menu import values_stored
 from rankfront.search.plans.menu_jobs import menu_jobs
 from rankfront.search.plans.plan import Plan, cost_of
-from rankfront.search.plans.slope_cost import PASSES
 
 FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a job, which becomes a value of its record
 

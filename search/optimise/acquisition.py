@@ -8,8 +8,7 @@ import moocore
 import numpy as np
 
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.plans.lines import fitted, savings
-from rankfront.search.plans.menu import Places
+from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING
 
 LARGEST = 100  # nats of excess loss that a perplexity is predicted of at most: beyond, exp overflows
@@ -92,3 +91,29 @@ class Acquisition:
             saved = [savings(self.menu.even, each) for each in (list(history.measured), candidates)]
             values[:, unknown] = fitted(saved[0], history.values[:, unknown], saved[1])
         return values
+
+
+def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
+    """s (N, M) of plans, given as places in the menu, by the methods in alphabetical order."""
+    methods = sorted({option.method for line in menu.lines for option in line.options[1:]})
+    found = np.zeros((len(plans), len(methods)))
+    for row, plan in enumerate(plans):
+        for line, place in zip(menu.lines, plan, strict=True):
+            if place:
+                found[row, methods.index(line.options[place].method)] += line.sizes[0] - line.sizes[place]
+    return found / menu.dense
+
+
+def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Values (K, ...) of plans that save ``asked`` (K, M), from those (N, ...) measured of plans that save ``known``
+    (N, M); ones where nothing was."""
+    if not len(values):
+        return np.ones((len(asked), *values.shape[1:]))
+
+    def design(saved: np.ndarray) -> np.ndarray:
+        return np.hstack([np.ones((len(saved), 1)), saved.sum(1, keepdims=True), saved])
+
+    x = design(known)
+    ridge = np.diag([0.0, TUNING.ridges[0], *[TUNING.ridges[1]] * known.shape[1]])
+    found: np.ndarray = design(asked) @ np.linalg.lstsq(x.T @ x + ridge, x.T @ values, rcond=None)[0]
+    return found

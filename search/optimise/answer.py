@@ -14,9 +14,9 @@ from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import VALUE_BYTES, inside_blocks
+from rankfront.search.optimise.candidates import nearby
 from rankfront.search.optimise.goal import make_goal, menu_of
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.solvers import nearby
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.latency_table import Timings, timings_of

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import moocore
 import numpy as np
 
+from rankfront.search.optimise.candidates import corrected
 from rankfront.search.optimise.predictor import Predictor
-from rankfront.search.optimise.solvers import corrected
 from rankfront.search.plans.menu import Menu
 from rankfront.search.plans.space import Anchor, Space
 from rankfront.search.plans.variables import Parameters
@@ -35,11 +35,6 @@ def warm_start(predictor: Predictor, budgets: Iterable[float]) -> Iterator[tuple
             chosen = even.decode(corrected(predictor, budget, even))
             if predictor.may_meet(chosen):
                 yield f"keep={budget / even.dense:.3g}", predictor.space.encode(chosen)
-
-
-def reference_first(budgets: Iterable[float], dense: float) -> list[float]:
-    """``budgets`` by how far they are from `Tuning.reference_fraction`."""
-    return sorted(budgets, key=lambda budget: abs(budget / dense - TUNING.reference_fraction))
 
 
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:

@@ -10,6 +10,9 @@ from typing import Any, Literal, TypedDict
 from rankfront.search.plans.plan import Plan
 
 Kind = Literal["trial", "report", "menu", "slopes", "timing"]
+# Tokens that slopes cost for each that they read (see `measure.slopes`), by the loss that they are of: one forward pass
+# and a backward one of twice its cost; for KL a second backward one, and the teacher's forward one.
+PASSES = {"perplexity": 3, "divergence": 6}
 
 
 class Record(TypedDict, total=False):

@@ -50,7 +50,6 @@ class Lagrangian:
             self._saved[i, : len(loss)] = line.sizes[0] - line.sizes
         self._all = np.arange(len(lines))
         self._single = np.array([not line.weights for line in lines])
-        self._lone = np.array([r.members[0] for r in menu.regions if len(r.members) == 1], dtype=int)
         self._shared = [region for region in menu.regions if len(region.members) > 1]
         self._rivals = np.zeros((len(lines), len(lines)), dtype=bool)
         for i, rivals in enumerate(menu.rivals):
@@ -84,12 +83,11 @@ class Lagrangian:
         offered = priced.copy()
         offered[~self._single, 0] = np.inf  # joint sites at dense are their weights' own sites at dense
         best = offered.argmin(1)
-        values = offered[self._all, best] - priced[:, 0]  # against leaving a line at dense
-        places = np.zeros(len(self._all), dtype=int)
-        places[self._lone] = np.where(values[self._lone] < 0, best[self._lone], 0)
-        of_cover = values.tolist()
+        values = (offered[self._all, best] - priced[:, 0]).tolist()  # against leaving a line at dense
+        places: np.ndarray = best.copy()
         for region in self._shared:
-            taken = region.cover(of_cover)
+            taken = region.cover(values)
+            places[list(region.members)] = 0
             places[taken] = best[taken]
         return places
 
@@ -104,7 +102,6 @@ class Lagrangian:
 
     def _fill(self, places: np.ndarray, budget: float) -> np.ndarray:
         """Spend what is left of ``budget`` on the moves that lower the loss most by the value stored."""
-        places = places.copy()
         room = budget - self._stored(places)
         while True:
             change, added = self._changes(places)
@@ -118,7 +115,6 @@ class Lagrangian:
     def _exchange(self, places: np.ndarray, budget: float) -> np.ndarray:
         """Lower the loss by moves of two lines at once, one dearer and one cheaper, as long as any pair does within
         budget."""
-        places = places.copy()
         for _ in range(TUNING.exchanges):
             change, added = self._changes(places)
             room = budget - self._stored(places)

@@ -16,6 +16,7 @@ from rankfront.search.tuning import TUNING
 TINY = 1e-9  # nats; a prediction of nothing at all would make an option look free
 Places = tuple[int, ...]  # a plan as an index into the options of each line of a menu
 Predictions = Mapping[str, Mapping[str, float]]  # site name -> option label -> predicted divergence
+Entry = tuple[tuple[int, ...], Option, float]  # of a line: costs, option, predicted divergence
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,8 @@ class Menu:
         if self.count == 1:
             return self
         share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs(self.untreated), 1)
-        lines = tuple(
-            replace(line, sizes=np.ceil(TUNING.grains * np.minimum(share @ line.costs, 1)).astype(int), more=())
-            for line in self.lines
-        )
-        return replace(self, lines=lines)
+        sizes = [np.ceil(TUNING.grains * np.minimum(share @ line.costs, 1)).astype(int) for line in self.lines]
+        return Menu(tuple(replace(line, sizes=own, more=()) for line, own in zip(self.lines, sizes, strict=True)))
 
     @cached_property
     def even(self) -> Menu:
@@ -109,18 +107,14 @@ class Menu:
         return [int(cost) for cost in total]
 
     @cached_property
-    def _claims(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(line.claims for line in self.lines)
-
-    @cached_property
     def regions(self) -> tuple[Region, ...]:
         """Lines grouped by the weights that they share."""
-        return regions_of(self._claims)
+        return regions_of(tuple(line.claims for line in self.lines))
 
     @cached_property
     def rivals(self) -> tuple[tuple[int, ...], ...]:
         """For each line, the other lines that share a weight with it."""
-        return rivals_of(self._claims)
+        return rivals_of(tuple(line.claims for line in self.lines))
 
     @cached_property
     def least(self) -> int:
@@ -152,19 +146,18 @@ class Menu:
     def encode(self, plan: Plan) -> Places | None:
         """The choice that is ``plan``; None where a treatment is not on the menu."""
         found = [0] * len(self.lines)
-        for site, option in plan.choices:
-            line, places = self._places.get(site, (0, {}))
-            if option not in places:
+        for choice in plan.choices:
+            if choice not in self._places:
                 return None
-            found[line] = places[option]
+            line, place = self._places[choice]
+            found[line] = place
         return tuple(found)
 
     @cached_property
-    def _places(self) -> dict[str, tuple[int, dict[Option, int]]]:
-        """Site -> its line, and where options stand in it."""
+    def _places(self) -> dict[tuple[str, Option], tuple[int, int]]:
+        """(site, option) -> (line, place)."""
         return {
-            line.site: (number, {option: place for place, option in enumerate(line.options)})
-            for number, line in enumerate(self.lines)
+            (own.site, o): (line, place) for line, own in enumerate(self.lines) for place, o in enumerate(own.options)
         }
 
 
@@ -200,7 +193,7 @@ def make_menu(
         known = predictions.get(site.name, {})
         dense = _costs(site, DENSE_OPTION, sizes)
         predicted = [option for option in options if np.isfinite(known.get(option.label, np.nan))]
-        entries: list[tuple[tuple[int, ...], Option, float]] = []
+        entries: list[Entry] = []
         worst: dict[str, float] = {}  # by method
         for own, option in sorted(((_costs(site, o, sizes), o) for o in predicted), key=lambda pair: -pair[0][0]):
             if any(a < b for a, b in zip(own, dense, strict=True)) and offered(site, option):
@@ -208,24 +201,21 @@ def make_menu(
                 entries.append((own, option, worst[option.method]))
         if entries:
             entries.sort(key=lambda entry: (-entry[0][0], entry[2], entry[1].label))
-            entries.insert(0, (dense, DENSE_OPTION, 0.0))
-            costs, chosen, divergences = zip(*entries, strict=True)
             weights = tuple(weight.path for weight in site.weights) if len(site.weights) > 1 else ()
-            first, *more = np.array(costs).T
-            lines.append(Line(site.name, chosen, first, np.array(divergences), weights, tuple(more)))
-    alone = {line.site for line in lines}
-    joint = {w.path: w for site in wanted if len(site.weights) > 1 for w in site.weights if w.path not in alone}
-    claimed = {weight for line in lines for weight in line.weights}
-    single = {path: Site(path, (weight,)) for path, weight in joint.items() if path in claimed}
-    lines += [_dense_line(path, _costs(site, DENSE_OPTION, sizes)) for path, site in single.items()]
+            lines.append(_line(site.name, [(dense, DENSE_OPTION, 0.0), *entries], weights))
+    joint = [site for site in wanted if len(site.weights) > 1]
+    lonely = {weight for line in lines for weight in line.weights} - {line.site for line in lines}
+    single = {w.path: Site(w.path, (w,)) for site in joint for w in site.weights if w.path in lonely}
+    lines += [_line(path, [(_costs(site, DENSE_OPTION, sizes), DENSE_OPTION, 0.0)]) for path, site in single.items()]
     return Menu(tuple(lines))
+
+
+def _line(site: str, entries: Sequence[Entry], weights: tuple[str, ...] = ()) -> Line:
+    costs, options, divergences = zip(*entries, strict=True)
+    first, *more = np.array(costs).T
+    return Line(site, options, first, np.array(divergences), weights, tuple(more))
 
 
 def _costs(site: Site, option: Option, sizes: Sequence[Size]) -> tuple[int, ...]:
     """Every cost of an option; what saves biases on top of all its weights stores no less than nothing here."""
     return tuple(max(size(site, option), 0) for size in sizes)
-
-
-def _dense_line(path: str, costs: Sequence[int]) -> Line:
-    first, *more = (np.array([cost]) for cost in costs)
-    return Line(path, (DENSE_OPTION,), first, np.zeros(1), (), tuple(more))

@@ -83,16 +83,13 @@ def scaled_by_group(
     return {**predictions, **scaled}
 
 
-def probe_options(wanted: Mapping[Site, Iterable[Option]], fractions: Sequence[float]) -> dict[Site, list[Option]]:
+def probe_options(wanted: Mapping[Site, Sequence[Option]], fractions: Sequence[float]) -> dict[Site, list[Option]]:
     """The options to probe at each site: per method, those nearest to ``fractions`` of its dense storage."""
     chosen: dict[Site, list[Option]] = {}
     for site, options in wanted.items():
-        by_method: dict[str, list[Option]] = {}
-        for option in options:
-            by_method.setdefault(option.method, []).append(option)
         picked = {
-            min(found, key=lambda o: abs(_share(site, o) - fraction))
-            for found in by_method.values()
+            min((o for o in options if o.method == method), key=lambda o: abs(_share(site, o) - fraction))
+            for method in {option.method for option in options}
             for fraction in fractions
         }
         chosen[site] = sorted(picked, key=lambda option: option.label)

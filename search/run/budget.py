@@ -9,10 +9,15 @@ import numpy as np
 
 from rankfront.search import attributes as keys
 from rankfront.search.config import StudyConfig, preferred_loss
-from rankfront.search.plans.slope_cost import PASSES, slope_tokens
+from rankfront.search.plans.job import PASSES
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.storage.front import StudyState
 from rankfront.search.tuning import TUNING
+
+
+def slope_tokens(spent: int, quality: str) -> int:
+    """Of how many tokens slopes of ``quality`` are measured once a study has ``spent`` so many."""
+    return max(TUNING.slope_tokens, int(TUNING.slope_share * spent / PASSES[quality]))
 
 
 @dataclass(frozen=True)

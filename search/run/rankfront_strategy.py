@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from rankfront.methods import InputError
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, quality_of
+from rankfront.search.optimise.budgets import uses_up
 from rankfront.search.optimise.goal import make_goal, menu_of
-from rankfront.search.optimise.opening import anchors_to_beat, opening_budgets, reference_first, warm_start
+from rankfront.search.optimise.opening import anchors_to_beat, opening_budgets, warm_start
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
 from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.latency_table import timed_objectives, timings_of
+from rankfront.search.plans.menu import Places
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
 from rankfront.search.run.budget import Budget
 from rankfront.search.run.in_flight import InFlight
 from rankfront.search.run.menu import MenuJobs
-from rankfront.search.run.slopes import next_reference
 from rankfront.search.run.strategy import enqueue_anchors
 from rankfront.search.storage.front import StudyState, dense_row
 from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
+from rankfront.search.tuning import TUNING
 
 REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are measured; on disk
 
@@ -155,7 +159,8 @@ class Proposals:
 
     def _enqueue_reference(self) -> bool:
         """Queue the plan of the budget that is nearest to the reference, of those that the limits allow, if any is."""
-        nearest = reference_first(self.budgets, self.predictor.menu.even.dense)
+        dense = self.predictor.menu.even.dense
+        nearest = sorted(self.budgets, key=lambda budget: abs(budget / dense - TUNING.reference_fraction))
         found = next(warm_start(self.predictor, nearest), None)
         if found is not None:
             enqueue(self.study, found[1], {keys.ORIGIN: "menu", keys.LABEL: REFERENCE_LABEL})
@@ -194,3 +199,44 @@ class Proposals:
         """The quality objective's value that is expected of ``plan``."""
         self.predictor.learn(state.trials)  # which a queued trial does not bring about
         return self.predictor.predict(plan)
+
+
+def next_reference(trials: Sequence[FrozenTrial], predictor: Predictor, targets: np.ndarray) -> int | None:
+    """The trial whose plan slopes should be measured around next, of a study's ``trials``, which ``predictor`` has
+    learned from; None where proposals should be measured first.
+
+    After `Tuning.steps_after_slopes` proposals: of the front members without slopes, the one where most is to gain, by
+    its divergence and the gap between its neighbours, and where slopes were measured least nearby; those at ``targets``
+    first, for steps end there.
+    """
+    asked = [t for t in trials if keys.SLOPES_OF in t.user_attrs and not is_void(t.user_attrs)]
+    if any(t.state in (TrialState.WAITING, TrialState.RUNNING) for t in asked):
+        return None
+    last = max((t.number for t in asked), default=-1)
+    since = sum(t.number > last and t.state == TrialState.COMPLETE for t in trials)
+    enough = TUNING.steps_after_slopes
+    if since < enough[len(asked) % len(enough)]:
+        return None
+    done = {predictor.history.plan(t) for t in asked}
+    return _most_to_gain(predictor, targets, done)
+
+
+def _most_to_gain(predictor: Predictor, targets: np.ndarray, done: set[Places | None]) -> int | None:
+    """The trial of the front member where slopes promise most, those ``done`` and hopeless ones aside."""
+    menu, goal, history = predictor.menu, predictor.goal, predictor.history
+    front = sorted(history.front(), key=menu.size)
+    stored = np.array([menu.least, *map(menu.size, front), menu.dense]) / menu.dense
+    references = np.array([menu.size(taylor.places) for taylor in history.taylor_models])
+    levels = np.array([history.measured[plan].level for plan in front])
+    ranks: list[tuple[bool, float, int]] = []
+    for i, plan in enumerate(front, start=1):
+        found = history.measured[plan]
+        if (levels[stored[1:-1] <= stored[i] + TUNING.slack] < found.level - TUNING.same).any():
+            continue  # for hardly more storage there is something better
+        inside = float(goal.unit(np.array([found.values]))[0, goal.quality])
+        nearby = int((np.abs(references / menu.dense - stored[i]) < TUNING.near_slopes).sum())
+        gap = min(stored[i + 1] - stored[i - 1], TUNING.widest_gap)
+        gain = float(np.sqrt(min(inside, 1.0))) * gap / (1 + nearby) ** 2
+        if plan not in done and inside < 1:
+            ranks.append((uses_up(menu.size(plan), targets, TUNING.slack * menu.dense), gain, found.trial))
+    return max(ranks, key=lambda rank: rank[:2])[2] if ranks else None
