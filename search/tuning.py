@@ -156,11 +156,8 @@ TUNING = Tuning()
 
 @contextmanager
 def tuned(**changes: Any) -> Iterator[None]:
-    """Within, some constants are others, in this process: for studies of what they change, and for tests.
-
-    They change in place, for everybody has imported the one `TUNING`. Passed as an argument it went through eight
-    layers, and a context variable would hide every constant's type behind a call.
-    """
+    """Within, some constants are others, in this process: for studies of what they change, and for tests. They change
+    in place, for everybody has imported the one `TUNING`, which is not passed through eight layers."""
     before = {name: getattr(TUNING, name) for name in changes}
     try:
         for name, value in changes.items():

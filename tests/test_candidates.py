@@ -1,6 +1,7 @@
 """What a proposal is chosen from, and by what."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_once_plans_at_targets_are_tried_others_are_proposed():
     sampler = problem.sampler(0)
     around(problem, sampler, 0.8)
     at_targets = set()
-    for pessimism in list(sampler.candidates.groups("newest"))[:-1]:
+    for pessimism in islice(sampler.candidates.groups("newest"), 4):
         at_targets |= pessimism.keys()
     sampler.candidates.step = None  # which would fail
     assert sampler.propose(at_targets, "newest") not in at_targets
@@ -142,6 +143,6 @@ def test_where_several_costs_count_budgets_are_free():
     sampler = problem.sampler(0)
     assert not len(sampler.targets)
     assert sampler.candidates.at_targets({(0,) * 6: 0.5}) == {}
-    at_targets, everywhere, _ = sampler.candidates.groups("solve")
+    at_targets, everywhere = islice(sampler.candidates.groups("solve"), 2)
     assert not at_targets
     assert len({problem.menu.size(plan) for plan in everywhere}) > 10

@@ -30,8 +30,8 @@ class Candidates:
         self.random = random
 
     def groups(self, mode: str) -> Iterator[dict[Places, float]]:
-        """Plans to choose a proposal from, and should all of them be tried, others: each with the standard deviations
-        by which its kind turns out worse than predicted (the winner's curse).
+        """Plans to choose a proposal from, and should all of them be tried, others, at any budget and then random steps
+        away: each with the standard deviations by which its kind turns out worse than predicted (the winner's curse).
 
         ``mode`` is "newest" for steps from the newest slopes first, "any" for those from all recent ones beside
         solutions, "solve" for solutions alone.
@@ -47,7 +47,12 @@ class Candidates:
         both = dict.fromkeys(self._solutions(priced, to_targets=True), TUNING.solutions_worse) | steps
         yield self.at_targets(both)
         yield both
-        yield dict.fromkeys(self._solutions(priced), TUNING.solutions_worse) | steps
+        others = dict.fromkeys(self._solutions(priced), TUNING.solutions_worse) | steps
+        yield others
+        stepped = list(others)
+        for _ in range(TUNING.random_steps):
+            stepped = [self.step(plan) for plan in stepped]
+            yield dict.fromkeys(stepped, TUNING.steps_worse)
 
     def _solutions(self, priced: Menu, to_targets: bool = False) -> list[Places]:
         """The corrected menu solved at budgets spread over the whole range, moved a little each time, or to targets."""
@@ -88,9 +93,8 @@ class Candidates:
         stepped, site = list(plan), int(self.random.integers(len(plan)))
         count = len(self.menu.lines[site].options)
         stepped[site] = (plan[site] + int(self.random.integers(1, max(count, 2)))) % count
-        if stepped[site]:
-            for rival in self.menu.rivals[site]:
-                stepped[rival] = 0
+        for rival in self.menu.rivals[site] if stepped[site] else ():
+            stepped[rival] = 0
         return tuple(stepped)
 
 

@@ -47,16 +47,13 @@ def corrections_of(taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int,
     alone = sum(float(menu.lines[i].divergence[taylor.places[i]]) for i in treated)
     if removed <= 0 or alone <= 0:
         return None
-    lengths = [len(line.options) for line in menu.lines]
-    own_dense = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)  # of every option, its line's first one
     options = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options]
     feature = np.array([features.get(key, -1) for key in options])  # dense has none
-    a, b = np.concatenate(taylor.first), np.concatenate(taylor.second)
-    bend = TUNING.second_order[0] * b
-    increase = a - a[own_dense] + bend
+    bend = TUNING.second_order[0] * np.concatenate(taylor.second)
+    increase = np.concatenate([a - a[0] for a in taylor.first]) + bend  # over dense, each line's first option
     predicted = removed / alone * np.concatenate([line.divergence for line in menu.lines])
     # The variance of a slope a token over that by the Fisher, 2 b, is 1 / `own_labels`; taken for KL too.
-    noise = 2 / TUNING.own_labels / taylor.tokens * (b + b[own_dense])
+    noise = 2 / TUNING.own_labels / taylor.tokens * np.concatenate([b + b[0] for b in taylor.second])
     variance = noise + (TUNING.increase_error * predicted) ** 2 + (TUNING.bend_error * bend) ** 2
     known = np.isfinite(increase) & np.isfinite(variance) & (predicted > 0) & (feature >= 0)
     logs = np.log(_factors(increase[known], predicted[known], variance[known], feature[known], len(features)))
@@ -64,11 +61,7 @@ def corrections_of(taylor: TaylorModel, menu: Menu, features: Mapping[tuple[int,
 
 
 def _factors(
-    increase: np.ndarray,
-    predicted: np.ndarray,
-    variance: np.ndarray,
-    feature: np.ndarray,
-    count: int,
+    increase: np.ndarray, predicted: np.ndarray, variance: np.ndarray, feature: np.ndarray, count: int
 ) -> np.ndarray:
     """f of all ``count`` pairs of line and method, (F,), from options whose pair is ``feature``, (K,) each: alike as
     they are, options of one pair say together what the surest says alone. 1 where nothing is known."""

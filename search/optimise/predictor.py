@@ -13,7 +13,7 @@ from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.history import History
 from rankfront.search.optimise.neighbours import Neighbours
 from rankfront.search.optimise.surrogate import Surrogate
-from rankfront.search.optimise.taylor import Scaling, TaylorModel, learn_scalings, surest
+from rankfront.search.optimise.taylor import Scaling, learn_scalings, surest
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
@@ -56,7 +56,10 @@ class Predictor:
         if not learned:
             return
         plans, (levels, spreads) = np.array(list(learned)), np.array(list(learned.values())).T
-        corrections = [self._correction(number, taylor) for number, taylor in self.history.taylor_of.items()]
+        for number, taylor in self.history.taylor_of.items():
+            if number not in self._corrections:  # what slopes say does not depend on the level
+                self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.features)
+        corrections = [self._corrections[number] for number in self.history.taylor_of]
         self.surrogate.corrections = [found for found in corrections if found is not None]
         self.surrogate.fit(plans, levels, spreads)
         self._assess()
@@ -71,12 +74,6 @@ class Predictor:
         median = float(np.median(missed)) if len(missed) else 0.0
         variances = [TUNING.prior_error**2] * TUNING.prior_trials + [(DEVIATION * median) ** 2] * len(missed)
         self.error = math.sqrt(sum(variances) / len(variances))
-
-    def _correction(self, number: int, taylor: TaylorModel) -> Corrections | None:
-        """What the slopes of trial ``number`` say of the menu: worked out once, for it does not depend on the level."""
-        if number not in self._corrections:
-            self._corrections[number] = corrections_of(taylor, self.menu, self.surrogate.features)
-        return self._corrections[number]
 
     # -- predicting
 

@@ -64,8 +64,7 @@ class RankfrontSampler(BaseSampler):
         return dict(self.space.encode(self.menu.decode(proposed)))
 
     def _mode(self, number: int, trials: Sequence[FrozenTrial]) -> str:
-        """Without slopes a solution of the corrected menu; with them, a step downhill from the newest, then from any of
-        them or a solution, and now and then a solution."""
+        """The mode of `Candidates.groups` that is due: once the newest slopes were followed, "solve" now and then."""
         every = TUNING.global_every
         proposed = [t for t in trials if t.number < number and NOT_PROPOSED.isdisjoint(t.user_attrs)]
         passes = [t for t in trials if keys.SLOPES in t.user_attrs]
@@ -85,19 +84,12 @@ class RankfrontSampler(BaseSampler):
     # -- proposing
 
     def propose(self, tried: set[Places], mode: str) -> Places:
-        """The best plan not ``tried`` of those solved for at targets, else at any budget, else of random steps away.
-        `Candidates.groups` says what the modes are."""
+        """The best plan not ``tried`` of the first of `Candidates.groups` with any, which says what the modes are."""
         for group in self.candidates.groups(mode):
             fresh = {plan: worse for plan, worse in group.items() if plan not in tried}
             if fresh:
                 return self.acquisition.best(fresh)
-        stepped = list(group)
-        for _ in range(TUNING.random_steps):
-            stepped = [self.candidates.step(plan) for plan in stepped]
-            fresh = dict.fromkeys((plan for plan in stepped if plan not in tried), TUNING.steps_worse)
-            if fresh:
-                return self.acquisition.best(fresh)
-        return stepped[0]  # the space is exhausted, which the scheduler notices
+        return next(iter(group))  # the space is exhausted, which the scheduler notices
 
 
 def _follows(trial: FrozenTrial, measured: FrozenTrial) -> bool:

@@ -154,13 +154,12 @@ def prior_root(kinds: Sequence[str], blocks: Sequence[int], features: Sequence[t
     """R (F + 2, P) of the prior covariance R Rᵀ of θ by ``features`` and of a and c: a column for each independent
     effect. ``kinds`` and ``blocks`` are those of each line."""
     size = len(features)
-    of_line = [(line, kinds[line], blocks[line], method) for line, method in features]
     groups: list[tuple[float, list[object]]] = [
-        (TUNING.site_deviation / np.sqrt(2), [line for line, _, _, _ in of_line]),
+        (TUNING.site_deviation / np.sqrt(2), [line for line, _ in features]),
         (TUNING.site_deviation / np.sqrt(2), list(features)),
-        (TUNING.kind_deviation, [kind for _, kind, _, _ in of_line]),
-        (TUNING.block_deviation, [block for _, _, block, _ in of_line]),
-        (TUNING.method_deviation, [(kind, method) for _, kind, _, method in of_line]),
+        (TUNING.kind_deviation, [kinds[line] for line, _ in features]),
+        (TUNING.block_deviation, [blocks[line] for line, _ in features]),
+        (TUNING.method_deviation, [(kinds[line], method) for line, method in features]),
     ]
     columns = []
     for scale, labels in groups:

@@ -44,8 +44,6 @@ class Region:
     def cover(self, values: Sequence[float]) -> list[int]:
         """The lines that a cover of least total takes, each at its own of ``values``, which are of all lines of the
         menu; infinite ones are not taken."""
-        if len(self.members) == 1:
-            return [*self.members]
         least = {0: 0.0}
         taken: dict[int, tuple[int, int]] = {}  # state -> (the one before it, the member between them)
         for state, member, after in self._steps:
