@@ -21,22 +21,12 @@ class Budget:
     """A limit beside stored values: bytes, predicted latency.
 
     Attributes:
-        costs: of every option, line by line, dense's 0 where they are changes; infinite ones are never taken.
-        most: what the costs of a plan may come to, each weight counted once.
+        changes: what each option costs more than dense, all lines in a row; infinite ones are never taken.
+        room: what the changes of a plan may come to.
     """
 
-    costs: Sequence[np.ndarray]
-    most: float
-
-    def room(self, menu: Menu) -> float:
-        """What is left of it with every site dense."""
-        alone = (cost[0] for line, cost in zip(menu.lines, self.costs, strict=True) if not line.weights)
-        return self.most - float(sum(alone))
-
-    @property
-    def changes(self) -> np.ndarray:
-        """What each option costs more than dense, all lines in a row."""
-        return np.concatenate([cost - cost[0] for cost in self.costs])
+    changes: np.ndarray
+    room: float
 
 
 def knapsack_several(
@@ -53,9 +43,9 @@ def knapsack_several(
     """
     sizes = [len(line.options) for line in menu.lines]
     starts = np.cumsum([0, *sizes])[:-1]
-    budgets = [Budget([line.sizes for line in menu.lines], budget), *others]
-    changes = np.array([each.changes for each in budgets], dtype=float)  # (budgets, options)
-    room = np.array([each.room(menu) for each in budgets])
+    stored = np.concatenate([line.sizes - line.sizes[0] for line in menu.lines])
+    changes = np.array([stored, *(other.changes for other in others)], dtype=float)  # (budgets, options)
+    room = np.array([budget - menu.dense, *(other.room for other in others)])
     loss = np.concatenate([line.divergence for line in menu.lines] if losses is None else losses)
     offered = np.isfinite(loss) & np.isfinite(changes).all(0)
     changes, loss = np.where(offered, changes, 0.0), np.where(offered, loss, 0.0)
@@ -78,8 +68,8 @@ def knapsack_several(
         if (over <= 0).all():
             return places
         tighter -= 2**attempt * np.maximum(over, 0)  # the solver's tolerance let it through
-    wanted = ", ".join(f"{each.most:,.6g}" for each in budgets if np.isfinite(each.most))
-    raise InputError(f"no plan meets the budgets {wanted} together: raise one, or offer lower levels in space.keep")
+    wanted = f"a budget of {budget:,.6g} and {len(others)} more"
+    raise InputError(f"no plan meets {wanted}: raise one, or offer lower levels in space.keep")
 
 
 def _one_each(menu: Menu) -> list[LinearConstraint]:

@@ -73,7 +73,7 @@ class Figures:
             rate = -float(budget.changes.sum()) / max(float(saved.sum()), 1.0)  # of the figure, for each value stored
             if rate <= 0 or not np.array_equal(budget.changes, -rate * saved):
                 return None
-            most = min(most, self.menu.dense + budget.room(self.menu) / rate)
+            most = min(most, self.menu.dense + budget.room / rate)
         return most
 
     def _budget(self, limit: Constraint) -> Budget:
@@ -85,7 +85,7 @@ class Figures:
             most = round(limit.bound * scale)
             while limit.missed(most / scale):
                 most -= sign
-        return Budget(tuple(sign * change for change in changes), sign * (most - dense))
+        return Budget(sign * np.concatenate(changes), sign * (most - dense))
 
     def _counts(self, figure: str) -> tuple[list[np.ndarray], int, float]:
         """(What each option adds to what the figure counts, line by line; that of dense; its count where it is 1).

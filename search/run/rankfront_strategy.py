@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,13 @@ from rankfront.search.plans.menu import Places
 from rankfront.search.plans.menu_jobs import menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
-from rankfront.search.run.budget import Budget
-from rankfront.search.run.in_flight import InFlight
 from rankfront.search.run.menu import MenuJobs
 from rankfront.search.run.strategy import enqueue_anchors
 from rankfront.search.storage.front import StudyState, dense_row
 from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
 from rankfront.search.tuning import TUNING
 
+SlopeTokens = Callable[[StudyState], int]
 REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are measured; on disk
 
 
@@ -45,25 +44,18 @@ class RankfrontStrategy:
         study: whose queue is filled.
         config: of the study; `InputError` where no objective can be modelled.
         space: what trials draw from.
-        budget, in_flight: what may be spent.
+        slope_tokens: of how many tokens slopes may be measured now; 0 where they may not.
         state: the study as it is.
     """
 
     def __init__(
-        self,
-        study: optuna.Study,
-        config: StudyConfig,
-        space: Space,
-        budget: Budget,
-        in_flight: InFlight,
-        state: StudyState,
+        self, study: optuna.Study, config: StudyConfig, space: Space, slope_tokens: SlopeTokens, state: StudyState
     ) -> None:
         quality_of(config)
         self.study = study
         self.config = config
         self.space = space
-        self.budget = budget
-        self.in_flight = in_flight
+        self.slope_tokens = slope_tokens
         self.menu_jobs = MenuJobs(study, space, config.search.menu)
         timed = bool(timed_objectives(config.objectives))
         self.wants_timing = timed and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
@@ -99,7 +91,7 @@ class RankfrontStrategy:
             )
         predictor = Predictor(menu, self.space, make_goal(self.config, self.space, dense, timings))
         self.study.sampler = sampler = RankfrontSampler(predictor, self.config.search.seed)
-        self.proposals = Proposals(self.study, sampler, self.budget, self.in_flight)
+        self.proposals = Proposals(self.study, sampler, self.slope_tokens)
         self.proposals.fill(state)
         anchors = anchors_to_beat(menu, self.space, self.config.search.anchors)
         enqueue_anchors(self.study, state, self.space, anchors)
@@ -121,15 +113,14 @@ class Proposals:
     Args:
         study: whose queue is filled.
         sampler: ours.
-        budget, in_flight: what may be spent.
+        slope_tokens: of how many tokens slopes may be measured now; 0 where they may not.
     """
 
-    def __init__(self, study: optuna.Study, sampler: RankfrontSampler, budget: Budget, in_flight: InFlight) -> None:
+    def __init__(self, study: optuna.Study, sampler: RankfrontSampler, slope_tokens: SlopeTokens) -> None:
         self.study = study
         self.sampler = sampler
         self.predictor = sampler.predictor
-        self.budget = budget
-        self.in_flight = in_flight
+        self.slope_tokens = slope_tokens
         self.budgets = opening_budgets(sampler.targets, sampler.menu.even.dense)
         self.opened = False  # whether all of the predicted front was queued
 
@@ -189,7 +180,7 @@ class Proposals:
 
     def _enqueue_slopes(self, number: int, state: StudyState) -> bool:
         """Queue slopes around the plan of trial ``number``, where the limits leave tokens for them; whether they do."""
-        tokens = self.budget.slope_tokens(state, self.in_flight)
+        tokens = self.slope_tokens(state)
         if tokens:
             attributes = {keys.SLOPES_OF: number, keys.ORIGIN: keys.SLOPES, keys.SLOPE_TOKENS: tokens}
             enqueue(self.study, state.trials[number].params, attributes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import optuna
 
@@ -101,7 +102,8 @@ class Scheduler:
         recover(study, again=only is None)
         state = self.state()
         if config.search.sampler == OURS:
-            self.strategy: Strategy = RankfrontStrategy(study, config, space, self.budget, self.in_flight, state)
+            slope_tokens = partial(self.budget.slope_tokens, running=self.in_flight)
+            self.strategy: Strategy = RankfrontStrategy(study, config, space, slope_tokens, state)
         else:
             self.strategy = OptunaStrategy(study, config, space, len(state.trials))
         self.trials = Trials(study, config, origin, self.strategy, self.in_flight)
