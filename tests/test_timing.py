@@ -269,7 +269,7 @@ def test_budgets_are_time_where_nothing_else_is_counted(data, counted, tmp_path)
     timings = timings_of(study.config.objectives, optuna_study(study).user_attrs)
     objective, table = timings["latency"]
     space = CompressedModel(study.setup()).space
-    (size,) = sizes_of(study.config, "float32", timings)
+    (size,) = sizes_of(study.config, 4, timings)
     for site, options in space.wanted().items():
         for option in (DENSE_OPTION, *options):
             assert size(site, option) == round(1e9 * table.seconds(objective, site.name, option))

@@ -106,7 +106,14 @@ def savings(menu: Menu, plans: Sequence[Sequence[int]]) -> np.ndarray:
 
 def fitted(known: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """Values (K, ...) of plans that save ``asked`` (K, M), from those (N, ...) measured of plans that save ``known``
-    (N, M); ones where nothing was."""
+    (N, M), of objectives that nothing predicts from a plan; ones where nothing was measured.
+
+        y(plan) = y₀ + Σ_m (a + a_m) s_m,    s_m = size that method m saves in the plan, over the dense model's
+
+    FLOPs, the cache's bytes and resident bytes fall in proportion to the size that one method takes off a weight, and
+    by another's not at all. a is common to all methods, so that one which no trial has used is taken for an average
+    one: the ridge lies on it lightly, on each a_m more.
+    """
     if not len(values):
         return np.ones((len(asked), *values.shape[1:]))
 

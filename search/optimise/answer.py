@@ -13,7 +13,7 @@ from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
-from rankfront.search.names import VALUE_BYTES, inside_blocks
+from rankfront.search.names import inside_blocks
 from rankfront.search.optimise.candidates import nearby
 from rankfront.search.optimise.goal import make_goal, menu_of
 from rankfront.search.optimise.predictor import Predictor
@@ -193,9 +193,8 @@ def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -
         name: (objective, timing.calibrated(objective, [(plan, v[column]) for plan, v in plans]).timing)
         for (name, (objective, timing)), column in zip(timings.items(), predictor.goal.timed, strict=True)
     }
-    inside = inside_blocks(space.sites)
-    value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
-    return Figures(predictor.menu, inside, int(dense.attributes[PARAMETER_COUNT]), value_bytes, tables)
+    inside, values = inside_blocks(space.sites), int(dense.attributes[PARAMETER_COUNT])
+    return Figures(predictor.menu, inside, values, dense.value_bytes, tables)
 
 
 def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataFrame:
@@ -204,14 +203,13 @@ def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataF
     token, and under the name of each latency among the objectives what its table predicts of the model with that option
     alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
     menu, dense, timings = _known(state, config, space)
-    value_bytes = VALUE_BYTES[dict(dense.plan.origin)["dtype"]]
     sites = {site.name: site for site in space.sites}
     found = []
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):
             site = sites[line.site]
             own = stored(site, option)
-            figures = {"parameters": own.parameters, "bytes": own.bytes(value_bytes), "divergence": divergence}
+            figures = {"parameters": own.parameters, "bytes": own.bytes(dense.value_bytes), "divergence": divergence}
             alone = Plan.of({line.site: option})
             figures |= {name: timing.ratio(objective, alone) for name, (objective, timing) in timings.items()}
             found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
@@ -235,7 +233,7 @@ def _known(state: StudyState, config: StudyConfig, space: Space) -> tuple[Menu, 
         check_dense(state.rows)
         raise InputError("the run has no menu or dense trial yet: launch it first")
     timings = timings_of(config.objectives, state.known)
-    return menu_of(config, space, record, dict(dense.plan.origin)["dtype"], timings), dense, timings
+    return menu_of(config, space, record, dense.value_bytes, timings), dense, timings
 
 
 def _budget(

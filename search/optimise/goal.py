@@ -15,7 +15,7 @@ from rankfront.objectives.latency import Timed
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
-from rankfront.search.names import VALUE_BYTES, inside_blocks
+from rankfront.search.names import inside_blocks
 from rankfront.search.plans.job import Record
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
@@ -27,10 +27,9 @@ from rankfront.search.tuning import TUNING
 NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
 
 
-def sizes_of(config: StudyConfig, dtype: str, timings: Timings) -> list[Size]:
+def sizes_of(config: StudyConfig, value_bytes: int, timings: Timings) -> list[Size]:
     """The costs among the objectives that single options add up to: stored values, bytes, predicted times, in this
     order. Budgets count the first; stored values where there is none."""
-    value_bytes = VALUE_BYTES[dtype]
     counted = bool({"parameters", "block_parameters"} & config.objectives.keys())
     found: list[Size] = [values_stored] if counted else []
     if "bytes" in config.objectives:
@@ -47,7 +46,7 @@ def _nanoseconds(timing: Timing, objective: Timed, site: Site, option: Option) -
     return round(1e9 * ours)
 
 
-def menu_of(config: StudyConfig, space: Space, record: Record, dtype: str, timings: Timings) -> Menu:
+def menu_of(config: StudyConfig, space: Space, record: Record, value_bytes: int, timings: Timings) -> Menu:
     """The menu of a study. Under latencies nothing is on it that takes no less time than dense by any of them."""
 
     def faster(site: Site, option: Option) -> bool:
@@ -57,8 +56,7 @@ def menu_of(config: StudyConfig, space: Space, record: Record, dtype: str, timin
         ]
         return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
 
-    sizes = sizes_of(config, dtype, timings)
-    return make_menu(space.wanted(), record["predictions"], sizes, faster)
+    return make_menu(space.wanted(), record["predictions"], sizes_of(config, value_bytes, timings), faster)
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, timings: Timings) -
     base = dense.values[quality] if quality == "perplexity" else None
     box = box_of(config.objectives, dense)
     objectives = [make_objective(name, settings) for name, settings in config.objectives.items()]
-    prices = Prices(
-        inside_blocks(space.sites),
-        int(dense.attributes[PARAMETER_COUNT]),
-        VALUE_BYTES[dict(dense.plan.origin)["dtype"]],
-    )
+    prices = Prices(inside_blocks(space.sites), int(dense.attributes[PARAMETER_COUNT]), dense.value_bytes)
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough

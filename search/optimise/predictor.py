@@ -38,8 +38,7 @@ class Predictor:
         self.history = History(menu, space, goal)
         places = {site.name: place for site, place in space.sites.items()}
         at = [places[line.site] for line in menu.lines]
-        blocks = [-1 if place.block is None else place.block for place in at]
-        self.surrogate = Surrogate(menu, [place.kind for place in at], blocks)
+        self.surrogate = Surrogate(menu, [place.kind for place in at], [place.block for place in at])
         self.scalings: list[Scaling] = []  # of each Taylor model
         self.neighbours: Neighbours | None = None  # None before anything is measured
         self.error = TUNING.prior_error  # of the surrogate's predictions, as recent trials showed it

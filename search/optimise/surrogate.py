@@ -31,14 +31,14 @@ class Surrogate:
     Args:
         menu: predicted divergence of every option alone.
         kinds: the kind of projection of each line.
-        blocks: the block of each line; -1 outside.
+        blocks: the block of each line; None outside.
 
     Attributes:
         features: the place of each (line, method) in θ, F of them.
         corrections: what slopes around plans said so far.
     """
 
-    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int]) -> None:
+    def __init__(self, menu: Menu, kinds: Sequence[str], blocks: Sequence[int | None]) -> None:
         self.menu = menu
         treatments = [(i, option.method) for i, line in enumerate(menu.lines) for option in line.options[1:]]
         self.features = {key: place for place, key in enumerate(dict.fromkeys(treatments))}
@@ -150,7 +150,7 @@ def _slope(at: np.ndarray) -> float:
     return max(1.0 + float(at[-1]), 0.1)
 
 
-def prior_root(kinds: Sequence[str], blocks: Sequence[int], features: Sequence[tuple[int, str]]) -> csr_array:
+def prior_root(kinds: Sequence[str], blocks: Sequence[int | None], features: Sequence[tuple[int, str]]) -> csr_array:
     """R (F + 2, P) of the prior covariance R Rᵀ of θ by ``features`` and of a and c: a column for each independent
     effect. ``kinds`` and ``blocks`` are those of each line."""
     size = len(features)

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rankfront.methods import Option, Site, get_method
-from rankfront.search.attributes import menu_parts
-from rankfront.search.plans.job import Record
+from rankfront.methods import InputError, Option, Site, get_method
+from rankfront.search import attributes as keys
+from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.menu import TINY, Predictions
 from rankfront.search.plans.plan import Plan
+from rankfront.search.plans.space import Space
 from rankfront.search.tuning import TUNING
 
 GROUPED = "grouped"
@@ -30,9 +31,40 @@ def menu_jobs(source: str, sites: int) -> int:
     return min(TUNING.probe_jobs, sites) if source in TUNING.probe_fractions else 1
 
 
+class MenuJobs:
+    """Which jobs the menu of ``space`` from ``source`` is measured in, of a study that knows so much of it."""
+
+    def __init__(self, space: Space, source: str) -> None:
+        self.space = space
+        self.source = source
+
+    def missing(self, known: Mapping[str, Any]) -> list[Job]:
+        """Those without a record, as far as is ``known``: the first job decides how many there are."""
+        plans = self._plans(known.get(keys.menu_part(0)))
+        return [Job("menu", part, plan) for part, plan in enumerate(plans) if keys.menu_part(part) not in known]
+
+    def kept(self, part: int, record: Record, known: Mapping[str, Any]) -> Record:
+        """What is kept of what a job measured: with it, how many jobs there are. `InputError` where it failed."""
+        if keys.FAILURE in record:
+            advice = "give a trial more memory, or set" if keys.LOST in record else "set"
+            raise InputError(
+                f"the menu could not be made by {self.source!r} ({record[keys.FAILURE]}): {advice} search.menu to"
+                " another"
+            )
+        first = known.get(keys.menu_part(0), record if part == 0 else None)
+        return record | {"jobs": len(self._plans(first))}
+
+    def _plans(self, first: Record | None) -> list[Plan]:
+        """The plan of each job: dense, but where a group is probed, which the ``first`` job's record decides on."""
+        plans = [Plan(())] * menu_jobs(self.source, len(self.space.choices))
+        if self.source == GROUPED and first is not None:
+            plans += group_plans(self.space.bands(TUNING.group_bands), self.space.wanted(), first["predictions"])
+        return plans
+
+
 def menu_record(known: Mapping[str, Any]) -> Record | None:
     """The menu that a study's attributes hold, the records of its jobs as one; None while any is missing."""
-    parts: list[Record] | None = menu_parts(known)
+    parts: list[Record] | None = keys.menu_parts(known)
     if parts is None:
         return None
     merged = parts[0].copy()

@@ -23,10 +23,9 @@ from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.latency_table import timed_objectives, timings_of
 from rankfront.search.plans.menu import Places
-from rankfront.search.plans.menu_jobs import menu_record
+from rankfront.search.plans.menu_jobs import MenuJobs, menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
-from rankfront.search.run.menu import MenuJobs
 from rankfront.search.run.strategy import enqueue_anchors
 from rankfront.search.storage.front import StudyState, dense_row
 from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
@@ -56,7 +55,7 @@ class RankfrontStrategy:
         self.config = config
         self.space = space
         self.slope_tokens = slope_tokens
-        self.menu_jobs = MenuJobs(study, space, config.search.menu)
+        self.menu_jobs = MenuJobs(space, config.search.menu)
         timed = bool(timed_objectives(config.objectives))
         self.wants_timing = timed and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
         self.proposals: Proposals | None = None  # once what they are made of is measured
@@ -72,7 +71,8 @@ class RankfrontStrategy:
             self.wants_timing = False
             self.study.set_user_attr(keys.TIMING, record)  # a failure too: latency is then read off the trials alone
         else:
-            self.menu_jobs.finish(job.number, record, state.known)
+            kept = self.menu_jobs.kept(job.number, record, state.known)
+            self.study.set_user_attr(keys.menu_part(job.number), kept)
 
     def advance(self, state: StudyState) -> None:
         if self.proposals is not None:
@@ -82,7 +82,7 @@ class RankfrontStrategy:
         if dense is None or record is None or self.wants_timing:
             return
         timings = timings_of(self.config.objectives, state.known)
-        menu = menu_of(self.config, self.space, record, dict(dense.plan.origin)["dtype"], timings)
+        menu = menu_of(self.config, self.space, record, dense.value_bytes, timings)
         if not menu.lines:
             faster = " that is faster than dense" if timings else ""
             raise InputError(

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 import optuna
 
+from rankfront.search import attributes as keys
 from rankfront.search.config import StudyConfig
 from rankfront.search.optimise.samplers import make_sampler
 from rankfront.search.plans.job import Job, Record
-from rankfront.search.plans.menu_jobs import menu_record
+from rankfront.search.plans.menu_jobs import MenuJobs, menu_record
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Anchor, Space
-from rankfront.search.run.menu import MenuJobs
 from rankfront.search.storage.front import StudyState
 from rankfront.search.storage.trials import enqueue_missing, labelled
 
@@ -61,7 +61,7 @@ class OptunaStrategy:
         self.study = study
         self.search = config.search
         self.space = space
-        self.menu_jobs = MenuJobs(study, space, config.search.menu)
+        self.menu_jobs = MenuJobs(space, config.search.menu)
         self.begun = False
         study.sampler = make_sampler(config.search.sampler, config.search.seed, trials)
 
@@ -69,7 +69,8 @@ class OptunaStrategy:
         return [] if self.begun else self.menu_jobs.missing(state.known)
 
     def keep(self, job: Job, record: Record, state: StudyState) -> None:
-        self.menu_jobs.finish(job.number, record, state.known)
+        kept = self.menu_jobs.kept(job.number, record, state.known)
+        self.study.set_user_attr(keys.menu_part(job.number), kept)
 
     def advance(self, state: StudyState) -> None:
         if self.begun:

@@ -16,6 +16,7 @@ from rankfront.methods import InputError, check_choice
 from rankfront.objectives import make_objective
 from rankfront.search import attributes as keys
 from rankfront.search.attributes import is_void
+from rankfront.search.names import VALUE_BYTES
 from rankfront.search.plans.plan import Plan
 
 if TYPE_CHECKING:  # a front is shown without a frame
@@ -66,6 +67,11 @@ class Row:
             why = self.failure or "it was stopped before one was chosen"
             raise InputError(f"trial {self.number} has no plan ({why}): name another")
         return Plan.from_json(self.plan_json, f"the plan of trial {self.number}")
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value in the dtype of the model that its plan is of."""
+        return VALUE_BYTES[dict(self.plan.origin)["dtype"]]
 
     @cached_property
     def plan_to_show(self) -> Plan:
