@@ -41,9 +41,8 @@ def _budgets(predictor: Predictor) -> np.ndarray:
     column = min((column for column in dense if dense[column] > cheapest[column]), default=None)
     if column is None:
         return rounded * menu.dense
-    size = menu.size(menu.cheapest)
     shares = (rounded * dense[column] - cheapest[column]) / (dense[column] - cheapest[column])
-    budgets: np.ndarray = size + shares * (menu.dense - size)
+    budgets: np.ndarray = menu.least + shares * (menu.dense - menu.least)
     return budgets
 
 

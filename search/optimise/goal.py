@@ -50,10 +50,7 @@ def menu_of(config: StudyConfig, space: Space, record: Record, value_bytes: int,
     """The menu of a study. Under latencies nothing is on it that takes no less time than dense by any of them."""
 
     def faster(site: Site, option: Option) -> bool:
-        pairs = [
-            (timing.seconds(objective, site.name, option), timing.seconds(objective, site.name, DENSE_OPTION))
-            for objective, timing in timings.values()
-        ]
+        pairs = [[t.seconds(o, site.name, each) for each in (option, DENSE_OPTION)] for o, t in timings.values()]
         return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
 
     return make_menu(space.wanted(), record["predictions"], sizes_of(config, value_bytes, timings), faster)

@@ -43,11 +43,8 @@ OPTUNA_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 
 
 def make_sampler(name: str, seed: int, finished: int) -> BaseSampler:
-    """The Optuna sampler called ``name``.
-
-    A resumed study continues a seed's sequence from the ``finished`` trials on, instead of drawing again what it
-    drew at the first launch.
-    """
+    """The Optuna sampler called ``name``. A resumed study continues a seed's sequence from the ``finished`` trials on,
+    instead of drawing again what it drew at the first launch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return OPTUNA_SAMPLERS[name](seed + finished)

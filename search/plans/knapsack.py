@@ -76,8 +76,7 @@ def _one_each(menu: Menu) -> list[LinearConstraint]:
     """One option a line, and at most one treatment a weight."""
     sizes = [len(line.options) for line in menu.lines]
     rows = np.repeat(np.arange(len(sizes)), sizes)
-    total = len(rows)
-    constraints = [LinearConstraint(csr_array((np.ones(total), (rows, np.arange(total)))), 1, 1)]
+    constraints = [LinearConstraint(csr_array((np.ones(len(rows)), (rows, np.arange(len(rows))))), 1, 1)]
     treated = np.concatenate([np.arange(size) > 0 for size in sizes])
     for weight in dict.fromkeys(weight for line in menu.lines for weight in line.weights):
         claiming = np.array([weight in line.claims for line in menu.lines])
