@@ -1,1 +1,1 @@
-"""What to measure next: predictions learnt from trials, samplers, and the answer within given limits."""
+"""What to measure next. `rankfront_sampler` proposes, by what `predictor` learnt; `answer` keeps to limits."""
