@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # process takes ten seconds of a core to import what it tests.
 parallel = --numprocesses $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + $(1), 4))") \
 	--dist loadfile --no-loadscope-reorder
+# What is compiled is kept, whoever runs this: every process would compile the tests anew.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test quick durations check catalogue stored-outputs clean

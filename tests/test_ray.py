@@ -63,18 +63,20 @@ def launched(study, address):
     return study
 
 
-def test_a_callers_ray_stays(data, tmp_path, address):
-    """Also where the study asks for more than it has."""
-    data["search"]["trials"] = 2
+@pytest.fixture
+def callers_ray(address):
+    """Ray is connected to the cluster by who calls a launch, and stays so."""
     workers.ray.init(address=address, log_to_driver=False)
     try:
-        with pytest.raises(InputError, match=r"search\.resources\.cpu"):
-            again(Study(data, tmp_path / "run"), resources={"cpu": 64}).launch(quiet())
-        assert workers.ray.is_initialized()
-        check_whole(make_run(data, tmp_path / "run"), {}, 2)
+        yield
         assert workers.ray.is_initialized()
     finally:
         workers.ray.shutdown()
+
+
+def test_a_callers_ray_that_has_too_little_is_refused(data, tmp_path, callers_ray):
+    with pytest.raises(InputError, match=r"search\.resources\.cpu"):
+        again(Study(data, tmp_path / "run"), resources={"cpu": 64}).launch(quiet())
 
 
 def test_one_worker_lives_through_every_trial_and_two_go_on(data, model_folder, tmp_path, monkeypatch, spoil, address):
@@ -101,11 +103,11 @@ def test_one_worker_lives_through_every_trial_and_two_go_on(data, model_folder, 
     assert len(set(processes())) == 3
 
 
-def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil, address):
+def test_a_failure_costs_a_trial_and_a_death_costs_a_worker(data, tmp_path, spoil, callers_ray):
     """The worker lives on after the one; another takes its place after the other, and measures what the death took."""
     code = "if job.number == 3: raise RuntimeError('out of memory\\nwith a trace')\n" + ONCE + "os.kill(os.getpid(), 9)"
     processes = spoil("trial 3", "trial 5", code=code)
-    study = launched(Study(data, tmp_path / "run"), address)
+    study = make_run(data, tmp_path / "run")
     check_whole(study, {}, TRIALS)
     failed = {row.number: row.failure for row in study.rows() if row.state == "failed"}
     assert failed == {3: "RuntimeError: out of memory"}

@@ -21,10 +21,21 @@ def test_every_sampler_that_a_study_may_name_can_be_made():
     assert set(SAMPLERS) - {OURS} == set(OPTUNA_SAMPLERS)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_sampler_finishes_a_study_and_goes_on(model_folder, text_file, tmp_path, sampler):
-    study = make_run(small_data(model_folder, text_file, sampler=sampler, trials=TRIALS), tmp_path / "run")
+@pytest.fixture(scope="module", params=SAMPLERS)
+def finished(request, model_folder, text_file, tmp_path_factory):
+    """A sampler, its study of seed 0 after `TRIALS` trials, to go on with, and the plans of those trials."""
+    data = small_data(model_folder, text_file, sampler=request.param, trials=TRIALS)
+    study = make_run(data, tmp_path_factory.mktemp("sampler") / "run")
     check_whole(study, {}, TRIALS)
+    return request.param, study, plans_of(study)
+
+
+def plans_of(study):
+    return [row.plan_key for row in study.rows() if row.state == "complete"]
+
+
+def test_a_sampler_finishes_a_study_and_goes_on(finished):
+    sampler, study, _ = finished
     dense, *anchors = ["anchor: dense", "anchor: svd keep=0.6", "anchor: svd-llm keep=0.6"]
     origins = [row.origin for row in study.rows() if row.state == "complete"]
     own, reference = [], []
@@ -106,17 +117,15 @@ def test_limits_are_on_objectives():
         make_config({"search": {"where": ["perplexity"]}})
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_seed_decides_everything(model_folder, text_file, tmp_path, sampler):
+def test_a_seed_decides_everything(finished, model_folder, text_file, tmp_path):
     """Two runs of one seed take the same plans, another seed others; no plan is measured twice."""
-    plans = {}
-    for name, seed, trials in (("first", 1, 12), ("second", 1, 12), ("other", 2, TRIALS)):
-        data = small_data(model_folder, text_file, sampler=sampler, trials=trials, seed=seed)
-        rows = make_run(data, tmp_path / name).rows()
-        plans[name] = [row.plan_key for row in rows if row.state == "complete"]
-        assert len(set(plans[name])) == len(plans[name])
-    assert plans["first"] == plans["second"]
-    assert plans["first"][:TRIALS] != plans["other"]
+    sampler, _, others = finished
+    data = small_data(model_folder, text_file, sampler=sampler, trials=12, seed=1)
+    plans = [plans_of(make_run(data, tmp_path / name)) for name in ("first", "second")]
+    assert plans[0] == plans[1]
+    assert plans[0][:TRIALS] != others
+    for found in (plans[0], others):
+        assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
