@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Format = Literal["factored", "dense"]
+Format = Literal["factored", "dense", "plain", "nemotron-nas", "gguf"]
 Refit = Literal["none", "sequential"]
 Stage = Literal["blocks", "logits"]
 STAGES: tuple[tuple[Stage, ...], ...] = (("blocks",), ("logits",), ("blocks", "logits"))

@@ -5,6 +5,7 @@ import shutil
 
 import common
 import pytest
+import serving
 import sqlalchemy
 import torch
 from optuna.storages._rdb.storage import _VersionManager
@@ -95,3 +96,9 @@ def resident(_resident):
     common.restore(_resident)
     yield _resident
     common.restore(_resident)
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory, text_file):
+    """Name of a tiny decoder -> what it is compressed and served from."""
+    return serving.make_worlds(tmp_path_factory, text_file)

@@ -22,7 +22,8 @@ BELOW = {  # package -> the packages that it may import
     "storage": {"plans"},
     "optimise": {"plans", "storage"},
     "run": {"inputs", "factors", "plans", "measure", "storage", "optimise"},
-    "output": {"inputs", "factors", "plans", "measure", "heal", "storage", "optimise"},
+    "serve": {"inputs"},
+    "output": {"inputs", "factors", "plans", "measure", "heal", "storage", "optimise", "serve"},
 }
 WITHOUT_TORCH = ("plans", "storage", "optimise")
 

