@@ -10,7 +10,8 @@ svd-llm and dense. The name of a method is that method at every site; `a+b` is e
 from the raw plan: ``refit`` in closed form on the calibrate split, ``blocks`` and ``logits`` on tokens seen in all.
 Scored windows have 512 tokens, ``--windows`` of the report split and ``--control`` of pydoc. Finished cells, with the
 loss of every window, are kept in studies/results/heal_ranking.jsonl, one line each: stop it at any time and start it
-again.
+again. The page has plans that were measured in all of the states asked for, ``raw`` among them. ``refit`` takes longer
+than the other two together.
 """
 
 from __future__ import annotations
@@ -117,15 +118,15 @@ def excesses(cells: Sequence[Cell], text: str) -> Losses:
     return {key: values - dense for key, values in found.items()}
 
 
-def complete(excess: Losses) -> list[str]:
-    """Plans that have every state."""
+def complete(excess: Losses, states: Sequence[str]) -> list[str]:
+    """Plans that have all of the ``states``."""
     plans = dict.fromkeys(plan for plan, _ in excess)
-    return [plan for plan in plans if all((plan, state) in excess for state in STATES)]
+    return [plan for plan in plans if all((plan, state) in excess for state in states)]
 
 
-def near(excess: Losses) -> list[str]:
-    """Complete plans whose raw excess is within `NEAR` of the best's."""
-    raw = {plan: excess[plan, "raw"].mean() for plan in complete(excess)}
+def near(excess: Losses, plans: Sequence[str]) -> list[str]:
+    """Of ``plans``, those whose raw excess is within `NEAR` of the best's."""
+    raw = {plan: excess[plan, "raw"].mean() for plan in plans}
     return [plan for plan, value in raw.items() if value <= NEAR * min(raw.values())]
 
 
@@ -142,32 +143,33 @@ def tau(excess: Losses, plans: Sequence[str], before: str, after: str) -> tuple[
     return of(np.arange(count)), float(low), float(high)
 
 
-def perplexities(cells: Sequence[Cell], text: str) -> Iterator[str]:
-    """Per complete plan: perplexity in every state, and the share of the excess over dense that is closed."""
+def perplexities(cells: Sequence[Cell], text: str, states: Sequence[str]) -> Iterator[str]:
+    """Per complete plan: perplexity in each of the ``states``, and the share of the excess that it closed."""
     excess = excesses(cells, text)
     (dense,) = (float(np.mean(cell["losses"][text])) for cell in cells if cell["state"] == DENSE)
     sizes = {cell["plan"]: cell["block_parameters"] for cell in cells if cell["state"] == "raw"}
-    yield f"| plan | kept | {' | '.join(STATES)} |"
-    yield "| --- " * (2 + len(STATES)) + "|"
-    for plan in complete(excess):
-        means = {state: float(excess[plan, state].mean()) for state in STATES}
+    yield f"| plan | kept | {' | '.join(states)} |"
+    yield "| --- " * (2 + len(states)) + "|"
+    for plan in complete(excess, states):
+        means = {state: float(excess[plan, state].mean()) for state in states}
         raw = means.pop("raw")
         shown = [f"{math.exp(dense + mean):.1f} ({1 - mean / raw:.0%})" for mean in means.values()]
         yield f"| {plan} | {sizes[plan]:.3f} | {math.exp(dense + raw):.1f} | {' | '.join(shown)} |"
 
 
-def correlations(cells: Sequence[Cell]) -> Iterator[str]:
-    """Kendall's tau of every two states, on both texts, over all plans and over those near the best."""
+def correlations(cells: Sequence[Cell], states: Sequence[str]) -> Iterator[str]:
+    """Kendall's tau of every two of the ``states``, on both texts, over all plans and over those near the best."""
     yield "| states | plans | wikitext | pydoc |"
     yield "| --- | --- | --- | --- |"
     by_text = {text: excesses(cells, text) for text in TEXTS}
-    groups = {"all": complete(by_text[TEXTS[0]]), "near the best": near(by_text[TEXTS[0]])}
-    for before, after in combinations(STATES, 2):
-        for name, plans in groups.items():
-            if len(plans) > 1:
-                taus = [tau(by_text[text], plans, before, after) for text in TEXTS]
+    plans = complete(by_text[TEXTS[0]], states)
+    groups = {"all": plans, "near the best": near(by_text[TEXTS[0]], plans)}
+    for before, after in combinations(states, 2):
+        for name, members in groups.items():
+            if len(members) > 1:
+                taus = [tau(by_text[text], members, before, after) for text in TEXTS]
                 shown = " | ".join(f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in taus)
-                yield f"| {before}, {after} | {len(plans)}, {name} | {shown} |"
+                yield f"| {before}, {after} | {len(members)}, {name} | {shown} |"
 
 
 def speeds(cells: Sequence[Cell]) -> Iterator[str]:
@@ -215,10 +217,10 @@ Command: `python studies/heal_ranking.py TEXT --threads 1`
 """
 
 
-def write(cells: Sequence[Cell]) -> None:
+def write(cells: Sequence[Cell], states: Sequence[str]) -> None:
     dense = [math.exp(np.mean(cell["losses"][text])) for cell in cells if cell["state"] == DENSE for text in TEXTS]
-    tables = {text: "\n".join(perplexities(cells, text)) for text in TEXTS}
-    tables |= {"correlations": "\n".join(correlations(cells)), "speeds": "\n".join(speeds(cells))}
+    tables = {text: "\n".join(perplexities(cells, text, states)) for text in TEXTS}
+    tables |= {"correlations": "\n".join(correlations(cells, states)), "speeds": "\n".join(speeds(cells))}
     made = sources(cells, lambda cell: f"{cell['plan']} {cell['state']}")
     (RESULTS / "heal_ranking.md").write_text(PAGE.format(dense=dense, sources=made, **tables), encoding="utf-8")
 
@@ -238,18 +240,16 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     file, counts = RESULTS / "heal_ranking.jsonl", dict(zip(TEXTS, (asked.windows, asked.control), strict=True))
     budgets = {"blocks": parse_tokens(asked.blocks_tokens), "logits": parse_tokens(asked.tokens)}
+    states = [state for state in STATES if state in asked.states.split(",")]
     shared: Cell = {"keep": asked.keep, "windows": counts}
     for plan in asked.plans.split(";"):
         bench: Bench | None = None
-        keys = [
-            shared | {"plan": plan, "state": state, "tokens": budgets.get(state, 0)}
-            for state in asked.states.split(",")
-        ]
+        keys = [shared | {"plan": plan, "state": state, "tokens": budgets.get(state, 0)} for state in states]
         for key in [shared | {"plan": DENSE, "state": DENSE, "tokens": 0}, *keys]:
             if not has(read_cells(file), key):
                 bench = bench or bench_of(asked.text, plan, asked.keep)
                 finish(file, key | measure(bench, key["state"], key["tokens"], counts))
-        write([c for c in read_cells(file) if has([c], shared) and c["tokens"] == budgets.get(c["state"], 0)])
+        write([c for c in read_cells(file) if has([c], shared) and c["tokens"] == budgets.get(c["state"], 0)], states)
 
 
 if __name__ == "__main__":
