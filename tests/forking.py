@@ -1,23 +1,22 @@
-"""Commands in processes of their own that start at once: forks of a process that has imported what commands import.
-
-As a script this is that process. Standard input is a socket. A request is the arguments, the environment and the folder
-as JSON, with three descriptors: for standard output, standard error and the answers. Answers are eight bytes each:
-the command's process id, then its exit status. The process ends with its requests.
-"""
+"""Commands in processes of their own that start at once: multiprocessing's fork server imports what they need."""
 
 from __future__ import annotations
 
-import json
+import atexit
+import multiprocessing
 import os
-import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from collections.abc import Sequence
+from typing import IO
 
-LONGEST = 1 << 17  # bytes of a request
+IMPORTED = [
+    "transformers.models.llama.modeling_llama",
+    "rankfront.search.measure.runner",
+    "rankfront.search.run.scheduler",
+]
 
 
 class Forked:
@@ -25,36 +24,29 @@ class Forked:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.args = arguments
-        self.returncode: int | None = None
-        self._output, self._error = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 (read later)
-        self._answers, theirs = os.pipe()
-        request = json.dumps([arguments, environment, os.getcwd()]).encode()
-        assert len(request) <= LONGEST
-        descriptors = [self._output.fileno(), self._error.fileno(), theirs]
-        socket.send_fds(_server(), [request], descriptors)
-        os.close(theirs)
-        self.pid = self._answer()
+        self._written: list[IO[bytes]] = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 (read later)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        names = [file.name for file in self._written]
+        self._process = context.Process(target=_run, args=(arguments, environment, os.getcwd(), names))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
 
-    def _answer(self) -> int:
-        answer = os.read(self._answers, 8)
-        assert answer, "the process that forks commands has ended"
-        return int.from_bytes(answer, signed=True)
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
 
     def poll(self) -> int | None:
-        return self._wait(0)
-
-    def _wait(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._answers], [], [], timeout)[0]:
-            self.returncode = self._answer()
-            os.close(self._answers)
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        if self._wait(timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout)
-        for file in (self._output, self._error):
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        for file in self._written:
             file.seek(0)
-        return self._output.read().decode(), self._error.read().decode()
+        return self._written[0].read().decode(), self._written[1].read().decode()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -63,61 +55,22 @@ class Forked:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
 
+def _run(arguments: list[str], environment: dict[str, str], folder: str, written: Sequence[str]) -> None:
+    """The command line, in a process group of its own."""
+    import torch
 
-@cache
-def _server() -> socket.socket:
-    """The socket of the process that forks, which ends with this one."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    subprocess.Popen([sys.executable, __file__], stdin=theirs, start_new_session=True)
-    theirs.close()
-    return ours
+    from rankfront.search.__main__ import main
 
-
-def serve() -> list[str]:
-    """Fork for each request; returns in each command, with its arguments, in its environment and folder."""
-    requests = socket.socket(fileno=os.dup(0))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
-    while True:
-        request, descriptors, _, _ = socket.recv_fds(requests, LONGEST, 3)
-        if not request:
-            os._exit(0)
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            command = os.fork()
-            if command == 0:
-                break
-            os.write(descriptors[2], command.to_bytes(8, signed=True))
-            status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
-            os.write(descriptors[2], status.to_bytes(8, signed=True))
-            os._exit(0)
-        for descriptor in descriptors:
-            os.close(descriptor)
-    requests.close()
-    arguments, environment, folder = json.loads(request)
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, descriptor in enumerate(descriptors[:2], 1):
-        os.dup2(descriptor, number)
-    for descriptor in descriptors:
-        os.close(descriptor)
+    torch.set_num_threads(1)
+    for number, path in enumerate((os.devnull, *written)):
+        os.dup2(os.open(path, os.O_RDWR), number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    return arguments
-
-
-if __name__ == "__main__":
-    import torch
-    import transformers
-
-    import rankfront.search.measure.runner
-    import rankfront.search.run.scheduler  # noqa: F401 (imported for the commands)
-    from rankfront.search.__main__ import main
-
-    transformers.LlamaForCausalLM  # noqa: B018 (imported when it is named)
-    torch.set_num_threads(1)
-    sys.argv[1:] = serve()
-    main()
+    sys.argv[1:] = arguments
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # a fork ends without

@@ -178,7 +178,7 @@ def ctrl_c(process: Forked) -> tuple[str, str]:
 
 def sigterm(process: Forked) -> tuple[str, str]:
     """What ``kill`` and schedulers do: SIGTERM to the launcher. Returns standard output and error."""
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     return process.communicate(timeout=PATIENCE)
 
 
