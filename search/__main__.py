@@ -1,4 +1,4 @@
-"""The command line: launch, solve, front, menu, show, export, heal, slice, evaluate, methods."""
+"""The command line: launch, solve, front, menu, show, export, heal, slice, convert, evaluate, methods, engines."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ UsageError: Any = typer.BadParameter.__base__  # click's, wherever this typer ke
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="let Python code that comes with the model run")]
+GgufOption = Annotated[str, typer.Option("--gguf-type", help="of weights in a GGUF file: F16, BF16, Q8_0, Q4_0 ...")]
 WhereOption = Annotated[
     list[str] | None, typer.Option("--where", help="a limit, such as 'parameters<=0.8'; repeatable")
 ]
@@ -281,7 +282,8 @@ def export_command(
     max_latency: Annotated[float | None, typer.Option(help="at most this ratio to dense")] = None,
     max_perplexity: Annotated[float | None, typer.Option(help="at most this, on the search split")] = None,
     knee: Annotated[bool, typer.Option("--knee", help="the front member nearest to the ideal corner")] = False,
-    form: Annotated[Format, typer.Option("--format", help="factored, or dense")] = "factored",
+    form: Annotated[Format, typer.Option("--format", help="what is written; see engines")] = "factored",
+    gguf_type: GgufOption = "F16",
     refit: Annotated[Refit | None, typer.Option(help="fit factors again to the compressed model before them")] = None,
     heal: Annotated[str | None, typer.Option(help="train it on data.heal for so many tokens, such as 1M")] = None,
     healed: Annotated[bool, typer.Option("--healed", help="a plan that the search healed, as it was scored")] = False,
@@ -308,20 +310,35 @@ def export_command(
             raise InputError("--heal trains factors: leave --format and --refit out (heal.stages may begin with refit)")
         _export_healed(study, out, row, heal)
         return
+    _check_gguf(form, gguf_type)
     with terminal().status(f"exporting trial {row.number} ..."):
-        verified = study.export(out, row, form, refit)
+        verified = study.export(out, row, form, refit, gguf_type)
     _say_exported(f"trial {row.number} ({row.origin})", verified, out)
     if verified.warning is not None:
         terminal().print(f"it {verified.warning}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _say_exported(what: str, verified: Verified, out: Path) -> None:
+def _say_exported(what: str, verified: Verified, out: Path, text: str = "the search split") -> None:
     where_to = out.resolve() if out.is_symlink() else out
     _say(
         terminal(),
         f"{what} is in {where_to}: {verified.parameters:,} stored values in {verified.bytes / 1e6:,.1f} MB, perplexity"
-        f" {verified.perplexity:.4g} on the search split after reloading in a fresh process",
+        f" {verified.perplexity:.4g} on {text}"
+        f" {'after reloading in a fresh process' if verified.reloaded else 'before it was written'}",
     )
+    for note in verified.notes:
+        _say(terminal(), f"  {note}")
+
+
+def _check_gguf(form: Format, kind: str) -> None:
+    """Raise `InputError` where ``kind`` is no type of a GGUF file, or no such file is written."""
+    if form != "gguf":
+        if kind != "F16":
+            raise InputError("--gguf-type is about --format gguf: leave it out, or name that format")
+        return
+    from rankfront.search.serve.gguf_file import check_type
+
+    check_type(kind)
 
 
 def _export_stored(study: Study, out: Path, healed: Healed) -> None:
@@ -459,6 +476,25 @@ def slice_command(
     _say(terminal(), f"the sliced model is in {out}")
 
 
+@app.command("convert", epilog="Example: rankfront convert healed/demo --format gguf --out served/demo")
+def convert_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a folder: exported, healed, sliced or dense")],
+    form: Annotated[Format, typer.Option("--format", help="what is written; see engines")],
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    gguf_type: GgufOption = "F16",
+    text: Annotated[str, typer.Option(help="verified on: pydoc, a text file, or hub:NAME/CONFIG:SPLIT")] = "pydoc",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write the model of a folder in the format of an engine, to a new folder."""
+    from rankfront.search.output.served import convert_folder
+
+    _check_gguf(form, gguf_type)
+    with terminal().status("converting ..."):
+        verified = convert_folder(folder, form, out.expanduser(), gguf_type, text, device, trust_remote_code)
+    _say_exported(str(folder), verified, out, f"a little of {text}")
+
+
 @app.command("evaluate", epilog="Example: rankfront evaluate exported/demo --text pydoc --windows 8")
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="a bundled name, a hub id, a folder (dense or exported), a .gguf file")],
@@ -493,6 +529,17 @@ def methods(
         _print_json(methods_json(model, trust_remote_code))
     else:
         output().print(methods_table(model, trust_remote_code))
+
+
+@app.command(epilog="Example: rankfront engines --json")
+def engines(as_json: JsonOption = False) -> None:
+    """List the formats of exports, the engines that open them, and what of a plan stays small there."""
+    from rankfront.search.output.engines import engines_json, engines_table
+
+    if as_json:
+        _print_json(engines_json())
+    else:
+        output().print(engines_table())
 
 
 def _fail(message: str, code: int) -> int:

@@ -228,16 +228,26 @@ class Study:
         return self.best(*constraints)
 
     def export(
-        self, out: str | Path, row: Row | None = None, form: Format = "factored", refit: Refit | None = None
+        self,
+        out: str | Path,
+        row: Row | None = None,
+        form: Format = "factored",
+        refit: Refit | None = None,
+        gguf_type: str = "F16",
     ) -> Verified:
-        """Write the model of ``row`` (by default the knee) to the new folder ``out``; see `export.export`.
+        """Write the model of ``row`` (by default the knee) to the new folder ``out``; see `export.export`, and
+        `served.export_served` for the formats of engines.
 
         ``refit`` is the study's own unless given.
         """
-        from rankfront.search.output.export import export
-
         found = self.read()
         row, refit = row or found.knee(), refit or self.config.search.refit
+        if form not in ("factored", "dense"):
+            from rankfront.search.output.served import export_served
+
+            return export_served(self.setup(), row, Path(out).expanduser(), form, gguf_type, refit)
+        from rankfront.search.output.export import export
+
         return export(self.setup(), row, Path(out).expanduser(), form, refit, found.dense_report)
 
     def export_stored(self, out: str | Path, healed: Healed | None = None) -> Verified:

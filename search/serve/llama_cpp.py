@@ -8,6 +8,7 @@ import json
 import math
 import urllib.request
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ FORCED = 1e4  # added to a logit, so that its token is the one that is drawn
 def available() -> bool:
     """Whether it is installed."""
     return importlib.util.find_spec(PACKAGE) is not None
+
+
+def installed() -> str:
+    """Which version of it."""
+    return f"{PACKAGE} {version(PACKAGE)}"
 
 
 class LlamaCpp:
