@@ -85,10 +85,6 @@ class Tuning:
     factor_width: float = 0.12  # share of the size within which factors of one plan serve another; guess
     factor_prior: float = 0.1  # weight of no correction: far from every plan factors fade to 1; guess
 
-    # -- neighbours
-    alike: float = 0.2  # share of the lines that differ, at which what one plan says of another falls to 1/e; guess
-    alike_noise: float = 0.02  # what plans as good as alike differ by, beside the measurement's own spread; guess
-
     # -- accuracy of predictions
     recent: int = 16  # trials; guess
     least_predictions: int = 8  # fewer say nothing about a rank correlation or a median; guess

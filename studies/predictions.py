@@ -1,12 +1,12 @@
-"""How far predictions of plans are off before they are measured, and what measured neighbours make of them.
+"""How far predictions of plans are off before they are measured.
 
     python studies/predictions.py RUN [RUN ...]
 
 RUN is a run folder of our sampler, such as studies/results/runs/rankfront-0 that studies/search_benchmark.py leaves.
-Every plan that its sampler proposed is predicted once more from the trials before it: by surrogate and slopes alone,
-and corrected by what they missed of measured neighbours. "Missed" is the median of |measured − predicted| in
-log-divergence, "z" the root mean square of that over the standard deviation that was claimed. Nothing is measured. The
-page goes to studies/results/predictions.md.
+Every plan that its sampler proposed is predicted once more from the trials before it. "Missed" is the median of
+|measured − predicted| in log-divergence, "z" the root mean square of that over the standard deviation that was claimed.
+Nothing is measured. The page goes to studies/results/predictions.md; the one that is there is of 9673a7a, which
+corrected predictions by what was missed of measured neighbours, and has both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE = """# Predictions before measurements
 
 Proposals of our sampler, predicted from the trials before them. How is said at the top of `studies/predictions.py`.
 
-| run | proposals | missed: surrogate and slopes, then neighbours too | z, likewise |
+| run | proposals | missed | z |
 | --- | --- | --- | --- |
 {lines}
 
@@ -47,21 +47,18 @@ def line(run: str) -> str:
     study = Study.open(run)
     past = study.read()
     predictor, _, _ = prior_predictor(past.state, past.config, past.space)
-    missed: list[list[float]] = [[], []]
-    scores: list[list[float]] = [[], []]
+    missed, scores = [], []
     for trial in past.state.trials:
         plan = predictor.history.plan(trial)
         if trial.values is None or trial.user_attrs.get("origin") != OURS or plan is None or not any(plan):
             continue
         predictor.learn(past.state.trials[: trial.number])
         level = predictor.goal.log_divergence(trial.values[predictor.goal.quality])
-        for kind, found in enumerate((predictor.uncorrected(np.array([plan])), predictor.levels([plan]))):
-            (predicted,), (claimed,) = found
-            missed[kind].append(abs(level - predicted))
-            scores[kind].append((level - predicted) / claimed)
-    medians = ", ".join(f"{np.median(values):.3f}" for values in missed)
-    z = ", ".join(f"{np.sqrt(np.mean(np.square(values))):.2f}" for values in scores)
-    text = f"| {Path(run).name} | {len(missed[0])} | {medians} | {z} |"
+        (predicted,), (claimed,) = predictor.levels([plan])
+        missed.append(abs(level - predicted))
+        scores.append((level - predicted) / claimed)
+    z = np.sqrt(np.mean(np.square(scores)))
+    text = f"| {Path(run).name} | {len(missed)} | {np.median(missed):.3f} | {z:.2f} |"
     print(text, flush=True)
     return text
 

@@ -132,50 +132,12 @@ def test_where_predictions_are_poor_slopes_weigh_more():
     )
     gaps = {}
     for predictor.error in (0.05, TUNING.prior_error, 1.0):
-        levels, deviations = predictor.uncorrected(np.array(near))  # neighbours correct what both say
+        levels, deviations = predictor.levels(near)
         gaps[predictor.error] = np.abs(levels - slopes)
         assert (deviations <= TUNING.prior_error).all()
     assert (gaps[1.0] < gaps[TUNING.prior_error]).all()
     assert (gaps[TUNING.prior_error] < gaps[0.05]).all()
     assert (gaps[0.05] <= np.abs(surrogate - slopes)).all()
-
-
-def test_what_was_missed_of_one_plan_is_expected_of_its_neighbours():
-    """Slopes of a single step cannot teach that they promise too much of all steps that are much like it."""
-    problem = Problem(sites=30, levels=8, interaction=3.0)
-    sampler = problem.sampler(0)
-    study = around(problem, sampler, 0.6)
-    predictor, (taylor,) = sampler.predictor, sampler.predictor.history.taylor_models
-    step = downhill(predictor, taylor, [0.45 * problem.menu.dense], problem.menu)[-1]
-    moved = np.flatnonzero(np.array(step) != taylor.places)
-    assert len(moved) >= 6
-    likes = [
-        [int(taylor.places[i]) if i in kept else place for i, place in enumerate(step)]
-        for kept in (moved[:2], moved[-2:])
-    ]
-    truth = np.log([problem.values(plan)[0] for plan in likes])
-    study.enqueue_trial(problem.params(step))
-    problem.run(study, 1)
-    predictor.learn(study.trials)
-    corrected, surer = predictor.levels(likes)
-    plain, unsure = predictor.uncorrected(np.array(likes))
-    assert (np.abs(corrected - truth) < 0.6 * np.abs(plain - truth)).all()
-    assert (surer < unsure).all()
-
-
-@pytest.mark.parametrize("spread", [0.0, 50.0])
-def test_what_noise_may_have_made_is_not_expected_of_neighbours(spread):
-    """The spread of a measurement counts: what may be noise moves no prediction."""
-    problem = Problem(sites=30, levels=8, interaction=3.0)
-    study = problem.study(optuna.samplers.RandomSampler(0))
-    plans, predictor = problem.run(study, 10), problem.predictor(goal=replace(problem.goal, spread=spread))
-    predictor.learn(study.trials)
-    plain, corrected = predictor.uncorrected(np.array(plans))[0], predictor.levels(plans)[0]
-    measured = [predictor.history.measured[plan].level for plan in plans]
-    if spread:
-        assert corrected == pytest.approx(plain, abs=0.01)
-    else:
-        assert np.abs(corrected - measured).sum() < 0.5 * np.abs(plain - measured).sum()
 
 
 # -- steps

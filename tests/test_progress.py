@@ -23,7 +23,7 @@ def test_the_line_has_all_figures_of_the_calibration():
 
 
 def test_the_line_says_where_predictions_are_poor():
-    assert "poor: leaning on measured neighbours" in line(Calibration(20, 0.987, 0.92, None, float("nan"), 0.5))
+    assert "poor: trust the measured trials" in line(Calibration(20, 0.987, 0.92, None, float("nan"), 0.5))
     assert "Spearman" not in line(None)
 
 

@@ -11,7 +11,6 @@ from optuna.trial import FrozenTrial
 from rankfront.search.optimise.corrections import Corrections, corrections_of
 from rankfront.search.optimise.goal import Goal
 from rankfront.search.optimise.history import History
-from rankfront.search.optimise.neighbours import Neighbours
 from rankfront.search.optimise.surrogate import Surrogate
 from rankfront.search.optimise.taylor import Scaling, learn_scalings, surest
 from rankfront.search.plans.menu import Menu, Places
@@ -40,7 +39,6 @@ class Predictor:
         at = [places[line.site] for line in menu.lines]
         self.surrogate = Surrogate(menu, [place.kind for place in at], [place.block for place in at])
         self.scalings: list[Scaling] = []  # of each Taylor model
-        self.neighbours: Neighbours | None = None  # None before anything is measured
         self.error = TUNING.prior_error  # of the surrogate's predictions, as recent trials showed it
         self._corrections: dict[int, Corrections | None] = {}  # what slopes say of the menu, by trial
 
@@ -63,9 +61,6 @@ class Predictor:
         self.surrogate.fit(plans, levels, spreads)
         self._assess()
         self.scalings = learn_scalings(self.history.taylor_models, plans, np.exp(levels))
-        predicted, errors = self.uncorrected(plans)
-        relative = spreads / np.exp(np.minimum(levels, predicted))  # what noise made large is no surer for it
-        self.neighbours = Neighbours(plans, levels - predicted, errors, relative)
 
     def _assess(self) -> None:
         """Estimate the surrogate's error from what it would have predicted of recent trials."""
@@ -87,20 +82,12 @@ class Predictor:
 
     def levels(self, plans: Sequence[Places]) -> tuple[np.ndarray, np.ndarray]:
         """Predicted log-divergence of plans, (T,), and its standard deviation: the surrogate's and that of slopes
-        nearby, weighted by their precision, corrected by what both missed of measured neighbours.
+        nearby, weighted by their precision.
 
         A poor surrogate has less weight, but no plan's deviation exceeds the one a priori: held against all plans
         alike it would only hide which of them is the best.
         """
         places = np.array(plans)
-        logs, errors = self.uncorrected(places)
-        if self.neighbours is None:
-            return logs, errors
-        correction, errors = self.neighbours.correct(places, errors)
-        return logs + correction, errors
-
-    def uncorrected(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`levels` of plans (T, lines) by surrogate and slopes alone."""
         logs = self.surrogate.predict(places)
         near, errors = surest(self.history.taylor_models, places, self.scalings)
         weight = self.error**2 / (self.error**2 + errors**2)

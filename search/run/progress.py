@@ -107,7 +107,7 @@ def line_of(status: Status, calibrated: Calibration | None) -> str:
     failed = sum(1 for row in rows if row.state == "failed" and row.counts)
     held = f"predictions hold to {calibrated.brief}" if calibrated else ""
     if calibrated and calibrated.poor:
-        held += " (poor: leaning on measured neighbours)"
+        held += " (poor: trust the measured trials)"
     parts = [
         f"front {len(front_of(rows))}",
         f"best {first} at keep {', '.join(best)}" if best else "",
