@@ -22,13 +22,6 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def balance_scale(left: Tensor, right: Tensor) -> Tensor:
-    """s (r,) with which columns of left (m, r) times s and rows of right (r, n) over s have equal norms."""
-    tiny = torch.finfo(torch.float32).tiny
-    scale: Tensor = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
-    return scale
-
-
 def _ridge(mean: Tensor) -> Tensor:
     """ε times a Gram's mean eigenvalue, ε = `GRAM_RIDGE`; one where the Gram is zero."""
     return torch.where(mean > 0, mean * GRAM_RIDGE, torch.ones_like(mean))

@@ -5,16 +5,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankfront.methods._method import Factors, Option, Prepared, Site
 from rankfront.methods._weighting import Weighting
-from rankfront.methods.layers import matrix_of
+from rankfront.methods.layers import Factored, replacement
 
 Found = TypeVar("Found")
+
+
+def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:
+    """Ŵ (rows, columns) in fp32 that ``factors`` of a dense weight of that size multiply to."""
+    with torch.device("meta"):
+        dense = nn.Linear(columns, rows, bias=False)
+    return cast(Factored, replacement(dense, factors.kind, factors.tensors, factors.settings)).matrix()
 
 
 def shared_by_levels(make: Callable[[Tensor, Weighting], Found]) -> Callable[[Tensor, Weighting], Found]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import balance_scale, eigh_descending, fix_signs
+from rankfront.methods._algebra import eigh_descending, fix_signs
 from rankfront.methods._errors import InputError
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site
 from rankfront.methods._metric import Metric
 from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, narrow_outputs
 from rankfront.methods._storage import Storage, break_even_rank, low_rank_storage
+from rankfront.methods._training import balance_scale
 from rankfront.methods._weighting import Weighting
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankfront.methods._sizes import BYTE, index_width, packed_bits, row_support_bits
 from rankfront.methods._sparse import pack_mask, unpack_mask
-from rankfront.methods._storage import BYTE, index_width, packed_bits, row_support_bits
 from rankfront.methods._support import pack, unpack
 
 

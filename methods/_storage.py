@@ -1,22 +1,14 @@
-"""What a factorised weight costs: stored values, index bits, bytes. Every formula for cost is here."""
+"""What a factorised weight costs: stored values, index bits, bytes. Every formula for cost is here, and those for
+what is packed in `_sizes`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from rankfront.methods._sizes import group_size, index_width, packed_bits, padded_width, row_support_bits
+
 INDEX_BITS_PER_PARAMETER = 16  # bits; sparse index bits count as bf16 values do, so that a mask is never free
-BYTE = 8  # bits
-
-
-def packed_bits(count: int, width: int) -> int:
-    """Bits on disk of ``count`` whole numbers of ``width`` bits each: whole bytes."""
-    return -(-count * width // BYTE) * BYTE
-
-
-def index_width(length: int) -> int:
-    """Bits of an index below ``length``: ⌈log₂ length⌉, at least 1."""
-    return max(1, (length - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -103,11 +95,6 @@ def dictionary_storage(out_features: int, in_features: int, atoms: int, nonzeros
     return Storage(atoms * in_features + out_features * nonzeros, packed_bits(out_features * atoms, 1))
 
 
-def row_support_bits(rows: int, columns: int, kept: int) -> int:
-    """Bits of a support with ``kept`` of ``columns`` places in every row: the smaller of a bitmask and indices."""
-    return min(packed_bits(rows * columns, 1), packed_bits(rows * kept, index_width(columns)))
-
-
 def low_rank_sparse_storage(out_features: int, in_features: int, rank: int, nonzeros: int, seeded: bool) -> Storage:
     """r(m + n) + sm values, s ``nonzeros`` a row; the bits of their support, none where a seed draws it."""
     bits = 0 if seeded else row_support_bits(out_features, in_features, nonzeros)
@@ -124,17 +111,6 @@ def block_dictionary_storage(
     groups = -(-in_features // block) * atoms // group  # in each row
     support = row_support_bits(out_features * groups, group, nonzeros)
     return Storage(atoms * in_features + out_features * groups * nonzeros, support)
-
-
-def group_size(columns: int) -> int:
-    """Inputs that share a scale in four bits: 64 where that leaves little to pad, else 32, as torch's kernel reads."""
-    return 64 if columns % 64 == 0 or columns > 512 else 32
-
-
-def padded_width(columns: int, bits: int) -> int:
-    """``columns`` up to what torch's kernels read: sixteens in eight bits, whole groups in four."""
-    step = 16 if bits == 8 else group_size(columns)
-    return -(-columns // step) * step
 
 
 def integer_storage(rows: int, columns: int, bits: int) -> Storage:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankfront.methods._storage import BYTE
+from rankfront.methods._sizes import BYTE
 
 
 def pack(numbers: Tensor, width: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._errors import InputError
-from rankfront.methods._fitted import Fitted, measured
+from rankfront.methods._fitted import Fitted, matrix_of, measured
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -22,7 +22,7 @@ from rankfront.methods._method import (
 )
 from rankfront.methods._storage import Storage
 from rankfront.methods._weighting import Unweighted, Weighting
-from rankfront.methods.layers import layers, matrix_of
+from rankfront.methods.layers import layers
 from rankfront.methods.layers_tensor import Network
 
 

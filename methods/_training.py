@@ -11,7 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfront.methods._algebra import balance_scale
+
+def balance_scale(left: Tensor, right: Tensor) -> Tensor:
+    """s (r,) with which columns of left (m, r) times s and rows of right (r, n) over s have equal norms."""
+    tiny = torch.finfo(torch.float32).tiny
+    scale: Tensor = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+    return scale
 
 
 @torch.no_grad()

@@ -1,19 +1,24 @@
-"""The door exported models load through: transformers' quantizer registration, quant_method ``rankfront``.
+"""What transformers loads exports by, once rankfront is imported: classes of models, and a quantiser.
 
-After ``import rankfront.methods``, ``AutoModelForCausalLM.from_pretrained(folder)`` reads the folder's
-``quantization_config``, puts each named module's factored form in place before the weights are loaded, and
-``save_pretrained`` writes it out again.
+After ``import rankfront.methods``, ``AutoModelForCausalLM`` and ``AutoModel`` build the model that a folder's
+``config.json`` describes by the code installed here, not by the folder's own: no ``trust_remote_code`` is needed.
+
+Exports of format 2, which have no code of their own, were described as quantised by ``rankfront``: the configuration of
+the dense model with a ``quantization_config``. They load by `RankfrontQuantizer`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-from typing import Any, cast
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -22,39 +27,127 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankfront.methods._errors import InputError
-from rankfront.methods.joined import Joined
-from rankfront.methods.layers import empty_replacement, set_module
-from rankfront.methods.layers_integer import IntegerMatrix
-from rankfront.methods.layers_low_rank import LowRankLinear
+from rankfront.methods._errors import InputError, shown
+from rankfront.methods.folder_code import Base, factored_name, folder_code
+from rankfront.methods.loading import (
+    CODE_FILE,
+    FOLDER_FORMAT,
+    KEY,
+    FactoredConfig,
+    FactoredModel,
+    Replacements,
+    place,
+    settle,
+)
 
 QUANT_METHOD = "rankfront"
 CONFIG_VERSION = 2
 
 
-def _mapping(found: Any, value: type) -> bool:
-    return isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, value) for k, v in found.items())
+def contents(config: Any) -> dict[str, Any] | None:
+    """``modules``, ``tied`` and ``joined`` of an export, by its configuration, to read and to change; else None."""
+    found = getattr(config, KEY, None)
+    if isinstance(found, dict):
+        return found
+    older = getattr(config, "quantization_config", None)
+    return older.__dict__ if isinstance(older, RankfrontConfig) else None
 
 
-def _groups(found: Any) -> bool:
-    return isinstance(found, list) and all(
-        isinstance(group, dict)
-        and group.keys() == {"modules", "most"}
-        and isinstance(group["modules"], list)
-        and all(isinstance(path, str) for path in group["modules"])
-        and (group["most"] is None or type(group["most"]) is int)
-        for group in found
-    )
+def dense_config(config: Any) -> Any:
+    """The configuration of the dense model that an export was made of."""
+    dense = copy.deepcopy(config)
+    for name in (KEY, "quantization_config"):
+        if hasattr(dense, name):
+            delattr(dense, name)
+    return dense
+
+
+def describe(folder: Path, model: Any, wanted: Replacements) -> None:
+    """Make the folder that a dense class of ``model`` wrote one that loads with ``wanted``: its configuration, and the
+    code that it names."""
+    base = _base_of(model)
+    file = folder / "config.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data.pop("quantization_config", None)
+    data |= {
+        "model_type": base.factored_type,
+        "architectures": [factored_name(base.causal)],
+        "auto_map": data.get("auto_map", {}) | base.auto_map,
+        KEY: {"version": FOLDER_FORMAT, "base": base.model_type, **vars(wanted)},
+    }
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CODE_FILE).write_text(folder_code(base, wanted.modules), encoding="utf-8")
+
+
+def _base_of(model: Any) -> Base:
+    """What ``model``, which is dense by its class, is to transformers."""
+    config, causal = type(model.config), type(model)
+    name = config.model_type
+    known = name in CONFIG_MAPPING and CONFIG_MAPPING[name] is config
+    if known and _first(MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)) is causal:
+        return Base(config.model_type, config, causal, _first(MODEL_MAPPING.get(config, None)))
+    return Base(None, config, causal, None)
+
+
+class Classes(NamedTuple):
+    """The factored classes of a model type: its configuration, the causal language model, the model without a head."""
+
+    config: Any
+    causal: Any
+    headless: Any
+
+
+def classes(base: Any) -> Classes:
+    """Those of the model type ``base`` of transformers; `InputError` where it has no causal language model of it."""
+    if (
+        not isinstance(base, str)
+        or base not in CONFIG_MAPPING
+        or CONFIG_MAPPING[base] not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise InputError(
+            f"the export is of model type {shown(base)}, of which this transformers has no causal language model:"
+            " upgrade transformers"
+        )
+    return _classes(base)
+
+
+@cache
+def _classes(base: str) -> Classes:
+    config = CONFIG_MAPPING[base]
+    causal, headless = _first(MODEL_FOR_CAUSAL_LM_MAPPING[config]), _first(MODEL_MAPPING.get(config, None))
+    named = Base(base, config, causal, headless)
+
+    class Config(FactoredConfig, config):  # type: ignore[valid-type, misc]
+        def code(self) -> str:
+            return folder_code(named, (contents(self) or {}).get("modules", {}))
+
+    found = _named(Config, config)
+    models = [
+        _named(type("Model", (FactoredModel, dense), {"config_class": found}), dense) if dense else None
+        for dense in (causal, headless)
+    ]
+    for auto, model in zip((AutoModelForCausalLM, AutoModel), models, strict=True):
+        if model is not None:
+            auto.register(found, model, exist_ok=True)
+    return Classes(found, *models)  # type: ignore[arg-type]
+
+
+def _first(found: Any) -> Any:
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _named(made: type, dense: type) -> type:
+    """``made``, under the name that it has in a folder's code, by which this module has it too: it is pickled so."""
+    made.__name__ = made.__qualname__ = factored_name(dense)
+    made.__module__ = __name__
+    globals()[made.__name__] = made
+    return made
 
 
 class RankfrontConfig(QuantizationConfigMixin):
-    """Which module runs as what: ``modules[path] = {"kind": "low-rank", "rank": 64}``.
+    """What format 2 says of an export: the fields of `Replacements`, and ``version``.
 
-    Attributes:
-        modules: module path -> kind of layer and the settings its shapes follow from.
-        tied: name of a tensor -> name of the tensor that it is (a tied embedding and head, a basis of several weights).
-        joined: modules whose right factors run as one product, ``{"modules": [path, ...], "most": vectors or None}``.
-        version: of this format; another one than this code writes raises `InputError`.
+    Raises `InputError` for another version.
     """
 
     def __init__(
@@ -73,16 +166,11 @@ class RankfrontConfig(QuantizationConfigMixin):
         self.tied = tied or {}
         self.joined = joined or []
         self.version = version
-        sound = {
-            "modules": _mapping(self.modules, dict),
-            "tied": _mapping(self.tied, str),
-            "joined": _groups(self.joined),
-        }
-        if not all(sound.values()):  # configurations come from strangers
-            wrong = next(name for name, right in sound.items() if not right)
-            raise InputError(
-                f"the export's quantization_config has no such {wrong!r} as rankfront writes: export it again"
-            )
+        self.replacements()
+
+    def replacements(self) -> Replacements:
+        """The same as the newer format has them; `InputError` where they are none."""
+        return Replacements(self.modules, self.tied, self.joined)
 
 
 class RankfrontQuantizer(HfQuantizer):
@@ -93,54 +181,11 @@ class RankfrontQuantizer(HfQuantizer):
         self.config = quantization_config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        base = str(getattr(model, "base_model_prefix", ""))
-        if not hasattr(model, base) and any(path.startswith(f"{base}.") for path in self.config.modules):
-            raise InputError(
-                f"the export is a causal language model: load it by AutoModelForCausalLM, not as {type(model).__name__}"
-            )
-        for path, spec in self.config.modules.items():
-            module = _empty(model, path, spec)
-            if not hasattr(module, "weight"):
-                # What initialises tensors that no file holds, such as the masks of GPT-Neo, looks up a block's weights
-                # by name in GPT-2: it finds one that needs no values. No part of the state: it goes after loading.
-                bias = getattr(module, "bias", None)
-                stand_in: Any = torch.empty(0 if bias is None else len(bias), 0)  # tying makes the bias as long
-                stand_in._is_hf_initialized = True
-                vars(module)["weight"] = stand_in
-            set_module(model, path, module)
-        self._check_names(model)
-        # transformers ties parameters alone: what of the tied tensors is a buffer is put in place after loading.
-        buffers = self._tied_buffers(model)
-        tie_factors(model, self.config, leave_out=buffers)
-        ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-        model._keys_to_ignore_on_load_missing = ignored | set(map(re.escape, buffers))  # type: ignore[assignment]
+        place(model, self.config.replacements().within(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for path in self.config.modules:
-            vars(model.get_submodule(path)).pop("weight", None)
-        for module in model.modules():
-            if isinstance(module, IntegerMatrix):
-                module.align()
-        for name in self._tied_buffers(model):
-            path, own = name.rsplit(".", 1)
-            setattr(model.get_submodule(path), own, model.get_buffer(self.config.tied[name]))
-        tie_factors(model, self.config)
-        for group in self.config.joined:
-            Joined([cast(LowRankLinear, model.get_submodule(path)) for path in group["modules"]], group["most"])
+        settle(model, self.config.replacements().within(model))
         return model
-
-    def _check_names(self, model: nn.Module) -> None:
-        """Raise `InputError` where `tied` or `joined` name what the model does not have."""
-        tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-        unknown = [name for pair in self.config.tied.items() for name in pair if name not in tensors]
-        low_rank = {path for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
-        unknown += [path for group in self.config.joined for path in group["modules"] if path not in low_rank]
-        if unknown:
-            raise InputError(f"the export's quantization_config names {unknown[0]!r}, which its model does not have")
-
-    def _tied_buffers(self, model: nn.Module) -> list[str]:
-        known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-        return [name for name in self.config.tied if name in known]
 
     def is_serializable(self) -> bool:
         return True
@@ -148,29 +193,6 @@ class RankfrontQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
-
-
-def _empty(model: nn.Module, path: str, spec: dict[str, Any]) -> nn.Module:
-    """What ``spec`` puts at ``path``, without values; `InputError` where the model has nothing there that it fits."""
-    settings = {name: value for name, value in spec.items() if name != "kind"}
-    try:
-        dense = model.get_submodule(path)
-        if not isinstance(dense, nn.Linear | nn.Embedding | Conv1D):
-            raise InputError(f"it is a {type(dense).__name__}, no linear or embedding")
-        return empty_replacement(dense, str(spec.get("kind")), settings)
-    except (InputError, AttributeError) as error:
-        raise InputError(f"the export's quantization_config does not fit its model at {path!r} ({error})") from error
-
-
-def tie_factors(model: Any, config: RankfrontConfig, leave_out: Collection[str] = ()) -> None:
-    """Tell transformers which tensors are ``tied``, instead of the dense weights of their modules."""
-    if not config.tied:
-        return
-    dense = {f"{path}.weight" for path in config.modules}
-    keys = {name: source for name, source in dict(model._tied_weights_keys or {}).items() if name not in dense}
-    keys |= {name: source for name, source in config.tied.items() if name not in leave_out}
-    model._tied_weights_keys = keys
-    model.all_tied_weights_keys = dict(keys)
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a second import of this file must not raise

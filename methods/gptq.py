@@ -20,8 +20,9 @@ from torch import Tensor
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import named, padded_away, restored, rounded
+from rankfront.methods._integers import padded_away, rounded
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
+from rankfront.methods._packed_integers import named, restored
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_storage
 from rankfront.methods._weighting import Unweighted

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods._errors import InputError, check_choice
-from rankfront.methods._method import Factors
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # tensor -> shape, and dtype unless the model's
 Settings = Mapping[str, Any]  # whole numbers that shapes follow from, and the scale of a table's rows
@@ -39,6 +38,13 @@ class Factored(Protocol):
 
     def multiplications(self) -> int:
         """Multiply-adds of its matrix products for one token, as it runs."""
+
+    @staticmethod
+    def formula(settings: Settings) -> str:
+        """W (m, n), as `matrix` makes it, by an expression in torch of tensors, settings, m and n, by their names.
+
+        It may call what `rankfront.methods.formulas` defines. Exports show it to people who have nothing of ours.
+        """
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
@@ -190,13 +196,6 @@ def _empty_tensors(shapes: Shapes, weight: Tensor) -> dict[str, Tensor]:
         name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
         for name, (shape, dtype) in shapes.items()
     }
-
-
-def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:
-    """Ŵ (rows, columns) in fp32 that ``factors`` of a dense weight of that size multiply to."""
-    with torch.device("meta"):
-        dense = nn.Linear(columns, rows, bias=False)
-    return cast(Factored, replacement(dense, factors.kind, factors.tensors, factors.settings)).matrix()
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:

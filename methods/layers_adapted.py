@@ -45,6 +45,13 @@ class AdaptedLinear(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias) + self.adapted(x)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return (
+            "left @ right + (transform(m, moments).T @ torch.block_diag(up @ down, up @ down)"
+            " @ transform(n, moments))[:m, :n]"
+        )
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         if isinstance(dense, nn.Embedding):
             raise ValueError("an embedding table has no inputs to transform")

@@ -90,6 +90,13 @@ class BlockDictionaryLinear(Unpacked):
         return nn.functional.linear(x, weight, self.bias)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return (
+            "torch.cat([z @ d for z, d in zip(codes(values, support, -(-n // block) * atoms, group, nonzeros)"
+            ".split(atoms, 1), basis.split(block, 1))], 1)"
+        )
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         return BlockDictionaryLinear(**tensors, bias=bias, settings=settings)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._integers import Integers, aligned, halves, restored
-from rankfront.methods._storage import group_size, padded_width
+from rankfront.methods._packed_integers import Integers, aligned, halves, restored
+from rankfront.methods._sizes import group_size, padded_width
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, row_scale, weight_of
 
 ROWS = 16  # that torch's kernel for four bits takes at a time
@@ -117,6 +117,10 @@ class IntegerLinear(nn.Module):
         return self.stored.product(x, self.bias)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return "whole(stored, n)"
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         stored = IntegerMatrix.of("stored", tensors, settings["bits"], weight_of(dense).shape[1])
         if isinstance(dense, nn.Embedding):
@@ -173,6 +177,10 @@ class IntegerLowRankLinear(nn.Module):
         return self.left.product(self.right.product(x), self.bias)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return "whole(left, rank) @ whole(right, n)"
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         left = IntegerMatrix.of("left", tensors, settings["bits"], settings["rank"])
         right = IntegerMatrix.of("right", tensors, settings["bits"], weight_of(dense).shape[1])
@@ -206,6 +214,10 @@ class CorrectedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stored.product(x, self.bias) + self.left.product(self.right.product(x))
+
+    @staticmethod
+    def formula(settings: Settings) -> str:
+        return "whole(stored, n) + whole(left, rank) @ whole(right, n)"
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:

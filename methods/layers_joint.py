@@ -73,6 +73,15 @@ class HeadsLinear(nn.Module):
         return self._spread(nn.functional.linear(x, self.weight, self.bias))
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return (
+            "torch.zeros(heads, width, n).scatter(1, place.long()[..., None].expand(-1, -1, n),"
+            " weight.unflatten(0, (heads, kept))).flatten(0, 1)"
+            if settings["placed"]
+            else "torch.nn.functional.pad(weight.unflatten(0, (heads, kept)), (0, 0, 0, width - kept)).flatten(0, 1)"
+        )
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         sizes = {name: settings[name] for name in ("heads", "kept", "width", "cached")}
         return HeadsLinear(tensors["weight"], bias, place=tensors.get("place"), **sizes)
@@ -163,6 +172,10 @@ class FromHeadsLinear(nn.Module):
         return nn.functional.linear(kept, self.weight, self.bias)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return "torch.nn.functional.pad(weight.unflatten(1, (heads, kept)), (0, width - kept)).flatten(1)"
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         return FromHeadsLinear(tensors["weight"], bias, settings["heads"], settings["kept"], settings["width"])
 
@@ -201,6 +214,10 @@ class PlainLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return "torch.nn.functional.pad(weight, (0, n - columns, 0, m - rows))"
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         return PlainLinear(tensors["weight"], bias)
 
@@ -234,6 +251,10 @@ class AbsentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.rows)
+
+    @staticmethod
+    def formula(settings: Settings) -> str:
+        return "torch.zeros(m, n)"
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:

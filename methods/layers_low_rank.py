@@ -40,6 +40,10 @@ class LowRankLinear(nn.Module):
         balance_pair(self.left, self.right)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return "left @ right"
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         if isinstance(dense, nn.Embedding):
             return LowRankEmbedding(**tensors, scale=settings.get("scale", row_scale(dense)))

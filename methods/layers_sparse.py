@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods._sizes import packed_bits
 from rankfront.methods._sparse import SparseRows, gather_rows, pack_mask, scatter_rows
-from rankfront.methods._storage import packed_bits
 from rankfront.methods._training import unit_rows
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
@@ -68,6 +68,12 @@ class DictionaryLinear(SparseRows):
             return nn.functional.linear(x, weight, self.bias)
         hidden = nn.functional.linear(x, self.right)  # (..., k)
         return nn.functional.linear(hidden, self.sparse_matrix(), self.bias)  # (..., m)
+
+    @staticmethod
+    def formula(settings: Settings) -> str:
+        return (
+            "torch.zeros(m, atoms).masked_scatter(numbers(support, 1, m * atoms).view(m, atoms).bool(), values) @ right"
+        )
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:

@@ -63,6 +63,14 @@ class LowRankSparseLinear(Unpacked):
         return nn.functional.linear(x, weight, self.bias)
 
     @staticmethod
+    def formula(settings: Settings) -> str:
+        return (
+            "left @ right + torch.zeros(m, n).scatter(1, drawn(seed, m, n, nonzeros), values)"
+            if "seed" in settings
+            else "left @ right + torch.zeros(m, n).scatter(1, columns(support, m, n, nonzeros), values)"
+        )
+
+    @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
         return LowRankSparseLinear(**tensors, bias=bias, seed=settings.get("seed"))
 

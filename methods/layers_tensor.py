@@ -161,6 +161,16 @@ class Network(nn.Module):
         return best
 
     @classmethod
+    def formula(cls, settings: Settings) -> str:
+        named = list(dict.fromkeys(index for indices in cls.indices.values() for index in indices))
+        letters = {index: chr(ord("a") + place) for place, index in enumerate(named)}
+        rows, columns = ([index for index in sorted(named) if index[0] == side] for side in "mn")
+        inputs = ",".join("".join(letters[index] for index in indices) for indices in cls.indices.values())
+        output = "".join(letters[index] for index in (*rows, *columns))
+        whole = f'torch.einsum("{inputs}->{output}", {", ".join(cls.indices)})'
+        return f"{whole}.reshape({' * '.join(rows)}, {' * '.join(columns)})[:m, :n]"
+
+    @classmethod
     def build(
         cls, dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings
     ) -> nn.Module:

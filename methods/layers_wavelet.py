@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
-import pywt
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods._storage import BYTE, index_width, packed_bits
+from rankfront.methods._sizes import BYTE, index_width, packed_bits
 from rankfront.methods._support import unpack
 from rankfront.methods._training import balance_pair
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
@@ -20,11 +18,19 @@ BANDS = ("ll", "hl", "lh", "hh")  # outputs' band, inputs' band; those of the lo
 Filters = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-@cache
+LOW_PASS = {  # vanishing moments -> taps of the Daubechies wavelet's low-pass filter, as PyWavelets has them
+    1: (0.7071067811865476, 0.7071067811865476),
+    2: (-0.12940952255126037, 0.2241438680420134, 0.8365163037378079, 0.48296291314453416),
+}
+
+
 def filters(moments: int) -> Filters:
-    """The low-pass and high-pass filter of the Daubechies wavelet with so many vanishing moments; one is Haar's."""
-    wavelet = pywt.Wavelet(f"db{moments}")
-    return tuple(wavelet.dec_lo), tuple(wavelet.dec_hi)
+    """The low-pass and high-pass filter of the Daubechies wavelet with so many vanishing moments; one is Haar's.
+
+    Of the low-pass taps h_0, ..., h_{F-1} the high-pass ones are (−1)^{k+1} h_{F−1−k}. KeyError for moments without.
+    """
+    low = LOW_PASS[moments]
+    return low, tuple(tap if k % 2 else -tap for k, tap in enumerate(reversed(low)))
 
 
 def even(size: int) -> int:
@@ -110,6 +116,13 @@ class WaveletLinear(nn.Module):
             self.filters,
         )[..., : self.out_features]
         return y if self.bias is None else y + self.bias
+
+    @staticmethod
+    def formula(settings: Settings) -> str:
+        return (
+            "(transform(outputs, moments).T @ banded(left, right, (ll, hl, lh, hh)) @ transform(inputs, moments))"
+            "[:m, :n]" + "[:, numbers(order, max(1, (n - 1).bit_length()), n).argsort()]" * bool(settings["ordered"])
+        )
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:

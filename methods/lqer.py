@@ -24,9 +24,10 @@ from torch import Tensor
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured, shared_by_levels
-from rankfront.methods._integers import Integers, named, padded_away, restored, rounded, rounded_factors
+from rankfront.methods._integers import padded_away, rounded, rounded_factors
 from rankfront.methods._low_rank import weighted_subspace
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
+from rankfront.methods._packed_integers import Integers, named, restored
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_low_rank_storage, integer_storage
 from rankfront.methods._weighting import Weighting

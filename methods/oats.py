@@ -28,8 +28,9 @@ from rankfront.methods._low_rank import balanced, weighted_subspace
 from rankfront.methods._low_rank_sparse import LowRankSparse, alternate
 from rankfront.methods._method import Option, Prepared, Site, register, whole_level
 from rankfront.methods._scatter import dense_of, packed_columns
+from rankfront.methods._sizes import index_width
 from rankfront.methods._statistics import Statistics, collected
-from rankfront.methods._storage import INDEX_BITS_PER_PARAMETER, index_width
+from rankfront.methods._storage import INDEX_BITS_PER_PARAMETER
 from rankfront.methods._weighting import Diagonal, Unweighted
 
 LOW_RANK_SHARE = 0.25  # κ, published

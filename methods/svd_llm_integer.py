@@ -19,7 +19,7 @@ from torch import Tensor
 from rankfront.methods._dictionary import whitened
 from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
-from rankfront.methods._integers import Integers, named, padded_away, restored, rounded_factors
+from rankfront.methods._integers import padded_away, rounded_factors
 from rankfront.methods._method import (
     Factors,
     Grid,
@@ -31,6 +31,7 @@ from rankfront.methods._method import (
     whole_level,
 )
 from rankfront.methods._metric import WHITENING
+from rankfront.methods._packed_integers import Integers, named, restored
 from rankfront.methods._registry import get_method
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_low_rank_storage

@@ -35,8 +35,9 @@ from rankfront.methods._errors import InputError
 from rankfront.methods._fitted import Fitted, measured
 from rankfront.methods._low_rank import balanced, weighted_subspace
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not_one_linear, register, whole_level
+from rankfront.methods._sizes import index_width
 from rankfront.methods._statistics import Statistics, collected
-from rankfront.methods._storage import Storage, index_width, wavelet_storage
+from rankfront.methods._storage import Storage, wavelet_storage
 from rankfront.methods._support import pack
 from rankfront.methods.layers_wavelet import BANDS, WaveletLinear, analyse, even, filters, pad
 

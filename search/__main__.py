@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # each command imports what it needs
     from rich.console import Console
 
     from rankfront.search.optimise.answer import Answer
-    from rankfront.search.output.export import Verified
+    from rankfront.search.output.card import Verified
     from rankfront.search.output.results import Results
     from rankfront.search.storage.front import Row
     from rankfront.search.storage.healed import Healed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a command that fails need not wait for it
@@ -24,3 +26,8 @@ def literal(text: object) -> Text:
 def markdown(text: object) -> str:
     """`plain` text that Markdown shows as it is, in a table too."""
     return re.sub(r"([\\`*_\[\]<>#|!&~])", r"\\\1", plain(text))
+
+
+def without_folders(name: str) -> str:
+    """``name``, or the last part of it where it is a path on this machine: what is passed on names no folder here."""
+    return Path(name).name if os.path.exists(name) else name  # which knows no name too long to ask

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rankfront.search.measure.setup import Setup
     from rankfront.search.optimise.accuracy import Calibration
     from rankfront.search.optimise.answer import Answer
-    from rankfront.search.output.export import Verified
+    from rankfront.search.output.card import Verified
     from rankfront.search.plans.latency_table import Calibrated
 
 RUNS = Path("runs")

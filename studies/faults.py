@@ -450,7 +450,7 @@ def hostile_exports(world: World) -> Iterator[str]:
         shutil.copytree(folder, spoiled)
         file = spoiled / "config.json"
         data = json.loads(file.read_text(encoding="utf-8"))
-        part = data["quantization_config"] if world.draw.random() < 0.6 else data
+        part = data["rankfront"] if world.draw.random() < 0.6 else data
         while True:
             key = world.draw.choice(list(part) if isinstance(part, dict) else range(len(part)))
             if isinstance(part[key], dict | list) and part[key] and world.draw.random() < 0.8:

@@ -280,7 +280,7 @@ def test_export_picks(finished_run, ok, tmp_path, monkeypatch, options, chosen):
     plan = Plan.from_json((tmp_path / "out" / "plan.json").read_text(encoding="utf-8"))
     assert plan == chosen(finished_run).plan
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert ("quantization_config" in config) == (bool(plan.choices) and "dense" not in options)
+    assert ("rankfront" in config) == (bool(plan.choices) and "dense" not in options)
 
 
 def test_export_within_a_latency(model_folder, text_file, tmp_path, ok, monkeypatch):

@@ -16,10 +16,11 @@ from torch import nn
 from rankfront.methods import Gram, Grid, InputError, Option, Statistics, get_method
 from rankfront.methods._algebra import polar, root_and_inverse
 from rankfront.methods._dictionary import best_atoms, largest_in_rows, whitened
+from rankfront.methods._fitted import matrix_of
 from rankfront.methods._pursuit import pursuit, update_atoms
 from rankfront.methods.compot import orthonormal_coding
 from rankfront.methods.cospadi import thresholded_coding, unit_rows
-from rankfront.methods.layers import matrix_of, replacement
+from rankfront.methods.layers import replacement
 from rankfront.methods.rocket import shared_mask
 
 NAMES = ("cospadi", "cospadi-published", "rocket", "compot", "compot-published")

@@ -87,7 +87,7 @@ def test_factored_loads_as_it_was_measured(residents, architecture, part, tmp_pa
     assert not [name for name in files if name.endswith(PICKLES)]
     assert os.listdir(tmp_path) == ["out"]
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert config["quantization_config"]["quant_method"] == "rankfront"
+    assert config["model_type"] == "rankfront"
     assert Plan.from_json((out / "plan.json").read_text(encoding="utf-8")) == row.plan
 
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -129,7 +129,9 @@ def test_dense_loads_as_a_plain_model(residents, architecture, part, tmp_path, m
     expected = logits(resident.compressed.model)
     out = tmp_path / "out"
     assert export(resident.setup, row, out, "dense").parameters == resident.compressed.dense_values
-    assert "quantization_config" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert not {"rankfront", "auto_map", "quantization_config"} & config.keys()
+    assert not list(out.glob("*.py"))
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

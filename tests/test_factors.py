@@ -9,7 +9,7 @@ import torch
 from common import linear_site, rank_option
 
 from rankfront.methods import Gram, InputError, Statistics, get_method, method_names
-from rankfront.methods.layers import matrix_of
+from rankfront.methods._fitted import matrix_of
 from rankfront.search.atomic import HOST
 from rankfront.search.factors import calibration
 from rankfront.search.factors.store import FactorStore

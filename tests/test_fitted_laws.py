@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Grid, Site, Weight, get_method
-from rankfront.methods.layers import empty_replacement, layers, matrix_of, replacement
+from rankfront.methods._fitted import matrix_of
+from rankfront.methods.layers import empty_replacement, layers, replacement
 from rankfront.methods.layers_tensor import Network
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export

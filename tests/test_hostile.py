@@ -202,11 +202,11 @@ def test_any_value_in_a_models_own_configuration_loads_or_is_refused(exported, t
 
 
 def spoiled(folder, to, change, **more):
-    """A copy of an export with its quantization_config changed."""
+    """A copy of an export with what it says of its layers changed."""
     shutil.copytree(folder, to / "spoiled")
     file = to / "spoiled" / "config.json"
     data = json.loads(file.read_text(encoding="utf-8"))
-    change(data["quantization_config"])
+    change(data["rankfront"])
     file.write_text(json.dumps(data | more), encoding="utf-8")
     return to / "spoiled"
 

@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Grid, Option, get_method
-from rankfront.methods._integers import restored, rounded
-from rankfront.methods._storage import group_size, integer_storage, padded_width
+from rankfront.methods._integers import rounded
+from rankfront.methods._packed_integers import restored
+from rankfront.methods._sizes import group_size, padded_width
+from rankfront.methods._storage import integer_storage
 from rankfront.methods.layers import replacement
 from rankfront.methods.layers_integer import FEW_TOKENS, IntegerMatrix
 from rankfront.search import Plan, Study

@@ -320,7 +320,7 @@ def test_an_export_runs_as_joined_as_it_was_here(made, tmp_path, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(out)
     resident.compressed.apply(plan)
     done = resident.timed.join()
-    assert loaded.config.quantization_config.joined == done
+    assert loaded.config.rankfront["joined"] == done
     for group in done:
         members = [loaded.get_submodule(path) for path in group["modules"]]
         assert members[0].joined is not None

@@ -21,7 +21,7 @@ from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import verify
 from rankfront.search.output.evaluate import evaluate
-from rankfront.search.output.export import _mark
+from rankfront.search.output.export import write_factored
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 
@@ -186,8 +186,7 @@ def factored(setup, tmp_path_factory):
     resident = JobRunner(setup)
     resident.compressed.apply(common.random_plan(resident, 3))
     folder = tmp_path_factory.mktemp("factored")
-    _mark(resident.compressed.model, resident.compressed)
-    resident.compressed.model.save_pretrained(folder)
+    write_factored(resident.compressed, folder)
     common.tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -217,8 +216,7 @@ def test_a_factored_export_loads_as_it_ran_with_the_buffers_that_no_file_holds(n
         ids = common.tokens(1, 16)
         said = resident.compressed.model(ids).logits
         out = tmp_path / f"{len(plan.choices)}"
-        _mark(resident.compressed.model, resident.compressed)
-        resident.compressed.model.save_pretrained(out)
+        write_factored(resident.compressed, out)
         loaded = load(out)
         assert torch.equal(loaded(ids).logits, said)
         assert all("weight" not in vars(module) for module in loaded.modules())
@@ -289,8 +287,7 @@ def test_a_matrix_that_only_the_configuration_ties_is_treated_and_exported_alone
     assert torch.equal(resident.compressed.model.model.embed_tokens.weight, table)
     ids = common.tokens(1, 8)
     said = resident.compressed.model(ids).logits
-    _mark(resident.compressed.model, resident.compressed)
-    resident.compressed.model.save_pretrained(tmp_path / "out")
+    write_factored(resident.compressed, tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert torch.equal(loaded(ids).logits, said)
     assert torch.equal(loaded.model.embed_tokens.weight, table)
@@ -368,6 +365,11 @@ def test_a_trusted_models_own_code_runs_in_studies_their_exports_and_evaluate(cu
     study.export(tmp_path / "out", form="dense")
     found = evaluate(str(tmp_path / "out"), str(text_file), 1, 8, device="cpu", trust_remote_code=True)
     assert found["parameters"] == count_parameters(common.architecture("llama").build())
+    study.export(tmp_path / "factored")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "factored", trust_remote_code=False)
+    found = evaluate(str(tmp_path / "factored"), str(text_file), 1, 8, device="cpu", trust_remote_code=True)
+    assert found["parameters"] < count_parameters(common.architecture("llama").build())
     before = study.source.fingerprint
     (folder / "modeling_mine.py").write_text("# other code")
     assert study.source.fingerprint != before

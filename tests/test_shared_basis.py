@@ -9,7 +9,7 @@ from test_method_laws import make_sample, make_weight
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
-from rankfront.methods.layers import matrix_of
+from rankfront.methods._fitted import matrix_of
 from rankfront.search.factors.calibration import calibrate
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.inputs.model import load_model

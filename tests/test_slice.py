@@ -14,7 +14,8 @@ from rankfront.search.errors import ExportError
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output import derived, sliced
-from rankfront.search.output.export import Verified, export
+from rankfront.search.output.card import Verified
+from rankfront.search.output.export import export
 from rankfront.search.output.healed import heal_folder
 from rankfront.search.output.healing_card import HealText
 from rankfront.search.plans.plan import Plan
@@ -74,7 +75,7 @@ def test_a_slice_is_within_the_size_and_has_the_first_components_of_what_was_exp
     assert plan.origin == old.origin
     assert plan.by_site.keys() == old.by_site.keys()
     smaller = 0
-    for path, spec in after.config.quantization_config.modules.items():
+    for path, spec in after.config.rankfront["modules"].items():
         one, other = after.get_submodule(path), before.get_submodule(path)
         if spec["kind"] != "low-rank":
             assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

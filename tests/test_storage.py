@@ -5,6 +5,7 @@ import math
 import pytest
 
 from rankfront.methods import Cost, Storage, Weight
+from rankfront.methods._sizes import row_support_bits
 from rankfront.methods._storage import (
     block_dictionary_storage,
     break_even_rank,
@@ -14,7 +15,6 @@ from rankfront.methods._storage import (
     low_rank_sparse_storage,
     low_rank_storage,
     ring_storage,
-    row_support_bits,
     tucker_storage,
     wavelet_storage,
 )

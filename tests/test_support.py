@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankfront.methods._scatter import columns_of, dense_of, packed_columns, support_bytes
-from rankfront.methods._storage import index_width, packed_bits
+from rankfront.methods._sizes import index_width, packed_bits
 from rankfront.methods._support import pack, seeded_support, unpack
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from rankfront.methods import Grid, InputError, Option, get_method
 from rankfront.methods._algebra import fix_signs
+from rankfront.methods._fitted import matrix_of
 from rankfront.methods._modes import (
     LARGEST_RATIO,
     Modes,
@@ -22,7 +23,7 @@ from rankfront.methods._modes import (
 )
 from rankfront.methods.block_term import block, partitioned, sweep
 from rankfront.methods.cp import orthogonal_terms, rebuilt
-from rankfront.methods.layers import matrix_of, replacement
+from rankfront.methods.layers import replacement
 from rankfront.methods.layers_tensor import LARGEST, KroneckerLinear, TensorRingLinear, best_order
 from rankfront.methods.tensor_ring import ring_cores
 from rankfront.methods.tensor_train_matrix import train_cores

@@ -8,7 +8,6 @@ from pathlib import Path
 import common
 import pytest
 import torch
-from transformers import AutoModel
 
 from rankfront.methods import InputError
 from rankfront.search.inputs.model import load_model, load_tokenizer, skeleton
@@ -16,7 +15,7 @@ from rankfront.search.inputs.resolve import resolve
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.output.evaluate import evaluate
-from rankfront.search.output.export import _mark
+from rankfront.search.output.export import write_factored
 from rankfront.search.study import Study
 
 
@@ -178,12 +177,10 @@ def test_token_ids_beyond_the_table_are_one_line_with_both_numbers(tmp_path, tex
     assert all("token id" in message and "20 rows" in message for message in messages)
 
 
-def test_a_factored_export_is_no_model_of_a_study_and_names_the_class_that_loads_it(setup, tmp_path, text_file):
+def test_a_factored_export_is_no_model_of_a_study(setup, tmp_path, text_file):
     resident = JobRunner(setup)
     resident.compressed.apply(common.random_plan(resident, 3))
-    _mark(resident.compressed.model, resident.compressed)
-    resident.compressed.model.save_pretrained(tmp_path / "out")
+    write_factored(resident.compressed, tmp_path / "out")
     common.tiny_tokenizer().save_pretrained(tmp_path / "out")
     study = Study(common.study_data(tmp_path / "out", text_file))
     assert "factored export" in refusal(lambda: make_space(study.setup()))
-    assert "AutoModelForCausalLM" in refusal(AutoModel.from_pretrained, tmp_path / "out")

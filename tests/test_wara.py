@@ -12,9 +12,10 @@ from test_method_laws import make_sample, make_weight
 
 from rankfront.methods import Gram, Grid, InputError, Option, Statistics, get_method
 from rankfront.methods._algebra import regularise
+from rankfront.methods._fitted import matrix_of
 from rankfront.methods._low_rank import weighted_subspace
 from rankfront.methods._weighting import Unweighted
-from rankfront.methods.layers import matrix_of, replacement
+from rankfront.methods.layers import replacement
 from rankfront.methods.layers_wavelet import analyse, filters, synthesise
 from rankfront.methods.wara import TURNS, bands_of, cosines, fit_bands, pairing, share_ranks
 

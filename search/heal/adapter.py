@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rankfront.methods import InputError
+from rankfront.methods.checkpoint import contents
 from rankfront.methods.layers import set_module
 from rankfront.methods.layers_adapted import AdaptedLinear
 from rankfront.methods.layers_low_rank import LowRankLinear
@@ -26,12 +27,12 @@ def adapt(model: Any, rank: int, seed: int) -> int:
     Weights that are tied to others stay as they are. Raises `InputError` where there is none to put it beside.
     """
     separate(model.modules())
-    config = model.config.quantization_config
-    tied = {name.rpartition(".")[0] for pair in config.tied.items() for name in pair}
+    described: Any = contents(model.config)
+    tied = {name.rpartition(".")[0] for pair in described["tied"].items() for name in pair}
     chosen = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, LowRankLinear) and path in config.modules and path not in tied
+        if isinstance(module, LowRankLinear) and path in described["modules"] and path not in tied
     }
     if not chosen:
         raise InputError("an adapter stands beside low-rank weights and the plan has none: leave --adapter out")
@@ -41,7 +42,7 @@ def adapt(model: Any, rank: int, seed: int) -> int:
         up = module.left.new_zeros(outputs, rank)
         down = ((2 * torch.rand(rank, inputs, generator=generator) - 1) * inputs**-0.5).to(up)
         set_module(model, path, AdaptedLinear(module.left, module.right, up, down, module.bias, MOMENTS))
-        config.modules[path] |= {"kind": "low-rank-adapted", "adapter": rank, "moments": MOMENTS}
+        described["modules"][path] |= {"kind": "low-rank-adapted", "adapter": rank, "moments": MOMENTS}
         added += up.numel() + down.numel()
-    config.joined = [group for group in config.joined if chosen.keys().isdisjoint(group["modules"])]
+    described["joined"] = [group for group in described["joined"] if chosen.keys().isdisjoint(group["modules"])]
     return added

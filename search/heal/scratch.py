@@ -10,13 +10,13 @@ draws, as in 2209.13569. Everything else is what that initialiser draws.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankfront.methods import InputError
+from rankfront.methods.checkpoint import dense_config
 from rankfront.methods.layers import weight_of
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.methods.layers_sparse_sum import LowRankSparseLinear
@@ -71,12 +71,9 @@ def initialise(model: Any, seed: int) -> None:
 
 def _fresh(model: Any, seed: int) -> Any:
     """A dense model of the same configuration, as its class initialises it."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return type(model)(config)
+        return type(model)(dense_config(model.config))
 
 
 def _uniform(like: Tensor, inputs: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, nearest
-from rankfront.methods.checkpoint import QUANT_METHOD
+from rankfront.methods.checkpoint import QUANT_METHOD, dense_config
+from rankfront.methods.loading import KEY
 from rankfront.search.inputs.checkpoint import check_whole, hold_two
 from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.inputs.source import WEIGHT_FILES, Source, check_unpacked
@@ -87,8 +88,8 @@ def skeleton(source: Source) -> Any:
 
 
 def dense_skeleton(source: Source) -> Any:
-    """The dense model of a factored export, without weights: its configuration is that of the dense one."""
-    return _empty(source, read_config(source))
+    """The dense model of a factored export, without weights."""
+    return _empty(source, dense_config(read_config(source)))
 
 
 def read_config(source: Source) -> Any:
@@ -168,7 +169,9 @@ def _refuse_compressed(source: Source, config: Any) -> None:
 
 
 def quantisation(config: Any) -> str | None:
-    """By which method the checkpoint of a model is quantised, or None."""
+    """By which method the checkpoint of a model is quantised, or None; a factored export by `QUANT_METHOD`."""
+    if getattr(config, KEY, None) is not None:
+        return QUANT_METHOD
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return None

@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from rankfront.methods.checkpoint import RankfrontConfig, contents, describe
+from rankfront.methods.layers import weight_of
+from rankfront.methods.loading import Replacements
 from rankfront.search.atomic import staged
 from rankfront.search.errors import ExportError
-from rankfront.search.inputs.model import count_parameters, load_tokenizer, quiet
+from rankfront.search.inputs.model import count_parameters, dense_skeleton, load_tokenizer, quiet
 from rankfront.search.inputs.source import Source
 from rankfront.search.output.export import check_same, save_tokenizer, verify_folder
+from rankfront.search.output.tensor_table import tensor_section, without_section
 from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 
@@ -37,6 +41,10 @@ def write_derived(
     with staged(out) as folder:
         with quiet():
             model.save_pretrained(folder)
+        found: Any = contents(model.config)
+        wanted = Replacements(found["modules"], found["tied"], found["joined"])
+        if isinstance(getattr(model.config, "quantization_config", None), RankfrontConfig):  # written by an older one
+            describe(folder, model, wanted)
         save_tokenizer(load_tokenizer(source), folder)
         (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
         if record is not None:
@@ -47,4 +55,7 @@ def write_derived(
             raise ExportError(f"the {what} folder has {verified.parameters:,} parameters: not kept")
         card = Path(source.location) / "README.md"
         before = card.read_text(encoding="utf-8") if card.is_file() else f"# {markdown(source.name)}\n"
-        (folder / "README.md").write_text(before.rstrip() + "\n\n" + section, encoding="utf-8")
+        dense = dense_skeleton(source)
+        sizes = {path: weight_of(dense.get_submodule(path)).shape for path in wanted.modules}
+        parts = [without_section(before).rstrip(), section.rstrip(), tensor_section(folder, wanted, sizes)]
+        (folder / "README.md").write_text("\n\n".join(parts), encoding="utf-8")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, InputError, Storage, get_method
-from rankfront.methods.checkpoint import RankfrontConfig, RankfrontQuantizer, tie_factors
+from rankfront.methods.checkpoint import describe
 from rankfront.methods.layers import Factored, set_module, weight_of
+from rankfront.methods.loading import CODE_FILE, Replacements, tie_factors
 from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
@@ -33,38 +35,13 @@ from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.measure.timed_model import TimedModel
 from rankfront.search.output import verify
+from rankfront.search.output.card import Verified, card
 from rankfront.search.output.control_check import warning
-from rankfront.search.plain import markdown
-from rankfront.search.splits import PROMPTS
+from rankfront.search.output.tensor_table import tensor_section
+from rankfront.search.plain import without_folders
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
-
-
-REFIT_NOTE = (
-    "Its factors were refitted to what the compressed model before them makes; the trial's figures are without.\n"
-)
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What a fresh process measured on the folder just written.
-
-    Attributes:
-        perplexity: on the search split.
-        parameters: stored values; integers count one each, index bits as `Storage.parameters` says.
-        bytes: of its tensors.
-        warning: what it loses on the control text that the report split hides, in one line.
-        notes: what the format cost, a line each.
-        reloaded: whether perplexity is that of the folder; of a GGUF file it is the model's before it was written.
-    """
-
-    perplexity: float
-    parameters: int
-    bytes: int
-    warning: str | None = None
-    notes: tuple[str, ...] = ()
-    reloaded: bool = True
 
 
 def export(
@@ -141,29 +118,47 @@ def _write_verified(
         buffers = _in_buffers(compressed)
         expected = row.attributes[keys.PARAMETER_COUNT] - buffers
     with staged(out) as folder:
-        _write(compressed, row, folder, form)
+        wanted = _write(compressed, row, folder, form)
         windows = setup.tokens["search"][: setup.config.trial_windows]
         verified = verify_folder(folder, windows, setup.device, setup.source.trust_remote_code)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
         check_same("export", verified, measured)
-        line = warning(*reports, setup.config.data.control.label)
+        line = warning(*reports, without_folders(setup.config.data.control.label))
         verified = replace(verified, parameters=verified.parameters + buffers, warning=line)
-        (folder / "README.md").write_text(_card(setup, row, verified, form, refit, reports), encoding="utf-8")
+        text = card(setup, row, verified, form, refit, reports)
+        if wanted is not None:
+            sizes = {path: weight_of(compressed.dense_modules[path]).shape for path in wanted.modules}
+            text += "\n" + tensor_section(folder, wanted, sizes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return verified
 
 
-def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) -> None:
+def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) -> Replacements | None:
+    """Write the model to ``folder``; what of it is replaced, where it is ``factored``."""
     model: Any = compressed.model
+    wanted = None
     model.config.dtype = next(model.parameters()).dtype
     if form == "factored":
-        _mark(model, compressed)
+        wanted = write_factored(compressed, folder)
     else:
         _multiply_out(model, compressed.modules, compressed.dense_modules)
-    with quiet():
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     save_tokenizer(compressed.tokenizer, folder)
     (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
+    return wanted
+
+
+def write_factored(compressed: CompressedModel, folder: Path) -> Replacements:
+    """Write the model as it runs, its configuration and the code that loads it; what of it is replaced."""
+    model: Any = compressed.model
+    wanted = _replacements(model, compressed)
+    tie_factors(model, wanted)
+    with quiet():
+        model.save_pretrained(folder, save_original_format=False)  # names of tensors are those of modules
+    describe(folder, model, wanted)
+    return wanted
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -183,14 +178,11 @@ def check_same(what: str, verified: Verified, measured: float) -> None:
         )
 
 
-def _mark(model: Any, compressed: CompressedModel) -> None:
-    """Describe the replaced modules in the model's configuration, so that loading rebuilds them."""
+def _replacements(model: Any, compressed: CompressedModel) -> Replacements:
+    """What the folder says of the replaced modules, so that loading rebuilds them."""
     joined = TimedModel(compressed).join()
     separate(compressed.modules.values())  # files hold every factor by itself
-    config = RankfrontConfig(modules=compressed.layers, tied=_tied(model, compressed.layers), joined=joined)
-    model.config.quantization_config = config
-    model.hf_quantizer = RankfrontQuantizer(config)
-    tie_factors(model, config)
+    return Replacements(compressed.layers, _tied(model, compressed.layers), joined)
 
 
 def _tied(model: nn.Module, treated: Iterable[str]) -> dict[str, str]:
@@ -234,8 +226,13 @@ def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:
 
 
 def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code: bool) -> Verified:
-    """Reload ``folder`` in a fresh process, count its parameters and score ``windows`` (W, L)."""
+    """Reload ``folder`` in a fresh process, count its parameters and score ``windows`` (W, L).
+
+    A factored one is loaded by the code that it carries, which this process wrote.
+    """
     tokens = folder / ".tokens"  # within what is dropped after a kill; no loader looks at it
+    modules = folder / ".modules"  # where transformers copies that code to; otherwise into its cache, for good
+    trusted = trust_remote_code or (folder / CODE_FILE).is_file()
     try:
         save_file({"windows": windows.contiguous()}, tokens)
         command = [
@@ -245,69 +242,14 @@ def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code:
             str(tokens),
             device,
             str(torch.get_num_threads()),
-            str(int(trust_remote_code)),
+            str(int(trusted)),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = os.environ | {"HF_MODULES_CACHE": str(modules)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     finally:
         tokens.unlink(missing_ok=True)
+        shutil.rmtree(modules, ignore_errors=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ExportError(f"the written folder does not load in a fresh process ({reason}): not kept")
     return Verified(**json.loads(done.stdout))
-
-
-def _card(
-    setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit, reports: tuple[Report, Report]
-) -> str:
-    """The model card: what this is, how to load it, what was measured, of dense too where it says what was lost."""
-    search, data = setup.config.search, setup.config.data
-    figures = {name: f"{value:.6g}" for name, value in row.values.items()}
-    figures |= {
-        "parameters (kept fraction of the model)": f"{row.figure('parameters'):.4f}",
-        "block_parameters (kept fraction of the block linears)": f"{row.attributes[keys.BLOCK_PARAMETERS]:.4f}",
-        "stored values in this folder": f"{verified.parameters:,}",
-        "bytes of its tensors": f"{verified.bytes:,}",
-        f"perplexity, search split ({markdown(data.search.label)}), reloaded": f"{verified.perplexity:.6g}",
-    }
-    texts = {
-        "perplexity": f"report split ({markdown(data.report.label)})",
-        "control": f"control text ({markdown(data.control.label)})",
-    }
-    ours, dense = reports
-    for name, text in texts.items():
-        if name in ours and name in dense:
-            figures[f"perplexity, {text}"] = f"{ours[name]:.6g} (dense: {dense[name]:.6g})"
-    table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    said = f"It {verified.warning}.\n\n" * bool(verified.warning) + _said(ours, dense)
-    load = "import rankfront.methods\n" if form == "factored" else ""
-    return f"""# {markdown(setup.config.model.name)}, compressed
-
-Trial {row.number} ({markdown(row.origin)}) of a rankfront {version("rankfront")} study with seed {search.seed},
-format `{form}`, {setup.dtype}. `plan.json` has the method and level of every treated weight
-({len(row.plan.choices)} of them).
-{REFIT_NOTE if refit != "none" else ""}
-```python
-{load}from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-```
-
-| measured | value |
-| --- | --- |
-{table}
-
-{said}
-
-Windows of {data.length} tokens; latency on {setup.device}, as a ratio to the dense model in the same run.
-The licence of the original model applies.
-"""
-
-
-def _said(ours: Report, dense: Report) -> str:
-    """What dense and the exported model say after `PROMPTS`, as a block of text."""
-    before, after = (
-        [json.dumps(text, ensure_ascii=False) for text in report.get("continuations", ())] for report in (dense, ours)
-    )
-    texts = zip(PROMPTS, before, after, strict=False)
-    lines = [f"{prompt}\n  dense:      {was}\n  compressed: {now}" for prompt, was, now in texts]
-    return "\n".join(["The likeliest continuations:\n", "```", *lines, "```"])

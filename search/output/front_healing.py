@@ -34,11 +34,13 @@ from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.control import reported
 from rankfront.search.measure.setup import Setup
+from rankfront.search.output.card import Verified
 from rankfront.search.output.derived import RECORD
-from rankfront.search.output.export import Verified, check_same, verify_folder
+from rankfront.search.output.export import check_same, verify_folder
 from rankfront.search.output.healed import export_healed, settings_of
 from rankfront.search.output.healing_progress import Line, Say
 from rankfront.search.output.results import Results
+from rankfront.search.output.tensor_table import before_section
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Row
@@ -205,8 +207,9 @@ def export_stored(run: Run, setup: Setup, healed: Healed, out: Path) -> Verified
             check_same("healed export", verified, perplexity)
             if verified.bytes != healed.row.figure("bytes"):
                 raise ExportError(f"the export has {verified.bytes:,} bytes and the plan another number: not kept")
-            with (staging / "README.md").open("a", encoding="utf-8") as card:
-                card.write(f"\nHealed, its perplexity on the search split is {verified.perplexity:.6g}, reloaded.\n")
+            card = staging / "README.md"
+            line = f"Healed, its perplexity on the search split is {verified.perplexity:.6g}, reloaded."
+            card.write_text(before_section(card.read_text(encoding="utf-8"), line), encoding="utf-8")
     except OSError as error:
         raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
     return replace(verified, parameters=healed.row.attributes[keys.PARAMETER_COUNT])  # integers and index bits too

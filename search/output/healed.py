@@ -38,8 +38,9 @@ from rankfront.search.inputs.sites import blocks
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import cut, hash_tokens, read_text, tokenize
 from rankfront.search.measure.setup import Setup
+from rankfront.search.output.card import REFIT_NOTE
 from rankfront.search.output.derived import write_derived
-from rankfront.search.output.export import REFIT_NOTE, export
+from rankfront.search.output.export import export
 from rankfront.search.output.healing_card import HealText, note
 from rankfront.search.plans.plan import Plan
 from rankfront.search.splits import Split

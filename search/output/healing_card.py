@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rankfront.search.heal.settings import ORDERED, HealSettings
 from rankfront.search.heal.status import StageResult
-from rankfront.search.plain import markdown
+from rankfront.search.plain import markdown, without_folders
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ windows that nothing was trained on.
 
 def note(results: Sequence[StageResult], text: HealText, settings: HealSettings) -> str:
     """A model card's section on how it was trained."""
-    where = f"{markdown(text.name)}, part {list(text.part)}, in windows of {text.length} tokens"
+    where = f"{markdown(without_folders(text.name))}, part {list(text.part)}, in windows of {text.length} tokens"
     rows = "\n".join(
         f"| {r.stage} | {r.tokens:,} | {r.seconds:,.0f} | {r.before:.4f} | {r.after:.4f} |" for r in results
     )

@@ -28,7 +28,8 @@ from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.names import BUNDLED
-from rankfront.search.output.export import Verified, check_origin, check_same, save_tokenizer, verify_folder
+from rankfront.search.output.card import Verified
+from rankfront.search.output.export import check_origin, check_same, save_tokenizer, verify_folder
 from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 from rankfront.search.serve import llama_cpp

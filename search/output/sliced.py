@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rankfront.methods import Factors, InputError, Option, Prepared, Site, get_method
+from rankfront.methods.checkpoint import contents
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.objectives import score
 from rankfront.search.atomic import new_folder
@@ -36,7 +37,7 @@ from rankfront.search.names import inside_blocks
 from rankfront.search.output.derived import RECORD, write_derived
 from rankfront.search.output.healed import plan_of
 from rankfront.search.output.healing_card import HealText
-from rankfront.search.plain import markdown
+from rankfront.search.plain import markdown, without_folders
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Line, Menu
 from rankfront.search.plans.plan import Plan, Prices
@@ -198,8 +199,9 @@ def narrow(model: nn.Module, site: Site, rank: int) -> None:
 def _apply(model: Any, site: Site, rank: int) -> None:
     """`narrow` a site of a loaded export, and describe it so."""
     narrow(model, site, rank)
+    described = (contents(model.config) or {})["modules"]
     for path in _paths(site):
-        model.config.quantization_config.modules[path]["rank"] = rank
+        described[path]["rank"] = rank
 
 
 def _write(model: Any, source: Source, plan: Plan, text: HealText, result: Sliced, held: Tensor, out: Path) -> None:
@@ -211,10 +213,11 @@ def _write(model: Any, source: Source, plan: Plan, text: HealText, result: Slice
 
 def note(result: Sliced, text: HealText) -> str:
     """A model card's section on what was cut."""
+    name = markdown(without_folders(text.name))
     return f"""## Sliced
 
 The factors were cut to their first components at {result.sites} sites, without training. **The figures above are of the
-model before that.** Perplexity is on {MEASURED} windows of {text.length} tokens of {markdown(text.name)}, part
+model before that.** Perplexity is on {MEASURED} windows of {text.length} tokens of {name}, part
 {list(text.part)}; ranks were chosen on others.
 
 | | kept fraction of the model | perplexity |
