@@ -83,19 +83,26 @@ def _first_token(tokenizer: Any) -> int | None:
     return bos if bos is not None and ids[:1] == [bos] else None
 
 
-def cut(tokenizer: Any, splits: Mapping[str, Split], length: int, sample: Sampler | None = None) -> dict[str, Tensor]:
+def cut(
+    tokenizer: Any,
+    splits: Mapping[str, Split],
+    length: int,
+    sample: Sampler | None = None,
+    tokenized: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Windows (W, length) for each split; windows of one text never overlap, whatever split they serve.
 
     A text is laid out on one grid of windows; each split takes its own, spread evenly over what is free in its
-    part; those of a mixture come text by text. ``sample`` gives the model's own text, as long as the splits need it.
+    part; those of a mixture come text by text. ``sample`` gives the model's own text, as long as the splits need it;
+    ``tokenized``, ids (N,) of texts that were read already.
     Where the tokenizer starts every sequence with a token, each window starts with it. Raises `InputError` with the
     counts where a text is too short.
     """
     first = _first_token(tokenizer)
     stride = length - (first is not None)
     asked = {name: split.counts() for name, split in splits.items()}
-    tokens = {}
-    for text in sorted({text for counts in asked.values() for text in counts}):
+    tokens = dict(tokenized or {})
+    for text in sorted({text for counts in asked.values() for text in counts} - tokens.keys()):
         seed = own_text_seed(text)
         if seed is None or sample is None:
             tokens[text] = tokenize(tokenizer, read_text(text))

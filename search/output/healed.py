@@ -220,7 +220,8 @@ def _windows(source: Source, text: HealText, settings: HealSettings) -> torch.Te
     """As many windows as the tokens need, spread over the part of the text; all of them where it has fewer."""
     tokenizer = load_tokenizer(source)
     start, end = text.part
-    there = int((end - start) * len(tokenize(tokenizer, read_text(text.name)))) // text.length - 1
+    ids = tokenize(tokenizer, read_text(text.name))
+    there = int((end - start) * len(ids)) // text.length - 1
     wanted = max(settings.budget(stage) for stage in settings.stages) // text.length
     count = min(there, 1 + round(wanted / (1 - settings.held_out)))
     if count < 2:
@@ -228,7 +229,7 @@ def _windows(source: Source, text: HealText, settings: HealSettings) -> torch.Te
             f"text {text.name!r} has {max(there, 0)} windows of {text.length} tokens in its part {list(text.part)} and"
             " healing needs 2 or more, one of them held out: give a longer text or a smaller --length"
         )
-    return cut(tokenizer, {"heal": Split(text.name, count, text.part)}, text.length)["heal"]
+    return cut(tokenizer, {"heal": Split(text.name, count, text.part)}, text.length, tokenized={text.name: ids})["heal"]
 
 
 def _write(healing: Healing, source: Source, plan: Plan, text: HealText, settings: HealSettings, out: Path) -> None:
