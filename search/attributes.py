@@ -39,7 +39,7 @@ MEASURED = (FAILURE, LOST, SECONDS, PREDICTED, PLAN, PLAN_KEY)  # what a failed 
 # Of the study.
 TIMING = "timing"
 SITES = "sites"  # of the model, see `inputs.known_sites`
-HEALING = "healing"  # by what members of the front were healed last: its ``key``, ``settings`` and ``text``
+HEALING = "healing"  # by what plans were healed last: its ``key``, ``settings`` and ``text``
 
 INTERRUPTED = "interrupted: the launcher or its worker stopped before the trial was done"
 DAMAGED = "damaged: its record in the storage does not match its checksum; the next launch measures it again"
@@ -62,6 +62,11 @@ def report_of(number: int) -> str:
 def healed_of(plan_key: str, healing: str) -> str:
     """The study's attribute that holds what became of a plan by the healing of this name."""
     return f"healed {plan_key} {healing}"
+
+
+def halving_of(healing: str, size: str) -> str:
+    """The study's attribute that holds what the halving of this name has made of a size: plans by their keys."""
+    return f"halving {healing} {size}"
 
 
 def menu_part(number: int) -> str:

@@ -265,8 +265,8 @@ class SearchConfig(Strict):
     ``workers`` are trials at once, in a Ray actor each; 0 runs them in this process. By default there is one for every
     device that trials run on, and a single device needs no actor.
     ``refit`` is what is done to members of the front before they are measured on the report split once more, and by
-    default to what is exported. ``heal`` is what is healed once the limits are reached: nothing, or members of the
-    front, as ``[heal]`` says.
+    default to what is exported. ``heal`` is what is healed once the limits are reached: nothing, members of the front,
+    or several plans of a size of which the best go on, as ``[heal]`` says.
     """
 
     sampler: str = "rankfront"
@@ -282,7 +282,7 @@ class SearchConfig(Strict):
     trial_tokens: Count | None = None
     where: tuple[str, ...] = ()
     refit: Literal["none", "sequential"] = "none"
-    heal: Literal["none", "front"] = "none"
+    heal: Literal["none", "front", "halving"] = "none"
     storage: str | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -313,6 +313,8 @@ class HealConfig(Strict):
 
     ``stages`` may begin with ``refit``, the closed form that exports have too. Of the front, ``members`` at most are
     healed, for ``tokens`` each, of those that meet ``where``, which are limits on their figures before healing.
+    Halving heals ``entrants`` at most of each of ``sizes``, limits such as ``parameters<=0.7``, by ``tokens`` together:
+    each at first by ``first_rung`` of them, by default so that all rungs cost the same; one in ``eta`` goes on.
     """
 
     tokens: Count = 1_000_000
@@ -326,6 +328,10 @@ class HealConfig(Strict):
     device: str = "auto"
     members: Count = 4  # guess
     where: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    entrants: Count = 9
+    eta: Annotated[int, Field(ge=2, le=MOST)] = 3
+    first_rung: Count | None = None
 
     @field_validator("stages")
     @classmethod
@@ -351,9 +357,10 @@ class StudyConfig(Strict):
     def _limits_on_objectives(self) -> StudyConfig:
         for text in self.search.where:
             check_choice("objective in search.where", Constraint.parse(text).figure, list(self.objectives))
-        for text in self.heal.where:
-            known = sorted({*self.objectives, *ALWAYS})
-            check_choice("figure in heal.where", Constraint.parse(text).figure, known)
+        known = sorted({*self.objectives, *ALWAYS})
+        for name, limits in (("where", self.heal.where), ("sizes", self.heal.sizes)):
+            for text in limits:
+                check_choice(f"figure in heal.{name}", Constraint.parse(text).figure, known)
         return self
 
     @model_validator(mode="after")
@@ -372,6 +379,13 @@ class StudyConfig(Strict):
             )
         if self.data.heal.windows < 2:
             raise ValueError("data.heal has 1 window, and healing holds one out: give it 2 or more")
+        if self.search.heal == "halving":
+            bounds = [Constraint.parse(text) for text in self.heal.sizes]
+            if not bounds or any(bound.operator not in ("<", "<=") or bound.bound <= 0 for bound in bounds):
+                raise ValueError(
+                    f"heal.sizes are {list(self.heal.sizes)}, and halving needs one or more upper limits above 0: set"
+                    ' heal.sizes = ["parameters<=0.7"]'
+                )
         return self
 
     @model_validator(mode="after")

@@ -187,7 +187,7 @@ class Study:
     ) -> None:
         """Run the study until its limits are reached, or go on with it where an earlier launch stopped.
 
-        ``report`` measures the front on the report split at the end, and heals its members where the study asks for it;
+        ``report`` measures the front on the report split at the end, and heals plans where the study asks for it;
         a later launch does both otherwise.
 
         Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C or SIGTERM.
@@ -197,24 +197,26 @@ class Study:
         self.config = self.run.remembered(self.config)
         heals = self.config.search.heal != "none"
         if heals:
-            from rankfront.search.output.healed import settings_of
+            from rankfront.search.output.halving import check_healing
 
-            settings_of(self.config)  # what is wrong there is said before the search
+            check_healing(self.config)  # what is wrong there is said before the search
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         Launch(self.run, self.config, address, rebuild, report).measure(console)
         if report and heals:
             self._heal(console)
 
     def _heal(self, console: Console | None) -> None:
-        """Heal members of the front."""
+        """Heal members of the front, or entrants of a halving."""
         from rankfront.search.output.front_healing import FrontHealing
+        from rankfront.search.output.halving import Halving
         from rankfront.search.output.healing_progress import lines_on
         from rankfront.search.run.resolving import heal_windows
 
         with self.run.lock():
             setup = self.setup()
             windows = heal_windows(self.run, self.config, setup, lambda phase, done, total: None)
-            FrontHealing(self.run, setup, windows, self.read, *lines_on(console)).heal()
+            kind = Halving if self.config.search.heal == "halving" else FrontHealing
+            kind(self.run, setup, windows, self.read, *lines_on(console)).heal()
 
     def solve(self, *constraints: str, console: Console | None = None) -> Row:
         """The plan expected to be best within ``constraints``, measured: one more trial, unless it was measured before.
@@ -267,10 +269,11 @@ class Study:
     ) -> list[StageResult]:
         """Write the model of ``row`` (by default the knee), healed as the study's ``heal`` says, to the new folder
         ``out``; ``tokens`` instead of the study's where they are given. See `healed.export_healed`."""
-        from rankfront.search.output.healed import export_healed
+        from rankfront.search.output.healed import export_healed, settings_of
         from rankfront.search.run.resolving import heal_windows
 
         found, setup = self.read(), self.setup()
+        settings, _ = settings_of(setup.config, tokens)
         windows = heal_windows(self.run, setup.config, setup, lambda phase, done, total: None)
         where = Path(out).expanduser()
-        return export_healed(setup, row or found.knee(), where, windows, tokens, found.dense_report, show, say)
+        return export_healed(setup, row or found.knee(), where, windows, settings, found.dense_report, show, say)

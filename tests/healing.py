@@ -95,3 +95,30 @@ def stopped_and_gone_on_with(zoo: Zoo, plan: str, asked: HealSettings, folder: P
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory, text_file):
     return Zoo(tmp_path_factory.mktemp("zoo"), text_file)
+
+
+# -- studies that heal
+
+TOKENS = 24_000
+
+
+def healing_data(folder: Path, text: Path, **heal: Any) -> dict[str, Any]:
+    """A study that heals two members of its front."""
+    data = small_data(folder, text, trials=8, anchors=[0.4, 0.6, 0.8], heal="front")
+    data["data"]["heal"] = {"text": str(text), "windows": 300}
+    data["objectives"] = {"divergence": {}, "parameters": {}}
+    data["heal"] = {"tokens": TOKENS, "rate": 0.003, "members": 2, **heal}
+    return data
+
+
+def healing(folder: Path, heals: str = "front", **heal: Any) -> Study:
+    """The study of a run, asked to heal."""
+    data = Study.open(folder).config.model_dump(mode="json")
+    data["search"]["heal"] = heals
+    data["heal"] |= heal
+    return Study(data, folder)
+
+
+def interrupt(*_: Any) -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -5,7 +5,8 @@ import math
 import shutil
 
 import pytest
-from launching import make_run, quiet, small_data, started, tree, verify_here, wait_for, write_study
+from healing import TOKENS, healing, healing_data, interrupt
+from launching import make_run, quiet, started, tree, verify_here, wait_for, write_study
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import InputError
@@ -18,20 +19,10 @@ from rankfront.search.heal.healing import Healing
 from rankfront.search.output import front_healing
 from rankfront.search.study import Study
 
-TOKENS = 24_000
-
 
 @pytest.fixture(autouse=True)
 def _verified_here(monkeypatch):
     verify_here(monkeypatch)
-
-
-def healing_data(folder, text, **heal):
-    data = small_data(folder, text, trials=8, anchors=[0.4, 0.6, 0.8], heal="front")
-    data["data"]["heal"] = {"text": str(text), "windows": 300}
-    data["objectives"] = {"divergence": {}, "parameters": {}}
-    data["heal"] = {"tokens": TOKENS, "rate": 0.003, "members": 2, **heal}
-    return data
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +50,6 @@ def launched(searched, tmp_path_factory):
 def unhealed(searched, tmp_path):
     """A copy of `searched`, the test's own."""
     return shutil.copytree(searched, tmp_path / "run")
-
-
-def healing(folder, **heal):
-    """The study of a run, asked to heal its front."""
-    data = Study.open(folder).config.model_dump(mode="json")
-    data["search"]["heal"] = "front"
-    data["heal"] |= heal
-    return Study(data, folder)
 
 
 def test_members_are_healed_and_their_trials_stay_as_they_were(searched, launched):
@@ -187,10 +170,6 @@ def stop_at(patch, stage):
             interrupt()
 
     return patch.setattr(Healing, "_tell", stopping)
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
 
 
 # -- settings

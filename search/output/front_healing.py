@@ -1,9 +1,10 @@
-"""Healing inside a search: members of the front are healed, scored as trials are, and kept under the run.
+"""Healing inside a search: plans are healed, scored as trials are, and kept under the run.
 
+Which, and in how many goes, is what kinds of healing differ in: members of the front here, see `halving` for another.
 Each lies in a folder of its own, ``RUN/healed/PLAN-HEALING``, which is an export like any other: PLAN is the plan's
 key, HEALING a hash of the settings, the windows, the seed and the dense model. The record of what was measured is an
 attribute of the study; what has both is not healed again. What was begun goes on from its checkpoint, in the hidden
-folder beside it. See `storage.healed` for which members are healed.
+folder beside it. See `storage.healed` for which members of the front are healed.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ class FrontHealing:
         self, run: Run, setup: Setup, windows: torch.Tensor, read: Callable[[], Results], line: Line, say: Say
     ) -> None:
         self.run, self.setup, self.windows, self.read, self.line, self.say = run, setup, windows, read, line, say
-        settings, refit = settings_of(setup.config)
-        told = {**_chosen(settings), "refit": refit}
-        about = {"settings": told, "windows": hash_tokens(windows), "dense": setup.fingerprint}
+        self.settings, refit = settings_of(setup.config)
+        told = {**_chosen(self.settings), "refit": refit}
+        about = {"settings": told, "windows": hash_tokens(windows), "dense": setup.fingerprint, **self._about()}
         text = json.dumps(about, sort_keys=True)
         split = setup.config.data.heal
         self.healing: dict[str, Any] = {
@@ -77,6 +78,10 @@ class FrontHealing:
             **json.loads(text),
             "text": "" if split is None else split.label,
         }
+
+    def _about(self) -> dict[str, Any]:
+        """What else makes a healing another one."""
+        return {}
 
     def heal(self) -> None:
         """Heal the members that are due. Those that are done are kept, whatever happens.
@@ -95,6 +100,7 @@ class FrontHealing:
             shutil.rmtree(left, ignore_errors=True)
 
     def _next(self) -> Row | None:
+        """The trial whose plan is due, or None."""
         config, found = self.setup.config.heal, self.read()
         failed = found.healed.failures
         front = [row for row in found.front(*config.where) if row.plan.choices and row.number not in failed]
@@ -118,21 +124,32 @@ class FrontHealing:
     def _healed(self, row: Row) -> dict[str, Any]:
         """The record of ``row``, healed where its folder is not there yet."""
         folder = self._folder(row)
-        if not folder.is_dir():
-            dense = self.read().dense_report
-            try:
-                with self.line() as show:
-                    export_healed(self.setup, row, folder, self.windows, None, dense, show, self.say)
-            except NothingToHeal as error:
-                return {keys.FAILURE: str(error)}
+        try:
+            stages = self._made(row)
+        except NothingToHeal as error:
+            return {keys.FAILURE: str(error)}
         source = resolve(str(folder), self.setup.source.trust_remote_code)
         measured = self._scored(row, source)
         if keys.FAILURE in measured:
             shutil.rmtree(folder)
             return measured
-        stages = _stages(folder)
         tokens = sum(stage["tokens"] for stage in stages)
         return {"folder": folder.name, "weights": source.fingerprint, "tokens": tokens, "stages": stages, **measured}
+
+    def _made(self, row: Row) -> list[dict[str, Any]]:
+        """Heal ``row`` where its folder is not there yet; what each stage did. Raises `NothingToHeal`."""
+        folder = self._folder(row)
+        if not folder.is_dir():
+            self._write(row, folder, self.settings, self.windows)
+        return stages_in(folder)
+
+    def _write(
+        self, row: Row, folder: Path, settings: HealSettings, windows: torch.Tensor, start: Path | None = None
+    ) -> None:
+        """Heal ``row``, from ``start`` on where that is given, to the new ``folder``."""
+        dense = self.read().dense_report
+        with self.line() as show:
+            export_healed(self.setup, row, folder, windows, settings, dense, show, self.say, start)
 
     def _scored(self, row: Row, source: Source) -> dict[str, Any]:
         """The losses of the healed model on what trials read, and its report."""
@@ -175,7 +192,7 @@ def _chosen(settings: HealSettings) -> dict[str, Any]:
     }
 
 
-def _stages(folder: Path) -> list[dict[str, Any]]:
+def stages_in(folder: Path) -> list[dict[str, Any]]:
     """What each stage did, as the folder of a healed model says."""
     try:
         stages: list[dict[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["stages"]

@@ -149,29 +149,31 @@ def export_healed(
     row: Row,
     out: Path,
     windows: torch.Tensor,
-    tokens: int | None = None,
+    settings: HealSettings,
     dense: Report | None = None,
     show: Show = lambda status: None,
     say: Say = lambda line: None,
+    start: Path | None = None,
 ) -> list[StageResult]:
-    """Export trial ``row`` and heal it on ``windows`` (W, L) as the study's ``heal`` says, to the folder ``out``.
+    """Export trial ``row`` and heal it on ``windows`` (W, L) with ``settings``, to the folder ``out``.
 
-    ``tokens`` are the study's unless given. The export before healing lies in the hidden folder ``.OUT.exported``
-    meanwhile; when the same is asked for again after an interruption, it is taken from there.
+    Of the study's ``heal``, it refits before if that says so. The export before healing lies in the hidden folder
+    ``.OUT.exported`` meanwhile; when the same is asked for again after an interruption, it is taken from there.
+    ``start`` is an export to heal instead, such as one that was healed before; it stays.
     """
     config, split = setup.config.heal, setup.config.data.heal
-    settings, refit = settings_of(setup.config, tokens)
+    _, refit = settings_of(setup.config)
     if Processes().count > 1:
         raise InputError("export runs in one process: export without --heal, then heal the folder with several")
     before = out.with_name(f".{out.name}.exported")
-    if not _is_export_of(before, row, refit):
+    if start is None and not _is_export_of(before, row, refit):
         shutil.rmtree(before, ignore_errors=True)
         export(setup, row, before, "factored", refit, dense)
     label = "" if split is None else split.label
     text = HealText(label, windows.shape[1], (0.0, 1.0) if split is None else split.part)
     trusted = setup.source.trust_remote_code
     results = heal_folder(
-        before, text, settings, out, windows, setup.config.model.name, config.device, trusted, show, say
+        start or before, text, settings, out, windows, setup.config.model.name, config.device, trusted, show, say
     )
     shutil.rmtree(before, ignore_errors=True)
     return results

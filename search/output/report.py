@@ -153,10 +153,12 @@ another domain, give the last columns.</p>
 
 def _healed(found: Results) -> str:
     """The front of healed plans, where some are."""
-    rows, settings = found.healed_front(), found.healed.healing.get("settings", {})
+    rows, healing = found.healed_front(), found.healed.healing
     if not rows:
         return ""
-    said = f"Plans healed by {settings['tokens']:,} tokens each, on a front of their own; figures are after healing."
+    settings = healing["settings"]
+    whose = "of each size, together with those that halving left behind" if "halving" in healing else "each"
+    said = f"Plans healed by {settings['tokens']:,} tokens {whose}, on a front of their own; figures are after healing."
     return f"<p>{_escaped(said)}</p>{_table(found, rows)}"
 
 

@@ -74,7 +74,8 @@ class Results:
         members = self.healed.members
         if not members:
             raise InputError(
-                f'run {str(self.path)!r} has no healed plan: launch it with search.heal = "front", or export by --heal'
+                f'run {str(self.path)!r} has no healed plan: launch it with search.heal = "front" or "halving", or'
+                " export by --heal"
             )
         if trial is not None:
             if trial not in members:

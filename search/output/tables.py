@@ -57,8 +57,8 @@ def front_json(found: Results, where: Sequence[str]) -> dict[str, Any]:
 
 
 def _healing_json(found: Results) -> dict[str, Any]:
-    """How members of the front were healed, and the hypervolume of their own front."""
-    healing = {name: found.healed.healing[name] for name in ("settings", "text", "windows")}
+    """How plans were healed, and the hypervolume of their own front."""
+    healing = {name: found.healed.healing.get(name) for name in ("settings", "text", "windows", "halving")}
     return healing | {"hypervolume": found.healed_hypervolume(), "others": found.healed.others}
 
 
@@ -74,6 +74,7 @@ def healed_json(found: Results) -> dict[int, dict[str, Any]]:
             "closed": closed(found, healed),
             "tokens": healed.record["tokens"],
             "stages": healed.record["stages"],
+            "halving": healed.record.get("halving"),
             "failure": None,
         }
         for number, healed in found.healed.members.items()

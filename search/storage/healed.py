@@ -21,7 +21,8 @@ class Healed:
 
     Attributes:
         row: the trial with the losses and the report of the healed plan in the place of its own.
-        record: ``folder``, ``tokens``, ``stages``, ``values``, ``report``, and ``weights``, a hash of what was scored.
+        record: ``folder``, ``tokens``, ``stages``, ``values``, ``report``, and ``weights``, a hash of what was scored;
+            of a halving, ``halving`` with the size and the scores of every rung.
     """
 
     row: Row
