@@ -56,7 +56,8 @@ model in the same engine, in processor time of one thread: smaller is faster. {e
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {speeds}
 
-```{source}
+```
+{source}
 ```
 """
 
