@@ -380,7 +380,7 @@ def heal_command(
     text: Annotated[str, typer.Option(help="what to train on: a text file, pydoc, or hub:NAME/CONFIG:SPLIT")],
     out: Annotated[Path, typer.Option(help="the new folder")],
     tokens: Annotated[str, typer.Option(help="tokens seen in all, passes counted, such as 300k or 1M")] = "1M",
-    stages: Annotated[str, typer.Option(help="blocks, logits, or both in that order")] = "blocks,logits",
+    stages: Annotated[str, typer.Option(help="blocks, logits, or both in that order")] = "logits",
     method: Annotated[
         str, typer.Option(help="what trains: factors, scales, lora, stf, hola, trp, lod or fjord")
     ] = "factors",
@@ -415,7 +415,7 @@ def heal_command(
     from rankfront.search.output.healing_progress import progress_line, summary
 
     if from_scratch:  # what else there could be is refused
-        stages, loss = stages.replace("blocks,logits", "logits"), "ce" if loss == "kl" else loss
+        loss = "ce" if loss == "kl" else loss
     settings = HealSettings(
         tokens=parse_tokens(tokens), stages=tuple(cast(Any, stages.split(","))), method=method, loss=loss, error=error,
         window=window, teacher=teacher, rate=rate, batch=batch, lasso=lasso, seed=seed, from_scratch=from_scratch,

@@ -318,7 +318,7 @@ class HealConfig(Strict):
     """
 
     tokens: Count = 1_000_000
-    stages: Annotated[tuple[Literal["refit"] | Stage, ...], Field(min_length=1)] = ("blocks", "logits")
+    stages: Annotated[tuple[Literal["refit"] | Stage, ...], Field(min_length=1)] = ("logits",)
     method: str = "factors"
     loss: Loss = "kl"
     error: BlockError = "relative"

@@ -26,11 +26,13 @@ FAMILIES = (
     "kronecker", "cp", "tensor-ring", "block-term", "cospadi", "dsformer", "dsformer-nm", "sltrain", "oats",
 )  # fmt: skip
 LENGTH = 16
+BOTH = ("blocks", "logits")
 
 
 def settings(tokens: int = LENGTH * 4 * 16, **more: Any) -> HealSettings:
-    """Sixteen steps of four windows, in fp32."""
-    return HealSettings(**{"tokens": tokens, "batch": LENGTH * 4, "rate": 3e-3, "dtype": "float32", **more})
+    """Both stages, sixteen steps of four windows in all, in fp32."""
+    own = {"tokens": tokens, "stages": BOTH, "batch": LENGTH * 4, "rate": 3e-3, "dtype": "float32"}
+    return HealSettings(**{**own, **more})
 
 
 class Zoo:
@@ -107,7 +109,7 @@ def healing_data(folder: Path, text: Path, **heal: Any) -> dict[str, Any]:
     data = small_data(folder, text, trials=8, anchors=[0.4, 0.6, 0.8], heal="front")
     data["data"]["heal"] = {"text": str(text), "windows": 300}
     data["objectives"] = {"divergence": {}, "parameters": {}}
-    data["heal"] = {"tokens": TOKENS, "rate": 0.003, "members": 2, **heal}
+    data["heal"] = {"tokens": TOKENS, "rate": 0.003, "members": 2, "stages": list(BOTH), **heal}
     return data
 
 

@@ -47,7 +47,8 @@ def verified_here(monkeypatch):
 
 
 def arguments(exported, text_file, out, **more):
-    given = {"text": text_file, "tokens": 2_000, "length": 32, "batch": 128, "rate": 0.003, **more}
+    given = {"text": text_file, "tokens": 2_000, "stages": "blocks,logits", "length": 32, "batch": 128, "rate": 3e-3}
+    given |= more
     return [
         "heal",
         str(exported / "small"),
@@ -106,7 +107,7 @@ def test_from_scratch_a_folder_of_the_same_shapes_is_trained_that_has_nothing_of
     shutil.copytree(exported / "small", small)
     plan = json.loads((small / "plan.json").read_text())
     (small / "plan.json").write_text(json.dumps(plan | {"origin": {}}))  # no dense model is asked for
-    assert command_line([*arguments(tmp_path, text_file, out), "--from-scratch"]) == 0
+    assert command_line([*arguments(tmp_path, text_file, out, stages="logits"), "--from-scratch"]) == 0
     assert "held-out cross-entropy" in capsys.readouterr().out
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (small, out))
     shapes = [{name: (x.shape, x.dtype) for name, x in model.state_dict().items()} for model in (before, after)]

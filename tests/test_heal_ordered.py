@@ -285,7 +285,7 @@ def test_stopped_and_gone_on_with_it_ends_where_it_would_have(zoo, method, lasso
 
 def test_stages_plans_and_settings_that_it_is_none_for_are_named(zoo, tmp_path):
     with pytest.raises(InputError, match="leave blocks out of the stages"):
-        HealSettings(1000, method="lod")
+        HealSettings(1000, ("blocks", "logits"), "lod")
     with pytest.raises(InputError, match="low-rank factors, and the plan has none"):
         heal(zoo, zoo.student("nystrom"), tmp_path / "b", logits_alone("lod"))
     for method, lasso in (("factors", 1e-3), ("lod", -1.0), ("lod", float("nan"))):

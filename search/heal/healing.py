@@ -162,8 +162,7 @@ class Healing:
 
     def _blocks(self, where: Mapping[str, Any]) -> str | None:
         settings = self.settings
-        count = settings.budget("blocks") // settings.passes // self.train.shape[1]
-        windows = spread(self.train, count)
+        windows = spread(self.train, settings.block_tokens // self.train.shape[1])
         wise = BlockWise(
             self.student,
             self.teacher,

@@ -17,6 +17,10 @@ BATCHES = (2_048, 4_096)  # tokens a step, below and above
 BLOCK_RATES = (2e-3, 1e-3)  # of factors
 LOGIT_RATES = (5e-4, 3e-4)
 SCRATCH_RATE = 3e-3  # of everything: SLTrain's (2406.02214)
+# Of `blocks`: passes over its windows, where these are of so many tokens. Guesses, but eight passes over 3,000 tokens
+# made searched plans worse on a text of the same kind: studies/results/heal_ranking.md.
+MOST_PASSES = 8
+LEAST_DIFFERENT = 32_768
 
 ORDERED = ("lod", "fjord")  # methods by ordered dropout
 
@@ -43,7 +47,6 @@ class HealSettings:
         error: of hidden states in the first stage: relative to each token's size, or weighted by the Fisher information
             of each channel.
         window: what the first stage trains at once: attention and MLP in turn, or a block.
-        passes: over the windows of the first stage.
         share: of the tokens that the first stage gets where there are two.
         teacher: the dense model ``beside``, or its likeliest tokens ``cached`` in the working folder.
         rate: of factors, at its peak; None: by the budget. Smaller dense weights get a fifth of it.
@@ -57,12 +60,11 @@ class HealSettings:
     """
 
     tokens: int
-    stages: tuple[Stage, ...] = ("blocks", "logits")
+    stages: tuple[Stage, ...] = ("logits",)
     method: str = "factors"
     loss: Loss = "kl"
     error: BlockError = "relative"
     window: Window = "block"
-    passes: int = 8  # guess
     share: float = 0.5  # guess
     teacher: TeacherChoice = "auto"
     rate: float | None = None
@@ -113,6 +115,12 @@ class HealSettings:
             return self.tokens
         blocks = round(self.share * self.tokens)
         return blocks if stage == "blocks" else self.tokens - blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Different tokens that the first stage goes over, some of them several times."""
+        budget = self.budget("blocks")
+        return max(budget // MOST_PASSES, min(budget, LEAST_DIFFERENT))
 
     def rate_of(self, stage: Stage) -> float:
         """The peak learning rate of factors."""
