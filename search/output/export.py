@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from rankfront.search.output.card import Verified, card
 from rankfront.search.output.control_check import warning
 from rankfront.search.output.tensor_table import tensor_section
 from rankfront.search.plain import without_folders
+from rankfront.search.serve.structure import padded
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
@@ -205,20 +206,14 @@ def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules
         dense, factored = cast(Any, dense_modules[path]), cast(Factored, module)
         key = tuple(id(each) for name, each in module.named_parameters() if name != "bias") or (id(module),)
         if key not in products:
-            matrix = _padded(factored.matrix(), weight_of(dense).shape)
+            matrix = padded(factored.matrix(), weight_of(dense).shape)
             stored = matrix.T if type(dense).__name__ == "Conv1D" else matrix
             products[key] = _frozen(stored, dense)
         dense.weight = products[key]
         bias = factored.full_bias()
         if bias is not None and getattr(dense, "bias", None) is not None:
-            dense.bias = _frozen(_padded(bias, dense.bias.shape), dense)
+            dense.bias = _frozen(padded(bias, dense.bias.shape), dense)
         set_module(model, path, dense)
-
-
-def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """``tensor`` with zeros after it up to ``shape``."""
-    padding = [zeros for size, wanted in zip(tensor.shape, shape, strict=True) for zeros in (wanted - size, 0)]
-    return nn.functional.pad(tensor, padding[::-1])
 
 
 def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:

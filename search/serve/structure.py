@@ -153,13 +153,13 @@ def _multiplied_out(module: Factored, dense: Any, own: str) -> Tensor:
     shape = getattr(dense, own).shape
     if own == "bias":
         bias = module.full_bias()
-        return torch.zeros(shape) if bias is None else _padded(bias, shape)
+        return torch.zeros(shape) if bias is None else padded(bias, shape)
     inputs_first = type(dense).__name__ == "Conv1D"
-    found = _padded(module.matrix(), shape[::-1] if inputs_first else shape)
+    found = padded(module.matrix(), shape[::-1] if inputs_first else shape)
     return found.T if inputs_first else found
 
 
-def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """``tensor`` with zeros after it up to ``shape``."""
     padding = [zeros for size, wanted in zip(tensor.shape, shape, strict=True) for zeros in (wanted - size, 0)]
     return nn.functional.pad(tensor, padding[::-1])
