@@ -51,6 +51,7 @@ SEARCHED = "searched"
 Stages = tuple[Literal["refit"] | Stage, ...]
 ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what it changes of `HealSettings`
     "logits": (("logits",), {}),
+    "logits, rate 5e-4": (("logits",), {"rate": 5e-4}),
     "refit + logits": (("refit", "logits"), {}),
     "blocks + logits": (("blocks", "logits"), {}),
     "refit": (("refit",), {}),
