@@ -4,6 +4,7 @@ import os
 import shutil
 
 import common
+import launching
 import pytest
 import serving
 import sqlalchemy
@@ -102,3 +103,9 @@ def resident(_resident):
 def worlds(tmp_path_factory, text_file):
     """Name of a tiny decoder -> what it is compressed and served from."""
     return serving.make_worlds(tmp_path_factory, text_file)
+
+
+@pytest.fixture
+def verified_here(monkeypatch):
+    """Exports are verified in this process, not in one of their own."""
+    launching.verify_here(monkeypatch)

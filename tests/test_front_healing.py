@@ -19,10 +19,7 @@ from rankfront.search.heal.healing import Healing
 from rankfront.search.output import front_healing
 from rankfront.search.study import Study
 
-
-@pytest.fixture(autouse=True)
-def _verified_here(monkeypatch):
-    verify_here(monkeypatch)
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,6 @@ def exported(model_folder, text_file, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def verified_here(monkeypatch):
-    verify_here(monkeypatch)
-
-
 def arguments(exported, text_file, out, **more):
     given = {"text": text_file, "tokens": 2_000, "stages": "blocks,logits", "length": 32, "batch": 128, "rate": 3e-3}
     given |= more

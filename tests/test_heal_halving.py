@@ -23,14 +23,11 @@ from rankfront.search.output.halving import check_healing
 from rankfront.search.storage.halving import family_of, rungs
 from rankfront.search.study import Study
 
+pytestmark = pytest.mark.usefixtures("verified_here")
+
 TOKENS, SIZE = 54_000, "parameters<=0.99"
 HALVING = {"tokens": TOKENS, "stages": ["logits"], "sizes": [SIZE], "entrants": 6, "eta": 2}
 PLANS = (6, 3, 1)  # that go through each rung
-
-
-@pytest.fixture(autouse=True)
-def _verified_here(monkeypatch):
-    verify_here(monkeypatch)
 
 
 @pytest.fixture(scope="module")

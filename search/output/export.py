@@ -39,7 +39,7 @@ from rankfront.search.output.card import Verified, card
 from rankfront.search.output.control_check import warning
 from rankfront.search.output.tensor_table import tensor_section
 from rankfront.search.plain import without_folders
-from rankfront.search.serve.structure import padded
+from rankfront.search.serve.structure import multiplied_out
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
@@ -206,13 +206,10 @@ def _multiply_out(model: nn.Module, modules: dict[str, nn.Module], dense_modules
         dense, factored = cast(Any, dense_modules[path]), cast(Factored, module)
         key = tuple(id(each) for name, each in module.named_parameters() if name != "bias") or (id(module),)
         if key not in products:
-            matrix = padded(factored.matrix(), weight_of(dense).shape)
-            stored = matrix.T if type(dense).__name__ == "Conv1D" else matrix
-            products[key] = _frozen(stored, dense)
+            products[key] = _frozen(multiplied_out(factored, dense, "weight"), dense)
         dense.weight = products[key]
-        bias = factored.full_bias()
-        if bias is not None and getattr(dense, "bias", None) is not None:
-            dense.bias = _frozen(padded(bias, dense.bias.shape), dense)
+        if factored.full_bias() is not None and getattr(dense, "bias", None) is not None:
+            dense.bias = _frozen(multiplied_out(factored, dense, "bias"), dense)
         set_module(model, path, dense)
 
 

@@ -109,7 +109,7 @@ class Structure:
         path, _, own = self.original(name).rpartition(".")
         module, dense = self.model.get_submodule(path), self.skeleton.get_submodule(path)
         if hasattr(module, "matrix"):
-            found = _multiplied_out(cast(Factored, module), dense, own).to(self.dtype)
+            found = multiplied_out(cast(Factored, module), dense, own).to(self.dtype)
         else:
             found = getattr(module, own).detach()
         for dimension, size in self._narrowed(path, dense, own).items():
@@ -148,18 +148,18 @@ def dense_config(config: Any) -> Any:
     return AutoConfig.for_model(model_type, **{key: value for key, value in data.items() if key != "model_type"})
 
 
-def _multiplied_out(module: Factored, dense: Any, own: str) -> Tensor:
+def multiplied_out(module: Factored, dense: Any, own: str) -> Tensor:
     """The weight or the bias of ``dense`` that ``module`` stands for, in fp32."""
     shape = getattr(dense, own).shape
     if own == "bias":
         bias = module.full_bias()
-        return torch.zeros(shape) if bias is None else padded(bias, shape)
+        return torch.zeros(shape) if bias is None else _padded(bias, shape)
     inputs_first = type(dense).__name__ == "Conv1D"
-    found = padded(module.matrix(), shape[::-1] if inputs_first else shape)
+    found = _padded(module.matrix(), shape[::-1] if inputs_first else shape)
     return found.T if inputs_first else found
 
 
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """``tensor`` with zeros after it up to ``shape``."""
     padding = [zeros for size, wanted in zip(tensor.shape, shape, strict=True) for zeros in (wanted - size, 0)]
     return nn.functional.pad(tensor, padding[::-1])
