@@ -6,7 +6,7 @@ echo "a first front of 5 trials:"
 rankfront launch studies/demo.toml --trials 5
 echo "the same study, gone on with where it stopped (with --workers 2, two trials would run at once in Ray workers):"
 rankfront launch studies/demo.toml
-rankfront front runs/demo --html runs/demo/report.html
+rankfront report runs/demo
 rm -rf exported/demo
 rankfront export runs/demo --out exported/demo --max-parameters 0.95
 python - <<'PYTHON'

@@ -101,7 +101,7 @@ def test_nothing_that_others_wrote_is_interpreted(odd_run, ok, refused, tmp_path
     assert "\x1b" not in front + shown
     assert "\u202e" not in front + shown
     assert "\\x1b" in refused("export", odd_run, "--out", tmp_path / "out", "--trial", str(TRIALS))
-    ok("front", odd_run, "--html", tmp_path / "[b]x.html")
+    ok("report", odd_run, "--out", tmp_path / "[b]x.html")
     page = (tmp_path / "[b]x.html").read_text(encoding="utf-8")
     assert "\x1b" not in page
     assert f"<td>{html.escape(SHOWN)}" in page
@@ -192,15 +192,15 @@ def test_where_limits_what_is_listed(finished_run, ok):
     assert "0 trials" in ok("front", path, "--where", "parameters<=0.01")
 
 
-def test_csv_and_html(finished_run, ok, tmp_path):
-    out = ok("front", finished_run.run.path, "--csv", tmp_path / "t.csv", "--html", tmp_path / "t.html")
-    assert out == ""
+def test_csv_and_report(finished_run, ok, tmp_path):
+    assert ok("front", finished_run.run.path, "--csv", tmp_path / "t.csv") == ""
     with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["number"]) for row in rows] == list(range(TRIALS))
     expected = [row.values["perplexity"] for row in finished_run.rows()]
     assert [float(row["perplexity"]) for row in rows] == pytest.approx(expected)
     assert {"origin", "pareto", "block_parameters", "seconds.apply"} <= rows[0].keys()
+    assert ok("report", finished_run.run.path, "--out", tmp_path / "t.html") == ""
     page = (tmp_path / "t.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert f"{finished_run.hypervolume():.4f}" in page
@@ -606,7 +606,7 @@ def test_an_unfinished_run_can_be_read(model_folder, text_file, tmp_path, monkey
     assert data["hypervolume"] is None
     assert [trial for trial in data["trials"] if trial["state"] == "complete"] == []
     assert "launch" in refused("export", study.run.path, "--out", tmp_path / "out")
-    assert "launch" in refused("front", study.run.path, "--html", tmp_path / "x.html")
+    assert "launch" in refused("report", study.run.path, "--out", tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
 
 
@@ -624,8 +624,8 @@ def test_help(ok, command):
 
 def test_where_a_file_cannot_be_written(finished_run, tmp_path, refused):
     """The place is the user's choice; whichever code it gets, it is one line and no trace."""
-    for option in ("--csv", "--html"):
-        line = refused("front", finished_run.run.path, option, tmp_path / "absent" / "x", code=1)
+    for command, option in (("front", "--csv"), ("report", "--out")):
+        line = refused(command, finished_run.run.path, option, tmp_path / "absent" / "x", code=1)
         assert "absent" in line
 
 

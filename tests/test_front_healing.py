@@ -285,8 +285,9 @@ def test_commands_show_healed_plans_in_a_column_and_on_a_front_of_their_own(laun
     assert command_line(["show", str(launched), str(number)]) == 0
     assert f"healed by {TOKENS:,} tokens" in capsys.readouterr().out
     page, csv = tmp_path / "page.html", tmp_path / "trials.csv"
-    assert command_line(["front", str(launched), "--html", str(page), "--csv", str(csv)]) == 0
-    assert "front of healed plans" in page.read_text()
+    assert command_line(["front", str(launched), "--csv", str(csv)]) == 0
+    assert command_line(["report", str(launched), "--out", str(page)]) == 0
+    assert "on a front of their own" in page.read_text()
     assert "healed.divergence" in csv.read_text().splitlines()[0]
     frame = Study.open(launched).frame().set_index("number")
     assert frame["healed.divergence"][number] == member.row.values["divergence"]

@@ -69,7 +69,7 @@ def test_a_run_is_read_without_what_measured_it(model_folder, text_file, tmp_pat
         ["front", run, "--json", "--where", "parameters<=0.9"],
         ["show", run, str(treated)],
         ["show", run, "0", "--json"],
-        ["front", run, "--html", str(tmp_path / "page.html")],
+        ["report", run, "--out", str(tmp_path / "page.html")],
         ["front", run, "--csv", str(tmp_path / "trials.csv")],
     ]
     heavy = ["torch", "transformers", "ray", "scipy", "pandas"]

@@ -507,7 +507,8 @@ def test_the_home_folder_is_known_in_every_path(elsewhere, tmp_path, monkeypatch
     ]
     assert command(["launch", "~/study.toml", "--run", "~/run", *settings]) == 0
     assert (elsewhere / "trials.db").is_file()
-    assert command(["front", "~/run", "--csv", "~/front.csv", "--html", "~/front.html"]) == 0
+    assert command(["front", "~/run", "--csv", "~/front.csv"]) == 0
+    assert command(["report", "~/run", "--out", "~/front.html"]) == 0
     assert command(["export", "~/run", "--trial", "1", "--out", "~/small"]) == 0
     assert command(["evaluate", "~/small", "--text", "~/text.txt", "--windows", "1", "--length", "32"]) == 0
     assert {"run", "front.csv", "front.html", "small"} <= {path.name for path in elsewhere.iterdir()}

@@ -1,4 +1,4 @@
-"""What a run has found: front, menu, show."""
+"""What a run has found: front, report, menu, show."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog="Example: rankfront front runs/demo --where 'parameters<=0.9' --html report.html",
+    epilog="Example: rankfront front runs/demo --where 'parameters<=0.9'",
 )
 def front(
     run: RunArgument,
     as_json: JsonOption = False,
     csv: Annotated[Path | None, typer.Option(help="write every trial to this CSV file")] = None,
-    html: Annotated[Path | None, typer.Option(help="write the report page to this file")] = None,
     where: WhereOption = None,
 ) -> None:
     """Show the Pareto front of a run, and that of its healed plans."""
@@ -35,17 +34,11 @@ def front(
         csv = csv.expanduser()
         frame(found.rows, found.healed.columns).to_csv(csv, index=False)
         say(terminal(), f"wrote {csv}")
-    if html is not None:
-        html = html.expanduser()
-        from rankfront.search.output.report import write_report
-
-        write_report(found, html)
-        say(terminal(), f"wrote {html}")
     if as_json:
         from rankfront.search.output.tables import front_json
 
         print_json(front_json(found, where or []))
-    elif csv is None and html is None:
+    elif csv is None:
         print_front(found, where or [])
 
 
@@ -94,6 +87,24 @@ def _print_healed(found: Results, where: list[str]) -> None:
         say(output(), f"{len(healed.failures)} could not be healed, such as trial {number}: {healed.failures[number]}")
     if healed.others:
         say(output(), f"not shown: {healed.others} that other settings, or another text, healed")
+
+
+@app.command("report", epilog="Example: rankfront report runs/demo --open")
+def report_command(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="the file to write, by default RUN/report.html")] = None,
+    show: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
+) -> None:
+    """Write the report page of a run: one HTML file with the front, plans by block and what limits cost."""
+    from rankfront.search.output.report import write_report
+    from rankfront.search.study import Study
+
+    found = Study.open(run).read()
+    page = (out or found.path / "report.html").expanduser()
+    write_report(found, page)
+    say(terminal(), f"wrote {page}")
+    if show and typer.launch(page.resolve().as_uri()) != 0:
+        say(terminal(), "no browser could be started: open the file yourself")
 
 
 @app.command(epilog="Example: rankfront menu runs/demo --csv menu.csv")
