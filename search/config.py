@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,9 +27,10 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
-from rankfront.search.choices import OURS, SAMPLERS, STAGES, BlockError, Loss, Stage, TeacherChoice, Window
+from rankfront.search.choices import OURS, SAMPLERS, STAGES, BlockError, Loss, Servable, Stage, TeacherChoice, Window
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
+from rankfront.search.servable import STEPS, held_by_all
 from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, trial_windows
 from rankfront.search.urls import parse_url
 
@@ -191,6 +193,11 @@ Methods = Annotated[tuple[str, ...], Field(min_length=1)]
 Keep = tuple[float, ...]
 
 
+def _listed(given: Any) -> Any:
+    """A list of one where one is named."""
+    return [given] if isinstance(given, str) else given
+
+
 class RuleConfig(Strict):
     """Narrower choices for the sites that ``match``; the last rule that matches wins, key by key."""
 
@@ -203,7 +210,7 @@ class SpaceConfig(Strict):
     """Which weights may be treated, how, and at which levels.
 
     Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64 at which the device multiplies
-    fastest, measured at the first launch.
+    fastest, measured at the first launch. ``servable`` names formats of exports that hold every plan at its size.
     """
 
     include: tuple[str, ...] = ("*",)
@@ -211,6 +218,7 @@ class SpaceConfig(Strict):
     methods: Methods = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     rank_multiple: Annotated[int, Field(le=MOST)] | Literal["device"] = 8
+    servable: Annotated[tuple[Servable, ...], BeforeValidator(_listed)] = ()
     rule: tuple[RuleConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -226,11 +234,19 @@ class SpaceConfig(Strict):
                 f"the methods are {DENSE!r} alone, which every site may stay anyway, so there is nothing to choose:"
                 f" name another, such as {SpaceConfig.model_fields['methods'].default[0]!r}"
             )
+        if not any(held_by_all(self.servable, name) for name in named - {DENSE}):
+            held = [name for name in method_names() if held_by_all(self.servable, name)]
+            raise ValueError(
+                f"servable is {list(self.servable)}, which holds none of {sorted(named - {DENSE})} at its size: name"
+                f" {' or '.join(held)}"
+            )
         return self
 
     def grid(self, keep: Keep) -> Grid:
         """What methods are asked for at these kept fractions, the finest grid until the device has been asked."""
-        return Grid(keep, FINEST if self.rank_multiple == "device" else self.rank_multiple)
+        multiple = FINEST if self.rank_multiple == "device" else self.rank_multiple
+        steps = [STEPS.get(form, 1) for form in self.servable]
+        return Grid(keep, math.lcm(multiple, *steps) if multiple > 0 else multiple)
 
     @property
     def _levels(self) -> list[Keep]:

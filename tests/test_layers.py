@@ -12,6 +12,7 @@ SEARCH = Path(__file__).resolve().parent.parent / "search"
 # modules beside the packages that every package may import
 LEAVES = {
     "attributes", "tuning", "config", "constraint", "names", "splits", "choices", "errors", "plain", "atomic", "urls",
+    "servable",
 }  # fmt: skip
 BELOW = {  # package -> the packages that it may import
     "inputs": set(),
@@ -21,7 +22,7 @@ BELOW = {  # package -> the packages that it may import
     "heal": {"inputs", "factors", "plans", "measure"},
     "storage": {"plans"},
     "optimise": {"plans", "storage"},
-    "run": {"inputs", "factors", "plans", "measure", "storage", "optimise"},
+    "run": {"inputs", "factors", "plans", "measure", "storage", "optimise", "serve"},
     "serve": {"inputs"},
     "output": {"inputs", "factors", "plans", "measure", "heal", "storage", "optimise", "serve"},
 }

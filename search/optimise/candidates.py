@@ -11,6 +11,7 @@ import numpy as np
 from rankfront.search.optimise.budgets import target_budgets, uses_up
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.taylor import Scaling, TaylorModel
+from rankfront.search.plans.agreed import neighbour
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING
@@ -90,6 +91,8 @@ class Candidates:
 
     def step(self, plan: Places) -> Places:
         """``plan`` with one site at another of its options, and its rivals at dense."""
+        if self.menu.bases:
+            return neighbour(self.menu, plan, self.random)
         stepped, site = list(plan), int(self.random.integers(len(plan)))
         count = len(self.menu.lines[site].options)
         stepped[site] = (plan[site] + int(self.random.integers(1, max(count, 2)))) % count

@@ -16,6 +16,7 @@ from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import inside_blocks
+from rankfront.search.plans.agreed import agreeing
 from rankfront.search.plans.job import Record
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
@@ -53,7 +54,8 @@ def menu_of(config: StudyConfig, space: Space, record: Record, value_bytes: int,
         pairs = [[t.seconds(o, site.name, each) for each in (option, DENSE_OPTION)] for o, t in timings.values()]
         return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
 
-    return make_menu(space.wanted(), record["predictions"], sizes_of(config, value_bytes, timings), faster)
+    menu = make_menu(space.wanted(), record["predictions"], sizes_of(config, value_bytes, timings), faster)
+    return agreeing(menu, space.linked)
 
 
 @dataclass(frozen=True)

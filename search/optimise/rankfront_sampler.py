@@ -51,7 +51,7 @@ class RankfrontSampler(BaseSampler):
     # -- Optuna's interface
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {site: IntDistribution(0, len(found) - 1) for site, found in self.space.options.items()}
+        return {name: IntDistribution(0, count - 1) for name, count in self.space.counts.items()}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

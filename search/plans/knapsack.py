@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from rankfront.methods import InputError
+from rankfront.search.plans.agreed import Agreed, least
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING
 
@@ -41,6 +42,8 @@ def knapsack_several(
     Exact where ``gap`` is 0, else at most that much worse, relative to the optimum. ``losses`` replace the menu's
     divergences, line by line; infinite ones are never taken. Raises `InputError` where no plan meets all budgets.
     """
+    if menu.bases:
+        return _agreed(menu, budget, others, losses, gap)
     sizes = [len(line.options) for line in menu.lines]
     starts = np.cumsum([0, *sizes])[:-1]
     stored = np.concatenate([line.sizes - line.sizes[0] for line in menu.lines])
@@ -70,6 +73,19 @@ def knapsack_several(
         tighter -= 2**attempt * np.maximum(over, 0)  # the solver's tolerance let it through
     wanted = f"a budget of {budget:,.6g} and {len(others)} more"
     raise InputError(f"no plan meets {wanted}: raise one, or offer lower levels in space.keep")
+
+
+def _agreed(
+    menu: Menu, budget: float, others: Sequence[Budget], losses: Sequence[np.ndarray] | None, gap: float
+) -> Places:
+    """The same where lines have to agree, base by base."""
+    ends = np.cumsum([len(line.options) for line in menu.lines])[:-1]
+
+    def solve(agreed: Agreed, reduced: Menu, own: list[np.ndarray]) -> Places:
+        left = [replace(o, changes=np.concatenate(agreed.gathered(np.split(o.changes, ends)))) for o in others]
+        return knapsack_several(reduced, budget, left, own, gap)
+
+    return least(menu, [line.divergence for line in menu.lines] if losses is None else losses, solve)
 
 
 def _one_each(menu: Menu) -> list[LinearConstraint]:

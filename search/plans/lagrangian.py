@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rankfront.methods import InputError
+from rankfront.search.plans.agreed import least
 from rankfront.search.plans.menu import Menu, Places
 from rankfront.search.tuning import TUNING
 
@@ -44,7 +45,7 @@ class Lagrangian:
         widest = max(len(line.options) for line in lines)
         self._loss = np.full((len(lines), widest), NEVER)
         self._saved = np.zeros((len(lines), widest))
-        used = [line.divergence for line in lines] if losses is None else losses
+        used = self._used = [line.divergence for line in lines] if losses is None else losses
         for i, (line, loss) in enumerate(zip(lines, used, strict=True)):
             self._loss[i, : len(loss)] = np.minimum(loss, NEVER)
             self._saved[i, : len(loss)] = line.sizes[0] - line.sizes
@@ -63,6 +64,8 @@ class Lagrangian:
     def solve(self, budget: float) -> Places:
         """A plan of nearly least loss within ``budget`` stored values; `InputError` where nothing fits."""
         check_budget(self.menu, budget)
+        if self.menu.bases:
+            return least(self.menu, self._used, lambda agreed, menu, losses: Lagrangian(menu, losses).solve(budget))
         places = np.array(self.menu.cheapest)
         low, high = self._multipliers
         for _ in range(TUNING.bisections):

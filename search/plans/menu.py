@@ -58,9 +58,16 @@ class Menu:
     Lines that share weights are rivals: of those at most one is treated, and the others stand at dense, index 0,
     whatever becomes of their weights. Every weight that a joint line claims has a line of its own, if only with dense
     on it; ValueError otherwise.
+
+    Attributes:
+        lines: them.
+        bases: where lines have to agree, the choices that every plan is one of, but for ``moves``; the first is dense.
+        moves: what may be done to a base, at the lines where it is not 0; no two at one line.
     """
 
     lines: tuple[Line, ...]
+    bases: tuple[Places, ...] = ()
+    moves: tuple[Places, ...] = ()
 
     def __post_init__(self) -> None:
         alone = {line.site for line in self.lines if not line.weights}
@@ -92,7 +99,8 @@ class Menu:
             return self
         share = np.asarray(weights) / np.sum(weights) / np.maximum(self.costs(self.untreated), 1)
         sizes = [np.ceil(TUNING.grains * np.minimum(share @ line.costs, 1)).astype(int) for line in self.lines]
-        return Menu(tuple(replace(line, sizes=own, more=()) for line, own in zip(self.lines, sizes, strict=True)))
+        lines = tuple(replace(line, sizes=own, more=()) for line, own in zip(self.lines, sizes, strict=True))
+        return replace(self, lines=lines)
 
     @cached_property
     def even(self) -> Menu:
@@ -124,6 +132,8 @@ class Menu:
     @cached_property
     def cheapest(self) -> Places:
         """The choice that stores least."""
+        if self.bases:
+            return min((moved(base, self.moves) for base in self.bases), key=self.size)
         # A joint line at dense is its single ones at dense, which are options of their own.
         sizes = [np.append(np.inf, line.sizes[1:]) if line.weights else line.sizes for line in self.lines]
         least = [float(own.min()) for own in sizes]
@@ -159,6 +169,14 @@ class Menu:
         return {
             (own.site, o): (line, place) for line, own in enumerate(self.lines) for place, o in enumerate(own.options)
         }
+
+
+def moved(base: Places, moves: Iterable[Places]) -> Places:
+    """The choice ``base`` with ``moves`` made."""
+    found = list(base)
+    for move in moves:
+        found = [there or here for here, there in zip(found, move, strict=True)]
+    return tuple(found)
 
 
 Size = Callable[[Site, Option], int]  # what budgets count, of an option or dense

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -13,8 +13,10 @@ import optuna
 from rankfront.methods import DENSE, InputError, Option, Site, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.names import Place
+from rankfront.search.plans.linked import servable
 from rankfront.search.plans.plan import Plan
-from rankfront.search.plans.variables import DENSE_KEEP, Choices, Parameters, Single, Tied, Variable
+from rankfront.search.plans.variables import DENSE_KEEP, Choices, Linked, Parameters, Single, Tied, Variable
+from rankfront.search.servable import held_by_all
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Space:
     Raises `InputError` where nothing is left to choose.
     """
 
+    linked: Sequence[Linked] = ()
+
     def __init__(
         self, sites: Mapping[Site, Place], config: SpaceConfig, groups: int, alone: frozenset[str] = frozenset()
     ) -> None:
@@ -48,7 +52,7 @@ class Space:
         self.config = config
         self.groups = groups
         self.alone = alone
-        self.choices = _choices(sites, config)
+        self.choices, self.linked = _choices(sites, config)
 
     @property
     def methods(self) -> list[str]:
@@ -65,8 +69,11 @@ class Space:
     def variables(self) -> list[Variable]:
         """One variable per kind of projection and band of depth; one per site where ``groups`` is 0.
 
-        Sites of a group that differ in what they may choose (by a rule, say) get variables of their own.
+        Sites of a group that differ in what they may choose (by a rule, say) get variables of their own. Where a format
+        wants sites to agree, `Linked` ones stand for all.
         """
+        if self.linked:
+            return list(self.linked)
         if self.groups == 0:
             return [Single.of(site, choices) for site, choices in self.choices.items()]
         grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], dict[str, Choices]] = {}
@@ -112,15 +119,25 @@ class Space:
 
     @cached_property
     def options(self) -> dict[str, tuple[Option, ...]]:
-        """The options of each site that has a variable of its own, in the variable's order."""
+        """The options of each site that is decided for alone, or with others at once, dense first."""
+        if self.linked:
+            return {site.name: Single.of(site, choices).options for site, choices in self.choices.items()}
         return {variable.name: variable.options for variable in self.variables if isinstance(variable, Single)}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Variable -> how many values it has, of those that are one integer."""
+        return {each.name: each.count for each in self.variables if isinstance(each, Single | Linked)}
+
     def encode(self, plan: Plan) -> Parameters:
-        """A trial's parameters for ``plan``; ValueError where one of its sites has no variable of its own."""
-        tied = plan.by_site.keys() - self.options.keys()
-        if tied:
-            raise ValueError(f"the variables of this space are tied: {min(tied)!r} has none of its own")
-        return {site: options.index(plan.option(site)) for site, options in self.options.items()}
+        """A trial's parameters for ``plan``; ValueError where they cannot stand for it, as where variables are tied."""
+        drawn: Parameters = {
+            each.name: each.place(plan) for each in self.variables if isinstance(each, Single | Linked)
+        }
+        missed = plan.choices != self.decode(drawn).choices
+        if missed:
+            raise ValueError("the variables of this space are tied, and none of their values stand for this plan")
+        return drawn
 
     def decode(self, parameters: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Plan:
         """The plan that a trial's parameters stand for. Samplers draw every variable: of sites that share weights the
@@ -173,8 +190,9 @@ class Space:
         return found + [Anchor(method, keep) for keep in levels for method in self.methods]
 
 
-def _choices(sites: Mapping[Site, Place], config: SpaceConfig) -> dict[Site, Choices]:
-    """What each site may take, of those that may take anything; `InputError` where none may."""
+def _choices(sites: Mapping[Site, Place], config: SpaceConfig) -> tuple[dict[Site, Choices], list[Linked]]:
+    """What each site may take, of those that may take anything, and what takes it together; `InputError` where none
+    may."""
     chosen = [site for site, place in sites.items() if _included(site, place, config)]
     if not chosen:
         raise InputError(
@@ -183,9 +201,16 @@ def _choices(sites: Mapping[Site, Place], config: SpaceConfig) -> dict[Site, Cho
         )
     choices = {site: _choices_at(site, config) for site in chosen}
     choices = {site: found for site, found in choices.items() if found.options}
+    kept, linked = servable(choices, sites, config)
+    if kept:
+        return kept, linked
     if choices:
-        return choices
-    methods = [name for name in config.methods if name != DENSE]
+        raise InputError(
+            f"the space is empty: {' and '.join(config.servable)} would hold no plan at its size: plain wants an MLP in"
+            " every block for one width, and attention and MLP of a block to leave it out; all formats keep the first"
+            " attention"
+        )
+    methods = [name for name in config.methods if name != DENSE and held_by_all(config.servable, name)]
     reasons = [(name, site.name, get_method(name).refuses(site)) for site in chosen for name in methods]
     if reasons and all(reason for _, _, reason in reasons):
         name, place, reason = reasons[0]
@@ -201,7 +226,8 @@ def _choices_at(site: Site, config: SpaceConfig) -> Choices:
     for rule in config.rule:
         if fnmatchcase(site.name, rule.match):
             methods, keep = rule.methods or methods, rule.keep or keep
-    methods = tuple(name for name in methods if name != DENSE)  # dense is an option everywhere, named or not
+    # dense is an option everywhere, named or not
+    methods = tuple(name for name in methods if name != DENSE and held_by_all(config.servable, name))
     grid = config.grid(keep)
     offered = {name: get_method(name).options(site, grid) for name in methods}
     options = {(name, level): option for name, found in offered.items() for level, option in found.items()}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import optuna
 
 from rankfront.methods import DENSE_OPTION, Option, Site, get_method
+from rankfront.search.plans.plan import Plan
 
 DENSE_KEEP = 1.0
 Parameters = dict[str, int | str]  # of a trial: variable -> what was drawn
@@ -117,8 +118,15 @@ class Single:
     def members(self) -> Collection[str]:
         return (self.name,)
 
+    @property
+    def count(self) -> int:
+        return len(self.options)
+
+    def place(self, plan: Plan) -> int:
+        return self.options.index(plan.option(self.name))
+
     def suggest(self, trial: optuna.Trial) -> Parameters:
-        return {self.name: trial.suggest_int(self.name, 0, len(self.options) - 1)}
+        return {self.name: trial.suggest_int(self.name, 0, self.count - 1)}
 
     def encode(self, method: str, keep: float) -> Parameters:
         own = method if method in self.choices.methods else self.choices.methods[0]
@@ -126,3 +134,45 @@ class Single:
 
     def decode(self, parameters: Mapping[str, Any]) -> dict[str, Option]:
         return {self.name: self.options[int(parameters.get(self.name, 0))]}
+
+
+@dataclass(frozen=True)
+class Linked:
+    """What several sites take together, by its place in ``together``: nothing first, then by falling cost.
+
+    Attributes:
+        anchor: the site that a plan's value is read off.
+        method: of all options.
+        levels: kept fraction -> the place of what is offered there, 0 where nothing is.
+        together: site -> option, of all sites or of none.
+        common: whether it is what others are exceptions from.
+    """
+
+    name: str
+    anchor: str
+    method: str
+    levels: Mapping[float, int]
+    together: tuple[Mapping[str, Option], ...]
+    common: bool = False
+
+    @property
+    def members(self) -> Collection[str]:
+        return self.together[-1].keys()
+
+    @property
+    def count(self) -> int:
+        return len(self.together)
+
+    def place(self, plan: Plan) -> int:
+        own = plan.option(self.anchor)
+        return next((place for place, each in enumerate(self.together) if each.get(self.anchor) == own), 0)
+
+    def suggest(self, trial: optuna.Trial) -> Parameters:
+        return {self.name: trial.suggest_int(self.name, 0, self.count - 1)}
+
+    def encode(self, method: str, keep: float) -> Parameters:
+        near = min(self.levels, key=lambda level: abs(level - keep))
+        return {self.name: self.levels[near] if method == self.method and keep < DENSE_KEEP else 0}
+
+    def decode(self, parameters: Mapping[str, Any]) -> dict[str, Option]:
+        return dict(self.together[int(parameters.get(self.name, 0))])

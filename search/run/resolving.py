@@ -12,7 +12,7 @@ from rankfront.methods import InputError
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, preferred_loss
 from rankfront.search.inputs.device import count_devices, pick_device, pick_dtype
-from rankfront.search.inputs.model import load_tokenizer
+from rankfront.search.inputs.model import load_tokenizer, read_config
 from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.resolve import resolve
@@ -21,6 +21,7 @@ from rankfront.search.inputs.text import LAST, cut, hash_tokens, scattered
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.latency_table import timed_objectives
+from rankfront.search.serve.writing import check_servable
 from rankfront.search.storage.folder import Run
 
 SCATTERED = "scattered"  # the order of windows of the search split where a trial reads some of them
@@ -47,6 +48,8 @@ def make_setup(
         )
     dtype = pick_dtype(earlier.get("dtype", config.model.dtype), device)
     cache = cache_folder().resolve()
+    if config.space.servable:
+        check_servable(read_config(source), config.space.servable)
     outline = outline_of(source, config.model.attention)
     outline.capacity.check_length(config.data.length, "data.length")  # before minutes of sampling
     own = OwnText(source, dtype, device, cache, own_text(run) if drawn is None else drawn, progress)

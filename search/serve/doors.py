@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from rankfront.search.choices import Format
-
-WIDTHS, ONE_WIDTH = "a width for each block", "one width for all blocks"
-HALVES, WHOLE_BLOCKS = "attention or MLP", "whole blocks"
-EVERYTHING = "every method"
+from rankfront.search.servable import KEEPS
 
 
 @dataclass(frozen=True)
@@ -22,8 +19,7 @@ class Door:
 
     Attributes:
         written: what the folder holds.
-        keeps: method -> what of it the format holds at the size of the plan. All others are multiplied out to dense
-            weights, heads whole; `EVERYTHING` stands for all methods.
+        keeps: see `KEEPS`.
         engines: name -> what it asks for beside; those that open it.
     """
 
@@ -31,27 +27,23 @@ class Door:
     keeps: Mapping[str, str]
     engines: Mapping[str, str]
 
-    def holds(self, method: str) -> str | None:
-        """What of ``method`` it holds at the size of the plan; None where it is multiplied out."""
-        return self.keeps.get(EVERYTHING, self.keeps.get(method))
-
 
 STEP_256 = "MLP widths in multiples of 256"
 DOORS: Mapping[Format, Door] = {
-    "factored": Door("factors, as they are", {EVERYTHING: "as factors"}, {"transformers": ""}),
+    "factored": Door("factors, as they are", KEEPS["factored"], {"transformers": ""}),
     "dense": Door(
         "the dense model's shapes",
-        {},
+        KEEPS["dense"],
         dict.fromkeys(("transformers", "vLLM", "SGLang", "mlx-lm", "TensorRT-LLM"), ""),
     ),
     "plain": Door(
         "the model's own class, smaller",
-        {"nystrom": ONE_WIDTH, "drop-block": WHOLE_BLOCKS},
+        KEEPS["plain"],
         dict.fromkeys(("transformers", "vLLM", "SGLang", "mlx-lm", "TensorRT-LLM"), ""),
     ),
     "nemotron-nas": Door(
         "`DeciLMForCausalLM`",
-        {"nystrom": WIDTHS, "drop-block": HALVES},
+        KEEPS["nemotron-nas"],
         {
             "transformers": "`trust_remote_code`",
             "vLLM": "`trust_remote_code`",
@@ -62,7 +54,7 @@ DOORS: Mapping[Format, Door] = {
     ),
     "gguf": Door(
         "`model.gguf`",
-        {"nystrom": WIDTHS, "drop-block": HALVES},
+        KEEPS["gguf"],
         {"llama.cpp": ""},
     ),
 }

@@ -11,8 +11,14 @@ FAMILY = ("llama", "mistral", "qwen2")  # model types that differ in biases alon
 
 
 def check(structure: Structure, form: str) -> None:
-    """Raise `InputError` where the dense model of ``structure`` is none that ``form`` can describe."""
-    config = structure.config
+    """Raise `InputError` where ``form`` can describe nothing of what ``structure`` is."""
+    check_model(structure.config, form)
+    if not structure.blocks:
+        raise InputError(f"{form} needs a block that does something and the plan leaves out all of them")
+
+
+def check_model(config: Any, form: str) -> None:
+    """Raise `InputError` where a dense model of this configuration is none that ``form`` can describe."""
     if config.model_type not in FAMILY:
         raise InputError(
             f"{form} describes decoders of type {', '.join(FAMILY)} and this model is {config.model_type!r}: use"
@@ -26,8 +32,6 @@ def check(structure: Structure, form: str) -> None:
             f"{form} has no sliding windows and this model's attention sees {window} of"
             f" {config.max_position_embeddings} positions: use --format plain"
         )
-    if not structure.blocks:
-        raise InputError(f"{form} needs a block that does something and the plan leaves out all of them")
 
 
 def sliding_window(config: Any) -> int | None:

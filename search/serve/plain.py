@@ -43,14 +43,14 @@ def write_plain(structure: Structure, folder: Path) -> int:
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[block.number] for block in structure.blocks]
     if structure.width:
-        setattr(config, _neurons(config), widths[0])
+        setattr(config, width_key(config), widths[0])
     with torch.device("meta"):
         target: Any = AutoModelForCausalLM.from_config(config)
     return save(structure, target, folder)
 
 
-def _neurons(config: Any) -> str:
-    """What ``config`` calls the width of its MLPs."""
+def width_key(config: Any) -> str:
+    """What ``config`` calls the width of its MLPs; `InputError` where it does not say."""
     found = next((name for name in NEURONS if hasattr(config, name)), None)
     if found is None:
         raise InputError(f"a {type(config).__name__} does not say how wide its MLPs are: use --format dense")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankfront.methods import DENSE, Option
 from rankfront.search.choices import Format
-from rankfront.search.serve.doors import DOORS
+from rankfront.search.servable import holds
 from rankfront.search.serve.folder import save
+from rankfront.search.serve.llama_like import check_model
+from rankfront.search.serve.plain import width_key, write_plain
 from rankfront.search.serve.structure import Structure
 
 SERVED: tuple[Format, ...] = ("plain", "nemotron-nas", "gguf")  # what `Structure`s are written as
@@ -36,8 +38,6 @@ def write(
         return Written(save(structure, structure.skeleton, folder))
     structure = Structure(model)
     if form == "plain":
-        from rankfront.search.serve.plain import write_plain
-
         return Written(write_plain(structure, folder))
     if form == "nemotron-nas":
         from rankfront.search.serve.nemotron_nas import steps_of_256, write_nemotron_nas
@@ -55,6 +55,15 @@ def write(
     return Written(values, tuple(notes))
 
 
+def check_servable(config: Any, forms: Collection[Format]) -> None:
+    """Raise `InputError` where one of ``forms`` cannot describe a model of this configuration, whatever the plan."""
+    for form in forms:
+        if form == "plain":
+            width_key(config)
+        elif form in ("nemotron-nas", "gguf"):
+            check_model(config, form)
+
+
 def _zeros(structure: Structure) -> list[str]:
     """Where engines want an attention, which is written as zeros."""
     if structure.blocks[0].attention:
@@ -66,7 +75,7 @@ def multiplied_out(options: Mapping[str, Option], form: Format) -> str | None:
     """What of a plan, site name -> option, ``form`` holds as dense weights, in a line; None where there is nothing."""
     lost: dict[str, int] = {}
     for option in options.values():
-        if option.method != DENSE and DOORS[form].holds(option.method) is None:
+        if option.method != DENSE and holds(form, option.method) is None:
             lost[option.method] = lost.get(option.method, 0) + 1
     if not lost:
         return None

@@ -1,0 +1,33 @@
+"""What each format of exports holds of a plan at its size, which spaces are filtered by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from rankfront.search.choices import Format
+
+WIDTHS, ONE_WIDTH = "a width for each block", "one width for all blocks"
+HALVES, WHOLE_BLOCKS = "attention or MLP", "whole blocks"
+EVERYTHING = "every method"
+# Format -> method -> what of it stays as small as the plan has it. All others are multiplied out to dense weights,
+# heads whole; `EVERYTHING` stands for all methods.
+KEEPS: Mapping[Format, Mapping[str, str]] = {
+    "factored": {EVERYTHING: "as factors"},
+    "dense": {},
+    "plain": {"nystrom": ONE_WIDTH, "drop-block": WHOLE_BLOCKS},
+    "nemotron-nas": {"nystrom": WIDTHS, "drop-block": HALVES},
+    "gguf": {"nystrom": WIDTHS, "drop-block": HALVES},
+}
+STEPS: Mapping[str, int] = {"gguf": 32}  # what widths are multiples of: the blocks of Q8_0, Q4_0 and others like them
+FIRST_ATTENTION = ("nemotron-nas", "gguf")  # formats that have attention in the first block, of zeros where it was gone
+
+
+def holds(form: Format, method: str) -> str | None:
+    """What of ``method`` a format holds at the size of the plan; None where it is multiplied out."""
+    keeps = KEEPS[form]
+    return keeps.get(EVERYTHING, keeps.get(method))
+
+
+def held_by_all(forms: Collection[Format], method: str) -> bool:
+    """Whether every one of these formats holds ``method`` at the size of the plan."""
+    return all(holds(form, method) is not None for form in forms)
