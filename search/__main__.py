@@ -1,4 +1,4 @@
-"""The command line: launch, solve, front, menu, show, export, heal, slice, convert, evaluate, methods, engines."""
+"""rankfront makes language models smaller: by one command, compress, or step by step, from init to export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 import rankfront
 from rankfront.methods import InputError
-from rankfront.search.commands import exporting, listing, reading, studies, training
+from rankfront.search.commands import compressing, exporting, listing, reading, studies, training
 from rankfront.search.errors import ExportError, GaveUp, Interrupted
 from rankfront.search.plain import plain
 
@@ -38,7 +38,7 @@ def _options(
     pass
 
 
-for commands in (studies, reading, exporting, training, listing):
+for commands in (compressing, studies, reading, exporting, training, listing):
     app.add_typer(commands.app)
 
 

@@ -13,3 +13,4 @@ Window = Literal["block", "half"]
 TeacherChoice = Literal["auto", "beside", "cached"]
 OURS = "rankfront"
 SAMPLERS = (OURS, "random", "tpe", "nsga2", "nsga3", "gp")
+Effort = Literal["auto", "quick", "normal"]

@@ -67,7 +67,7 @@ class Strict(BaseModel):
 KNOWN = {"pydoc", "self", *BUNDLED}  # names that no file stands for
 
 
-def _located(name: str) -> str:
+def located(name: str) -> str:
     """The absolute path of a file or folder called ``name``, or ``name`` where there is none; ``~`` is the home."""
     if name in KNOWN or name.startswith("hub:") or own_text_seed(name) is not None:
         return name
@@ -75,7 +75,7 @@ def _located(name: str) -> str:
     return str(path.absolute()) if path.exists() or name.startswith("~") else name
 
 
-Name = Annotated[str, AfterValidator(_located)]  # of something known by name, or a path
+Name = Annotated[str, AfterValidator(located)]  # of something known by name, or a path
 
 
 class ModelConfig(Strict):
@@ -492,14 +492,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def make_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> StudyConfig:
     """A validated study from plain data; `InputError` with one line naming the first thing wrong."""
     try:
-        data = copy.deepcopy(data)
-        for override in overrides:
-            _override(data, override)
-        return StudyConfig.model_validate(data)
+        return StudyConfig.model_validate(overridden(data, overrides))
     except ValidationError as error:
         raise InputError(_one_line(error.errors()[0])) from error
     except RecursionError as error:
         raise InputError("the study is nested deeper than any key of it: write tables in tables, no more") from error
+
+
+def overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``data`` with ``KEY=VALUE`` overrides applied; `InputError` where one does not read as that."""
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _override(data, override)
+    return data
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -206,7 +206,7 @@ def command_lines():
 
 @pytest.mark.parametrize("line", command_lines())
 def test_every_command_that_is_shown_parses(line):
-    words = shlex.split(line.partition("   #")[0])[1:]
+    words = shlex.split(re.split("   #| > ", line)[0])[1:]
     if words[0] in ("COMMAND", "--version"):
         return
     command = COMMANDS[words[0]]

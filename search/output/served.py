@@ -171,6 +171,7 @@ def _in_llama_cpp(file: Path, model: Any, windows: Tensor, kind: str) -> str:
 
 
 RUN: Mapping[Format, str] = {
+    "factored": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
     "dense": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
     "plain": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
     "nemotron-nas": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
