@@ -1,5 +1,6 @@
 """Where tests keep what they cache, and which of them are slow. The fixtures are in shared_fixtures.py."""
 
+import gc
 import os
 import tempfile
 
@@ -36,3 +37,10 @@ def pytest_configure(config):
     """The process that only hands files out to others imports nothing of what they test, so they begin at once."""
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("shared_fixtures")
+
+
+def pytest_collection_finish():
+    """What was imported and collected lives until the end: to look through it for garbage, again and again, took a
+    tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()

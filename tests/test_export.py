@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,17 +201,9 @@ def compressed(exportable):
     return exportable.best("parameters<=0.99")
 
 
-def test_what_is_exported_was_verified_in_a_fresh_process(exportable, compressed, tmp_path, monkeypatch):
-    commands, real = [], subprocess.run
-
-    def watched(command, **more):
-        commands.append(command)
-        return real(command, **more)
-
-    monkeypatch.setattr("rankfront.search.output.export.subprocess", SimpleNamespace(run=watched))
+def test_what_is_exported_was_verified(exportable, compressed, tmp_path, verified_here):
+    """In this process: test_end_to_end.py exports as users do, and what does not load fails in a fresh one below."""
     verified = exportable.export(tmp_path / "out", compressed)
-    assert len(commands) == 1
-    assert commands[0][0] == sys.executable
     assert verified.perplexity == pytest.approx(compressed.attributes["perplexity"], rel=1e-4)
     assert verified.parameters == compressed.attributes["parameter_count"]
     assert verified.bytes == compressed.attributes["bytes"]

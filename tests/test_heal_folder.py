@@ -1,16 +1,14 @@
 """`rankfront heal`: from an exported folder to a healed one, killed on the way, and what it refuses."""
 
+import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 
 import common
-import launching
 import pytest
 import torch
-from launching import finish, make_run, small_data, started, tree, verify_here, wait_for
+from launching import PATIENCE, finish, make_run, small_data, started, tree, verify_here, wait_for
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import InputError
@@ -117,13 +115,18 @@ def test_two_processes_heal_as_one(exported, text_file, tmp_path, verified_here)
     """Data-parallel: half of every batch each, the same steps, one folder."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert command_line(arguments(exported, text_file, alone, stages="logits")) == 0
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *launching.command()]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments(exported, text_file, together, stages="logits"), "--json"],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)["stages"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    asked = [*arguments(exported, text_file, together, stages="logits"), "--json"]
+    with contextlib.ExitStack() as stack:  # as torchrun starts them
+        both = [
+            stack.enter_context(started(*asked, **group, RANK=rank, LOCAL_RANK=rank)) for rank in map(str, range(2))
+        ]
+        said = [process.communicate(timeout=PATIENCE) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[1][0] == ""
+    printed = json.loads(said[0][0])["stages"]
     found = json.loads((alone / "healing.json").read_text())["stages"]
     for key in ("before", "after"):
         assert printed[0][key] == pytest.approx(found[0][key], rel=5e-3)  # products in bfloat16

@@ -25,9 +25,9 @@ from rankfront.search.study import Study
 
 pytestmark = pytest.mark.usefixtures("verified_here")
 
-TOKENS, SIZE = 54_000, "parameters<=0.99"
-HALVING = {"tokens": TOKENS, "stages": ["logits"], "sizes": [SIZE], "entrants": 6, "eta": 2}
-PLANS = (6, 3, 1)  # that go through each rung
+TOKENS, SIZE = 27_000, "parameters<=0.99"
+HALVING = {"tokens": TOKENS, "stages": ["logits"], "sizes": [SIZE], "entrants": 4, "eta": 2}
+PLANS = (4, 2, 1)  # that go through each rung
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_plan_enters_one_size(unhealed, monkeypatch):
 # -- stops
 
 
-@pytest.mark.parametrize("stop", [2, 6, "scoring"])
+@pytest.mark.parametrize("stop", [2, 4, "scoring"])
 def test_a_halving_that_is_stopped_ends_as_one_that_was_not(halved, unhealed, stop):
     """Ctrl-C in the first rung, before the second, and after everything but the scores."""
     folder, made = halved

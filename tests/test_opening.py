@@ -103,7 +103,7 @@ def test_the_front_is_measured_though_its_centre_fails(data, tmp_path, monkeypat
     assert set(origins[2:]) & set(FRONT)
 
 
-@pytest.mark.parametrize("more", range(10, 30, 6))
+@pytest.mark.parametrize("more", [10, 22])
 def test_slopes_wait_for_what_is_queued_and_keep_to_the_limit(data, tmp_path, more):
     """Whatever the limit leaves, slopes are not the last thing that is measured, and no limit is missed by more."""
     study = make_run(data | {"search": data["search"] | {"trials": 2}}, tmp_path / "first")
@@ -173,7 +173,7 @@ def test_the_front_is_measured_at_round_fractions_of_what_is_searched(data, tmp_
     assert sorted(shares, reverse=True) == shares
 
 
-@pytest.mark.parametrize("most", [0.38, 0.55, 0.73])
+@pytest.mark.parametrize("most", [0.38, 0.73])
 def test_what_a_limit_allows_is_opened_and_slopes_measured_below_it(data, tmp_path, most):
     """Above the reference plan, and below it, where it is what the limit leaves; below all that is opened otherwise."""
     data["search"]["where"] = [f"block_parameters<={most}"]

@@ -38,6 +38,13 @@ def short_of_memory(monkeypatch, which, times):
     return measured
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model_folder, text_file, tmp_path_factory):
+    """What every trial gave where nothing ran short."""
+    data = small_data(model_folder, text_file, trials=TRIALS)
+    return values_of(make_run(data, tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -46,7 +53,7 @@ def short_of_memory(monkeypatch, which, times):
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
     ],
 )
-def test_a_passing_shortage_of_memory_costs_nothing(data, tmp_path, monkeypatch, error):
+def test_a_passing_shortage_of_memory_costs_nothing(data, undisturbed, tmp_path, monkeypatch, error):
     """Of whatever kind: the same trial is measured again, and the study is the one that never ran short."""
     calls, trial = itertools.count(), MEASURES["trial"]
 
@@ -55,10 +62,9 @@ def test_a_passing_shortage_of_memory_costs_nothing(data, tmp_path, monkeypatch,
             raise error
         return trial(self, job)
 
-    undisturbed = make_run(data, tmp_path / "undisturbed")
     monkeypatch.setitem(MEASURES, "trial", short)
     study = make_run(data, tmp_path / "run")
-    assert values_of(study) == values_of(undisturbed)
+    assert values_of(study) == undisturbed
     assert len(study.rows()) == TRIALS
 
 

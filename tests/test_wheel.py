@@ -56,7 +56,8 @@ def test_the_wheel_holds_the_packages_and_nothing_generic(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rankfront"}
     for package in PACKAGES:
         on_disk = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
-        on_disk |= {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.json")}
+        for data in ("*.json", "*.html"):
+            on_disk |= {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob(data)}
         assert {name.partition("/")[2] for name in names if name.startswith(f"rankfront/{package}/")} == on_disk
     assert {name for name in names if name.count("/") == 1 and name.startswith("rankfront/")} == {
         "rankfront/__init__.py",
