@@ -56,7 +56,7 @@ class IntegerMatrix(nn.Module):
         tokens = nn.functional.pad(x.reshape(-1, self.columns), (0, self.width - self.columns)).contiguous()
         if self.bits == 8:
             if not torch.compiler.is_compiling():  # graphs hold tensors of torch's own
-                self.align()
+                self.integers = aligned(self.integers)
                 tokens = aligned(tokens)
             y = torch.ops.aten._weight_int8pack_mm(tokens, self.integers, self.scales)
         else:
@@ -71,8 +71,12 @@ class IntegerMatrix(nn.Module):
         super()._load_from_state_dict(*arguments)
         self.packed = None  # of integers that are others now
 
-    def align(self) -> None:
-        """Move the integers to where the packed kernel may read them."""
+    def loaded(self) -> None:
+        """Called once the values are: scales stay fixed like what they scale, integers go where kernels may read them.
+
+        A step that is small for a weight is larger than a scale.
+        """
+        self.scales.requires_grad_(False)
         self.integers = aligned(self.integers)
 
     def _packable(self, x: Tensor) -> bool:

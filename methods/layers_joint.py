@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods.adaptable import multiply
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
 
 CACHED = {"key": 1, "value": 2}  # role -> the setting ``cached`` of a projection whose outputs are cached
@@ -70,7 +71,7 @@ class HeadsLinear(nn.Module):
         return spread.flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._spread(nn.functional.linear(x, self.weight, self.bias))
+        return self._spread(multiply(self, "weight", x, self.bias))
 
     @staticmethod
     def formula(settings: Settings) -> str:
@@ -169,7 +170,7 @@ class FromHeadsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = x.unflatten(-1, (self.heads, self.width))[..., : self.kept].flatten(-2)
-        return nn.functional.linear(kept, self.weight, self.bias)
+        return multiply(self, "weight", kept, self.bias)
 
     @staticmethod
     def formula(settings: Settings) -> str:
@@ -211,7 +212,7 @@ class PlainLinear(nn.Module):
         self.in_features = weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        return multiply(self, "weight", x, self.bias)
 
     @staticmethod
     def formula(settings: Settings) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods._training import balance_pair
+from rankfront.methods.adaptable import adapted, multiply
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, row_scale
 
@@ -31,10 +32,10 @@ class LowRankLinear(nn.Module):
         self.place = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = None if self.joined is None else self.joined.part(self, x)  # (..., r)
+        hidden = None if self.joined is None or adapted(self, "right") else self.joined.part(self, x)  # (..., r)
         if hidden is None:
-            hidden = nn.functional.linear(x, self.right)
-        return nn.functional.linear(hidden, self.left, self.bias)  # (..., m)
+            hidden = multiply(self, "right", x)
+        return multiply(self, "left", hidden, self.bias)  # (..., m)
 
     def balance(self) -> None:
         balance_pair(self.left, self.right)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankfront.methods._sizes import packed_bits
 from rankfront.methods._sparse import SparseRows, gather_rows, pack_mask, scatter_rows
 from rankfront.methods._training import unit_rows
+from rankfront.methods.adaptable import multiply
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter
 
 
@@ -66,7 +67,7 @@ class DictionaryLinear(SparseRows):
         if self.multiplied_out:
             weight = self.kept(lambda: self.matrix().to(self.values.dtype), self.values, self.support, self.right)
             return nn.functional.linear(x, weight, self.bias)
-        hidden = nn.functional.linear(x, self.right)  # (..., k)
+        hidden = multiply(self, "right", x)  # (..., k)
         return nn.functional.linear(hidden, self.sparse_matrix(), self.bias)  # (..., m)
 
     @staticmethod

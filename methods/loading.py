@@ -23,8 +23,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods._errors import InputError
+from rankfront.methods.adaptable import make_adaptable
 from rankfront.methods.joined import Joined
-from rankfront.methods.layers import empty_replacement, set_module
+from rankfront.methods.layers import empty_replacement, set_module, weight_of
 
 KEY = "rankfront"  # in a configuration, and the model type of one that has it
 FOLDER_FORMAT = 3
@@ -117,8 +118,14 @@ def place(model: Any, wanted: Replacements) -> None:
 
     Raises `InputError` where ``wanted`` does not fit ``model``.
     """
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # which adapters leave alone, as of dense models
+    shared = {*wanted.tied, *wanted.tied.values()}
     for path, spec in wanted.modules.items():
         module = _empty(model, path, spec)
+        dense = model.get_submodule(path)
+        if dense is not head and not isinstance(dense, nn.Embedding):
+            own = {name.removeprefix(f"{path}.") for name in shared if name.startswith(f"{path}.")}
+            make_adaptable(module, weight_of(dense).shape, own)
         if not hasattr(module, "weight"):
             # What initialises tensors that no file holds, such as the masks of GPT-Neo, looks up a block's weights
             # by name in GPT-2: it finds one that needs no values. No part of the state: it goes after loading.
@@ -140,8 +147,8 @@ def settle(model: Any, wanted: Replacements) -> None:
     for path in wanted.modules:
         vars(model.get_submodule(path)).pop("weight", None)
     for module in model.modules():
-        if hasattr(module, "align"):
-            module.align()
+        if hasattr(module, "loaded"):
+            module.loaded()
     for name in _tied_buffers(model, wanted):
         _share(model, name, wanted.tied[name])
     tie_factors(model, wanted)

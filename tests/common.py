@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -351,6 +351,22 @@ def random_plan(resident: Any, seed: int) -> Plan:
             for site, options in resident.compressed.space.wanted().items()
         }
     )
+
+
+def plan_with(resident: Any, methods: Iterable[str]) -> Plan:
+    """A plan that has each of ``methods`` at a site of its own, where one is left, the head and table first."""
+    chosen: dict[str, Option] = {}
+    taken: set[str] = set()
+    wanted = resident.compressed.space.wanted()
+    for method in methods:
+        for site, options in sorted(wanted.items(), key=lambda pair: ".layers." in pair[0].name):
+            paths = {path for weight in site.weights for path in (weight.path, *weight.tied)}
+            found = [option for option in options if option.method == method]
+            if found and taken.isdisjoint(paths):
+                chosen[site.name] = found[0]
+                taken |= paths
+                break
+    return Plan.of(chosen, resident.setup.origin())
 
 
 def arrived(given):

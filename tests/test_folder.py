@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from common import save_folder, tokens
+from common import plan_with, save_folder, tokens
 from launching import measured, small_data, verify_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -25,7 +25,6 @@ from rankfront.methods.folder_code import Base, folder_code
 from rankfront.methods.layers import layers
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
-from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 
 IDS = tokens(2, 24, seed=3)
@@ -40,21 +39,6 @@ FOLDERS = {  # name of a folder -> architecture, and the methods that its plan h
     "conv": ("gpt2", ("svd", "rtn-int4", "tucker", "oats")),
     "hola": ("qwen2", ("svd", "hola", "vo-svd")),
 }
-
-
-def plan_with(resident, methods):
-    """A plan that has each of ``methods`` at a site of its own, where one is left, the head and table first."""
-    chosen, taken = {}, set()
-    wanted = resident.compressed.space.wanted()
-    for method in methods:
-        for site, options in sorted(wanted.items(), key=lambda pair: ".layers." in pair[0].name):
-            paths = {path for weight in site.weights for path in (weight.path, *weight.tied)}
-            found = [option for option in options if option.method == method]
-            if found and taken.isdisjoint(paths):
-                chosen[site.name] = found[0]
-                taken |= paths
-                break
-    return Plan.of(chosen, resident.setup.origin())
 
 
 @pytest.fixture(scope="module")
