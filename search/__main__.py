@@ -10,7 +10,7 @@ import typer
 
 import rankfront
 from rankfront.methods import InputError
-from rankfront.search.commands import compressing, exporting, listing, reading, studies, training
+from rankfront.search.commands import compressing, doctor, exporting, listing, reading, studies, training
 from rankfront.search.errors import ExportError, GaveUp, Interrupted
 from rankfront.search.plain import plain
 
@@ -38,7 +38,7 @@ def _options(
     pass
 
 
-for commands in (compressing, studies, reading, exporting, training, listing):
+for commands in (compressing, studies, reading, exporting, training, listing, doctor):
     app.add_typer(commands.app)
 
 

@@ -81,6 +81,11 @@ def menu_parts(known: Attributes) -> list[Any] | None:
     return parts if len(parts) == jobs else None
 
 
+def menu_jobs_done(known: Attributes) -> int:
+    """How many of those jobs have a record."""
+    return sum(name.startswith(menu_part(0)[:-1]) for name in known)
+
+
 def menu_tokens(known: Attributes) -> int:
     """Tokens that those jobs ran through the model so far."""
     return sum(record[TOKENS] for name, record in known.items() if name.startswith(menu_part(0)[:-1]))

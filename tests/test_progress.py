@@ -13,7 +13,7 @@ GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_
 
 
 def line(calibrated):
-    config = SimpleNamespace(objectives={"perplexity": {}}, search=SimpleNamespace(time=None))
+    config = SimpleNamespace(objectives={"perplexity": {}}, search=SimpleNamespace(time=None, where=()))
     return line_of(Status(config, [], 0, 0.0, False), calibrated)
 
 
@@ -25,6 +25,38 @@ def test_the_line_has_all_figures_of_the_calibration():
 def test_the_line_says_where_predictions_are_poor():
     assert "poor: trust the measured trials" in line(Calibration(20, 0.987, 0.92, None, float("nan"), 0.5))
     assert "Spearman" not in line(None)
+
+
+def test_a_log_says_how_far_a_phase_is_and_how_long_it_will_take():
+    """One line where it begins, one now and then, one where it ends after long; none for what is over at once."""
+    now, console = [0.0], quiet()
+    display = Display(console, lambda: now[0])
+    for done in range(9):
+        display.phase("factor", done, 8)
+        now[0] += 20
+    display.phase("load", 0, 1)
+    display.phase("load", 1, 1)
+    display.phase("load", 0, 1)
+    assert console.file.getvalue().splitlines() == [
+        "factor (sites) ...",
+        "factor (sites): 2 of 8, 2 min left",
+        "factor (sites): 4 of 8, 80 s left",
+        "factor (sites): 6 of 8, 40 s left",
+        "factor (sites): 8 in 3 min",
+        "load the model ...",
+    ]
+
+
+def test_a_log_says_how_many_predictions_are_made():
+    console = quiet()
+    display = Display(console)
+    config = SimpleNamespace(
+        objectives={"perplexity": {}}, search=SimpleNamespace(time=None, where=(), trials=4, sampler="tpe")
+    )
+    for preparing in (("menu", 0, 1), ("menu", 1, 22), None):
+        display.search(Status(config, [], 0, 0.0, False, preparing))
+    assert console.file.getvalue().splitlines() == ["predict (jobs) ..."]
+    assert (display.phases["menu"].done, display.phases["menu"].total) == (22, 22)
 
 
 def test_reasons_and_names_are_printed_as_they_are():

@@ -16,8 +16,9 @@ from rankfront.search.estimate.draft import Subject, share_of_blocks
 from rankfront.search.estimate.probe import Probe
 from rankfront.search.factors.calibration import MEMORY_LIMIT
 from rankfront.search.factors.gradient import BATCH_TOKENS, PASS_TOKENS
-from rankfront.search.heal.memory import STATE, free_bytes
+from rankfront.search.heal.memory import STATE
 from rankfront.search.inputs.device import DTYPES
+from rankfront.search.inputs.memory import free_bytes
 from rankfront.search.inputs.own_text import BATCH, ROW
 from rankfront.search.inputs.source import cache_folder
 from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS

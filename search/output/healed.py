@@ -25,13 +25,14 @@ from rankfront.search.heal.adapter import adapt
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.healing import Healing, Show
 from rankfront.search.heal.keeper import Keeper
-from rankfront.search.heal.memory import check, free_bytes, need_of
+from rankfront.search.heal.memory import check, need_of
 from rankfront.search.heal.processes import Processes
 from rankfront.search.heal.scratch import initialise
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
+from rankfront.search.inputs.memory import free_bytes
 from rankfront.search.inputs.model import load_model, load_tokenizer, quantisation, read_config
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import blocks

@@ -38,6 +38,15 @@ class Preparation:
             return None
         return next((self.in_flight.prepare(job) for job in jobs if job.number not in self.in_flight.menu), None)
 
+    def progress(self, state: StudyState) -> tuple[str, int, int] | None:
+        """Kind of the jobs that are due, how many are done, and how many there are as far as is known; None once none
+        is due."""
+        jobs = self.strategy.jobs(state)
+        if not jobs:
+            return None
+        done = keys.menu_jobs_done(state.known) if jobs[0].kind == "menu" else 0
+        return jobs[0].kind, done, done + len(jobs)
+
     def alone(self, jobs: list[Job]) -> bool:
         """Whether nothing may run beside these: the latency table, which would have the others in its figures."""
         return any(job.kind == "timing" for job in jobs)

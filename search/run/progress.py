@@ -1,18 +1,24 @@
-"""What the terminal shows: bars for calibration and factorisation, then a live line of the search."""
+"""What the terminal shows of a launch: bars of its phases, then a live line of the search."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rankfront.search.attributes import BLOCK_PARAMETERS
+from rankfront.search.constraint import Constraint
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.optimise.accuracy import Calibration, calibration_of
 from rankfront.search.plain import literal
+from rankfront.search.quantities import said_time
 from rankfront.search.run.scheduler import Status
 from rankfront.search.storage.front import comparable, front_of
+from rankfront.search.storage.picking import holding
 
 BUDGETS = (
     0.9,
@@ -21,30 +27,60 @@ BUDGETS = (
     0.6,
     0.5,
 )  # kept fractions of the blocks at which the live line names the best so far
+TRIALS = "search (trials)"
 PHASES = {
     "sample": "sample own text",
     "load": "load the model",
     "calibrate": "calibrate (windows)",
     "factor": "factor (sites)",
+    "timing": "time options",
+    "menu": "predict (jobs)",
     "report": "measure the report split",
 }
+EVERY = 30.0  # seconds between lines of a log about one phase; guess
+WORTH = 5.0  # seconds that a phase takes at least for a log to say how long it took; guess
+
+
+@dataclass
+class _Phase:
+    """One that was begun: its bar, when it began and a log last spoke of it; since when it has its ``total``, and how
+    much was done then."""
+
+    bar: TaskID
+    began: float
+    spoke: float
+    since: float
+    first: int
+    total: int
+    done: int = 0
+
+    def left(self, now: float) -> float | None:
+        """Seconds that the rest takes at the pace until ``now``; None where nothing is done yet, or nothing left."""
+        done = self.done - self.first
+        return (now - self.since) * (self.total - self.done) / done if done > 0 and self.done < self.total else None
 
 
 class Display:
-    """Draws on ``console`` while it is entered. Without a terminal it prints a line per finished trial instead."""
+    """Draws on ``console`` while it is entered: a bar for every phase, with the time that is left.
 
-    def __init__(self, console: Console) -> None:
+    Without a terminal it prints lines instead: one where a phase begins, one every `EVERY` seconds while it goes on,
+    one where it ends after more than `WORTH` seconds, and one for each finished trial. ``clock`` gives seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
+        self.clock = clock
         self.bars = Progress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<24}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[status]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
-        self.tasks: dict[str, TaskID] = {}
+        self.phases: dict[str, _Phase] = {}
         self.reported = 0
 
     def __enter__(self) -> Display:
@@ -57,12 +93,33 @@ class Display:
         self.bars.__exit__(kind, error, trace)
 
     def phase(self, name: str, done: int, total: int, status: str = "") -> None:
-        """Show ``done`` of ``total`` in a phase; the bar appears with its first call."""
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(PHASES.get(name, name), total=total, status=status)
-            if not self.console.is_terminal and name in PHASES:
-                self.console.print(f"{PHASES[name]} ...")
-        self.bars.update(self.tasks[name], completed=done, total=total, status=status)
+        """Show ``done`` of ``total`` in a phase; it begins with its first call, and anew where it was done before."""
+        now, title = self.clock(), PHASES.get(name, name)
+        phase = self.phases.get(name)
+        if phase is None:
+            bar = self.bars.add_task(title, total=total, status=status, left="")
+            phase = self.phases[name] = _Phase(bar, now, now, now, done, total)
+            self._line(name, f"{title} ...")
+        elif phase.done == phase.total and done < total:
+            phase.began = phase.spoke = phase.since = now
+            phase.first = done
+        elif total != phase.total:  # what came before says little of the rest
+            phase.since, phase.first = now, done
+        ended = phase.done < phase.total and done >= total
+        phase.done, phase.total = done, total
+        left = phase.left(now)
+        remaining = "" if left is None else f"{said_time(left)} left"
+        self.bars.update(phase.bar, completed=done, total=total, status=status, left=remaining)
+        if ended and now - phase.began >= WORTH:
+            self._line(name, f"{title}: {total} in {said_time(now - phase.began)}")
+        elif done < total and now - phase.spoke >= EVERY:
+            phase.spoke = now
+            self._line(name, ", ".join(filter(None, [f"{title}: {done} of {total}", remaining])))
+
+    def _line(self, name: str, text: str) -> None:
+        """Say something of a phase in a log; trials have lines of their own."""
+        if not self.console.is_terminal and name in PHASES:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def unmade(self, store: FactorStore) -> None:
         """Say what could not be factored in this launch."""
@@ -75,15 +132,24 @@ class Display:
             self.console.print(literal(said), soft_wrap=True)
 
     def search(self, status: Status) -> None:
-        """The live line: trials done, front size, best at each budget, time left."""
+        """What is predicted of, then the live line: trials done, front size, best at each budget, time left."""
+        for name in ("timing", "menu"):
+            if status.preparing is not None and status.preparing[0] == name:
+                self.phase(*status.preparing)
+            elif name in self.phases:
+                self.phase(name, self.phases[name].total, self.phases[name].total)
+        if status.preparing is not None:
+            return
         limits = status.config.search
         line = line_of(status, calibration_of(status.config, status.rows))
-        self.phase("search (trials)", status.spent, limits.trials, line)
+        self.phase(TRIALS, status.spent, limits.trials, line)
         if status.closed:
             front = front_of(status.rows)
             self.phase("report", sum(row.report is not None for row in front), len(front))
         if not self.console.is_terminal and status.spent > self.reported:
             self.reported = status.spent
+            left = self.phases[TRIALS].left(self.clock())
+            line = line if left is None or limits.time is not None else f"{line} · {said_time(left)} left"
             self.console.print(f"trial {status.spent}/{limits.trials}  {line}", soft_wrap=True)
 
 
@@ -95,23 +161,38 @@ def _left(status: Status) -> str:
     return f"{minutes}:{seconds:02d} left"
 
 
-def line_of(status: Status, calibrated: Calibration | None) -> str:
-    """Front size, best at each budget, how well predictions held, time left, failures."""
-    rows, first = status.rows, next(iter(status.config.objectives))
-    measured = comparable(rows)
-    best = []
+def _best_within(status: Status) -> str:
+    """The best so far within the study's limits."""
+    limits = [Constraint.parse(text) for text in status.config.search.where]
+    met = holding(comparable(status.rows), limits)
+    if not met:
+        return "none within the limits yet"
+    first = next(iter(status.config.objectives))
+    best = min(met, key=lambda row: row.values[first])
+    return f"best {first} within {' and '.join(map(str, limits))}: {best.values[first]:.4g} (trial {best.number})"
+
+
+def _best_at_budgets(status: Status) -> str:
+    """The best so far at each of `BUDGETS`."""
+    first, best = next(iter(status.config.objectives)), []
     for budget in BUDGETS:
-        within = [row.values[first] for row in measured if row.attributes[BLOCK_PARAMETERS] <= budget]
+        within = [r.values[first] for r in comparable(status.rows) if r.attributes[BLOCK_PARAMETERS] <= budget]
         if within:
             best.append(f"{budget:g}: {min(within):.4g}")
-    failed = sum(1 for row in rows if row.state == "failed" and row.counts)
+    return f"best {first} at keep {', '.join(best)}" if best else ""
+
+
+def line_of(status: Status, calibrated: Calibration | None) -> str:
+    """Front size, the best within the limits or at each budget, how well predictions held, time left, failures."""
+    failed = sum(1 for row in status.rows if row.state == "failed" and row.counts)
     held = f"predictions hold to {calibrated.brief}" if calibrated else ""
     if calibrated and calibrated.poor:
         held += " (poor: trust the measured trials)"
     parts = [
-        f"front {len(front_of(rows))}",
-        f"best {first} at keep {', '.join(best)}" if best else "",
+        f"front {len(front_of(status.rows))}",
+        _best_within(status) if status.config.search.where else _best_at_budgets(status),
         held,
         _left(status),
+        f"{failed} failed" if failed else "",
     ]
-    return " · ".join(part for part in [*parts, f"{failed} failed" if failed else ""] if part)
+    return " · ".join(filter(None, parts))

@@ -234,6 +234,15 @@ def _connected(address: str | None, workers: int, resources: ResourcesConfig) ->
             ray.shutdown()
 
 
+def why_not() -> str | None:
+    """Why Ray does not start here, in a line; None where it does."""
+    try:
+        with _connected(None, 1, ResourcesConfig(cpu=1)):
+            return None
+    except (InputError, RuntimeError, ConnectionError, ValueError, OSError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _check_machine(workers: int, resources: ResourcesConfig) -> None:
     """Raise `InputError` where this machine cannot have so many workers, or none that large."""
     cores = max(os.cpu_count() or 1, math.ceil(ResourcesConfig().cpu))
