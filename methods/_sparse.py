@@ -50,7 +50,8 @@ class SparseRows(Unpacked):
 
     def mask(self) -> Tensor:
         """The places of the values, bool (m, k)."""
-        return unpack_mask(self.support, len(self.values), self.columns)
+        support = self.support
+        return self.places(lambda: unpack_mask(support, len(self.values), self.columns), support)
 
     def sparse_matrix(self) -> Tensor:
         """The sparse matrix (m, k), dense, in the dtype of the values."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ class Unpacked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._keep_as: Callable[[Tensor], Tensor] | None = None
-        self._kept: tuple[list[tuple[Tensor, int, int]], Tensor] | None = None
+        self._kept: Made | None = None
+        self._places: Made | None = None
+        self._keep_places = False
 
     @property
     def unpacked(self) -> bool:
@@ -31,19 +35,28 @@ class Unpacked(nn.Module):
         """What ``make`` makes of ``sources``."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(each.requires_grad for each in sources)):
             return make()
-        if self._kept is not None:
-            stamps, dense = self._kept
-            for source, (known, version, address) in zip(sources, stamps, strict=True):
-                if source is not known or source._version != version or source.data_ptr() != address:
-                    break
-            else:
-                return dense
+        if self._kept is not None and self._kept.still_of(sources):
+            return self._kept.tensor
         if any(source.is_inference() for source in sources):  # whose changes nobody counts
             return make()
         with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a backward pass later
             dense = make() if self._keep_as is None else self._keep_as(make())
-        self._kept = [(source, source._version, source.data_ptr()) for source in sources], dense
+        self._kept = Made.of(sources, dense)
         return dense
+
+    def places(self, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+        """Where values stand, which ``make`` unpacks from ``sources`` or draws: at every call, but while the module
+        trains, when it would take longer than a step."""
+        if not self._keep_places:
+            return make()
+        if self._places is None or not self._places.still_of(sources):
+            with torch.inference_mode(False):
+                self._places = Made.of(sources, make())
+        return self._places.tensor
+
+    def keep_places(self, keep: bool) -> None:
+        """Keep what `places` gives from now on, or no longer."""
+        self._keep_places, self._places = keep, None
 
     def keep_as(self, layout: Callable[[Tensor], Tensor] | None) -> None:
         """Bring what is kept into a ``layout`` that linear products read; None: leave it plain."""
@@ -51,8 +64,40 @@ class Unpacked(nn.Module):
             self._keep_as, self._kept = layout, None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._kept = None
+        self._kept = self._places = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_places": None}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor, and what it was made of: each with its version and address then."""
+
+    tensor: Tensor
+    stamps: tuple[tuple[Tensor, int, int], ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[Tensor], tensor: Tensor) -> Made:
+        return cls(tensor, tuple((source, source._version, source.data_ptr()) for source in sources))
+
+    def still_of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether ``sources`` are what it was made of, neither changed nor moved."""
+        return all(
+            source is known and source._version == version and source.data_ptr() == address
+            for source, (known, version, address) in zip(sources, self.stamps, strict=True)
+        )
+
+
+@contextmanager
+def places_kept(model: nn.Module) -> Iterator[None]:
+    """Within, the modules of ``model`` keep where their values stand."""
+    modules = [module for module in model.modules() if isinstance(module, Unpacked)]
+    try:
+        for module in modules:
+            module.keep_places(True)
+        yield
+    finally:
+        for module in modules:
+            module.keep_places(False)

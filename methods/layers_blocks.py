@@ -37,8 +37,12 @@ class BlockDictionaryLinear(Unpacked):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def columns(self) -> Tensor:
         """Columns (m, B s) among the B k atoms; the support has no values before a model is loaded."""
+        support = self.support
+        return self.places(lambda: self._columns(support), support)
+
+    def _columns(self, support: Tensor) -> Tensor:
         groups = self.blocks * self.atoms // self.group
-        inside = columns_of(self.support, self.out_features * groups, self.group, self.nonzeros)
+        inside = columns_of(support, self.out_features * groups, self.group, self.nonzeros)
         starts = self.group * torch.arange(groups, device=inside.device)[:, None]  # (groups, 1)
         columns: Tensor = (inside.view(self.out_features, groups, self.nonzeros) + starts).flatten(1)
         return columns

@@ -52,9 +52,11 @@ class LowRankSparseLinear(Unpacked):
         """Where the values stand, (m, s); what is stored has no values before a model is loaded."""
         rows, kept = self.values.shape
         if self.support is None:
-            assert self.seed is not None
-            return seeded_support(self.seed, rows, self.in_features, kept).to(self.values.device)
-        return columns_of(self.support, rows, self.in_features, kept)
+            seed, device = self.seed, self.values.device
+            assert seed is not None
+            return self.places(lambda: seeded_support(seed, rows, self.in_features, kept).to(device))
+        support = self.support
+        return self.places(lambda: columns_of(support, rows, self.in_features, kept), support)
 
     def forward(self, x: Tensor) -> Tensor:
         own = (self.left, self.right, self.values)

@@ -8,7 +8,7 @@ from healing import zoo as zoo  # a fixture
 from rows import JOINT_METHODS
 from torch import nn
 
-from rankfront.methods import InputError
+from rankfront.methods import InputError, _sparse, layers_blocks, layers_sparse_sum
 from rankfront.search.heal.arms import Coefficients, StraightThrough
 from rankfront.search.heal.trainable import balance, factored_modules, normalised, stored, trainable, training
 
@@ -74,6 +74,28 @@ def test_healing_closes_divergence_and_leaves_shapes_supports_and_the_rest_alone
         now = student.state_dict()[name]
         assert now.data_ptr() in shared or torch.equal(now, value), name
     assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("method", ["sltrain", "oats", "cospadi", "dsformer-nm"])
+def test_where_values_stand_is_worked_out_once_and_not_kept(zoo, method, tmp_path, monkeypatch):
+    """However many steps there are, for each module a few times: it takes longer than a step."""
+    student, made = zoo.student(method), []
+    for module, name in ((layers_sparse_sum, "seeded_support"), (layers_sparse_sum, "columns_of")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name), made))
+    monkeypatch.setattr(layers_blocks, "columns_of", counted(layers_blocks.columns_of, made))
+    monkeypatch.setattr(_sparse, "unpack_mask", counted(_sparse.unpack_mask, made))
+    heal(zoo, student, tmp_path, settings())
+    treated = factored_modules(student).values()
+    assert 0 < len(made) <= 4 * len(treated)
+    assert all(module._places is None for module in treated)
+
+
+def counted(function, made):
+    def call(*arguments):
+        made.append(arguments)
+        return function(*arguments)
+
+    return call
 
 
 def test_balanced_factors_have_components_of_equal_norms(zoo):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError, check_choice, undo_prepack
+from rankfront.methods._unpacked import places_kept
 from rankfront.search.choices import Loss
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.arms import ARMS
@@ -94,6 +95,15 @@ class Healing:
 
     def run(self) -> list[StageResult]:
         """Every stage, from where an earlier launch stopped; what is stored keeps its shapes and dtypes."""
+        with places_kept(self.student):
+            self._run_stages()
+        for name, tensor in self.student.named_parameters():
+            tensor.data = tensor.data.to(self.dtypes[name])
+        if stored(self.student) != self.before:
+            raise RuntimeError("healing changed what the model stores: a defect of rankfront")
+        return self.results
+
+    def _run_stages(self) -> None:
         self.began = time.monotonic()
         found = self.keeper.load()
         where: Mapping[str, Any] = found.where if found else {}
@@ -129,11 +139,6 @@ class Healing:
             seconds = self.earlier + time.monotonic() - self.stage_began
             self.results.append(StageResult(stage, self.settings.budget(stage), seconds, before, after, note))
             self._keep({"stage": "", "tokens": self.status.done}, self._snapshot())
-        for name, tensor in self.student.named_parameters():
-            tensor.data = tensor.data.to(self.dtypes[name])
-        if stored(self.student) != self.before:
-            raise RuntimeError("healing changed what the model stores: a defect of rankfront")
-        return self.results
 
     def _snapshot(self) -> dict[str, Tensor]:
         return snapshot(self.student, self.parameters)

@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from rankfront.methods import InputError
+from rankfront.methods._unpacked import Unpacked
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.logits import AT_ONCE
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.trainable import Parameter
 
 STATE = 24  # bytes of a value that trains: fp32 master, gradient, two moments, the best state, and the first
+PLACE = 8  # bytes of where a value of a sparse factor stands
 KEPT = 2.0  # times the inputs and outputs of all linear layers that a backward pass keeps; guess
 
 
@@ -42,6 +44,8 @@ def need_of(
 ) -> Need:
     """An estimate for ``tokens`` of text in windows of ``length``."""
     models = sum(tensor.nbytes for model in (student, teacher) for tensor in (*model.parameters(), *model.buffers()))
+    unpacked = [module for module in student.modules() if isinstance(module, Unpacked)]
+    places = sum(module.get_parameter("values").numel() for module in unpacked)
     device = next(student.parameters()).device.type
     chosen = {id(parameter.tensor): parameter.tensor.numel() for parameter in parameters}
     found = list(blocks)
@@ -63,7 +67,7 @@ def need_of(
     if settings.error == "fisher" and "blocks" in settings.stages:
         kept = max(kept, _features(teacher.modules()) * length)  # one window through all blocks
     streams = 3 * tokens * width * 4 if "blocks" in settings.stages else 0
-    return Need(models, STATE * training, round(KEPT * 4 * kept) + streams)
+    return Need(models, STATE * training + PLACE * places, round(KEPT * 4 * kept) + streams)
 
 
 def _features(modules: Iterable[Any]) -> int:
