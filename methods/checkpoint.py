@@ -9,7 +9,6 @@ the dense model with a ``quantization_config``. They load by `RankfrontQuantizer
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -28,13 +27,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankfront.methods._errors import InputError, shown
+from rankfront.methods.factored import FactoredConfig, FactoredModel
 from rankfront.methods.folder_code import Base, factored_name, folder_code
 from rankfront.methods.loading import (
     CODE_FILE,
     FOLDER_FORMAT,
     KEY,
-    FactoredConfig,
-    FactoredModel,
     Replacements,
     place,
     settle,
@@ -51,15 +49,6 @@ def contents(config: Any) -> dict[str, Any] | None:
         return found
     older = getattr(config, "quantization_config", None)
     return older.__dict__ if isinstance(older, RankfrontConfig) else None
-
-
-def dense_config(config: Any) -> Any:
-    """The configuration of the dense model that an export was made of."""
-    dense = copy.deepcopy(config)
-    for name in (KEY, "quantization_config"):
-        if hasattr(dense, name):
-            delattr(dense, name)
-    return dense
 
 
 def describe(folder: Path, model: Any, wanted: Replacements) -> None:

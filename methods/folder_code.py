@@ -1,7 +1,7 @@
 """The code that an export carries, one file: made of this package's own source, so that there is one truth.
 
-It holds `loading`, the layers that the plan's kinds run as, and what these import of this package, in an order in which
-each follows what it uses; then the classes of the model at hand.
+It holds `factored`, the layers that the plan's kinds run as, and what these import of this package, in an order in
+which each follows what it uses; then the classes of the model at hand.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def folder_code(base: Base, modules: Mapping[str, Mapping[str, Any]]) -> str:
     for kind in kinds:
         check_choice("layer kind", kind, layers())
     files = {layers()[kind].__module__.removeprefix(PREFIX) for kind in kinds}
-    return _head(base) + _merged(frozenset(files | {"loading"})) + _classes(base)
+    return _head(base) + _merged(frozenset(files | {"factored"})) + _classes(base)
 
 
 def _head(base: Base) -> str:

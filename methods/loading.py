@@ -3,7 +3,7 @@
     model_type "rankfront", "rankfront": {"version": 3, "base": "llama", "modules": ..., "tied": ..., "joined": ...}
 
 is what ``config.json`` says beside the settings of the dense model, and all that is needed to build the empty model
-which the tensors are loaded into. `FactoredModel` and `FactoredConfig` make that of any model class of transformers.
+which the tensors are loaded into: see `factored` for the classes that do so.
 
 Every export carries this file, the files of its layers and what they import, as one file (see `folder_code`). So
 these import the standard library, NumPy, torch and transformers alone.
@@ -12,17 +12,15 @@ these import the standard library, NumPy, torch and transformers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankfront.methods._errors import InputError
+from rankfront.methods._errors import InputError, check_choice
 from rankfront.methods.adaptable import make_adaptable
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import empty_replacement, set_module, weight_of
@@ -97,6 +95,29 @@ class Replacements:
             ],
         )
 
+    def sharing(self, paths: Collection[str]) -> set[str]:
+        """``paths`` and those of every module that shares a tensor with one of them; `InputError` for unknown ones."""
+        for path in paths:
+            check_choice("compressed module", path, self.modules)
+        found: set[str] = set()
+        more = set(paths)
+        while more:
+            found |= more
+            pairs = [{self._owner(name), self._owner(source)} for name, source in self.tied.items()]
+            more = set().union(*(pair for pair in pairs if pair & found)) - found
+        return found
+
+    def _owner(self, name: str) -> str:
+        return next((path for path in self.modules if name.startswith(f"{path}.")), "")
+
+    def without(self, paths: Collection[str]) -> Replacements:
+        """The same but for the modules at ``paths``."""
+        return Replacements(
+            {path: spec for path, spec in self.modules.items() if path not in paths},
+            {name: source for name, source in self.tied.items() if self._owner(name) not in paths},
+            [group for group in self.joined if not set(group["modules"]) & set(paths)],
+        )
+
 
 def _mapping(found: Any, value: type) -> bool:
     return isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, value) for k, v in found.items())
@@ -150,7 +171,7 @@ def settle(model: Any, wanted: Replacements) -> None:
         if hasattr(module, "loaded"):
             module.loaded()
     for name in _tied_buffers(model, wanted):
-        _share(model, name, wanted.tied[name])
+        share(model, name, wanted.tied[name])
     tie_factors(model, wanted)
     for group in wanted.joined:
         Joined([model.get_submodule(path) for path in group["modules"]], group["most"])
@@ -161,13 +182,13 @@ def tie_factors(model: Any, wanted: Replacements, leave_out: Collection[str] = (
     if not wanted.tied:
         return
     dense = {f"{path}.weight" for path in wanted.modules}
-    keys = {name: source for name, source in dict(model._tied_weights_keys or {}).items() if name not in dense}
+    keys = {name: source for name, source in model.all_tied_weights_keys.items() if name not in dense}
     keys |= {name: source for name, source in wanted.tied.items() if name not in leave_out}
     model._tied_weights_keys = keys
     model.all_tied_weights_keys = dict(keys)
 
 
-def _share(model: nn.Module, name: str, source: str) -> None:
+def share(model: nn.Module, name: str, source: str) -> None:
     """Let the tensor called ``name`` be the one called ``source``."""
     (path, own), (place, shared) = (each.rsplit(".", 1) for each in (name, source))
     setattr(model.get_submodule(path), own, getattr(model.get_submodule(place), shared))
@@ -198,101 +219,3 @@ def _check_names(model: nn.Module, wanted: Replacements) -> None:
 def _tied_buffers(model: nn.Module, wanted: Replacements) -> list[str]:
     known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     return [name for name in wanted.tied if name in known]
-
-
-class FactoredConfig:
-    """The configuration of a dense model class, with what stands in the place of its modules under `KEY`.
-
-    To stand before that configuration's class among the bases.
-    """
-
-    model_type = KEY
-
-    def save_pretrained(self, save_directory: Any, *arguments: Any, **named: Any) -> Any:
-        """Write it, and beside it the code that it names: whoever saves a model saves its configuration so."""
-        mapped = getattr(self, "auto_map", None) or {}  # of a hub's model it names the repository too
-        self.auto_map = {name: str(place).rpartition("--")[2] for name, place in mapped.items()}
-        super().save_pretrained(save_directory, *arguments, **named)  # type: ignore[misc]
-        (Path(save_directory) / CODE_FILE).write_text(self.code(), encoding="utf-8")
-
-    def code(self) -> str:
-        """The text of the folder's `CODE_FILE`: the file that this class is from, if it is one."""
-        return Path(__file__).read_text(encoding="utf-8")
-
-
-class FactoredModel:
-    """A model class of transformers, whose modules are replaced as its configuration says.
-
-    To stand before that class among the bases. Values come from safetensors alone: nothing is unpickled.
-    """
-
-    def __init__(self, config: Any, *arguments: Any, **named: Any) -> None:
-        super().__init__(config, *arguments, **named)  # type: ignore[call-arg]
-        wanted = Replacements.of(config)
-        if wanted is None:
-            return
-        model = cast(nn.Module, self)
-        wanted = wanted.within(model)
-        place(model, wanted)
-        if not any(parameter.is_meta for parameter in model.parameters()):  # nobody is going to load anything
-            for name, source in wanted.tied.items():
-                _share(model, name, source)
-            _draw(model, wanted, float(getattr(config, "initializer_range", 0.02)))
-            settle(model, wanted)
-
-    @classmethod
-    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **named: Any) -> Any:
-        """As any model is loaded. A tensor that is missing, or of another shape, is an `InputError` by its name."""
-        named["use_safetensors"] = True
-        mismatches = named.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **named
-        )
-        if not output_loading_info:  # else who asked is told
-            _check_loaded(info, mismatches, getattr(model.config, "transformers_version", None))
-        wanted = Replacements.of(model.config)
-        if wanted is not None:
-            settle(model, wanted.within(model))
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:  # transformers reads the file that the class is in
-        return bool(_dense_class(cls)._can_set_attn_implementation())
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return bool(_dense_class(cls)._can_set_experts_implementation())
-
-
-def _dense_class(factored: type) -> Any:
-    return next(base for base in factored.__mro__ if not issubclass(base, FactoredModel))
-
-
-@torch.no_grad()
-def _draw(model: nn.Module, wanted: Replacements, deviation: float) -> None:
-    """Values for what `place` left without: those of a model that is yet to be trained, and empty supports."""
-    for path in wanted.modules:
-        module = model.get_submodule(path)
-        for parameter in module.parameters():
-            parameter.normal_(0, deviation)
-        for buffer in module.buffers():
-            buffer.zero_()
-
-
-def _check_loaded(info: Mapping[str, Any], mismatches: bool, writer: str | None) -> None:
-    missing = sorted(info["missing_keys"])
-    others = [] if mismatches else sorted(info["mismatched_keys"], key=str)
-    if missing or others:
-        found = f"has no tensor {missing[0]!r}" if missing else f"has {_shapes(others[0])}"
-        raise InputError(
-            f"the export {found}, as its config.json asks for: restore its files, or load it by transformers {writer},"
-            f" which wrote it (here: {transformers.__version__})"
-        )
-
-
-def _shapes(mismatched: Any) -> str:
-    """``name of shape (3, 4), not (4, 4)`` of what transformers tells of a tensor."""
-    if isinstance(mismatched, tuple) and len(mismatched) == 3:
-        name, found, wanted = mismatched
-        return f"a tensor {name!r} of shape {tuple(found)}, not {tuple(wanted)}"
-    return f"a tensor {mismatched!r} of another shape"

@@ -168,6 +168,8 @@ def test_lora_merges_into_factors(export, peft, tmp_path):
     names = places(model)
     merging = sorted(name for name in names if not name.endswith(".beside"))
     found = peft.get_peft_model(model, lora(peft, target_modules=merging))
+    with pytest.raises(ValueError, match=r"has an adapter: merge_and_unload\(\)"):
+        model.dequantize()
     adapted = logits(found)
     merged = found.merge_and_unload()
     check_same(merged, adapted, 1e-4)
@@ -181,3 +183,50 @@ def test_lora_merges_into_factors(export, peft, tmp_path):
     treated = next(path for path in model.config.rankfront["modules"] if path.endswith("layers.0.self_attn.q_proj"))
     with pytest.raises(ValueError, match=r"a place for an adapter|AbsentLinear"):
         peft.get_peft_model(export.open(), lora(peft, target_modules=[treated]))
+
+
+# -- back to dense
+
+
+def test_dequantize_gives_the_dense_model(export, tmp_path):
+    """Of its own class, in place: what it saves loads without us, and tokens can be added to it."""
+    model = export.open()
+    headless = export.open(auto="AutoModel")
+    with pytest.raises(ValueError, match=r"stored compressed: model.dequantize\(only=.*'lm_head'"):
+        model.resize_token_embeddings(101)
+    model.dequantize()
+    check_same(model, export.expected, 1e-4)
+    assert type(model) is transformers.LlamaForCausalLM
+    model.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "llama"
+    assert not {"rankfront", "auto_map"} & config.keys()
+    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info.values())
+    check_same(again, export.expected, 1e-4)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=IDS).last_hidden_state
+        torch.testing.assert_close(headless.dequantize().eval()(input_ids=IDS).last_hidden_state, hidden)
+
+
+def test_some_weights_are_multiplied_out_and_tokens_added(export, tmp_path):
+    """With all that shares tensors with them; saved and loaded, the others are factored as before."""
+    model = export.open()
+    kinds = {path: spec["kind"] for path, spec in model.config.rankfront["modules"].items()}
+    outer = [path for path in kinds if ".layers." not in path]
+    model.dequantize(only=outer if export.name == "llama" else ["lm_head"])
+    left = model.config.rankfront["modules"]
+    assert left.keys() == kinds.keys() - set(outer)
+    check_same(model, export.expected, 1e-4)
+    model.resize_token_embeddings(101)
+    model.save_pretrained(tmp_path / "larger")
+    again = export.open(tmp_path / "larger")
+    assert again.config.rankfront["modules"] == left
+    assert logits(again).shape[-1] == 101
+    torch.testing.assert_close(logits(again)[..., :96], export.expected, rtol=1e-4, atol=1e-4)
+    for path in left:
+        model.dequantize(only=[path])
+        if not model.config.rankfront["modules"]:
+            break
+    else:
+        pytest.fail("factors were left")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError
-from rankfront.methods.checkpoint import dense_config
+from rankfront.methods.factored import dense_config
 from rankfront.methods.layers import weight_of
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.methods.layers_sparse_sum import LowRankSparseLinear

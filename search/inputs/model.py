@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, nearest
-from rankfront.methods.checkpoint import QUANT_METHOD, dense_config
+from rankfront.methods.checkpoint import QUANT_METHOD
+from rankfront.methods.factored import dense_config
 from rankfront.methods.loading import KEY
 from rankfront.search.inputs.checkpoint import check_whole, hold_two
 from rankfront.search.inputs.device import out_of_memory

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, InputError, Storage, get_method
 from rankfront.methods.checkpoint import describe
+from rankfront.methods.dense import multiplied_out
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.methods.loading import CODE_FILE, Replacements, tie_factors
 from rankfront.objectives import score
@@ -39,7 +40,6 @@ from rankfront.search.output.card import Verified, card
 from rankfront.search.output.control_check import warning
 from rankfront.search.output.tensor_table import tensor_section
 from rankfront.search.plain import without_folders
-from rankfront.search.serve.structure import multiplied_out
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export

@@ -6,15 +6,16 @@ neurons. Everything else is multiplied out: to W (m, n) of the dense model's sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Site
+from rankfront.methods.dense import multiplied_out
+from rankfront.methods.factored import dense_config
 from rankfront.methods.layers import Factored
 from rankfront.methods.layers_joint import AbsentLinear, PlainLinear
 from rankfront.search.inputs.sites import blocks, find_sites
@@ -137,29 +138,3 @@ class Structure:
             return name
         number, _, rest = name.removeprefix(f"{self.prefix}.").partition(".")
         return f"{self.prefix}.{self.blocks[int(number)].number}.{rest}"
-
-
-def dense_config(config: Any) -> Any:
-    """The configuration of the dense model that ``config`` is of, with the class that transformers has for it."""
-    data = config.to_dict()
-    for name in ("quantization_config", "rankfront", "auto_map", "transformers_version"):
-        data.pop(name, None)
-    model_type = (getattr(config, "rankfront", None) or {}).get("base") or data.pop("model_type")
-    return AutoConfig.for_model(model_type, **{key: value for key, value in data.items() if key != "model_type"})
-
-
-def multiplied_out(module: Factored, dense: Any, own: str) -> Tensor:
-    """The weight or the bias of ``dense`` that ``module`` stands for, in fp32."""
-    shape = getattr(dense, own).shape
-    if own == "bias":
-        bias = module.full_bias()
-        return torch.zeros(shape) if bias is None else _padded(bias, shape)
-    inputs_first = type(dense).__name__ == "Conv1D"
-    found = _padded(module.matrix(), shape[::-1] if inputs_first else shape)
-    return found.T if inputs_first else found
-
-
-def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """``tensor`` with zeros after it up to ``shape``."""
-    padding = [zeros for size, wanted in zip(tensor.shape, shape, strict=True) for zeros in (wanted - size, 0)]
-    return nn.functional.pad(tensor, padding[::-1])
