@@ -4,7 +4,9 @@ import io
 import itertools
 import json
 import shutil
+import wsgiref.util
 
+import optuna
 import pytest
 from common import study_data
 from launching import make_run, small_data
@@ -332,3 +334,26 @@ def test_a_trial_reads_the_study_as_often_however_long_it_is(model_folder, text_
         more(study, trials=trials).launch(quiet(), report=False)
         counts.append((reads.count("get_all_trials"), reads.count("get_study_user_attrs")))
     assert counts[0] == counts[1]
+
+
+def test_objectives_have_their_names_in_storage(launched):
+    """As Optuna's own plots read them."""
+    stored = optuna.load_study(study_name=None, storage=f"sqlite:///{launched.run.path / 'study.db'}")
+    assert stored.metric_names == list(launched.config.objectives)
+    assert all(" method" in name or " keep" in name for trial in stored.trials for name in trial.params)
+
+
+def test_the_dashboard_of_optuna_shows_a_run(copied):
+    dashboard = pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    app = dashboard.wsgi(f"sqlite:///{copied.run.path / 'study.db'}")
+    shown = []
+    for page in ("/api/studies", "/api/studies/1"):
+        request = {"PATH_INFO": page}
+        wsgiref.util.setup_testing_defaults(request)
+        shown.append(json.loads(b"".join(app(request, lambda *_: None))))
+    assert [each["study_name"] for each in shown[0]["study_summaries"]] == ["rankfront"]
+    assert shown[1]["objective_names"] == list(copied.config.objectives)
+    assert len(shown[1]["trials"]) == len(copied.rows())
+    again = Study({**copied.config.model_dump(mode="json")}, copied.run.path)
+    again.launch(quiet())  # which goes on as before
+    assert again.rows() == copied.rows()

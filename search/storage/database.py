@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -258,6 +259,14 @@ def open_study(place: Place, objectives: int, create: bool, guard: Callable[[], 
             if not create:
                 raise InputError(f"the study's storage {place.shown} does not hold this run: launch it first") from None
         return optuna.create_study(study_name=place.name, storage=storage, directions=["minimize"] * objectives)
+
+
+def name_objectives(study: optuna.Study, names: list[str]) -> None:
+    """Say what the values of trials are: Optuna's plots and its dashboard show these names."""
+    if study.metric_names is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(names)
 
 
 def open_file(place: Place, definition: Path, file: Path, objectives: int, write: bool) -> optuna.Study:

@@ -20,7 +20,16 @@ from safetensors.numpy import load_file, save
 from rankfront.methods import InputError
 from rankfront.search.atomic import write_whole
 from rankfront.search.config import StudyConfig, definition_of, make_config, moved
-from rankfront.search.storage.database import ANY_FILE, Place, guard_of, open_file, open_study, place_of, read_study
+from rankfront.search.storage.database import (
+    ANY_FILE,
+    Place,
+    guard_of,
+    name_objectives,
+    open_file,
+    open_study,
+    place_of,
+    read_study,
+)
 from rankfront.search.storage.front import StudyState, state_of
 from rankfront.search.urls import masked, parse_url, without_password
 
@@ -153,10 +162,14 @@ class Run:
         """
         place, objectives = self._place(config), len(config.objectives)
         if config.search.storage is not None:
-            return open_study(place, objectives, write, guard_of(self.file, self.database))
-        if not write and not self.database.exists():
+            found = open_study(place, objectives, write, guard_of(self.file, self.database))
+        elif not write and not self.database.exists():
             return optuna.create_study(directions=["minimize"] * objectives)
-        return open_file(place, self.file, self.database, objectives, write)
+        else:
+            found = open_file(place, self.file, self.database, objectives, write)
+        if write:
+            name_objectives(found, list(config.objectives))
+        return found
 
     def read(self, config: StudyConfig) -> tuple[StudyState, list[str]]:
         """The study as it is, and names of what is damaged in it; it is empty before the first launch."""
