@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-Format = Literal["factored", "dense", "plain", "nemotron-nas", "gguf"]
-Servable = Literal["factored", "plain", "nemotron-nas", "gguf"]  # formats that hold something at a plan's size
+Format = Literal["factored", "dense", "plain", "nemotron-nas", "gguf", "openvino"]
+Servable = Literal["factored", "plain", "nemotron-nas", "gguf", "openvino"]  # hold plans at their size
 Refit = Literal["none", "sequential"]
 Stage = Literal["blocks", "logits"]
 STAGES: tuple[tuple[Stage, ...], ...] = (("blocks",), ("logits",), ("blocks", "logits"))

@@ -9,6 +9,10 @@ from rankfront.search.choices import Format
 WIDTHS, ONE_WIDTH = "a width for each block", "one width for all blocks"
 HALVES, WHOLE_BLOCKS = "attention or MLP", "whole blocks"
 EVERYTHING = "every method"
+LOW_RANK = (
+    "asvd", "fwsvd", "hola", "hola-embedding", "kfac-svd", "lrt", "lrt-snmf", "shared-basis", "shared-basis-3",
+    "shared-basis-4", "svd", "svd-llm",
+)  # fmt: skip
 # Format -> method -> what of it stays as small as the plan has it. All others are multiplied out to dense weights,
 # heads whole; `EVERYTHING` stands for all methods.
 KEEPS: Mapping[Format, Mapping[str, str]] = {
@@ -17,6 +21,12 @@ KEEPS: Mapping[Format, Mapping[str, str]] = {
     "plain": {"nystrom": ONE_WIDTH, "drop-block": WHOLE_BLOCKS},
     "nemotron-nas": {"nystrom": WIDTHS, "drop-block": HALVES},
     "gguf": {"nystrom": WIDTHS, "drop-block": HALVES},
+    "openvino": {
+        "nystrom": WIDTHS,
+        "drop-block": HALVES,
+        **dict.fromkeys(("lama", "vo-svd"), "heads and cache"),
+        **dict.fromkeys(LOW_RANK, "two products"),
+    },
 }
 STEPS: Mapping[str, int] = {"gguf": 32}  # what widths are multiples of: the blocks of Q8_0, Q4_0 and others like them
 FIRST_ATTENTION = ("nemotron-nas", "gguf")  # formats that have attention in the first block, of zeros where it was gone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,18 +116,22 @@ PLAIN = ("dense", "one width", "one width, a block gone")  # plans that have a p
 class World:
     """A tiny model and what its study has prepared; ``run`` makes it run a plan."""
 
-    def __init__(self, name: str, folder: Path, text: Path) -> None:
+    def __init__(self, name: str, folder: Path, text: Path, methods: Sequence[str] = METHODS) -> None:
         decoder(name).save_pretrained(folder)
         self.tokenizer = bpe_tokenizer()
         self.tokenizer.save_pretrained(folder)
         data = study_data(folder, text)
-        data["space"] = {"include": ["*"], "methods": METHODS, "keep": [0.5], "rank_multiple": 2}
+        data["space"] = {"include": ["*"], "methods": list(methods), "keep": [0.5], "rank_multiple": 2}
         self.setup = Study(data).setup()
         self.compressed = CompressedModel(self.setup)
 
     def run(self, plan: str) -> Any:
         """The model with a plan of `PLANS`."""
-        self.compressed.apply(Plan.of(PLANS[plan], self.setup.origin()))
+        return self.runs(PLANS[plan])
+
+    def runs(self, options: dict[str, Option]) -> Any:
+        """The model with ``options``, by site."""
+        self.compressed.apply(Plan.of(options, self.setup.origin()))
         return self.compressed.model
 
 

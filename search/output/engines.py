@@ -29,7 +29,10 @@ def engines_json() -> list[dict[str, Any]]:
 
 def kept(door: Door) -> str:
     """What of a plan a format holds at its size, in a line."""
-    return ", ".join(f"{method}: {what}" for method, what in door.keeps.items()) or "nothing"
+    methods: dict[str, list[str]] = {}
+    for method, what in door.keeps.items():
+        methods.setdefault(what, []).append(method)
+    return "; ".join(f"{', '.join(named)}: {what}" for what, named in methods.items()) or "nothing"
 
 
 def engines_table() -> Table:

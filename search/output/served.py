@@ -126,6 +126,11 @@ def _write(
                 check = _in_llama_cpp(folder / GGUF, model, windows, kind)
                 size = (folder / GGUF).stat().st_size
                 verified = Verified(measured, written.values, size, notes=(*notes, check), reloaded=False)
+            elif form == "openvino":
+                save_tokenizer(tokenizer, folder)
+                check = _in_openvino(folder, model, windows[:1])
+                size = sum(file.stat().st_size for file in folder.glob("openvino_model.*"))
+                verified = Verified(measured, written.values, size, notes=(*notes, check), reloaded=False)
             else:
                 save_tokenizer(tokenizer, folder)
                 trusted = source.trust_remote_code or form == "nemotron-nas"
@@ -170,12 +175,26 @@ def _in_llama_cpp(file: Path, model: Any, windows: Tensor, kind: str) -> str:
     )
 
 
+def _in_openvino(folder: Path, model: Any, windows: Tensor) -> str:
+    """What OpenVINO makes of ``folder``, in a line. Raises `ExportError` where its perplexity is another than here."""
+    from rankfront.search.serve.openvino_engine import OpenVino, installed
+
+    there, here = OpenVino(folder, torch.get_num_threads()).perplexities(model, windows)
+    if not abs(there / here - 1) <= TOLERANCE:
+        raise ExportError(
+            f"OpenVINO finds perplexity {there:.6g} and the model has {here:.6g} on the same {windows.numel()} tokens,"
+            f" more than {TOLERANCE:.0%} apart: not kept"
+        )
+    return f"OpenVINO ({installed()}) finds perplexity {there:.5g} on {windows.numel()} tokens, transformers {here:.5g}"
+
+
 RUN: Mapping[Format, str] = {
     "factored": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
     "dense": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
     "plain": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
     "nemotron-nas": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
     "gguf": f"llama-server --model FOLDER/{GGUF}",
+    "openvino": 'pipe = openvino_genai.LLMPipeline(FOLDER, "CPU")',
 }
 
 

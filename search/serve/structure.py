@@ -58,6 +58,7 @@ class Structure:
         width: neurons of a dense MLP; 0 where MLPs are not known by the names of modules.
         every: its blocks.
         blocks: those that do something, in order. Blocks are numbered by their place here.
+        sites: all attentions and MLPs.
     """
 
     def __init__(self, model: Any, whole: bool = False) -> None:
@@ -68,8 +69,10 @@ class Structure:
             self.skeleton: Any = AutoModelForCausalLM.from_config(self.config)
         self.prefix, found = blocks(self.skeleton)
         halves: list[dict[str, Site]] = [{} for _ in found]
-        for site, place in find_sites(self.skeleton).items():
-            if not whole and place.block is not None and (site.roles == ATTENTION or site.roles in MLP):
+        known = {s: place for s, place in find_sites(self.skeleton).items() if s.roles == ATTENTION or s.roles in MLP}
+        self.sites = list(known)
+        for site, place in known.items():
+            if not whole and place.block is not None:
                 halves[place.block]["attention" if site.roles == ATTENTION else "mlp"] = site
         widths = {site.anchor.in_features for half in halves for role, site in half.items() if role == "mlp"}
         self.width = max(widths, default=0)

@@ -11,11 +11,11 @@ from rankfront.methods import DENSE, Option
 from rankfront.search.choices import Format
 from rankfront.search.servable import holds
 from rankfront.search.serve.folder import save
-from rankfront.search.serve.llama_like import check_model
+from rankfront.search.serve.llama_like import check_graph, check_model
 from rankfront.search.serve.plain import width_key, write_plain
 from rankfront.search.serve.structure import Structure
 
-SERVED: tuple[Format, ...] = ("plain", "nemotron-nas", "gguf")  # what `Structure`s are written as
+SERVED: tuple[Format, ...] = ("plain", "nemotron-nas", "gguf", "openvino")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Written:
 def write(
     model: Any, form: Format, folder: Path, kind: str = "F16", tokenizer: Any = None, original: Path | None = None
 ) -> Written:
-    """Write ``model``, dense or compressed, to ``folder``; of ``gguf`` its weights as ``kind``, with the ``tokenizer``
-    or that of the GGUF file ``original``. Raises `InputError` where the format cannot hold it.
+    """Write ``model``, dense or compressed, to ``folder``, where the format has one with its ``tokenizer``; of ``gguf``
+    its weights as ``kind``, with the tokenizer of the GGUF file ``original`` where there is one.
+
+    Raises `InputError` where the format cannot hold it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if form == "dense":
@@ -46,6 +48,10 @@ def write(
         stepped = steps_of_256(structure)
         others = [] if stepped else ["vLLM takes its MLP widths; SGLang, mlx-lm and TensorRT-LLM want multiples of 256"]
         return Written(values, (*others, *_zeros(structure)))
+    if form == "openvino":
+        from rankfront.search.serve.openvino_graph import write_openvino
+
+        return Written(write_openvino(structure, folder, tokenizer))
     from rankfront.search.serve.gguf_file import write_gguf
 
     values, unrounded = write_gguf(structure, folder, kind, tokenizer, original)
@@ -62,6 +68,8 @@ def check_servable(config: Any, forms: Collection[Format]) -> None:
             width_key(config)
         elif form in ("nemotron-nas", "gguf"):
             check_model(config, form)
+        elif form == "openvino":
+            check_graph(config)
 
 
 def _zeros(structure: Structure) -> list[str]:
