@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankfront.methods import Cost
+from rankfront.methods import Cost, InputError
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
@@ -49,6 +49,42 @@ class KVBytes:
 
         cache = cache_after(subject)
         return float(sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / TOKENS)
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
+
+    def box(self, dense: float) -> tuple[float, float]:
+        return 0.0, WORST * dense
+
+
+@register
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of weights and cache while ``batch`` sequences of ``context`` tokens are in the cache:
+
+        resident_bytes + batch · context · kv_bytes.
+
+    Attention that sees a window keeps no more than that, and takes less.
+
+    Attributes:
+        batch: sequences at once.
+        context: tokens of each, prompt and continuation.
+    """
+
+    name = "memory"
+    unit = "bytes"
+    logarithmic = False
+
+    batch: int = 1
+    context: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, count in (("batch", self.batch), ("context", self.context)):
+            if type(count) is not int or count < 1:
+                raise InputError(f"objectives.memory.{name} is {count!r}: it must be a whole number of at least 1")
+
+    def value(self, subject: Subject) -> float:
+        return ResidentBytes().value(subject) + self.batch * self.context * KVBytes().value(subject)
 
     def from_cost(self, cost: Cost) -> None:
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from rankfront.methods import InputError
 from rankfront.search.atomic import new_folder, staged, write_whole
-from rankfront.search.attributes import PARAMETER_COUNT
+from rankfront.search.attributes import PARAMETER_COUNT, Report
 from rankfront.search.choices import Format
 from rankfront.search.config import StudyConfig, make_config
 from rankfront.search.estimate.draft import EFFORTS, Subject, draft
@@ -30,7 +31,7 @@ from rankfront.search.output.export import verify_folder
 from rankfront.search.output.healing_progress import progress_line, summary
 from rankfront.search.output.served import RUN, convert_folder
 from rankfront.search.plain import literal, without_folders
-from rankfront.search.quantities import said_bytes
+from rankfront.search.quantities import parse_bytes, said_bytes
 from rankfront.search.splits import own_text_seed
 from rankfront.search.storage.front import Row, dense_row
 from rankfront.search.study import Study
@@ -75,8 +76,14 @@ class Made:
         worse = self.perplexity / self.dense_perplexity - 1
         yield f"perplexity {self.perplexity:.4g} on {self.text}, dense {self.dense_perplexity:.4g} ({worse:+.1%})"
         yield from (f"  {note}" for note in self.notes)
-        yield f"load it:  {RUN[self.form].replace('FOLDER', str(out) if self.form == 'gguf' else repr(str(out)))}"
-        yield f"its front: rankfront front {run}"
+        yield "load it:"
+        if self.form == "gguf":
+            yield f"  {RUN['gguf'].replace('FOLDER', shlex.quote(str(out)))}"
+        else:
+            yield "  from transformers import AutoModelForCausalLM, AutoTokenizer"
+            yield f"  {RUN[self.form].replace('FOLDER', repr(str(out)))}"
+            yield f"  tokenizer = AutoTokenizer.from_pretrained({str(out)!r})"
+        yield f"what else was found: rankfront front {shlex.quote(str(run))}"
 
 
 def propose(request: Request, say: Say) -> tuple[str, StudyConfig, Estimate]:
@@ -178,8 +185,8 @@ class _Compression:
             text, config, takes = propose(self.request, self.say)
             for line in (*said_texts(config), *takes.lines(config.model.device)):
                 self.say(line)
-            write_whole(file, text.encode())
             self._keep()
+            write_whole(file, text.encode())
             self.say(f"the study is {file}; the same command goes on where it stopped")
         return Study(file, self.run)
 
@@ -200,7 +207,7 @@ class _Compression:
         text, before = f"the report split ({without_folders(study.config.data.report.label)})", found.dense_report or {}
         if self.request.heal:
             verified = self._healed(study, row, form)
-            after: Any = {"perplexity": verified.perplexity}
+            after: Report = {"perplexity": verified.perplexity}
         else:
             self.say(f"exporting trial {row.number} ...")
             shutil.rmtree(self._folder(form), ignore_errors=True)
@@ -209,11 +216,22 @@ class _Compression:
         if "perplexity" not in before or "perplexity" not in after:  # measuring it failed
             text, before = "the search split", {"perplexity": dense.figure("perplexity")}
             after = {"perplexity": row.figure("perplexity")}
-        notes = (*([f"it {verified.warning}"] if verified.warning else []), *verified.notes)
+        notes = self._notes(study, verified, after, before)
         return Made(
             row.number, form, verified.parameters, int(dense.figure(PARAMETER_COUNT)), verified.bytes,
             after["perplexity"], before["perplexity"], text, self.request.heal, notes,
         )  # fmt: skip
+
+    def _notes(self, study: Study, verified: Verified, after: Report, before: Report) -> tuple[str, ...]:
+        """What else is to be known, of what was measured ``before``, of the dense model, and ``after``."""
+        notes = [f"it {verified.warning}"] * bool(verified.warning) + [*verified.notes]
+        if "control" in before and "control" in after:
+            label = without_folders(study.config.data.control.label)
+            notes.append(f"control text ({label}): {after['control']:.4g}, dense {before['control']:.4g}")
+        most = None if self.request.bytes is None else parse_bytes(self.request.bytes, "--bytes")
+        if most is not None and verified.bytes > most:  # of a file with a tokenizer and rows of other types
+            notes.append(f"it is above --bytes {self.request.bytes}: ask for a little less, with another --out")
+        return tuple(notes)
 
     def _healed(self, study: Study, row: Row, form: Format) -> Verified:
         """Heal the export of ``row`` in the run folder, and put it where it belongs as ``form``; its perplexity is that

@@ -13,6 +13,7 @@ from rankfront.search import compress as compressing
 from rankfront.search.__main__ import run
 from rankfront.search.config import make_config
 from rankfront.search.estimate import estimate as estimates
+from rankfront.search.estimate.draft import EFFORTS, Subject, draft
 from rankfront.search.estimate.request import Request
 from rankfront.search.inputs.model import count_parameters
 from rankfront.search.measure.runner import MEASURES
@@ -118,6 +119,34 @@ def test_a_study_file_that_fits_can_be_launched_as_it_stands(model_folder, tmp_p
     code, _, said = call("launch", tmp_path / "study.toml", "--run", tmp_path / "run")
     assert code == 0, said
     assert len(Study.open(tmp_path / "run").rows()) >= 4
+
+
+def test_what_is_asked_for_becomes_limits_of_a_study(model_folder):
+    """Of 22,112 parameters. What is not treated stays: blocks keep less than the model, and are compared at less."""
+    name = str(model_folder)
+
+    def drafted(**asked):
+        request = Request(name, **asked)
+        return draft(request, Subject.of(request), EFFORTS["quick"])
+
+    kept = drafted(keep=0.7)
+    assert (kept["search"]["where"], kept["search"]["anchors"]) == (["parameters<=0.7"], [0.5])
+    assert drafted(parameters="15k", keep=0.9)["search"]["where"] == ["parameters<=0.678364"]
+    on_disk = drafted(bytes="35kB", overrides=("model.dtype=bfloat16",))
+    assert on_disk["search"]["where"] == ["bytes<=35000"]
+    assert "gptq-int8" in on_disk["space"]["methods"]
+    assert "gptq-int8" not in drafted(bytes="70kB", heal=100, overrides=("model.dtype=float32",))["space"]["methods"]
+    served = drafted(bytes="35kB", serve="gguf")
+    assert served["search"]["where"] == ["parameters<=0.791425"]  # two bytes a value
+    assert served["space"] == {
+        "methods": ["nystrom", "drop-block"],
+        "keep": served["space"]["keep"],
+        "servable": "gguf",
+    }
+    held = drafted(memory="100kB", batch=2, context=32)
+    assert held["objectives"] == {"perplexity": {}, "memory": {"batch": 2, "context": 32}}
+    assert (held["search"]["where"], held["space"]["keep"][0]) == (["memory<=100000"], 0.2)
+    assert make_config(held).data.report.text == "self"
 
 
 @pytest.mark.parametrize(

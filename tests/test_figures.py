@@ -100,6 +100,15 @@ def test_the_cache_grows_by_what_heads_keep(residents, name):
     assert value(resident, Plan.of(chosen), "kv_bytes") == dense - saved
 
 
+def test_memory_is_what_is_held_and_the_cache_of_so_many_sequences(residents):
+    resident = residents("llama")
+    held, grows = (value(resident, Plan(()), name) for name in ("resident_bytes", "kv_bytes"))
+    assert value(resident, Plan(()), "memory", batch=3, context=50) == held + 3 * 50 * grows
+    for settings in ({"batch": 0}, {"context": 1.5}):
+        with pytest.raises(InputError, match="must be a whole number of at least 1"):
+            make_objective("memory", settings)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_is_held_is_what_is_stored_where_nothing_is_unpacked(residents, name):
     """Dense models and low ranks hold what they store, beside the same few buffers."""

@@ -17,6 +17,9 @@ KeepOption = Annotated[float | None, typer.Option(help="at most this fraction of
 ParametersOption = Annotated[str | None, typer.Option(help="at most so many, such as 100M")]
 BytesOption = Annotated[str | None, typer.Option(help="at most so many on disk, such as 2GB")]
 LatencyOption = Annotated[float | None, typer.Option(help="at most this ratio to dense")]
+MemoryOption = Annotated[str | None, typer.Option(help="at most so much for weights and cache, such as 3GB")]
+BatchOption = Annotated[int, typer.Option(min=1, help="of --memory: sequences at once")]
+ContextOption = Annotated[int, typer.Option(min=1, help="of --memory: tokens of each")]
 TextOption = Annotated[str, typer.Option(help="what it will be used on: a text file, or hub:NAME/CONFIG:SPLIT")]
 ServeOption = Annotated[Servable | None, typer.Option(help="write the format of an engine; see engines")]
 HealOption = Annotated[str | None, typer.Option(help="train the result for so many tokens, such as 1M")]
@@ -39,6 +42,9 @@ def compress_command(
     parameters: ParametersOption = None,
     bytes: BytesOption = None,
     latency: LatencyOption = None,
+    memory: MemoryOption = None,
+    batch: BatchOption = 1,
+    context: ContextOption = 4096,
     text: TextOption = "self",
     serve: ServeOption = None,
     gguf_type: GgufOption = "F16",
@@ -49,10 +55,13 @@ def compress_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Make a model smaller: search, export, verify. The same command goes on where it stopped."""
-    if keep is None and parameters is None and bytes is None and latency is None:
-        raise InputError("how small is not said: give --keep, --parameters, --bytes or --latency, such as --keep 0.7")
+    if (keep, parameters, bytes, latency, memory) == (None,) * 5:
+        raise InputError(
+            "how small is not said: give --keep, --parameters, --bytes, --latency or --memory, such as --keep 0.7"
+        )
     request = _request(
-        heal, overrides, model=model, keep=keep, parameters=parameters, bytes=bytes, latency=latency, text=text,
+        heal, overrides, model=model, keep=keep, parameters=parameters, bytes=bytes, latency=latency, memory=memory,
+        batch=batch, context=context, text=text,
         serve=serve, gguf_type=gguf_type, effort=effort, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from rankfront.search.compress import compress
@@ -69,6 +78,9 @@ def init_command(
     parameters: ParametersOption = None,
     bytes: BytesOption = None,
     latency: LatencyOption = None,
+    memory: MemoryOption = None,
+    batch: BatchOption = 1,
+    context: ContextOption = 4096,
     text: TextOption = "self",
     serve: ServeOption = None,
     gguf_type: GgufOption = "F16",
@@ -79,7 +91,8 @@ def init_command(
 ) -> None:
     """Print a study file that fits a model and this machine, and say what it will take."""
     request = _request(
-        heal, overrides, model=model, keep=keep, parameters=parameters, bytes=bytes, latency=latency, text=text,
+        heal, overrides, model=model, keep=keep, parameters=parameters, bytes=bytes, latency=latency, memory=memory,
+        batch=batch, context=context, text=text,
         serve=serve, gguf_type=gguf_type, effort=effort, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from rankfront.search.compress import propose, said_texts

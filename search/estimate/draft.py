@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,14 +93,17 @@ def draft(request: Request, subject: Subject, effort: Effort) -> dict[str, Any]:
         "model": {"name": located(request.model), "dtype": subject.dtype, "device": subject.device},
         "data": {"length": length, **_splits(request.text, effort)},
         "space": _space(request, subject, limits),
-        "objectives": {name: {} for name in ("perplexity", *(limits or ["parameters"]))},
+        "objectives": {name: request.settings(name) for name in ("perplexity", *(limits or ["parameters"]))},
         "search": {"trials": effort.trials, "trial_tokens": effort.trial * length},
     }
     if request.trust_remote_code:
         data["model"]["trust_remote_code"] = True
     if limits:
         data["search"]["where"] = [f"{name}<={_plain(bound)}" for name, bound in limits.items()]
-        data["search"]["anchors"] = [_level(data["space"]["keep"], subject, limits)]
+        share = share_of_blocks(subject, limits)
+        if share is not None:  # at the level that is within the limits, or nearest to that
+            levels = data["space"]["keep"]
+            data["search"]["anchors"] = [max((level for level in levels if level <= share), default=min(levels))]
     if request.heal:
         data["data"]["heal"] = _heal_split(request, subject, data["data"])
         data["heal"] = {"tokens": request.heal}
@@ -136,23 +139,17 @@ def _space(request: Request, subject: Subject, limits: Mapping[str, float]) -> d
         methods = [name for name in methods if holds(request.serve, name)]
     elif "bytes" in limits and not request.heal:  # which integers hardly take part in
         methods.append(INTEGERS)
-    share = share_of_blocks(subject, limits)
-    space: dict[str, Any] = {"methods": methods, "keep": [k for k in default.keep if k >= share - DEEPER]}
+    least = (share_of_blocks(subject, limits) or 0.0) - DEEPER
+    space: dict[str, Any] = {"methods": methods, "keep": [level for level in default.keep if level >= least]}
     return space if request.serve is None else space | {"servable": request.serve}
 
 
-def share_of_blocks(subject: Subject, limits: Mapping[str, float]) -> float:
-    """What of the linear layers inside the blocks may be kept, all else staying dense; 1 without a limit on storage."""
+def share_of_blocks(subject: Subject, limits: Mapping[str, float]) -> float | None:
+    """What of the blocks' linear layers may be kept, all else being dense; None without a limit on storage."""
     dense = subject.prices.of(Plan(()))
     figures, inside = exact_figures(dense), dense.dense_block_values / dense.dense_values
     kept = [bound / figures[name] for name, bound in limits.items() if name in figures]
-    return max(0.0, 1 - (1 - min(kept)) / inside) if kept else 1.0
-
-
-def _level(keep: Sequence[float], subject: Subject, limits: Mapping[str, float]) -> float:
-    """The level at which uniform plans, to compare with, are within the limits, or nearest to that."""
-    share = share_of_blocks(subject, limits)
-    return max((level for level in keep if level <= share), default=min(keep))
+    return max(0.0, 1 - (1 - min(kept)) / inside) if kept else None
 
 
 def _heal_split(request: Request, subject: Subject, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,18 +21,21 @@ from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.memory import free_bytes
 from rankfront.search.inputs.own_text import BATCH, ROW
 from rankfront.search.inputs.source import cache_folder
+from rankfront.search.measure.control import CONTINUED
 from rankfront.search.measure.predictions import MENU_TOKENS, PROBE_TOKENS
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.space import Space
 from rankfront.search.quantities import said_bytes, said_time
-from rankfront.search.splits import own_text_seed
+from rankfront.search.splits import PROMPTS, own_text_seed
 from rankfront.search.tuning import TUNING
 
 PROCESS = 7e8  # bytes of a process with torch, transformers and Optuna
 LOGITS = 16  # bytes for each logit of a backward pass: bf16 and fp32, its softmax and its gradient
 MEMBERS = 10  # of a front that are measured on the report split; guess
 FRESH = 10.0  # seconds of the process that an export is reloaded in; guess
-PRODUCTS = 2  # times as long as the passes alone, with what every option would change
+# Times as long as the passes alone, with what every option would change: 2.2 for slopes and 2.9 for the menu of
+# smollm2-135m on one core, over five methods and seven levels.
+PRODUCTS = 2.5
 STEP = 4  # forward passes that healing takes for a token: the teacher's, and the student's forward and backward
 
 
@@ -110,10 +113,12 @@ def estimate(subject: Subject, config: StudyConfig, found: Probe, healed: int = 
     groups = len(space.bands(TUNING.group_bands))
     menu = PRODUCTS * PASS_TOKENS * MENU_TOKENS + (groups + 1) * PROBE_TOKENS
     trial = config.trial_windows * length
-    slopes = max(0.0, 1 + (search.trials - len(TUNING.opening_fractions)) / sum(TUNING.steps_after_slopes))
+    between = sum(TUNING.steps_after_slopes) / len(TUNING.steps_after_slopes)
+    slopes = 1 + max(0, search.trials - len(TUNING.opening_fractions)) / between
     steps = PRODUCTS * PASS_TOKENS * slopes * TUNING.slope_tokens
     members = min(MEMBERS, search.trials)
-    report = members * length * (data.report.windows + data.control.windows)
+    asked = CONTINUED * 2 * sum(len(prompt.split()) for prompt in PROMPTS)
+    report = members * (length * (data.report.windows + data.control.windows) + asked)
     seconds = {
         "sampling text": sampled * found.decode,
         "calibrating": data.calibrate.windows * length * found.calibrate,
@@ -137,7 +142,7 @@ def _memory(subject: Subject, config: StudyConfig, healed: int) -> tuple[float, 
     logits = LOGITS * BATCH_TOKENS * subject.outline.capacity.rows
     limits = [Constraint.parse(text) for text in config.search.where]
     kept = share_of_blocks(subject, {c.figure: c.bound for c in limits if c.operator.startswith("<")})
-    trained = kept * subject.prices.of(Plan(())).dense_block_values
+    trained = (1.0 if kept is None else kept) * subject.prices.of(Plan(())).dense_block_values
     healing = 2 * dense + STATE * trained + logits if healed else 0.0
     models = max(loaded, 2 * dense if healed else dense)
     return PROCESS + max(loaded + statistics, 2 * dense + logits, healing), models

@@ -23,6 +23,8 @@ class Request:
         parameters: at most so many, such as ``100M``.
         bytes: at most so many on disk, such as ``2GB``.
         latency: at most this ratio to the dense model's.
+        memory: at most so many bytes of weights and cache, such as ``3GB``, while ``batch`` sequences of ``context``
+            tokens are in the cache.
         text: what the model will be used on: a file, or ``hub:NAME/CONFIG:SPLIT``; by default what it samples itself.
         serve: the format of an engine that the result is written in.
         gguf_type: of weights in a GGUF file.
@@ -37,6 +39,9 @@ class Request:
     parameters: str | None = None
     bytes: str | None = None
     latency: float | None = None
+    memory: str | None = None
+    batch: int = 1
+    context: int = 4096
     text: str = SELF
     serve: Servable | None = None
     gguf_type: str = "F16"
@@ -68,7 +73,13 @@ class Request:
             found = {"parameters": math.floor(1e6 * min(kept)) / 1e6, **found}
         if self.latency is not None:
             found["latency"] = self.latency
+        if self.memory is not None:
+            found["memory"] = float(parse_bytes(self.memory, "--memory"))
         return found
+
+    def settings(self, objective: str) -> dict[str, int]:
+        """Of ``objective`` in the study file."""
+        return {"batch": self.batch, "context": self.context} if objective == "memory" else {}
 
 
 def bytes_of_value(kind: str) -> float:
