@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -31,7 +31,7 @@ from rankfront.search.choices import OURS, SAMPLERS, STAGES, BlockError, Loss, S
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
 from rankfront.search.servable import STEPS, held_by_all
-from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, own_text_seed, trial_windows
+from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, column_of, own_text_seed, trial_windows
 from rankfront.search.urls import parse_url
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
@@ -71,8 +71,10 @@ def located(name: str) -> str:
     """The absolute path of a file or folder called ``name``, or ``name`` where there is none; ``~`` is the home."""
     if name in KNOWN or name.startswith("hub:") or own_text_seed(name) is not None:
         return name
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() or name.startswith("~") else name
+    text, column = (name, None) if Path(name).expanduser().exists() else column_of(name)
+    path = Path(text).expanduser()
+    there = str(path.absolute()) if path.exists() or name.startswith("~") else text
+    return there if column is None else f"{there}#{column}"
 
 
 Name = Annotated[str, AfterValidator(located)]  # of something known by name, or a path
@@ -136,9 +138,13 @@ class SplitConfig(Strict):
     @property
     def label(self) -> str:
         """The text's name; of a mixture, its texts with their weights."""
+        return self.label_by(str)
+
+    def label_by(self, naming: Callable[[str], str]) -> str:
+        """`label`, with what ``naming`` makes of each text's name."""
         if isinstance(self.text, str):
-            return self.text
-        return " + ".join(f"{share.weight:g} {share.text}" for share in self.text)
+            return naming(self.text)
+        return " + ".join(f"{share.weight:g} {naming(share.text)}" for share in self.text)
 
 
 class ControlConfig(SplitConfig):

@@ -29,5 +29,9 @@ def markdown(text: object) -> str:
 
 
 def without_folders(name: str) -> str:
-    """``name``, or the last part of it where it is a path on this machine: what is passed on names no folder here."""
-    return Path(name).name if os.path.exists(name) else name  # which knows no name too long to ask
+    """``name``, or the last part of it where it is a path on this machine, ``#column`` after it or not: what is
+    passed on names no folder here."""
+    path, _, _ = name.rpartition("#")
+    return (
+        Path(name).name if os.path.exists(name) or os.path.exists(path) else name
+    )  # which knows no name too long to ask

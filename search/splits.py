@@ -66,10 +66,19 @@ def own_text_seed(name: str) -> int | None:
     return int(match[1] or 0) if match else None
 
 
+def column_of(name: str) -> tuple[str, str | None]:
+    """(text, column): ``chat.jsonl#messages`` is the column ``messages`` of the rows of ``chat.jsonl``."""
+    text, mark, column = name.rpartition("#")
+    return (text, column) if mark else (name, None)
+
+
 def _canonical(name: str) -> str:
     """One name for one text, however a file's path is spelled."""
     seed = own_text_seed(name)
     if seed is not None:
         return f"{SELF}:{seed}" if seed else SELF
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name != PYDOC and path.is_file() else name
+    text, column = column_of(name)
+    path = Path(text).expanduser()
+    if name == PYDOC or not path.is_file():
+        return name
+    return str(path.resolve()) if column is None else f"{path.resolve()}#{column}"

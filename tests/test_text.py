@@ -1,5 +1,6 @@
 """Token windows: disjoint splits of one text, parts by position, and texts from files and the hub."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from launching import quiet
 
 from rankfront.methods import InputError
+from rankfront.search.config import SplitConfig
 from rankfront.search.inputs.text import cut, hash_tokens, read_text, scattered, tokenize
+from rankfront.search.plain import without_folders
 from rankfront.search.splits import Split
 from rankfront.search.study import Study
 
@@ -246,3 +249,71 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("It is.", encoding="utf-8-sig")
     assert read_text(str(path)) == "It is."
+
+
+# -- rows, and conversations
+
+TURNS = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A test."}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+SAID = "<user>What is it?</user><assistant>A test.</assistant>"
+
+
+@pytest.fixture
+def chatting(tokenizer):
+    """A tokenizer with a chat template."""
+    found = copy.deepcopy(tokenizer)
+    found.chat_template = TEMPLATE
+    return found
+
+
+def lines(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("place", ["file", "hub"])
+def test_conversations_go_through_the_chat_template(tmp_path, chatting, place):
+    """From files and data sets alike; the column is found, or named."""
+    rows = [{"messages": TURNS, "source": "here"}, {"messages": TURNS, "source": "there"}]
+    name = lines(tmp_path / "chat.jsonl", rows) if place == "file" else local_set(tmp_path / "set", rows)
+    assert read_text(name, chatting) == SAID * 2
+    assert read_text(f"{name}#messages", chatting) == SAID * 2
+    assert read_text(f"{name}#source", chatting) == "here\n\nthere"
+    with pytest.raises(InputError, match="no chat template") as caught:
+        read_text(name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"no row with answer, but \['messages', 'source'\]"):
+        read_text(f"{name}#answer", chatting)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path, chatting):
+    chatting.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="roles must alternate"):
+        read_text(lines(tmp_path / "chat.jsonl", [{"messages": TURNS}]), chatting)
+
+
+def test_the_first_rows_of_a_data_set_are_all_that_is_read(tmp_path):
+    name = local_set(tmp_path / "set", [{"text": f"row {number}"} for number in range(5)])
+    assert read_text(f"{name}[:2]") == "row 0\n\nrow 1"
+
+
+@pytest.mark.parametrize(("content", "said"), [('{"text": "a"}\n[1]', "line 2 .* object"), ("no", "line 1 .* no JSON")])
+def test_a_line_that_is_no_row_is_named(tmp_path, content, said):
+    (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=said) as caught:
+        read_text(str(tmp_path / "rows.jsonl"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_a_file_is_one_text_however_it_is_named(tmp_path, monkeypatch, chatting):
+    """Its windows never overlap, and its name goes into no export with its folder."""
+    rows = lines(tmp_path / "chat.jsonl", [{"messages": TURNS}] * 200)
+    monkeypatch.chdir(tmp_path)
+    asked = {"calibrate": Split("chat.jsonl#messages", 4), "search": Split(f"{rows}#messages", 4)}
+    found = cut(chatting, asked, 16)
+    assert len(torch.cat(list(found.values())).unique(dim=0)) > 1
+    assert len({name for split in asked.values() for name in split.counts()}) == 1
+    assert without_folders(f"{rows}#messages") == "chat.jsonl#messages"
+    config = SplitConfig(text=[{"text": "chat.jsonl#messages", "weight": 3}, {"text": "self"}], windows=8)
+    assert config.text[0].text == f"{rows}#messages"
+    assert config.label_by(without_folders) == "3 chat.jsonl#messages + 1 self"

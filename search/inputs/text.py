@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,17 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError
-from rankfront.search.splits import PYDOC, Split, own_text_seed
+from rankfront.search.inputs.rows import hub_rows, json_rows, text_of
+from rankfront.search.splits import PYDOC, Split, column_of, own_text_seed
 
 LAST = "heal"  # split that chooses its windows after all others
 GOLDEN = (math.sqrt(5) - 1) / 2
 Sampler = Callable[[int, int], Tensor]  # seed, tokens -> that many token ids (N,) of the model's own text
 
 
-def read_text(name: str) -> str:
-    """The text called ``name``: ``pydoc``, ``hub:NAME/CONFIG:SPLIT``, or a local file.
+def read_text(name: str, tokenizer: Any = None) -> str:
+    """The text called ``name``: ``pydoc``, ``hub:NAME/CONFIG:SPLIT``, or a local file; of rows, as data sets and
+    ``.jsonl`` files have, the column after ``#`` (see `rows.text_of`).
 
     Raises `InputError` where there is no such text.
     """
@@ -31,36 +32,21 @@ def read_text(name: str) -> str:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[key] for key in sorted(topics))
-    if name.startswith("hub:"):
-        return _hub_text(name)
-    path = Path(name).expanduser()
+    text, column = (name, None) if Path(name).expanduser().is_file() else column_of(name)
+    if text.startswith("hub:"):
+        return text_of(hub_rows(text), column, name, tokenizer)
+    path = Path(text).expanduser()
     if not path.is_file():
         raise InputError(
             f"text {name!r} is no file: use 'self', 'pydoc', a text file's path, or 'hub:NAME/CONFIG:SPLIT'"
         )
     try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
+        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise InputError(
             f"text file {name!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
         ) from error
-
-
-def _hub_text(name: str) -> str:
-    match = re.fullmatch(r"hub:(?P<name>.+)/(?P<config>[^/:]+):(?P<split>[^:]+)", name)
-    if match is None:
-        raise InputError(f"text {name!r} does not read as 'hub:NAME/CONFIG:SPLIT', such as 'hub:org/set/default:train'")
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"])
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"text {name!r} cannot be loaded ({reason}): check the name, or use a local file") from error
-    if "text" not in rows.column_names:
-        raise InputError(f"text {name!r} has the columns {rows.column_names} and no 'text': export it to a file")
-    return "\n\n".join(text for text in rows["text"] if text)
+    return text_of(json_rows(content, name), column, name, tokenizer) if path.suffix == ".jsonl" else content
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -105,7 +91,7 @@ def cut(
     for text in sorted({text for counts in asked.values() for text in counts} - tokens.keys()):
         seed = own_text_seed(text)
         if seed is None or sample is None:
-            tokens[text] = tokenize(tokenizer, read_text(text))
+            tokens[text] = tokenize(tokenizer, read_text(text, tokenizer))
         else:
             wanted = [(splits[name], counts[text]) for name, counts in asked.items() if text in counts]
             tokens[text] = sample(seed, sum(_tokens_for(count * stride, split, stride) for split, count in wanted))

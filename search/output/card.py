@@ -64,8 +64,9 @@ def card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit,
     """The model card: what this is, how to load it, what was measured, of dense too where it says what was lost."""
     search, data = setup.config.search, setup.config.data
     where, report, control = (
-        markdown(without_folders(split.label)) for split in (data.search, data.report, data.control)
+        markdown(split.label_by(without_folders)) for split in (data.search, data.report, data.control)
     )
+    calibrated = markdown(data.calibrate.label_by(without_folders))
     figures = {name: f"{value:.6g}" for name, value in row.values.items()}
     figures |= {
         "parameters (kept fraction of the model)": f"{row.figure('parameters'):.4f}",
@@ -109,7 +110,8 @@ format `{form}`, {setup.dtype}. `plan.json` has the method and level of every tr
 
 {said}
 
-Windows of {data.length} tokens; latency on {setup.device}, as a ratio to the dense model in the same run.
+Calibrated on {data.calibrate.windows} windows of {calibrated}. Windows have {data.length} tokens; latency on
+{setup.device}, as a ratio to the dense model in the same run.
 The licence of the base model, {markdown(name)}, applies.
 """
 

@@ -125,7 +125,7 @@ def _write_verified(
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
         check_same("export", verified, measured)
-        line = warning(*reports, without_folders(setup.config.data.control.label))
+        line = warning(*reports, setup.config.data.control.label_by(without_folders))
         verified = replace(verified, parameters=verified.parameters + buffers, warning=line)
         text = card(setup, row, verified, form, refit, reports)
         if wanted is not None:

@@ -223,7 +223,7 @@ def _windows(source: Source, text: HealText, settings: HealSettings) -> torch.Te
     """As many windows as the tokens need, spread over the part of the text; all of them where it has fewer."""
     tokenizer = load_tokenizer(source)
     start, end = text.part
-    ids = tokenize(tokenizer, read_text(text.name))
+    ids = tokenize(tokenizer, read_text(text.name, tokenizer))
     there = int((end - start) * len(ids)) // text.length - 1
     wanted = max(settings.budget(stage) for stage in settings.stages) // text.length
     count = min(there, 1 + round(wanted / (1 - settings.held_out)))
