@@ -79,6 +79,9 @@ class Made:
         yield "load it:"
         if self.form == "gguf":
             yield f"  {RUN['gguf'].replace('FOLDER', shlex.quote(str(out)))}"
+        elif self.form == "openvino":
+            yield "  import openvino_genai"
+            yield f"  {RUN['openvino'].replace('FOLDER', repr(str(out)))}"
         else:
             yield "  from transformers import AutoModelForCausalLM, AutoTokenizer"
             yield f"  {RUN[self.form].replace('FOLDER', repr(str(out)))}"
@@ -238,8 +241,9 @@ class _Compression:
         on the report split."""
         folder = self.run / f"healed-{row.plan.key}"
         if not folder.is_dir():
+            windows = study.heal_windows(self.console)
             with progress_line(self.console) as show:
-                results = study.export_healed(folder, row, self.request.heal, show, self.say)
+                results = study.export_healed(folder, row, self.request.heal, show, self.say, windows)
             for line in summary(results):
                 self.say(line)
         setup = study.setup()

@@ -23,6 +23,7 @@ from rankfront.search.storage.healed import Healed
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from torch import Tensor
 
     from rankfront.search.heal.healing import Show
     from rankfront.search.heal.status import StageResult
@@ -205,16 +206,25 @@ class Study:
         if report and heals:
             self._heal(console)
 
+    def heal_windows(self, console: Console | None = None) -> Tensor:
+        """Windows (W, L) of the study's ``data.heal``. What the model samples of them takes minutes the first time: how
+        far it is, is shown on ``console``."""
+        from rich.console import Console
+
+        from rankfront.search.run.progress import Display
+        from rankfront.search.run.resolving import heal_windows
+
+        with Display(console or Console(quiet=True)) as display:
+            return heal_windows(self.run, self.config, self.setup(), display.phase)
+
     def _heal(self, console: Console | None) -> None:
         """Heal members of the front, or entrants of a halving."""
         from rankfront.search.output.front_healing import FrontHealing
         from rankfront.search.output.halving import Halving
         from rankfront.search.output.healing_progress import lines_on
-        from rankfront.search.run.resolving import heal_windows
 
         with self.run.lock():
-            setup = self.setup()
-            windows = heal_windows(self.run, self.config, setup, lambda phase, done, total: None)
+            setup, windows = self.setup(), self.heal_windows(console)
             kind = Halving if self.config.search.heal == "halving" else FrontHealing
             kind(self.run, setup, windows, self.read, *lines_on(console)).heal()
 
@@ -266,14 +276,16 @@ class Study:
         tokens: int | None = None,
         show: Show = lambda status: None,
         say: Callable[[str], None] = lambda line: None,
+        windows: Tensor | None = None,
     ) -> list[StageResult]:
         """Write the model of ``row`` (by default the knee), healed as the study's ``heal`` says, to the new folder
-        ``out``; ``tokens`` instead of the study's where they are given. See `healed.export_healed`."""
+        ``out``; ``tokens`` instead of the study's where they are given. See `healed.export_healed`.
+
+        ``windows`` are those of `heal_windows`, where that was called to show what it does."""
         from rankfront.search.output.healed import export_healed, settings_of
-        from rankfront.search.run.resolving import heal_windows
 
         found, setup = self.read(), self.setup()
         settings, _ = settings_of(setup.config, tokens)
-        windows = heal_windows(self.run, setup.config, setup, lambda phase, done, total: None)
+        windows = self.heal_windows() if windows is None else windows
         where = Path(out).expanduser()
         return export_healed(setup, row or found.knee(), where, windows, settings, found.dense_report, show, say)

@@ -41,6 +41,14 @@ def slope_trials(study):
     return [trial for trial in optuna_study(study).get_trials() if "slopes_of" in trial.user_attrs]
 
 
+def test_limits_that_allow_no_round_size_are_searched_between(model_folder, text_file, tmp_path):
+    where = ["parameters<=0.78", "parameters>=0.72"]
+    study = make_run(small_data(model_folder, text_file, sampler=OURS, trials=6, where=where), tmp_path / "run")
+    proposed = [row for row in study.rows() if row.origin == OURS]
+    assert proposed
+    assert all(0.72 <= row.values["parameters"] <= 0.78 for row in proposed)
+
+
 def test_a_study_measures_the_menu_then_its_front_then_proposals(data, tmp_path):
     study = make_run(data, tmp_path / "run")
     check_whole(study, {}, 14)

@@ -101,8 +101,9 @@ def _export_healed(study: Study, out: Path, row: Row, tokens: str) -> None:
     from rankfront.search.heal.settings import parse_tokens
     from rankfront.search.output.healing_progress import progress_line, summary
 
+    count, windows = parse_tokens(tokens), study.heal_windows(terminal())
     with progress_line(terminal()) as show:
-        results = study.export_healed(out, row, parse_tokens(tokens), show, lambda x: say(terminal(), x))
+        results = study.export_healed(out, row, count, show, lambda x: say(terminal(), x), windows)
     for line in summary(results):
         say(terminal(), line)
     say(terminal(), f"trial {row.number} ({row.origin}), healed, is in {out}")

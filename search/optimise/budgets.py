@@ -25,7 +25,7 @@ def target_budgets(predictor: Predictor) -> np.ndarray:
         most = _most(predictor, solved)
         within = {budget for budget in found if predictor.may_meet(menu.decode(solved.solve(budget)))}
         found = {budget for budget in within if budget <= most} | ({most} if most < menu.dense else set()) or found
-    return np.array(sorted(found))
+    return np.array(sorted(found), dtype=float)
 
 
 def uses_up(size: float, targets: np.ndarray, slack: float) -> bool:
