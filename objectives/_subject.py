@@ -29,6 +29,7 @@ class Subject:
         cost: what the plan stores.
         clock: where the seconds of each phase go.
         notes: figures that objectives leave beside their values.
+        tokenizer: the model's; None where nobody gave one.
         timings: rounds of both models, by lengths and by how both run, for latencies to share.
     """
 
@@ -39,6 +40,7 @@ class Subject:
     cost: Cost
     clock: Clock
     notes: dict[str, float] = field(default_factory=dict)
+    tokenizer: Any = None
     timings: dict[tuple[int, int, int, bool, bool], Any] = field(default_factory=dict)
 
     @cached_property

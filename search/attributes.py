@@ -59,6 +59,12 @@ def report_of(number: int) -> str:
     return f"report {number}"
 
 
+def task_scores_of(report: Report | None) -> Mapping[str, float]:
+    """Task -> score of a report; none where it has none."""
+    scores: Mapping[str, float] = (report or {}).get("tasks", {}).get("scores", {})
+    return scores
+
+
 def healed_of(plan_key: str, healing: str) -> str:
     """The study's attribute that holds what became of a plan by the healing of this name."""
     return f"healed {plan_key} {healing}"

@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
+from rankfront.objectives.tasks import Tasks
 from rankfront.search.choices import OURS, SAMPLERS, STAGES, BlockError, Loss, Servable, Stage, TeacherChoice, Window
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
@@ -365,6 +366,9 @@ class HealConfig(Strict):
         return stages
 
 
+TASKS = "tasks"
+
+
 class StudyConfig(Strict):
     """A whole study file."""
 
@@ -372,8 +376,32 @@ class StudyConfig(Strict):
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
     objectives: dict[str, dict[str, Any]] = {"perplexity": {}, "parameters": {}}
+    tasks: dict[str, Any] | None = None  # of lm-eval, by which members of the front are reported; [objectives.tasks]
     search: SearchConfig = SearchConfig()
     heal: HealConfig = HealConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_apart(cls, data: Any) -> Any:
+        """``objectives.tasks`` is no objective unless trials are to be scored by it, which ``search`` says."""
+        objectives = data.get("objectives") if isinstance(data, Mapping) else None
+        if not isinstance(objectives, Mapping) or not isinstance(objectives.get(TASKS), Mapping):
+            return data
+        asked = objectives[TASKS]
+        if isinstance(asked.get("include_path"), str):
+            asked = {**asked, "include_path": located(asked["include_path"])}
+        if asked.get("search"):
+            return {**data, "objectives": {**objectives, TASKS: asked}}
+        rest = {key: value for key, value in data.items() if key != "objectives"}
+        others = {name: settings for name, settings in objectives.items() if name != TASKS}
+        return rest | {TASKS: asked} | ({"objectives": others} if others else {})
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks(cls, tasks: dict[str, Any] | None) -> dict[str, Any] | None:
+        if tasks is not None:
+            make_objective(TASKS, tasks)
+        return tasks
 
     @model_validator(mode="after")
     def _limits_on_objectives(self) -> StudyConfig:
@@ -415,6 +443,11 @@ class StudyConfig(Strict):
         _ = self.trial_windows
         return self
 
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that members of the front are reported by."""
+        return list(self.tasks["names"]) if self.tasks else []
+
     def on_grid(self, multiple: int) -> StudyConfig:
         """The same study with ranks that are multiples of this."""
         return self.model_copy(update={"space": self.space.model_copy(update={"rank_multiple": multiple})})
@@ -435,6 +468,13 @@ class StudyConfig(Strict):
                 " add a table such as [objectives.parameters]"
             )
         return objectives
+
+
+def check_tasks(config: StudyConfig) -> None:
+    """Raise `InputError` where the study asks for tasks and what runs them is not installed."""
+    settings = config.tasks or config.objectives.get(TASKS)
+    if settings is not None:
+        Tasks(**settings).check()
 
 
 def preferred_loss(config: StudyConfig) -> str | None:
@@ -476,7 +516,7 @@ LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit"
 def definition_of(config: StudyConfig) -> dict[str, Any]:
     """What defines the trials of a study: everything but the limits and healing, which may change between launches."""
     data = config.model_dump(mode="json")
-    del data["heal"], data["data"]["heal"]
+    del data["heal"], data["data"]["heal"], data["tasks"]
     for key in LIMITS["search"]:
         del data["search"][key]
     del data["search"]["storage"]  # where they lie, which the run looks after

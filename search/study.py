@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from rankfront.search.choices import Format, Refit
-from rankfront.search.config import StudyConfig, load_config, make_config
+from rankfront.search.config import StudyConfig, check_tasks, load_config, make_config
 from rankfront.search.constraint import Constraint
 from rankfront.search.output.results import Results
 from rankfront.search.storage.folder import Run
@@ -197,6 +197,7 @@ class Study:
 
         self.config = self.run.remembered(self.config)
         heals = self.config.search.heal != "none"
+        check_tasks(self.config)
         if heals:
             from rankfront.search.output.halving import check_healing
 

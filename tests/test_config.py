@@ -99,7 +99,8 @@ def test_every_registered_name_is_accepted():
         assert make_config({"space": {"methods": [method]}}).space.methods == (method,)
     for sampler in SAMPLERS:
         assert make_config({"search": {"sampler": sampler}}).search.sampler == sampler
-    assert list(make_config({"objectives": {name: {} for name in OBJECTIVES}}).objectives) == list(OBJECTIVES)
+    settings = {name: {"names": ["arc_easy"], "search": True} if name == "tasks" else {} for name in OBJECTIVES}
+    assert list(make_config({"objectives": settings}).objectives) == list(OBJECTIVES)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfront.methods import InputError
 from rankfront.objectives import score
+from rankfront.objectives.tasks import Tasks
 from rankfront.search.inputs.capacity import capacity_of
+from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.plans.job import Record
 from rankfront.search.splits import PROMPTS
 
 CONTINUED = 12  # tokens
+TaskSettings = Mapping[str, Any] | None
 
 
 @torch.inference_mode()
@@ -41,9 +45,9 @@ def continuations(model: Any, tokenizer: Any) -> list[str]:
     return [str(tokenizer.decode(row[len(prompt) :])) for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any) -> Record:
-    """Of what runs now: ``perplexity`` on the report split, ``control`` on the control text where there is one, and
-    the ``continuations`` of `PROMPTS`; ``failure`` alone where the first is not finite."""
+def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any, tasks: TaskSettings = None) -> Record:
+    """Of what runs now: ``perplexity`` on the report split, ``control`` on the control text where there is one, the
+    ``continuations`` of `PROMPTS`, and scores of ``tasks``; ``failure`` alone where the first is not finite."""
     scores = score(model, tokens["report"])
     if not math.isfinite(scores.perplexity):
         return {"failure": f"perplexity on the report split is {scores.perplexity}"}
@@ -51,4 +55,20 @@ def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any) -> Record
     if "control" in tokens:
         control = score(model, tokens["control"]).perplexity
         record |= {"control": control} if math.isfinite(control) else {"control_failure": str(control)}
-    return record | {"continuations": continuations(model, tokenizer)}
+    record |= {"continuations": continuations(model, tokenizer)}
+    return record if tasks is None else record | {"tasks": task_scores(model, tokenizer, tasks)}
+
+
+def task_scores(model: Any, tokenizer: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """What was ``asked``, and the ``scores`` by task, or one line of why there are none as ``failure``.
+
+    `InputError` where lm-eval has no such task or metric; what says that memory is short is raised too."""
+    asked = {"asked": dict(tasks)}
+    try:
+        return asked | {"scores": Tasks(**tasks).scores(model, tokenizer)}
+    except InputError:
+        raise
+    except Exception as error:  # another library's, or its data's: the rest of the report stands
+        if out_of_memory(error):
+            raise
+        return asked | {"failure": (str(error).strip().splitlines() or [type(error).__name__])[0]}

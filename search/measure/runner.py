@@ -111,7 +111,9 @@ class JobRunner:
             with clock.phase("teacher"):
                 teacher = self.teacher()
         dense = compressed.dense if compressed.modules else None
-        return Subject(compressed.model, dense, self.tokens.windows, teacher, cost, clock)
+        return Subject(
+            compressed.model, dense, self.tokens.windows, teacher, cost, clock, tokenizer=compressed.tokenizer
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -155,7 +157,7 @@ def measure_report(runner: JobRunner, job: Job) -> Record:
     with clock.phase("apply"):
         compressed.apply(job.plan)
     with clock.phase("evaluate"):
-        record = reported(compressed.model, runner.setup.tokens, compressed.tokenizer)
+        record = reported(compressed.model, runner.setup.tokens, compressed.tokenizer, runner.setup.config.tasks)
     if "failure" not in record and runner.setup.config.search.refit == "sequential" and job.plan.choices:
         record |= runner.refitted_perplexity(job.plan, clock)
     return record | {"seconds": clock.seconds}

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rankfront.search import attributes as keys
-from rankfront.search.attributes import Report
+from rankfront.search.attributes import Report, task_scores_of
 from rankfront.search.choices import Format, Refit
 from rankfront.search.inputs.source import Source
 from rankfront.search.measure.setup import Setup
@@ -83,6 +83,9 @@ def card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit,
     for name, text in texts.items():
         if name in ours and name in dense:
             figures[f"perplexity, {text}"] = f"{ours[name]:.6g} (dense: {dense[name]:.6g})"
+    before = task_scores_of(dense)
+    for name, score in task_scores_of(ours).items():
+        figures[f"task {name}"] = f"{score:.4g}" + (f" (dense: {before[name]:.4g})" if name in before else "")
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     said = f"It {verified.warning}.\n\n" * bool(verified.warning) + _said(ours, dense)
     name = without_folders(setup.source.name)

@@ -164,7 +164,10 @@ class FrontHealing:
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
             return {keys.FAILURE: f"not finite after healing: {', '.join(bad)}"}
-        return {"values": values, "report": dict(reported(model, self.setup.tokens, load_tokenizer(source)))}
+        return {
+            "values": values,
+            "report": dict(reported(model, self.setup.tokens, load_tokenizer(source), self.setup.config.tasks)),
+        }
 
     def _loaded(self, source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
         model = load_model(source, dtype, self.setup.device)

@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 from rankfront.methods import DENSE, DENSE_OPTION, Site
 from rankfront.objectives import make_objective
 from rankfront.search.atomic import write_whole
+from rankfront.search.attributes import task_scores_of
 from rankfront.search.output.results import Results
 from rankfront.search.output.tables import closed
 from rankfront.search.plain import plain
@@ -218,11 +219,13 @@ def _table(found: Results, rows: Sequence[Row]) -> str:
     control = found.config.data.control
     if control.windows:
         reported["control"] = f"perplexity on {control.label}"
-    head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, *reported.values()])
+    tasks = found.config.task_names
+    head = "".join(f"<th>{_escaped(name)}</th>" for name in ["trial", "origin", *names, *reported.values(), *tasks])
     lines = []
     for row in rows:
         cells = [str(row.number), row.origin, *(f"{value:.4g}" for value in row.values.values())]
         measured = [(row.report or {}).get(name) for name in reported]
+        measured += [task_scores_of(row.report).get(name) for name in tasks]
         cells += ["-" if value is None else f"{value:.4g}" for value in measured]
         lines.append("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in cells) + "</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'

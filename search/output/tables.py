@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
-from rankfront.search.attributes import SECONDS
+from rankfront.search.attributes import SECONDS, task_scores_of
 from rankfront.search.config import QUALITY
 from rankfront.search.constraint import Constraint
 from rankfront.search.output.results import Results
@@ -25,7 +25,7 @@ from rankfront.search.storage.picking import holding
 if TYPE_CHECKING:
     import pandas as pd
 
-REPORTED = ("perplexity", "refitted", "control", "continuations")
+REPORTED = ("perplexity", "refitted", "control", "continuations", "tasks")
 
 
 def front_json(found: Results, where: Sequence[str]) -> dict[str, Any]:
@@ -166,9 +166,13 @@ def _table_of(found: Results, rows: Sequence[Row], title: str, more: Mapping[str
     table = Table(title=literal(title), title_justify="left")
     for name in ["trial", "origin", *names, *reported.values(), *more]:
         table.add_column(name, justify="left" if name == "origin" else "right")
+    tasks = found.config.task_names
+    for name in tasks:
+        table.add_column(literal(name), justify="right")
     for row in rows:
         figures = [f"{row.figure(name):.4g}" for name in names]
         measured = [(row.report or {}).get(name) for name in reported]
+        measured += [task_scores_of(row.report).get(name) for name in tasks]
         cells = ["-" if value is None else f"{value:.4g}" for value in measured]
         cells += [column.get(row.number, "-") for column in more.values()]
         table.add_row(str(row.number), literal(row.origin), *figures, *cells)

@@ -45,6 +45,7 @@ class Record(TypedDict, total=False):
     control: float  # perplexity on the control text
     control_failure: str
     continuations: list[str]  # of the prompts
+    tasks: dict[str, Any]  # what was asked, and scores by task, or a failure
     refitted: float  # perplexity after a refit
     refit_failure: str
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import optuna
 
 from rankfront.search import attributes as keys
@@ -12,7 +15,8 @@ from rankfront.search.storage.front import Row, StudyState, dense_row, front_of
 
 
 class ReportQueue:
-    """Members of the front that are to be measured on the report split still, the dense model with them.
+    """Members of the front that are to be measured on the report split still, the dense model with them; and by tasks,
+    where the study names some.
 
     Args:
         study: which the records are kept with: a finished trial's attributes are frozen in Optuna.
@@ -25,6 +29,7 @@ class ReportQueue:
         self.study = study
         self.refit = config.search.refit != "none"
         self.control = config.data.control.windows > 0
+        self.tasks = config.tasks
         self.wanted = wanted
         self.in_flight = in_flight
         self.lost: set[int] = set()  # at every attempt: the next launch tries again
@@ -50,7 +55,7 @@ class ReportQueue:
         """Keep what was measured."""
         self.study.set_user_attr(keys.report_of(number), record)
         self.in_flight.reports.discard(number)
-        if keys.LOST in record:
+        if keys.LOST in record or "failure" in record.get("tasks", {}):
             self.lost.add(number)
 
     def _reported(self, row: Row) -> bool:
@@ -61,4 +66,11 @@ class ReportQueue:
         asked = [{"refitted", "refit_failure"}] if self.refit and row.plan.choices else [{"perplexity"}]
         if self.control:
             asked.append({"control", "control_failure"})
-        return keys.FAILURE in report or all(not each.isdisjoint(report) for each in asked)
+        return keys.FAILURE in report or (
+            all(not each.isdisjoint(report) for each in asked) and (self.tasks is None or self._has_tasks(report))
+        )
+
+    def _has_tasks(self, report: Mapping[str, Any]) -> bool:
+        """Whether a report has scores of the tasks that are asked for now."""
+        found = report.get("tasks", {})
+        return "scores" in found and found["asked"] == self.tasks
