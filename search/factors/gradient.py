@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import Factors, Option, Prepared, Site, get_method
 from rankfront.methods.layers import replacement
+from rankfront.search.factors.calibration import Progress
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
 PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
@@ -37,11 +38,17 @@ class Prepares(Protocol):
 
 
 def quadratic_divergence(
-    model: Any, windows: Tensor, wanted: Mapping[Site, Sequence[Option]], store: Prepares, seed: int
+    model: Any,
+    windows: Tensor,
+    wanted: Mapping[Site, Sequence[Option]],
+    store: Prepares,
+    seed: int,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
     """Site name -> option label -> nats a token, for every option wanted, from ``windows`` (W, L) through the dense
-    ``model``."""
+    ``model``. ``progress`` hears (windows done, windows in all)."""
     generator = torch.Generator().manual_seed(seed)
+    progress(0, len(windows))
     scored = [_Scored(site, options, store) for site, options in wanted.items()]
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with differentiated(model, [hook for s in scored for hook in s.hooks()]):
@@ -51,6 +58,7 @@ def quadratic_divergence(
             drawn_loss(logits, generator).backward()
             for s in scored:
                 s.settle()
+            progress(min(start + step, len(windows)), len(windows))
     return {s.site.name: {label: total / windows.numel() for label, total in s.totals.items()} for s in scored}
 
 

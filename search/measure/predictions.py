@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rankfront.methods import Option, Site, get_method
 from rankfront.objectives import score, teach
+from rankfront.search.factors.calibration import Progress
 from rankfront.search.factors.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.plans.job import Record
@@ -33,6 +34,7 @@ def predict(
     store: FactorStore,
     source: str,
     seed: int,
+    progress: Progress = lambda done, total: None,
 ) -> Record:
     """``predictions``, site name -> option label -> predicted divergence, from ``source``; the ``tokens`` that took.
 
@@ -41,7 +43,7 @@ def predict(
     length = windows.shape[1]
     if source in ("gradient", GROUPED):
         used = windows[: max(1, MENU_TOKENS // length)]
-        found = quadratic_divergence(model, used, wanted, store, seed)
+        found = quadratic_divergence(model, used, wanted, store, seed, progress)
         return {"predictions": found, "tokens": PASS_TOKENS * used.numel()}
     spectrum = spectrum_predictions(wanted, store)
     if source == "spectrum":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -36,10 +37,14 @@ FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a job,
 
 
 class JobRunner:
-    """A compressed model, the tokens that it is evaluated on, and the dense model's predictions on them."""
+    """A compressed model, the tokens that it is evaluated on, and the dense model's predictions on them.
+
+    ``progress`` hears of what takes long: phase, done, total.
+    """
 
     def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
         self.setup = setup
+        self.progress = progress
         self.compressed = CompressedModel(setup, progress)
         self.timed = TimedModel(self.compressed)
         self.tokens = EvaluationTokens(setup.tokens["search"], setup.config.trial_windows, setup.config.search.seed)
@@ -179,8 +184,9 @@ def measure_menu(runner: JobRunner, job: Job) -> Record:
     with clock.phase("menu"):
         windows = runner.tokens.spare(0, MENU_TOKENS)
         found = predict(
-            compressed.model, compressed.apply_one, windows, own, compressed.store, search.menu, search.seed
-        )
+            compressed.model, compressed.apply_one, windows, own, compressed.store, search.menu, search.seed,
+            partial(runner.progress, "gradient"),
+        )  # fmt: skip
     return found | {"seconds": clock.seconds}
 
 
@@ -221,6 +227,7 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
             compressed.store,
             teacher,
             setup.config.search.seed + job.number,
+            partial(runner.progress, "slopes"),
         )
     packed = {}
     for site, options in compressed.space.options.items():

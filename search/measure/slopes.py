@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
+from rankfront.search.factors.calibration import Progress
 from rankfront.search.factors.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss, products
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.tuning import TUNING
@@ -39,12 +40,15 @@ def measure_slopes(
     store: FactorStore,
     teacher: Teacher | None,
     seed: int,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Site name -> label of every option, dense included -> (a, b) in nats a token.
 
     ``model`` runs the plan ``current`` (site name -> option) on ``windows`` (W, L); ``dense`` are its dense modules by
     path. With a ``teacher`` on these windows the loss is KL from the dense model, else the negative log-likelihood.
+    ``progress`` hears (windows done, windows in all).
     """
+    progress(0, len(windows))
     generator = torch.Generator().manual_seed(seed)
     probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items()]
     step = max(1, BATCH_TOKENS // windows.shape[1])
@@ -64,6 +68,7 @@ def measure_slopes(
                 drawn_loss(logits.flatten(0, 1), generator).backward()
                 for probe in probes:
                     probe.settle(curvature=1.0)
+            progress(min(start + step, len(windows)), len(windows))
     predicted = len(windows) * (windows.shape[1] - 1)
     return {
         probe.site.name: {label: (a / predicted, probe.second[label] / predicted) for label, a in probe.first.items()}

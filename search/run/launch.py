@@ -115,7 +115,7 @@ class Launch:
                 prepared = _prepared(setup, space, progress, display, self.rebuild)
                 display.search(scheduler.status())
                 scheduler.begin()
-                measure_all(scheduler, prepared, config, self.address)
+                measure_all(scheduler, prepared, config, self.address, display.phase)
         finally:
             close(storage)
 
@@ -127,15 +127,22 @@ def _prepared(setup: Setup, space: Space, progress: Progress, display: Display, 
     return replace(setup, unmade=store.unmade)
 
 
-def measure_all(scheduler: Scheduler, setup: Setup, config: StudyConfig, address: str | None) -> None:
-    """Measure what the scheduler asks for until it is done, in this process or on workers."""
+def measure_all(
+    scheduler: Scheduler,
+    setup: Setup,
+    config: StudyConfig,
+    address: str | None,
+    progress: Progress = lambda phase, done, total: None,
+) -> None:
+    """Measure what the scheduler asks for until it is done, on workers or in this process, whose ``progress`` is
+    heard."""
     try:
         if config.search.workers:
             from rankfront.search.run import workers  # ray is loaded only where it is used
 
             workers.run(scheduler, setup, config.search.workers, config.search.resources, address)
             return
-        runner = JobRunner(setup)
+        runner = JobRunner(setup, progress)
         while not scheduler.done:
             job = scheduler.next()
             if job is not None:

@@ -34,7 +34,9 @@ PHASES = {
     "calibrate": "calibrate (windows)",
     "factor": "factor (sites)",
     "timing": "time options",
+    "gradient": "differentiate (windows)",
     "menu": "predict (jobs)",
+    "slopes": "measure slopes (windows)",
     "report": "measure the report split",
 }
 EVERY = 30.0  # seconds between lines of a log about one phase; guess
