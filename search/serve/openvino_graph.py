@@ -26,8 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rankfront.methods import InputError
-from rankfront.methods.dense import multiplied_out
-from rankfront.methods.layers import Factored
+from rankfront.methods.dense import put_dense
 from rankfront.methods.layers_joint import CACHED, AbsentLinear, FromHeadsLinear, HeadsLinear, PlainLinear
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.search.errors import ExportError
@@ -77,11 +76,12 @@ def write_openvino(structure: Structure, folder: Path, tokenizer: Any) -> int:
 def _prepared(structure: Structure) -> Any:
     """A copy of the model, in fp32, with what has no form of its own multiplied out."""
     model = copy.deepcopy(structure.model).float().eval()
-    for path, module in list(model.named_modules()):
+    factored = {path: module for path, module in model.named_modules() if hasattr(module, "full_bias")}
+    others = [path for path, module in factored.items() if not isinstance(module, KEPT)]
+    put_dense(model, copy.deepcopy(structure.skeleton), others, torch.float32)
+    for module in factored.values():
         if isinstance(module, LowRankLinear):
             module.joined = None
-        if hasattr(module, "full_bias") and not isinstance(module, KEPT):
-            model.set_submodule(path, _dense(structure, path, module))
     for site in structure.sites:
         last = model.get_submodule(site.anchor.path)
         if isinstance(last, AbsentLinear):  # added to the residual stream, whatever came before it
@@ -94,16 +94,6 @@ def _prepared(structure: Structure) -> Any:
             _thin(attention, widest)
     model.config._attn_implementation = THIN
     return model
-
-
-def _dense(structure: Structure, path: str, module: nn.Module) -> nn.Module:
-    """The dense module that ``module`` stands for."""
-    dense: nn.Module = copy.deepcopy(structure.skeleton.get_submodule(path)).to_empty(device="cpu")
-    factored = cast(Factored, module)
-    for own, _ in list(dense.named_parameters()):
-        found = multiplied_out(factored, dense, own).float()
-        setattr(dense, own, nn.Parameter(found, requires_grad=False))
-    return dense
 
 
 def _thin(attention: nn.Module, width: int) -> None:
