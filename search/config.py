@@ -218,6 +218,7 @@ class SpaceConfig(Strict):
 
     Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64 at which the device multiplies
     fastest, measured at the first launch. ``servable`` names formats of exports that hold every plan at its size.
+    ``allow_partial`` lets a model be searched of whose blocks less than half can be treated.
     """
 
     include: tuple[str, ...] = ("*",)
@@ -225,6 +226,7 @@ class SpaceConfig(Strict):
     methods: Methods = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     rank_multiple: Annotated[int, Field(le=MOST)] | Literal["device"] = 8
+    allow_partial: bool = False
     servable: Annotated[tuple[Servable, ...], BeforeValidator(_listed)] = ()
     rule: tuple[RuleConfig, ...] = ()
 
@@ -516,7 +518,7 @@ LIMITS = {"search": ("trials", "time", "tokens", "workers", "resources", "refit"
 def definition_of(config: StudyConfig) -> dict[str, Any]:
     """What defines the trials of a study: everything but the limits and healing, which may change between launches."""
     data = config.model_dump(mode="json")
-    del data["heal"], data["data"]["heal"], data["tasks"]
+    del data["heal"], data["data"]["heal"], data["tasks"], data["space"]["allow_partial"]
     for key in LIMITS["search"]:
         del data["search"][key]
     del data["search"]["storage"]  # where they lie, which the run looks after

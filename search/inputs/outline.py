@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rankfront.methods import Site
 from rankfront.search.inputs.capacity import Capacity, capacity_of
+from rankfront.search.inputs.coverage import Coverage, coverage_of
 from rankfront.search.inputs.model import count_parameters, skeleton, use_attention
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.inputs.source import Source
@@ -21,11 +22,13 @@ class Outline:
         sites: every weight that can be treated, and where it is.
         parameters: stored values, each once.
         capacity: what it can read.
+        coverage: how much of its blocks are sites.
     """
 
     sites: Mapping[Site, Place]
     parameters: int
     capacity: Capacity
+    coverage: Coverage
 
 
 def outline_of(source: Source, attention: str | None = None) -> Outline:
@@ -35,4 +38,5 @@ def outline_of(source: Source, attention: str | None = None) -> Outline:
     """
     model = skeleton(source)
     use_attention(model, attention)
-    return Outline(find_sites(model), count_parameters(model), capacity_of(model))
+    sites = find_sites(model)
+    return Outline(sites, count_parameters(model), capacity_of(model), coverage_of(model, sites))

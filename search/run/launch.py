@@ -97,6 +97,8 @@ class Launch:
         drawn = own_text(self.run)
         known = set(drawn)
         setup = make_setup(self.run, self.config, progress, drawn)
+        for line in setup.outline.coverage.lines():
+            display.say(line)
         space = make_space(setup)
         check_limits(setup, space)
         if self.config.search.heal != "none":  # a text that is too short is refused before anything is measured

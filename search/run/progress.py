@@ -131,7 +131,11 @@ class Display:
                 f"{len(store.unmade)} factorisations failed, as will trials that want them; the next launch tries again"
                 f" ({path.parent.name}/{path.stem}: {reason})"
             )
-            self.console.print(literal(said), soft_wrap=True)
+            self.say(said)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(literal(text), soft_wrap=True)
 
     def search(self, status: Status) -> None:
         """What is predicted of, then the live line: trials done, front size, best at each budget, time left."""

@@ -1,0 +1,105 @@
+"""How much of a model's blocks a search can treat, and what it leaves alone: said before anything is measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from rankfront.methods import InputError, Site
+from rankfront.search.inputs.sites import LINEAR, blocks
+from rankfront.search.names import Place
+
+LEAST = 0.5  # share of the blocks' weights below which a study has to say that it is meant so; guess
+
+
+@dataclass(frozen=True)
+class Left:
+    """Weights that are no site: their name within a block, numbers as ``*``, how many values, and why."""
+
+    name: str
+    values: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Values of the matrices inside a model's blocks, norms and biases left out.
+
+    Attributes:
+        values: all of them, each once.
+        left: what is no site, the largest first.
+    """
+
+    values: int
+    left: tuple[Left, ...]
+
+    @property
+    def share(self) -> float:
+        """Of the blocks' weights, those that are sites."""
+        return 1 - sum(each.values for each in self.left) / self.values if self.values else 1.0
+
+    def lines(self) -> Iterator[str]:
+        """What a launch says first; nothing where every weight is a site."""
+        if self.left:
+            yield f"{self.share:.1%} of the blocks' weights can be treated; the rest stays dense:"
+        for each in self.left:
+            yield f"  {each.name}: {each.values / self.values:.1%}, {each.why}"
+
+    def check(self, allowed: bool) -> None:
+        """Raise `InputError` where less than `LEAST` can be treated, and that is not ``allowed``."""
+        if self.share < LEAST and not allowed:
+            most = self.left[0]
+            raise InputError(
+                f"only {self.share:.1%} of the blocks' weights can be treated, for {most.name} ({most.why}) is"
+                f" {most.values / self.values:.1%} of them: set space.allow_partial = true to search the rest"
+            )
+
+
+def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
+    """Of a model, or of its skeleton."""
+    prefix, found = blocks(model)
+    inside: dict[str, Any] = {
+        f"{prefix}.{number}.{path}": module
+        for number, block in enumerate(found)
+        for path, module in block.named_modules()
+    }
+    treated = {id(parameter) for parameter in _treated(inside, sites)}
+    values, left = 0, dict[tuple[str, str], int]()
+    seen: set[int] = set()
+    for path, module in inside.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or name.endswith("bias") or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            values += parameter.numel()
+            if id(parameter) not in treated:
+                kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path.removeprefix(prefix)}.{name}.")[3:-1]
+                key = kind, _why(module, parameter)
+                left[key] = left.get(key, 0) + parameter.numel()
+    ordered = sorted(left.items(), key=lambda item: -item[1])
+    return Coverage(values, tuple(Left(kind, count, why) for (kind, why), count in ordered))
+
+
+def _treated(modules: Mapping[str, Any], sites: Mapping[Site, Place]) -> Iterator[nn.Parameter]:
+    for site in sites:
+        for weight in site.weights:
+            if weight.path in modules:
+                yield modules[weight.path].weight
+
+
+def _why(module: nn.Module, parameter: nn.Parameter) -> str:
+    kind = type(module).__name__
+    if isinstance(module, _ConvNd):
+        return "a convolution"
+    if parameter.ndim > 2:
+        return "one tensor that holds several matrices"
+    if type(module) in LINEAR:
+        return "a linear with a forward of its own"
+    if isinstance(module, LINEAR):
+        return f"of class {kind}, which is no plain linear"
+    return f"of class {kind}, which is no linear"

@@ -1,0 +1,79 @@
+"""How much of a model a search can treat: all of it, or said, weight by weight; and refused where it is little."""
+
+import common
+import pytest
+import torch
+from launching import again, make_run, quiet, small_data
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rankfront.methods import InputError
+from rankfront.search.inputs.coverage import coverage_of
+from rankfront.search.inputs.sites import find_sites
+from rankfront.search.study import Study
+
+EXPERTS = {
+    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+    "vocab_size": common.VOCABULARY, "decoder_sparse_step": 1,
+}  # fmt: skip
+
+
+def covered(model):
+    return coverage_of(model, find_sites(model))
+
+
+def test_every_weight_of_the_blocks_is_a_site_or_left_for_a_reason(model):
+    """Matrices are counted one by one: of each architecture, what is no linear layer is named."""
+    found = covered(model)
+    sites = {id(model.get_submodule(weight.path).weight) for site in find_sites(model) for weight in site.weights}
+    prefix = next(site.name for site, place in find_sites(model).items() if place.block == 0).split(".0.")[0]
+    matrices = {
+        id(parameter): parameter.numel()
+        for name, parameter in model.get_submodule(prefix).named_parameters()
+        if parameter.ndim > 1
+    }
+    assert found.values == sum(matrices.values())
+    assert sum(left.values for left in found.left) == sum(n for key, n in matrices.items() if key not in sites)
+    assert (found.share == 1) == (list(found.lines()) == [])
+    found.check(allowed=False)
+
+
+@pytest.fixture
+def experts(tmp_path, tokenizer):
+    """A folder of a mixture of experts, whose experts are one tensor a layer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **EXPERTS)).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    return tmp_path / "moe"
+
+
+def test_a_mixture_of_experts_is_searched_only_where_that_is_allowed(experts, text_file, tmp_path, capsys):
+    data = small_data(experts, text_file, trials=3)
+    with pytest.raises(
+        InputError, match=r"only \d+\.\d% of the blocks' weights .* mlp\.experts\.gate_up_proj \(one tensor"
+    ):
+        Study(data, tmp_path / "run").launch(quiet())
+    assert not (tmp_path / "run" / "study.json").exists()
+    data["space"]["allow_partial"] = True
+    study, console = make_run(data, tmp_path / "run"), quiet()
+    again(study, trials=4).launch(console)
+    said = console.file.getvalue()
+    assert "of the blocks' weights can be treated; the rest stays dense:" in said
+    assert "mlp.experts.down_proj" in said
+
+
+def test_linears_that_are_not_plain_are_named():
+    model = next(row for row in common.ARCHITECTURES if row.name == "llama").build()
+    block = model.model.layers[0]
+
+    class Odd(nn.Linear):
+        pass
+
+    block.mlp.up_proj.__class__ = Odd
+    block.mlp.down_proj.forward = block.mlp.down_proj.forward
+    found = covered(model)
+    assert {left.name: left.why for left in found.left} == {
+        "mlp.up_proj.weight": "of class Odd, which is no plain linear",
+        "mlp.down_proj.weight": "a linear with a forward of its own",
+    }
