@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from rankfront.objectives._caches import cache_of
 from rankfront.objectives.latency import Run
 
 GRAPHS = 4096  # that compiled models may have had in all: every trial's are others
@@ -46,11 +47,12 @@ def generate(model: Callable[..., Any], ids: Tensor, decode: int, cache: Any = N
     """Time a prefill of ``ids`` (batch, prompt) and ``decode`` greedy single-token steps with the key-value ``cache``,
     one that grows where none is given."""
     watch = _Stopwatch(ids.device)
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    given = {} if cache is None else {"past_key_values": cache}
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
     prefill = watch.lap()
     for _ in range(decode):
         token = out.logits[:, -1:].argmax(-1)  # (batch, 1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=token, use_cache=True, logits_to_keep=1, **cache_of(out))
     return Run(prefill, watch.lap())
 
 

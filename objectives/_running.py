@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import Unpacked
+from rankfront.objectives._caches import cache_of
 from rankfront.objectives._subject import Subject
 
 TOKENS = 5  # that are run to see what is kept
@@ -31,12 +32,13 @@ def note_running(subject: Subject) -> None:
 
 @torch.inference_mode()
 def cache_after(subject: Subject) -> Any:
-    """The cache after a prompt and one decoded token, `TOKENS` of them together."""
+    """The cache after a prompt and one decoded token, `TOKENS` of them together; None where the model has none."""
     model = cast(Any, subject.model)
     window = subject.windows.flatten()
     ids = window.repeat(-(-TOKENS // len(window)))[None, :TOKENS].to(next(model.parameters()).device)
-    out = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
-    return model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).past_key_values
+    out = model(input_ids=ids[:, :-1], use_cache=True)
+    (cache,) = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **cache_of(out))).values() or (None,)
+    return cache
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

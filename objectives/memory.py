@@ -47,8 +47,9 @@ class KVBytes:
     def value(self, subject: Subject) -> float:
         from rankfront.objectives._running import TOKENS, cache_after
 
-        cache = cache_after(subject)
-        return float(sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / TOKENS)
+        layers = getattr(cache_after(subject), "layers", ())
+        kept = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))  # states do not grow
+        return float(sum(tensor.nbytes for tensor in kept if tensor is not None) / TOKENS)
 
     def from_cost(self, cost: Cost) -> None:
         return None

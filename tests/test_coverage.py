@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankfront.methods import InputError
 from rankfront.search.inputs.coverage import coverage_of
-from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.sites import find_sites, is_plain
 from rankfront.search.study import Study
 
 EXPERTS = {
@@ -68,7 +68,8 @@ def test_linears_that_are_not_plain_are_named():
     block = model.model.layers[0]
 
     class Odd(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     block.mlp.up_proj.__class__ = Odd
     block.mlp.down_proj.forward = block.mlp.down_proj.forward
@@ -77,3 +78,67 @@ def test_linears_that_are_not_plain_are_named():
         "mlp.up_proj.weight": "of class Odd, which is no plain linear",
         "mlp.down_proj.weight": "a linear with a forward of its own",
     }
+
+
+# -- what is not made of plain linears and a cache of keys and values
+
+OTHERS = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "jamba": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 2, "use_mamba_kernels": False,
+    },
+}  # fmt: skip
+
+
+def built(name):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=common.VOCABULARY, **OTHERS[name]))
+
+
+def test_what_code_reads_itself_is_no_site():
+    """Factors would never be called there."""
+    found = covered(built("jamba"))
+    assert {left.name for left in found.left if left.why == "read by other code than its own"} == {
+        "mamba.dt_proj.weight"
+    }
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon"])
+def test_state_spaces_and_linears_of_other_classes_go_from_study_to_export(
+    name, tokenizer, text_file, tmp_path, verified_here
+):
+    """Their own text is sampled with the cache that they have."""
+    built(name).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    data = small_data(tmp_path / name, text_file, trials=3)
+    data["data"]["search"] = {"text": "self", "windows": 4}
+    data["objectives"] |= {"kv_bytes": {}}
+    study = make_run(data, tmp_path / "run")
+    assert {row.state for row in study.rows()} == {"complete"}
+    assert (study.front()[0].values["kv_bytes"] == 0) == (name == "mamba")
+    study.export(tmp_path / "small", next(row for row in study.rows() if row.plan.choices))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+def test_a_subclass_of_a_linear_is_known_by_what_it_gives():
+    class Same(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Sized(nn.Linear):
+        def __init__(self, size):
+            super().__init__(size, size)
+
+    assert [is_plain(kind) for kind in (nn.Linear, Same, Doubled, Sized, nn.Conv1d)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankfront.methods import InputError, Site
-from rankfront.search.inputs.sites import LINEAR, blocks
+from rankfront.search.inputs.sites import blocks, is_plain
 from rankfront.search.names import Place
 
 LEAST = 0.5  # share of the blocks' weights below which a study has to say that it is meant so; guess
@@ -93,13 +93,14 @@ def _treated(modules: Mapping[str, Any], sites: Mapping[Site, Place]) -> Iterato
 
 
 def _why(module: nn.Module, parameter: nn.Parameter) -> str:
-    kind = type(module).__name__
+    own: Any = type(module)
+    kind = own.__name__
     if isinstance(module, _ConvNd):
         return "a convolution"
     if parameter.ndim > 2:
         return "one tensor that holds several matrices"
-    if type(module) in LINEAR:
-        return "a linear with a forward of its own"
-    if isinstance(module, LINEAR):
+    if is_plain(own):
+        return "a linear with a forward of its own" if "forward" in vars(module) else "read by other code than its own"
+    if isinstance(module, nn.Linear):
         return f"of class {kind}, which is no plain linear"
     return f"of class {kind}, which is no linear"

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rankfront.methods import InputError
 from rankfront.methods.prepacked import prepacked
+from rankfront.objectives._caches import cache_of
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -74,18 +76,23 @@ class _Allocated(DynamicLayer):
 @contextmanager
 def decoder(model: Any, length: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function of the next token ids (B, 1) that gives the logits (B, V) after them, for up to ``length`` tokens."""
-    cache = None
+    cache: dict[str, Any] = {}
 
     def step(ids: Tensor) -> Tensor:
         nonlocal cache
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        if cache is None and isinstance(out.past_key_values, DynamicCache):
-            layers = out.past_key_values.layers
-            layers[:] = [
+        out = model(input_ids=ids, use_cache=True, **cache)
+        before, cache = cache, cache_of(out)
+        if not cache:
+            raise InputError(
+                f"{type(model).__name__} has no cache to sample its own text with: name another text than self for"
+                " every split, such as pydoc"
+            )
+        grown = cache.get("past_key_values")
+        if not before and isinstance(grown, DynamicCache):
+            grown.layers[:] = [
                 _Allocated(each, length) if type(each) is DynamicLayer and each.keys is not None else each
-                for each in layers
+                for each in grown.layers
             ]
-        cache = out.past_key_values
         logits: Tensor = out.logits[:, -1]
         return logits
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +29,7 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
     """
     prefix, found = blocks(model)
     sites: dict[Site, Place] = {}
-    within = [{name: module for name, module in block.named_modules() if _is_linear(module)} for block in found]
+    within = [_linears(block) for block in found]
     for number, block in enumerate(found):
         path = f"{prefix}.{number}"
         linears = {f"{path}.{name}": module for name, module in within[number].items()}
@@ -37,6 +41,18 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
     for site in _outer_sites(model):
         sites[site] = Place(None, site.name)
     return sites
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The dense linears of a block that its code calls as such, by their names in it."""
+    modules: dict[str, Any] = dict(block.named_modules())
+    found = {}
+    for name, module in modules.items():
+        parent, _, own = name.rpartition(".")
+        kind: Any = type(modules[parent])
+        if _is_linear(module) and own not in read_by_others(kind):
+            found[name] = module
+    return found
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -55,8 +71,37 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether factors can stand in for it: a class or an instance with a forward of its own does something else."""
-    return type(module) in LINEAR and "forward" not in vars(module)
+    """Whether factors can stand in for it: an instance with a forward of its own, or a class, may do something else."""
+    kind: Any = type(module)
+    return is_plain(kind) and "forward" not in vars(module)
+
+
+@cache
+def is_plain(kind: Any) -> bool:
+    """Whether a class is a dense linear: one of `LINEAR`, or a subclass, such as Falcon's, that gives x Wᵀ + b too."""
+    if kind in LINEAR or not issubclass(kind, nn.Linear):
+        return kind in LINEAR
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module, x = kind(3, 2), torch.randn(4, 3)
+        with torch.no_grad():
+            return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias))
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # made of something else
+        return False
+
+
+READS = r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|numel|data_ptr))"
+
+
+@cache
+def read_by_others(kind: Any) -> frozenset[str]:
+    """Names of the children whose weight or bias the code of a class reads itself, as Mamba's mixers do of ``dt_proj``:
+    factors cannot stand in for what is not called."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(match[1] for match in re.finditer(READS, source))
 
 
 def _site(path: str, module: nn.Module, **more: Any) -> Site:
