@@ -98,6 +98,7 @@ def propose(request: Request, say: Say) -> tuple[str, StudyConfig, Estimate]:
     for name in names:
         data = draft(request, subject, EFFORTS[name])
         config = make_config(data)
+        subject.outline.coverage.check(config.space)
         found = found or probe(subject, config, bool(own_tokens(config)), say)
         takes = estimate(subject, config, found, request.heal)
         if takes.total <= PATIENCE:
@@ -207,7 +208,8 @@ class _Compression:
         found = study.read()
         dense = dense_row(found.rows)
         assert dense is not None  # without which there is no trial to export
-        text, before = f"the report split ({without_folders(study.config.data.report.label)})", found.dense_report or {}
+        text = f"the report split ({study.config.data.report.label_by(without_folders)})"
+        before: Report = found.dense_report or {}
         if self.request.heal:
             verified = self._healed(study, row, form)
             after: Report = {"perplexity": verified.perplexity}
@@ -229,7 +231,7 @@ class _Compression:
         """What else is to be known, of what was measured ``before``, of the dense model, and ``after``."""
         notes = [f"it {verified.warning}"] * bool(verified.warning) + [*verified.notes]
         if "control" in before and "control" in after:
-            label = without_folders(study.config.data.control.label)
+            label = study.config.data.control.label_by(without_folders)
             notes.append(f"control text ({label}): {after['control']:.4g}, dense {before['control']:.4g}")
         most = None if self.request.bytes is None else parse_bytes(self.request.bytes, "--bytes")
         if most is not None and verified.bytes > most:  # of a file with a tokenizer and rows of other types

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankfront.methods import InputError
+from rankfront.search.config import SpaceConfig
 from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.sites import find_sites, is_plain
 from rankfront.search.study import Study
@@ -36,7 +37,7 @@ def test_every_weight_of_the_blocks_is_a_site_or_left_for_a_reason(model):
     assert found.values == sum(matrices.values())
     assert sum(left.values for left in found.left) == sum(n for key, n in matrices.items() if key not in sites)
     assert (found.share == 1) == (list(found.lines()) == [])
-    found.check(allowed=False)
+    found.check(SpaceConfig())
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankfront.methods import InputError, Site
+from rankfront.search.config import SpaceConfig
 from rankfront.search.inputs.sites import blocks, is_plain
 from rankfront.search.names import Place
 
@@ -50,9 +51,9 @@ class Coverage:
         for each in self.left:
             yield f"  {each.name}: {each.values / self.values:.1%}, {each.why}"
 
-    def check(self, allowed: bool) -> None:
-        """Raise `InputError` where less than `LEAST` can be treated, and that is not ``allowed``."""
-        if self.share < LEAST and not allowed:
+    def check(self, space: SpaceConfig) -> None:
+        """Raise `InputError` where less than `LEAST` can be treated, and the study neither allows it nor has a rule."""
+        if self.share < LEAST and not (space.allow_partial or space.rule):
             most = self.left[0]
             raise InputError(
                 f"only {self.share:.1%} of the blocks' weights can be treated, for {most.name} ({most.why}) is"

@@ -51,7 +51,7 @@ def make_setup(
     if config.space.servable:
         check_servable(read_config(source), config.space.servable)
     outline = outline_of(source, config.model.attention)
-    outline.coverage.check(config.space.allow_partial or bool(config.space.rule))
+    outline.coverage.check(config.space)
     outline.capacity.check_length(config.data.length, "data.length")  # before minutes of sampling
     own = OwnText(source, dtype, device, cache, own_text(run) if drawn is None else drawn, progress)
     tokens = cut(load_tokenizer(source), config.data.splits(), config.data.length, own)
