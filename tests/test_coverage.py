@@ -5,7 +5,7 @@ import pytest
 import torch
 from launching import again, make_run, quiet, small_data
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rankfront.methods import InputError
 from rankfront.search.config import SpaceConfig
@@ -143,3 +143,21 @@ def test_a_subclass_of_a_linear_is_known_by_what_it_gives():
         False,
         False,
     ]
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "said"),
+    [
+        ("bert", SMALL, "an encoder, whose tokens see those after them"),
+        ("t5", {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8}, "an encoder and a decoder"),
+        ("vit", SMALL, "no language model that predicts the next token"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_said_to_be_none(name, sizes, said, tmp_path, text_file):
+    AutoModel.from_config(AutoConfig.for_model(name, **sizes)).save_pretrained(tmp_path / name)
+    with pytest.raises(InputError, match=rf"is {said} \({name}\): rankfront takes causal language models") as caught:
+        Study(small_data(tmp_path / name, text_file), tmp_path / "run").launch(quiet())
+    assert "\n" not in str(caught.value)

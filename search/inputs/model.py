@@ -11,7 +11,13 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, nearest
@@ -74,6 +80,7 @@ def skeleton(source: Source) -> Any:
     two different matrices, they are two.
     """
     config = read_config(source)
+    _check_causal(source, config)
     _refuse_compressed(source, config)
     model = _empty(source, config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -103,6 +110,23 @@ def read_config(source: Source) -> Any:
             f"model {source.name!r} has {layers:,} layers by its config.json, more than {MOST_LAYERS:,}: restore it"
         )
     return config
+
+
+def _check_causal(source: Source, config: Any) -> None:
+    """Raise `InputError` where transformers has no causal language model of this kind, or this is not used as one."""
+    own = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    what = None
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder and a decoder"
+    elif not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = "no language model that predicts the next token"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        what = "an encoder, whose tokens see those after them"
+    if what is not None:
+        raise InputError(
+            f"model {source.name!r} is {what} ({config.model_type}): rankfront takes causal language models, those of"
+            " AutoModelForCausalLM"
+        )
 
 
 def load_whole(source: Source, location: str | Path, quantised: str | None = None, **arguments: Any) -> Any:
