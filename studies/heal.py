@@ -60,6 +60,8 @@ ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what
     "blocks, Fisher": (("blocks",), {"error": "fisher"}),
     "logits, cross-entropy": (("logits",), {"loss": "ce"}),
     "scales": (("logits",), {"method": "scales"}),
+    "scales, rate 5e-3": (("logits",), {"method": "scales", "rate": 5e-3}),
+    "scales, rate 2e-2": (("logits",), {"method": "scales", "rate": 2e-2}),
     "lora": (("logits",), {"method": "lora"}),
     "stf": (("logits",), {"method": "stf"}),
     "trp": (("logits",), {"method": "trp"}),
