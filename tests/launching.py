@@ -95,7 +95,8 @@ def _toml(value: Any) -> str:
 
 def write_study(data: Mapping[str, Any], path: Path) -> Path:
     """``data`` as a study file."""
-    tables = {name: {key: value for key, value in table.items() if value is not None} for name, table in data.items()}
+    given = {name: table for name, table in data.items() if table is not None}
+    tables = {name: {key: value for key, value in table.items() if value is not None} for name, table in given.items()}
     lines = []
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
