@@ -16,7 +16,8 @@ from rankfront.search.estimate.draft import Subject, share_of_blocks
 from rankfront.search.estimate.probe import Probe
 from rankfront.search.factors.calibration import MEMORY_LIMIT
 from rankfront.search.factors.gradient import BATCH_TOKENS, PASS_TOKENS
-from rankfront.search.heal.memory import STATE
+from rankfront.search.heal.logits import AT_ONCE
+from rankfront.search.heal.memory import KEPT, STATE
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.memory import free_bytes
 from rankfront.search.inputs.own_text import BATCH, ROW
@@ -143,6 +144,9 @@ def _memory(subject: Subject, config: StudyConfig, healed: int) -> tuple[float, 
     limits = [Constraint.parse(text) for text in config.search.where]
     kept = share_of_blocks(subject, {c.figure: c.bound for c in limits if c.operator.startswith("<")})
     trained = (1.0 if kept is None else kept) * subject.prices.of(Plan(())).dense_block_values
-    healing = 2 * dense + STATE * trained + logits if healed else 0.0
+    weights = {weight.path: weight for site in subject.outline.sites for weight in site.weights}.values()
+    features = sum(w.in_features + w.out_features for w in weights if w.kind == "linear")
+    at_once = max(AT_ONCE[torch.device(subject.device).type], config.data.length)
+    healing = 2 * dense + STATE * trained + KEPT * 4 * features * at_once if healed else 0.0
     models = max(loaded, 2 * dense if healed else dense)
     return PROCESS + max(loaded + statistics, 2 * dense + logits, healing), models

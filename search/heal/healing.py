@@ -29,7 +29,8 @@ from rankfront.search.heal.trainable import Parameter, balance, put_back, snapsh
 from rankfront.search.measure.joining import separate
 
 BASE = "base."  # before the names, in a checkpoint of the last stage, of what was stored when it began
-KEEP_EVERY = 300.0  # seconds between checkpoints of the last stage; guess
+KEEP_EVERY = 60.0  # seconds between checkpoints of the last stage; guess
+WRITES = 6.0  # seconds that one may take to write; where it takes longer, they are as many times rarer; guess
 MOST_HELD_OUT = 2**14  # tokens that nothing is trained on; guess
 LARGEST_CACHE = 4 * 10**9  # bytes of a teacher's file that `auto` makes; guess
 
@@ -197,15 +198,16 @@ class Healing:
         with training(arm.parameters):
             whole = EndToEnd(arm, self.head, self._teacher(windows), windows, settings, self.precision)
             whole.begin(self.status.now, where, tensors)
-            kept = time.monotonic()
+            kept, wrote = time.monotonic(), 0.0
 
             def after_step(loss: float) -> None:
-                nonlocal kept
+                nonlocal kept, wrote
                 tokens = seen + settings.budget("logits") * whole.fit.done // whole.steps
-                if time.monotonic() - kept >= KEEP_EVERY:
+                if (began := time.monotonic()) - kept >= KEEP_EVERY * max(1.0, wrote / WRITES):
                     own, state = whole.state()
                     self._keep({"stage": "logits", "tokens": tokens, **own}, state | base)
                     kept = time.monotonic()
+                    wrote = kept - began
                 self._tell("logits", tokens, loss)
 
             return whole.run(self._looked_at, after_step)
