@@ -26,7 +26,13 @@ def packed_columns(columns: Tensor, width: int) -> Tensor:
 def columns_of(packed: Tensor, rows: int, width: int, kept: int) -> Tensor:
     """What `packed_columns` was given, each row rising, (rows, kept) int64."""
     if _masked(rows, width, kept):
-        return unpack_mask(packed, rows, width).nonzero()[:, 1].view(rows, kept)
+        mask = unpack_mask(packed, rows, width)
+        if not torch.compiler.is_compiling():  # a graph wants shapes that follow from shapes
+            found = mask.nonzero()[:, 1]
+            if len(found) == rows * kept:  # not so where nothing was loaded
+                return found.view(rows, kept)
+        order: Tensor = mask.byte().argsort(dim=1, descending=True, stable=True)
+        return order[:, :kept]
     return unpack(packed, index_width(width), rows * kept).view(rows, kept).sort(1).values
 
 

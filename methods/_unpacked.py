@@ -47,7 +47,7 @@ class Unpacked(nn.Module):
     def places(self, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
         """Where values stand, which ``make`` unpacks from ``sources`` or draws: at every call, but while the module
         trains, when it would take longer than a step."""
-        if not self._keep_places:
+        if not self._keep_places or torch.compiler.is_compiling():
             return make()
         if self._places is None or not self._places.still_of(sources):
             with torch.inference_mode(False):

@@ -16,8 +16,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -119,6 +124,16 @@ def _classes(base: str) -> Classes:
         if model is not None:
             auto.register(found, model, exist_ok=True)
     return Classes(found, *models)  # type: ignore[arg-type]
+
+
+def __getattr__(name: str) -> Any:
+    """A factored class by its name: unpickling looks it up, in processes that have not loaded such a model too."""
+    for base, causal in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        named = (causal, CONFIG_MAPPING_NAMES.get(base), MODEL_MAPPING_NAMES.get(base))
+        if any(isinstance(each, str) and name == f"Rankfront{each}" for each in named):
+            _classes(base)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _first(found: Any) -> Any:

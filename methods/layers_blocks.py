@@ -34,7 +34,6 @@ class BlockDictionaryLinear(Unpacked):
         self.out_features, (self.atoms, self.in_features) = len(values), basis.shape
         self.blocks = -(-self.in_features // self.block)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def columns(self) -> Tensor:
         """Columns (m, B s) among the B k atoms; the support has no values before a model is loaded."""
         support = self.support

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,7 @@ class IntegerMatrix(nn.Module):
         """W (m, n)."""
         return restored(Integers(self.integers, self.scales), self.bits, self.columns, dtype)
 
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows ``ids`` (...) of W, (..., n)."""
-        chosen = ids.flatten()
-        scales = self.scales[chosen] if self.bits == 8 else self.scales[:, chosen]
-        found: Tensor = restored(Integers(self.integers[chosen], scales), self.bits, self.columns, dtype)
-        return found.view(*ids.shape, self.columns)
-
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias."""
         if not self._packable(x):
             if self.bits == 8 and self.width == self.columns and x.dtype != torch.float16:  # which would overflow
@@ -80,6 +73,8 @@ class IntegerMatrix(nn.Module):
         self.integers = aligned(self.integers)
 
     def _packable(self, x: Tensor) -> bool:
+        if torch.compiler.is_exporting():  # to engines without such kernels, and for any number of tokens
+            return False
         few = 0 < x.numel() <= FEW_TOKENS * self.columns
         grads = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
         return few and not grads and x.device.type == "cpu" and x.dtype == self.scales.dtype
@@ -91,10 +86,10 @@ class IntegerMatrix(nn.Module):
         packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         return packed
 
-    @staticmethod
-    def of(name: str, tensors: Mapping[str, Tensor], bits: int, columns: int) -> IntegerMatrix:
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, Tensor], bits: int, columns: int) -> Self:
         """The one whose tensors are called ``name.integers`` and ``name.scales``."""
-        return IntegerMatrix(tensors[f"{name}.integers"], tensors[f"{name}.scales"], bits, columns)
+        return cls(tensors[f"{name}.integers"], tensors[f"{name}.scales"], bits, columns)
 
     @staticmethod
     def shapes(name: str, rows: int, columns: int, bits: int) -> Shapes:
@@ -108,6 +103,16 @@ class IntegerMatrix(nn.Module):
         return f"{self.columns}, {len(self.integers)}, bits={self.bits}"
 
 
+class IntegerTable(IntegerMatrix):
+    """E (vocabulary, width) as `Integers`: ids x (...) to its rows (..., width)."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        chosen = x.flatten()
+        scales = self.scales[chosen] if self.bits == 8 else self.scales[:, chosen]
+        found: Tensor = restored(Integers(self.integers[chosen], scales), self.bits, self.columns, self.scales.dtype)
+        return found.view(*x.shape, self.columns)
+
+
 @layer("integer")
 class IntegerLinear(nn.Module):
     """y = W x + bias, W (m, n) an `IntegerMatrix`."""
@@ -118,7 +123,8 @@ class IntegerLinear(nn.Module):
         self.bias = optional_parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stored.product(x, self.bias)
+        y: Tensor = self.stored(x, self.bias)
+        return y
 
     @staticmethod
     def formula(settings: Settings) -> str:
@@ -126,10 +132,11 @@ class IntegerLinear(nn.Module):
 
     @staticmethod
     def build(dense: nn.Module, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Settings) -> nn.Module:
-        stored = IntegerMatrix.of("stored", tensors, settings["bits"], weight_of(dense).shape[1])
+        columns = weight_of(dense).shape[1]
         if isinstance(dense, nn.Embedding):
-            return IntegerEmbedding(stored, settings.get("scale", row_scale(dense)))
-        return IntegerLinear(stored, bias)
+            table = IntegerTable.of("stored", tensors, settings["bits"], columns)
+            return IntegerEmbedding(table, settings.get("scale", row_scale(dense)))
+        return IntegerLinear(IntegerMatrix.of("stored", tensors, settings["bits"], columns), bias)
 
     def matrix(self) -> Tensor:
         return self.stored.matrix()
@@ -146,16 +153,16 @@ class IntegerLinear(nn.Module):
 
 
 class IntegerEmbedding(nn.Module):
-    """Rows of E (vocabulary, width), an `IntegerMatrix`: ids (...) to (..., width), times ``scale`` if there is one."""
+    """Rows of E (vocabulary, width), an `IntegerTable`: ids (...) to (..., width), times ``scale`` if there is one."""
 
-    def __init__(self, stored: IntegerMatrix, scale: float | None = None) -> None:
+    def __init__(self, stored: IntegerTable, scale: float | None = None) -> None:
         super().__init__()
         self.stored = stored
         self.num_embeddings, self.embedding_dim = len(stored.integers), stored.columns
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.stored.rows(ids, self.stored.scales.dtype)
+        rows: Tensor = self.stored(ids)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
     def matrix(self) -> Tensor:
@@ -178,7 +185,8 @@ class IntegerLowRankLinear(nn.Module):
         self.bias = optional_parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.left.product(self.right.product(x), self.bias)
+        y: Tensor = self.left(self.right(x), self.bias)
+        return y
 
     @staticmethod
     def formula(settings: Settings) -> str:
@@ -217,7 +225,8 @@ class CorrectedLinear(nn.Module):
         self.bias = optional_parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stored.product(x, self.bias) + self.left.product(self.right.product(x))
+        y: Tensor = self.stored(x, self.bias) + self.left(self.right(x))
+        return y
 
     @staticmethod
     def formula(settings: Settings) -> str:

@@ -122,21 +122,30 @@ class ThinCache:
     """A cache of keys and values as one attention sees it: it takes and gives whole heads, and stores what was kept.
 
     Dimensions that a projection leaves out are zero before and after rotary positions, so nothing is lost. The whole
-    keys and values of one attention exist while it runs.
+    keys and values of one attention exist while it runs. A cache that was allocated before, for whole heads, stores
+    whole heads.
     """
 
     def __init__(self, cache: Any, keys: HeadsLinear | None, values: HeadsLinear | None) -> None:
         self.cache, self.keys, self.values = cache, keys, values
 
-    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Store new states (batch, heads, tokens, width); all that are stored, of the same form."""
-        thin_keys = keys if self.keys is None else self.keys.thinned(keys)
-        thin_values = values if self.values is None else self.values.thinned(values)
-        keys, values = self.cache.update(thin_keys, thin_values, *more, **named)
+        by_keys, by_values = self._thin("keys", self.keys, layer_idx), self._thin("values", self.values, layer_idx)
+        thin_keys = keys if by_keys is None else by_keys.thinned(keys)
+        thin_values = values if by_values is None else by_values.thinned(values)
+        keys, values = self.cache.update(thin_keys, thin_values, layer_idx, *more, **named)
         return (
-            keys if self.keys is None else self.keys.widened(keys),
-            values if self.values is None else self.values.widened(values),
+            keys if by_keys is None else by_keys.widened(keys),
+            values if by_values is None else by_values.widened(values),
         )
+
+    def _thin(self, states: str, projection: HeadsLinear | None, layer_idx: int) -> HeadsLinear | None:
+        """``projection``, unless what the layer of the cache has for its ``states`` is as wide as whole heads."""
+        layers = getattr(self.cache, "layers", ())
+        if projection is None or layer_idx >= len(layers) or not getattr(layers[layer_idx], "is_initialized", False):
+            return projection
+        return None if getattr(layers[layer_idx], states).shape[-1] == projection.width else projection
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)

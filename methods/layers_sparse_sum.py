@@ -47,16 +47,19 @@ class LowRankSparseLinear(Unpacked):
     def balance(self) -> None:
         balance_pair(self.left, self.right)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def columns(self) -> Tensor:
         """Where the values stand, (m, s); what is stored has no values before a model is loaded."""
         rows, kept = self.values.shape
         if self.support is None:
-            seed, device = self.seed, self.values.device
-            assert seed is not None
-            return self.places(lambda: seeded_support(seed, rows, self.in_features, kept).to(device))
+            return self.places(self._drawn)
         support = self.support
         return self.places(lambda: columns_of(support, rows, self.in_features, kept), support)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _drawn(self) -> Tensor:
+        assert self.seed is not None
+        rows, kept = self.values.shape
+        return seeded_support(self.seed, rows, self.in_features, kept).to(self.values.device)
 
     def forward(self, x: Tensor) -> Tensor:
         own = (self.left, self.right, self.values)

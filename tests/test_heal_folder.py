@@ -23,12 +23,14 @@ from rankfront.search.run.resolving import heal_windows
 from rankfront.search.study import Study
 
 IDS = common.tokens(2, 24, seed=3)
+NO_MODEL = ("model", None)  # left out, which an export of a local folder does not take
 
 
 @pytest.fixture(scope="module")
 def exported(model_folder, text_file, tmp_path_factory):
     """A factored export of a tiny Llama, and the same multiplied out."""
     folder = tmp_path_factory.mktemp("exported")
+    (folder / "model").symlink_to(model_folder)
     data = small_data(model_folder, text_file, trials=2, anchors=[0.6])
     study = make_run(data, folder / "run")
     row = next(row for row in study.rows() if row.plan.choices)
@@ -41,13 +43,13 @@ def exported(model_folder, text_file, tmp_path_factory):
 
 def arguments(exported, text_file, out, **more):
     given = {"text": text_file, "tokens": 2_000, "stages": "blocks,logits", "length": 32, "batch": 128, "rate": 3e-3}
-    given |= more
+    given |= {"model": exported / "model"} | more
     return [
         "heal",
         str(exported / "small"),
         "--out",
         str(out),
-        *(f"--{k.replace('_', '-')}" + ("" if v is None else f"={v}") for k, v in given.items()),
+        *(f"--{k.replace('_', '-')}" + ("" if v is None else f"={v}") for k, v in given.items() if (k, v) != NO_MODEL),
     ]
 
 
@@ -157,6 +159,7 @@ def test_what_is_asked_for_again_with_other_settings_is_refused(exported, text_f
         ({"method": "magic"}, "heal method"),
         ({"method": "lora", "from_scratch": None}, "from scratch there is nothing to heal towards"),
         ({"model": "nowhere"}, "nowhere"),
+        ({"model": None}, "does not say which model it was made of: name it by --model"),
         ({"device": "cuda:9"}, "torch sees no GPU"),
     ],
     ids=str,
@@ -184,16 +187,6 @@ def test_a_folder_that_is_taken_or_no_factored_export_is_refused(exported, text_
 def test_another_dense_model_than_its_own_is_refused(exported, text_file, tmp_path, tied_folder, capsys):
     assert command_line(arguments(exported, text_file, tmp_path / "healed", model=tied_folder)) == 2
     assert "is not the model that" in capsys.readouterr().err
-
-
-def test_a_plan_without_origin_needs_the_dense_models_name(exported, text_file, tmp_path, capsys):
-    folder = tmp_path / "small"
-    shutil.copytree(exported / "small", folder)
-    plan = json.loads((folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps(plan | {"origin": {}}))
-    asked = arguments(tmp_path, text_file, tmp_path / "healed")
-    assert command_line(asked) == 2
-    assert "name it by --model" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(exported, text_file, tmp_path, monkeypatch, verified_here):
@@ -231,7 +224,7 @@ def test_a_healed_folder_that_does_not_reload_the_same_is_not_kept(
 
 def heal_here(exported, text, out):
     asked = HealSettings(2_000, batch=128, rate=3e-3)
-    return healed.heal_folder(exported / "small", HealText(str(text), 32), asked, out)
+    return healed.heal_folder(exported / "small", HealText(str(text), 32), asked, out, dense=str(exported / "model"))
 
 
 @pytest.fixture(scope="module")

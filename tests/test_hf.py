@@ -4,17 +4,20 @@ Each test runs over two plans that mix the families of methods, and over both wa
 that are installed, and by the code that it carries, as ``trust_remote_code=True`` does without us.
 """
 
+import copy
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from common import plan_with, save_folder, tokens
+from common import plan_with, save_folder, tiny_tokenizer, tokens
 from launching import small_data
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import GenerationConfig, StaticCache, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import write_factored
@@ -22,9 +25,12 @@ from rankfront.search.study import Study
 
 IDS = tokens(2, 24, seed=3)
 PLANS = {  # architecture -> methods, a site each
-    "llama": ("rtn-int8", "lama", "vo-svd", "nystrom", "oats", "svd-llm", "rtn-int4"),
-    "llama-tied": ("rtn-int8", "shared-basis", "drop-block", "svd-llm"),
-}
+    "llama": (
+        "rtn-int8", "rtn-int4", "lama", "vo-svd", "nystrom", "oats", "svd-llm", "lqer-int4", "sltrain", "dsformer",
+        "tucker", "wara-ordered",
+    ),
+    "llama-tied": ("rtn-int8", "shared-basis", "drop-block", "svd-llm", "rocket", "svd-llm-int8", "rtn-int4"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +182,131 @@ def test_lora_merges_into_factors(export, peft, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     check_same(export.open(tmp_path / "merged"), adapted, 1e-4)
     others = [name for name in names if name.endswith(".beside")]
-    assert bool(others) == (export.name == "llama")
-    if others:
-        with pytest.raises(ValueError, match=r"keep it beside, or .*dequantize\(\)"):
-            peft.get_peft_model(export.open(), lora(peft, target_modules=others)).merge_and_unload()
+    with pytest.raises(ValueError, match=r"keep it beside, or .*dequantize\(\)"):
+        peft.get_peft_model(export.open(), lora(peft, target_modules=others)).merge_and_unload()
     treated = next(path for path in model.config.rankfront["modules"] if path.endswith("layers.0.self_attn.q_proj"))
     with pytest.raises(ValueError, match=r"a place for an adapter|AbsentLinear"):
         peft.get_peft_model(export.open(), lora(peft, target_modules=[treated]))
+
+
+# -- generating, with every cache
+
+
+def test_every_cache_gives_the_same_text(export):
+    """One that was allocated before for whole heads too, as recipes for export to devices do."""
+    model = export.open().eval()
+    expected = written(model, use_cache=False)
+    config = model.config
+    sizes = {"num_heads": config.num_key_value_heads, "head_dim": config.hidden_size // config.num_attention_heads}
+    allocated = StaticCache(config=config, max_cache_len=32)
+    allocated.early_initialization(batch_size=2, dtype=torch.float32, device="cpu", **sizes)
+    caches = [{"past_key_values": allocated}, {"past_key_values": StaticCache(config=config, max_cache_len=32)}]
+    caches += [{"cache_implementation": kind} for kind in ("dynamic", "static", "sliding_window")]
+    for settings in ({}, *caches):
+        assert torch.equal(written(model, **settings), expected), settings
+    assert torch.equal(written(model, num_beams=2), written(model, num_beams=2, use_cache=False))
+    short = {"input_ids": IDS[:1, :8], "max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(**short, prompt_lookup_num_tokens=3), expected[:1])
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
+def test_caches_that_want_more_than_torch_on_a_cpu(kind, folders):
+    if kind == "quantized":
+        pytest.importorskip("optimum.quanto")
+    elif not torch.cuda.is_available():
+        pytest.skip("offloaded caches need a GPU")
+    folder, _ = folders["llama"]
+    model = load("installed", folder, "AutoModelForCausalLM").eval()
+    found = written(model.to("cuda" if torch.cuda.is_available() else "cpu"), cache_implementation=kind)
+    assert found.shape == (2, 18)
+
+
+# -- number formats, copies, files, devices
+
+
+def apart(found, expected):
+    return (found.float() - expected).norm() / expected.norm()
+
+
+def test_it_is_converted(export):
+    model = export.open()
+    for convert in ("half", "bfloat16", "float", "double"):
+        found = logits(getattr(model, convert)())
+        assert found.dtype == {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}.get(
+            convert, torch.float32
+        )
+        assert apart(found, export.expected) < 0.05, convert
+    narrow = export.open(dtype=torch.bfloat16)
+    assert {each.dtype for each in narrow.parameters()} == {torch.bfloat16}
+    assert apart(logits(narrow), export.expected) < 0.05
+
+
+def test_it_is_saved_in_shards_and_put_on_devices(export, tmp_path):
+    """Or left on a disk, from where every layer fetches its own tensors when it runs."""
+    model = export.open()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for folder in (export.folder, tmp_path / "shards"):
+        for devices in (None, "auto", {"": "cpu"}):
+            check_same(export.open(folder, device_map=devices), export.expected)
+    on_disk = {"device_map": "auto", "max_memory": {"cpu": 30_000}, "offload_folder": str(tmp_path / "disk")}
+    offloaded = export.open(**on_disk)
+    assert "disk" in offloaded.hf_device_map.values()
+    check_same(offloaded, export.expected)
+    with pytest.raises(ValueError, match="offloaded"):
+        offloaded.dequantize()
+
+
+def test_copies_are_the_same_and_their_own(export):
+    model = export.open()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        check_same(copied, export.expected)
+        torch.nn.init.zeros_(next(copied.parameters()))
+        check_same(model, export.expected)
+
+
+def test_unpickling_finds_the_classes_of_models_that_were_not_loaded():
+    for name in ("RankfrontStableLmForCausalLM", "RankfrontStableLmModel", "RankfrontStableLmConfig"):
+        assert pickle.loads(f"crankfront.methods.checkpoint\n{name}\n.".encode()).__name__ == name
+
+
+def test_a_model_of_the_configuration_alone_runs(export):
+    """Its values are drawn."""
+    model = export.open()
+    assert logits(type(model)(model.config)).isfinite().all()
+
+
+# -- graphs
+
+
+@pytest.mark.parametrize("way", ["installed"], indirect=True)
+def test_it_is_exported_by_torch(export):
+    """Strictly, and where heads are thinner with a static cache, token by token."""
+    model = export.open().eval()
+    graph = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=True)
+    torch.testing.assert_close(graph.module()(input_ids=IDS, use_cache=False).logits, export.expected)
+    if export.name == "llama-tied":
+        return
+    model.generation_config = GenerationConfig(
+        use_cache=True, cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": 32}
+    )
+    one = {"input_ids": IDS[:1, :1], "cache_position": torch.tensor([0])}
+    step = torch.export.export(TorchExportableModuleWithStaticCache(model), (), one, strict=True).module()
+    for place in range(4):
+        found = step(input_ids=IDS[:1, place : place + 1], cache_position=torch.tensor([place]))
+    torch.testing.assert_close(found[:, -1], export.expected[:1, 3], rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_written_as_onnx(export, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = export.open().eval()
+    torch.onnx.export(
+        model, (), str(tmp_path / "model.onnx"), kwargs={"input_ids": IDS, "use_cache": False}, dynamo=True
+    )
+    found = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"input_ids": IDS.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), export.expected, rtol=1e-3, atol=1e-3)
 
 
 # -- back to dense
@@ -230,3 +354,36 @@ def test_some_weights_are_multiplied_out_and_tokens_added(export, tmp_path):
             break
     else:
         pytest.fail("factors were left")
+
+
+# -- lm-eval
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_lm_eval_opens_the_folder_by_its_path(folders, tmp_path):
+    """A task of its own, without a hub."""
+    lm_eval = pytest.importorskip("lm_eval")
+    folder, _ = folders["llama"]
+    tiny_tokenizer().save_pretrained(folder)
+    rows = [{"question": "the people", "choices": [" of", " zq"], "answer": 0}] * 2
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "words.yaml").write_text(TASK.format(data=tmp_path / "data.json"), encoding="utf-8")
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "trust_remote_code": True, "device": "cpu"},
+        tasks=["words"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert 0 <= found["results"]["words"]["acc,none"] <= 1

@@ -178,12 +178,12 @@ def test_a_disk_that_is_full_or_a_folder_that_reloads_otherwise_leaves_nothing(
         assert not tree(tmp_path)
 
 
-def test_one_healing_serves_every_size(exported, text_file, tmp_path, monkeypatch):
+def test_one_healing_serves_every_size(exported, tied_folder, text_file, tmp_path, monkeypatch):
     """Healed by ordered dropout with a lasso, in a folder of its own, and cut twice."""
     verify_here(monkeypatch)
     asked = HealSettings(2_000, ("logits",), "fjord", rate=3e-3, batch=128, lasso=1e-6)
     nested = tmp_path / "nested"
-    heal_folder(exported / "small", HealText(str(text_file), 32), asked, nested)
+    heal_folder(exported / "small", HealText(str(text_file), 32), asked, nested, dense=str(tied_folder))
     assert "half ranks" in (nested / "README.md").read_text()
     for most in (0.75, 0.6):
         out = tmp_path / str(most)

@@ -46,7 +46,7 @@ def write_derived(
         if isinstance(getattr(model.config, "quantization_config", None), RankfrontConfig):  # written by an older one
             describe(folder, model, wanted)
         save_tokenizer(load_tokenizer(source), folder)
-        (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+        (folder / "plan.json").write_text(plan.portable.to_json() + "\n", encoding="utf-8")
         if record is not None:
             (folder / RECORD).write_text(record, encoding="utf-8")
         verified = verify_folder(folder, held, str(next(model.parameters()).device), source.trust_remote_code)

@@ -147,7 +147,7 @@ def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) ->
         with quiet():
             model.save_pretrained(folder)
     save_tokenizer(compressed.tokenizer, folder)
-    (folder / "plan.json").write_text(row.plan.to_json() + "\n", encoding="utf-8")
+    (folder / "plan.json").write_text(row.plan.portable.to_json() + "\n", encoding="utf-8")
     return wanted
 
 

@@ -65,8 +65,9 @@ def heal_folder(
     """Heal the factored export ``folder`` and write it to the new folder ``out``, verified there as an export is.
 
     ``windows`` (W, L) are those of the text; by default as many as the tokens need, spread over its part. ``dense``
-    names the model that it was made of; by default what its plan says. An interrupted healing goes on from
-    its checkpoint in the hidden folder ``.OUT.healing`` when it is asked for again with the same settings.
+    names the model that it was made of; by default what its plan says, which names no local folder. An interrupted
+    healing goes on from its checkpoint in the hidden folder ``.OUT.healing`` when it is asked for again with the same
+    settings.
 
     Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails, `Interrupted` on
     Ctrl-C or SIGTERM.

@@ -139,7 +139,7 @@ def _write(
                 if found.parameters != written.values:
                     raise ExportError(f"the export has {found.parameters:,} parameters: not kept")
                 verified = Verified(found.perplexity, found.parameters, found.bytes, notes=notes)
-            (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+            (folder / "plan.json").write_text(plan.portable.to_json() + "\n", encoding="utf-8")
             (folder / "README.md").write_text(_card(source, title, form, verified), encoding="utf-8")
             return verified
     except (OSError, SafetensorError) as error:

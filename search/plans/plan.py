@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from rankfront.methods import DENSE, DENSE_OPTION, Cost, InputError, Option, Site, Storage, get_method
+from rankfront.search.plain import without_folders
 
 VERSION = 1
 HALF = 2  # bytes of a value in 16 bits, by which options are compared with dense
@@ -51,6 +52,11 @@ class Plan:
     def to_json(self) -> str:
         """One line: version, origin, and each treated site's method and level."""
         return json.dumps({"version": VERSION, "origin": dict(self.origin), "sites": self._choices_json()})
+
+    @property
+    def portable(self) -> Plan:
+        """The same without the name of its model where that is a path on this machine, to be handed on."""
+        return replace(self, origin=tuple(pair for pair in self.origin if pair[1] == without_folders(pair[1])))
 
     @staticmethod
     def key_in(text: str) -> str:
