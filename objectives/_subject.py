@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rankfront.objectives._scores import Scores, Teacher
+    from rankfront.objectives.latency import Engines
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Subject:
         notes: figures that objectives leave beside their values.
         tokenizer: the model's; None where nobody gave one.
         timings: rounds of both models, by lengths and by how both run, for latencies to share.
+        engines: what runs both models in other engines; None where nobody gave any.
     """
 
     model: nn.Module
@@ -41,7 +43,8 @@ class Subject:
     clock: Clock
     notes: dict[str, float] = field(default_factory=dict)
     tokenizer: Any = None
-    timings: dict[tuple[int, int, int, bool, bool], Any] = field(default_factory=dict)
+    timings: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    engines: Engines | None = None
 
     @cached_property
     def scores(self) -> Scores:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rankfront.methods import Cost, InputError, shown
+from rankfront.methods import Cost, InputError, check_choice, shown
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+ENGINES = ("openvino", "xllamacpp")  # beside the model as it is here
 LONGEST = 3600  # seconds that one model may be timed for; a guess
 STEADY = 0.03  # of the median
 
@@ -38,6 +39,16 @@ class Run:
     @property
     def total(self) -> float:
         return self.prefill + self.decode
+
+
+class Engines(Protocol):
+    """What runs generations in another engine: given prompts (batch, tokens) and how many tokens to decode."""
+
+    def ours(self, engine: str, length: int) -> Callable[[Tensor, int], Run]:
+        """Those of the model, of at most ``length`` tokens in all."""
+
+    def dense(self, engine: str, length: int) -> Callable[[Tensor, int], Run]:
+        """Those of the dense one."""
 
 
 @dataclass
@@ -82,6 +93,7 @@ class Timed:
         seconds: after which no further round is begun to steady the ratio.
         compile: whether both models run through ``torch.compile``, with a static cache.
         prepack: whether both run with their weights prepacked, see `prepack`.
+        engine: one of `ENGINES`, which both are written for and run in; None for transformers.
     """
 
     name = "timed"
@@ -95,6 +107,7 @@ class Timed:
     seconds: float = 60.0
     compile: bool = False
     prepack: bool = False
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "decode", "rounds"):
@@ -115,6 +128,12 @@ class Timed:
             raise InputError(
                 f"objectives.{self.name} has compile and prepack, and compiled graphs read plain weights: choose one"
             )
+        if self.engine is not None:
+            check_choice(f"objectives.{self.name}.engine", self.engine, ENGINES)
+            if self.compile or self.prepack:
+                raise InputError(f"objectives.{self.name}.engine runs in its own way: leave out compile and prepack")
+            if self.engine == "xllamacpp" and self.batch > 1:
+                raise InputError(f"objectives.{self.name}.batch is {self.batch} and xllamacpp runs one: set batch = 1")
 
     @staticmethod
     def of(run: Run) -> float:
@@ -133,7 +152,7 @@ class Timed:
         raise NotImplementedError
 
     def _rounds(self, subject: Subject) -> Rounds:
-        key = (self.batch, self.prompt, self.decode, self.compile, self.prepack)
+        key = (self.batch, self.prompt, self.decode, self.compile, self.prepack, self.engine)
         if key not in subject.timings:
             subject.timings[key] = Rounds(self._pairs(subject))
         rounds: Rounds = subject.timings[key]
@@ -184,23 +203,43 @@ class Timed:
 
     def _pairs(self, subject: Subject) -> Iterator[tuple[Run, Run]]:
         ids = self.prompts(subject.windows, next(subject.model.parameters()).device)
-        run, as_dense = self.runner(subject.model), subject.dense
-        if as_dense is None:
-            run(ids)  # warm-up
+        ours, dense = self._runners(subject, ids)
+        if dense is None:
+            ours()  # warm-up
             while True:
-                alike = run(ids)
+                alike = ours()
                 yield alike, alike
+        ours(), dense()  # warm-up
+        while True:
+            own = ours()
+            yield own, dense()
+            other = dense()
+            yield ours(), other
+
+    def _runners(self, subject: Subject, ids: Tensor) -> tuple[Callable[[], Run], Callable[[], Run] | None]:
+        """What runs one generation of the model, and of the dense one where that is another."""
+        as_dense = subject.dense
+        if self.engine is not None:
+            assert subject.engines is not None
+            lengths = self.engine, self.prompt + self.decode
+            dense = partial(subject.engines.dense(*lengths), ids.cpu(), self.decode)
+            return (
+                (dense, None)
+                if as_dense is None
+                else (
+                    partial(subject.engines.ours(*lengths), ids.cpu(), self.decode),
+                    dense,
+                )
+            )
+        run = partial(self.runner(subject.model), ids)
+        if as_dense is None:
+            return run, None
 
         def dense_run() -> Run:
             with as_dense():
-                return run(ids)
+                return run()
 
-        run(ids), dense_run()  # warm-up
-        while True:
-            ours = run(ids)
-            yield ours, dense_run()
-            dense = dense_run()
-            yield run(ids), dense
+        return run, dense_run
 
     def from_cost(self, cost: Cost) -> None:
         return None

@@ -110,7 +110,7 @@ def test_both_models_run_compiled(resident, monkeypatch):
     make_objective("latency", SMALL | {"compile": True, "rounds": 5}).value(subject)
     assert len(graphs) == made
     make_objective("latency", SMALL).value(subject)
-    assert subject.timings.keys() == {(1, 6, 2, True, False), (1, 6, 2, False, False)}
+    assert subject.timings.keys() == {(1, 6, 2, True, False, None), (1, 6, 2, False, False, None)}
     torch.compiler.reset()
 
 

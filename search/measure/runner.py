@@ -117,8 +117,9 @@ class JobRunner:
                 teacher = self.teacher()
         dense = compressed.dense if compressed.modules else None
         return Subject(
-            compressed.model, dense, self.tokens.windows, teacher, cost, clock, tokenizer=compressed.tokenizer
-        )
+            compressed.model, dense, self.tokens.windows, teacher, cost, clock, tokenizer=compressed.tokenizer,
+            engines=self.timed.engines,
+        )  # fmt: skip
 
 
 def _reason(error: BaseException) -> str:
@@ -250,7 +251,7 @@ def measure_timing(runner: JobRunner, job: Job) -> Record:
 
     wanted, found = store.usable(compressed.space.wanted()), {}
     with clock.phase("timing"):
-        for name, objective in runner.timed.objectives.items():
+        for name, objective in runner.timed.tabulated.items():
             sites = time_sites(objective, wanted, outside, dense, store, made, watches)
             whole = time_whole(objective, compressed.model, runner.setup.tokens["search"])
             found[name] = {"sites": pack(sites), "whole": whole}

@@ -12,6 +12,7 @@ from rankfront.objectives.latency import Latency, Timed
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.measure.engine_runs import EngineRuns
 from rankfront.search.measure.joining import join_faster
 from rankfront.search.measure.timing import Stopwatches
 from rankfront.search.plans.latency_table import timed_objectives
@@ -27,6 +28,16 @@ class TimedModel:
     def __init__(self, compressed: CompressedModel) -> None:
         self.compressed = compressed
         self.objectives: dict[str, Timed] = timed_objectives(compressed.setup.config.objectives)
+
+    @property
+    def tabulated(self) -> dict[str, Timed]:
+        """Those that have a table: what runs here."""
+        return {name: objective for name, objective in self.objectives.items() if objective.engine is None}
+
+    @cached_property
+    def engines(self) -> EngineRuns:
+        """What runs models in other engines."""
+        return EngineRuns(self.compressed)
 
     @property
     def prepacks(self) -> bool:

@@ -56,8 +56,8 @@ class RankfrontStrategy:
         self.space = space
         self.slope_tokens = slope_tokens
         self.menu_jobs = MenuJobs(space, config.search.menu)
-        timed = bool(timed_objectives(config.objectives))
-        self.wants_timing = timed and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
+        tabulated = any(objective.engine is None for objective in timed_objectives(config.objectives).values())
+        self.wants_timing = tabulated and keys.TIMING not in state.known.get(keys.TIMING, {})  # or one that failed
         self.proposals: Proposals | None = None  # once what they are made of is measured
         study.sampler = make_sampler("random", config.search.seed, len(state.trials))  # until then; never asked
 

@@ -21,6 +21,7 @@ from rankfront.search.inputs.text import LAST, cut, hash_tokens, scattered
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.latency_table import timed_objectives
+from rankfront.search.serve.engines import check_engines
 from rankfront.search.serve.writing import check_servable
 from rankfront.search.storage.folder import Run
 
@@ -48,8 +49,11 @@ def make_setup(
         )
     dtype = pick_dtype(earlier.get("dtype", config.model.dtype), device)
     cache = cache_folder().resolve()
-    if config.space.servable:
-        check_servable(read_config(source), config.space.servable)
+    engines = {each.engine for each in timed_objectives(config.objectives).values() if each.engine is not None}
+    if config.space.servable or engines:
+        described = read_config(source)
+        check_servable(described, config.space.servable)
+        check_engines(described, sorted(engines))
     outline = outline_of(source, config.model.attention)
     outline.coverage.check(config.space)
     outline.capacity.check_length(config.data.length, "data.length")  # before minutes of sampling

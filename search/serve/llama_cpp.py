@@ -47,6 +47,14 @@ class LlamaCpp:
         found: dict[str, Any] = self.server.handle_completions(asked)
         return found
 
+    def seconds(self, ids: Sequence[int], count: int) -> tuple[float, float]:
+        """Those of the prompt ``ids`` and a token, and of ``count`` more, by its own clock."""
+        found = self.complete(ids, 1 + count, n_probs=0, ignore_eos=True, cache_prompt=False)["timings"]
+        if found["prompt_n"] != len(ids) or found["predicted_n"] != 1 + count:
+            counts = f"{found['prompt_n']} of {len(ids)} and {found['predicted_n']} of {1 + count}"
+            raise RuntimeError(f"llama.cpp read and wrote {counts} tokens")
+        return found["prompt_ms"] / 1000, found["predicted_ms"] / 1000
+
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, special tokens that are added to every text included."""
         asked = json.dumps({"content": text, "add_special": True}).encode()

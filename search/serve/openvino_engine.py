@@ -41,6 +41,14 @@ class OpenVino:
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits (B, L, vocabulary) of ``ids`` (B, L) after what was read so far."""
+        return torch.from_numpy(self._read(ids).copy())
+
+    def likeliest(self, ids: Tensor) -> Tensor:
+        """The likeliest tokens (B, 1) after ``ids`` (B, L), and what was read before."""
+        return torch.from_numpy(self._read(ids)[:, -1:].argmax(-1))
+
+    def _read(self, ids: Tensor) -> np.ndarray:
+        """Logits in memory of the engine, which the next call writes to."""
         count, new = ids.shape
         every = self.length + new
         given = {
@@ -50,14 +58,15 @@ class OpenVino:
             "beam_idx": np.arange(count, dtype=np.int32),
         }
         self.length = every
-        return torch.from_numpy(self.request.infer(given)["logits"].copy())
+        found: np.ndarray = self.request.infer(given, share_inputs=True, share_outputs=True)["logits"]
+        return found
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """The likeliest ``count`` tokens after ``ids``, one after the other."""
         self.start()
         found, given = [], torch.tensor([list(ids)])
         for _ in range(count):
-            given = self.read(given)[:, -1:].argmax(-1)
+            given = self.likeliest(given)
             found.append(int(given))
         return found
 
