@@ -1,6 +1,7 @@
 """Latency in the engine that will serve: written and run there, in turns with dense."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rankfront.objectives._clock import Clock
 from rankfront.objectives._subject import Subject
 from rankfront.objectives.latency import Run
 from rankfront.search.choices import OURS
+from rankfront.search.commands.compressing import compress_command
 from rankfront.search.measure.engine_runs import EngineRuns
 from rankfront.search.serve import llama_cpp, openvino_graph
 from rankfront.search.study import Study
@@ -72,6 +74,8 @@ def test_a_study_wants_its_engine_installed(model_folder, text_file, monkeypatch
     data["objectives"] = {"perplexity": {}, "latency": {"engine": "openvino"}}
     with pytest.raises(InputError, match=r"pip install 'rankfront\[openvino\]'"):
         Study(data).setup()
+    with pytest.raises(InputError, match=r"pip install 'rankfront\[openvino\]'"):
+        compress_command(str(model_folder), Path("out"), keep=0.7, serve="openvino")
 
 
 @pytest.mark.parametrize("engine", INSTALLED)

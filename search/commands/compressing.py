@@ -65,7 +65,10 @@ def compress_command(
         serve=serve, gguf_type=gguf_type, effort=effort, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from rankfront.search.compress import compress
+    from rankfront.search.serve.engines import check_installed
 
+    if serve == "openvino":  # which alone can write what the search ends with
+        check_installed(serve)
     made, folder = compress(request, out, run, terminal())
     for line in made.lines(out, folder):
         say(output(), line)

@@ -21,9 +21,12 @@ EXTRAS = {
 def check_engines(config: Any, engines: Iterable[str]) -> None:
     """Raise `InputError` where one of ``engines`` is not installed, or cannot run a model of this configuration."""
     for engine in engines:
-        extra, modules = EXTRAS[engine]
-        if any(importlib.util.find_spec(module) is None for module in modules):
-            raise InputError(
-                f"latency is to be measured in {engine}, which is missing: pip install 'rankfront[{extra}]'"
-            )
+        check_installed(engine)
         check_servable(config, [FORMS[engine]])
+
+
+def check_installed(engine: str) -> None:
+    """Raise `InputError` where it is not."""
+    extra, modules = EXTRAS[engine]
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise InputError(f"{engine} is not installed, which is asked for: pip install 'rankfront[{extra}]'")
