@@ -222,6 +222,8 @@ class _Compression:
             text, before = "the search split", {"perplexity": dense.figure("perplexity")}
             after = {"perplexity": row.figure("perplexity")}
         notes = self._notes(study, verified, after, before)
+        if self.request.heal and row.report and "perplexity" in row.report:
+            notes = (f"before healing: {row.report['perplexity']:.4g}", *notes)
         return Made(
             row.number, form, verified.parameters, int(dense.figure(PARAMETER_COUNT)), verified.bytes,
             after["perplexity"], before["perplexity"], text, self.request.heal, notes,

@@ -100,6 +100,7 @@ def test_the_result_is_healed_and_written_for_an_engine(model_folder, text_file,
     assert type(model).__name__ == "LlamaForCausalLM"
     assert count_parameters(model) == made.parameters
     study = Study.open(folder)
+    assert f"before healing: {study.trial(made.trial).report['perplexity']:.4g}" in made.notes
     assert study.config.data.heal.windows == -(-2120 // 64)
     windows = study.setup().tokens["report"]
     with torch.no_grad():
