@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter
 
 ROWS = 16  # that torch's kernel for four bits takes at a time
 CORRECTION_BITS = 8  # of a low rank beside a matrix in fewer
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # which torch 2.6 does not have
 FEW_TOKENS = 16  # up to which the packed kernels of a CPU beat a product with the matrix restored
 
 
@@ -73,7 +74,7 @@ class IntegerMatrix(nn.Module):
         self.integers = aligned(self.integers)
 
     def _packable(self, x: Tensor) -> bool:
-        if torch.compiler.is_exporting():  # to engines without such kernels, and for any number of tokens
+        if exporting():  # to engines without such kernels, and for any number of tokens
             return False
         few = 0 < x.numel() <= FEW_TOKENS * self.columns
         grads = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
@@ -87,8 +88,8 @@ class IntegerMatrix(nn.Module):
         return packed
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, Tensor], bits: int, columns: int) -> Self:
-        """The one whose tensors are called ``name.integers`` and ``name.scales``."""
+    def of(cls, name: str, tensors: Mapping[str, Tensor], bits: int, columns: int) -> Any:
+        """The one of this class whose tensors are called ``name.integers`` and ``name.scales``."""
         return cls(tensors[f"{name}.integers"], tensors[f"{name}.scales"], bits, columns)
 
     @staticmethod
