@@ -16,7 +16,7 @@ import torch
 import transformers
 import yaml
 from common import plan_with, save_folder, tokens
-from launching import measured, small_data, verify_here
+from launching import measured, small_data, tree, verify_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -321,7 +321,6 @@ def test_the_card_has_a_header_and_no_path_of_this_machine(exports):
         assert header["license"]
         assert "trust_remote_code=True" in card
         assert "import rankfront.methods" in card
-        held = [file for file in folder.iterdir() if file.suffix != ".safetensors"]
-        assert {"plan.json", "config.json", "modeling_rankfront.py", "tokenizer_config.json"} <= {f.name for f in held}
-        for file in held:
-            assert str(folder.parent) not in file.read_text(encoding="utf-8"), file
+        held = tree(folder)
+        assert {"plan.json", "config.json", "modeling_rankfront.py", "tokenizer_config.json"} <= held.keys()
+        assert not [file for file, content in held.items() if str(folder.parent.parent).encode() in content]

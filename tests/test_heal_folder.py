@@ -74,6 +74,7 @@ def test_a_healed_folder_loads_is_as_large_and_says_what_was_done(exported, text
     assert "## Healed" in card
     assert "| logits | 1,000 |" in card
     assert (out / "plan.json").read_text() == (exported / "small" / "plan.json").read_text()
+    assert not [file for file, held in tree(out).items() if str(exported.parent).encode() in held]
     assert not list(tmp_path.glob(".*"))
 
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from launching import measured, verify_here
+from launching import measured, tree, verify_here
 from serving import PLANS, decoder
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +46,7 @@ def test_a_trial_is_exported_as_engines_read_it(trials, tmp_path, form):
     assert os.listdir(tmp_path) == ["out"]
     held = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"plan.json", "README.md"} <= held
+    assert not [file for file, content in tree(tmp_path / "out").items() if str(tmp_path.parent).encode() in content]
     assert ("model.gguf" in held) == (form == "gguf") == ("config.json" not in held)
     assert Plan.from_json((tmp_path / "out" / "plan.json").read_text(encoding="utf-8")) == row.plan
     assert verified.perplexity == pytest.approx(row.figure("perplexity"), rel=1e-3)

@@ -43,6 +43,7 @@ from rankfront.search.output.card import REFIT_NOTE
 from rankfront.search.output.derived import write_derived
 from rankfront.search.output.export import export
 from rankfront.search.output.healing_card import HealText, note
+from rankfront.search.plain import without_folders
 from rankfront.search.plans.plan import Plan
 from rankfront.search.splits import Split
 from rankfront.search.storage.front import Row
@@ -243,7 +244,7 @@ def _write(healing: Healing, source: Source, plan: Plan, text: HealText, setting
     measured = score(student, held).perplexity
     record = {
         "rankfront": rankfront.__version__,
-        "text": asdict(text),
+        "text": asdict(text) | {"name": without_folders(text.name)},
         "settings": asdict(settings),
         "stages": [asdict(result) for result in healing.results],
     }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rankfront.methods import InputError, check_choice
 from rankfront.search.errors import ExportError
+from rankfront.search.plain import without_folders
 from rankfront.search.serve.gguf_tokenizer import add_tokenizer, carry_tokenizer
 from rankfront.search.serve.llama_like import check, has_attention
 from rankfront.search.serve.structure import Structure
@@ -138,7 +139,7 @@ def _settings(writer: GGUFWriter, structure: Structure, architecture: str, kind:
     widths = [block.width or ZERO_WIDTH for block in structure.blocks]
     uniform = architecture != "deci"
     writer.add_type("model")
-    writer.add_name(str(getattr(config, "_name_or_path", "") or config.model_type))
+    writer.add_name(without_folders(str(getattr(config, "_name_or_path", "") or config.model_type)))
     writer.add_file_type(kind)
     if kind not in (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
