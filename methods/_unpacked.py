@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +70,9 @@ class Unpacked(nn.Module):
         return {**self.__dict__, "_kept": None, "_places": None}
 
 
-@dataclass(frozen=True)
-class Made:
-    """A tensor, and what it was made of: each with its version and address then."""
+class Made(NamedTuple):
+    """A tensor, and what it was made of: each with its version and address then. A tuple, for what a model holds is
+    looked for in those."""
 
     tensor: Tensor
     stamps: tuple[tuple[Tensor, int, int], ...]
