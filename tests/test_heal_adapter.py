@@ -113,6 +113,7 @@ def test_a_folder_with_adapters_loads_and_is_larger_by_them(model_folder, text_f
     study = make_run(data, tmp_path / "run")
     study.export(tmp_path / "small", next(row for row in study.rows() if row.plan.choices))
     asked = ["--text", str(text_file), "--tokens", "2000", "--length", "32", "--batch", "128", "--rate", "0.003"]
+    asked += ["--model", str(model_folder)]
     out = tmp_path / "healed"
     assert command_line(["heal", str(tmp_path / "small"), *asked, "--adapter", "2", "--out", str(out)]) == 0
     small, large = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "small", out))

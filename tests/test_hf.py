@@ -23,6 +23,9 @@ from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import write_factored
 from rankfront.search.study import Study
 
+pytestmark = pytest.mark.filterwarnings(  # of libraries, about each other
+    "ignore:.is_gradient_checkpointing:FutureWarning", "ignore:While compiling, we found:UserWarning"
+)
 IDS = tokens(2, 24, seed=3)
 PLANS = {  # architecture -> methods, a site each
     "llama": (

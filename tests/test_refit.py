@@ -1,7 +1,5 @@
 """Sequential refit: what it minimises, against slow code; what it leaves alone; exports of it."""
 
-import json
-
 import common
 import pytest
 import torch
@@ -281,7 +279,7 @@ def test_exports_are_refitted_and_verified(run, form, tmp_path, monkeypatch):
             total += float(nn.functional.cross_entropy(out, ids[1:], reduction="sum"))
     perplexity = torch.tensor(total / (windows.shape[0] * (windows.shape[1] - 1))).exp()
     assert float(perplexity) == pytest.approx(row.report["refitted"], rel=2e-3)
-    assert json.loads((tmp_path / "refitted" / "plan.json").read_text()) == json.loads(row.plan.to_json())
+    assert Plan.from_json((tmp_path / "refitted" / "plan.json").read_text()) == row.plan
     assert DENSE_OPTION not in row.plan.by_site.values()
 
 
