@@ -224,6 +224,23 @@ def test_supports_move_under_straight_through_training_and_under_no_other(zoo, m
         assert results[-1].after < results[0].before
 
 
+@pytest.mark.parametrize(
+    ("arm", "method"),
+    [
+        ("factors", "svd-llm"), ("scales", "sltrain"), ("lora", "svd-llm"), ("hola", "hola"),
+        *(("stf", method) for method in STF),
+    ],
+)  # fmt: skip
+def test_what_is_stored_in_half_precision_heals_too(zoo, arm, method, tmp_path):
+    """As real models are: masters are fp32, and what is stored is not."""
+    student = zoo.student(method).bfloat16()
+    dtypes = {name: tensor.dtype for name, tensor in student.named_parameters()}
+    asked = settings(stages=("logits",), method=arm, dtype="bfloat16")
+    (result,) = heal(zoo, student, tmp_path, asked)
+    assert result.after < result.before
+    assert {name: tensor.dtype for name, tensor in student.named_parameters()} == dtypes
+
+
 def test_coefficients_train_on_a_frozen_basis_first_and_then_both(zoo):
     student = zoo.student("shared-basis")
     parameters = trainable(student)

@@ -6,6 +6,7 @@ what is stored keeps its shape.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -209,8 +210,9 @@ class StraightThrough(Arm):
 
     @staticmethod
     @torch.no_grad()
-    def _start(module: Any, dense: nn.Module) -> Tensor:
-        codes = module.codes().float()
+    def _start(stored: Any, dense: nn.Module) -> Tensor:
+        module = copy.deepcopy(stored).float()
+        codes = module.codes()
         left = weight_of(dense).float() - module.matrix()
         with torch.enable_grad():
             codes.requires_grad_(True)
