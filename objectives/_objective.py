@@ -36,6 +36,16 @@ class Objective(Protocol):
         """
 
 
+class Size:
+    """Of an objective whose values are sizes: its axis runs from nothing to somewhat above dense, evenly."""
+
+    logarithmic = False
+
+    def box(self, dense: float) -> tuple[float, float]:
+        """(ideal, reference): see `Objective`."""
+        return 0.0, WORST * dense
+
+
 OBJECTIVES: dict[str, type[Objective]] = {}
 
 

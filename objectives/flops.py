@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rankfront.methods import Cost, InputError
-from rankfront.objectives._objective import WORST, register
+from rankfront.objectives._objective import Size, register
 from rankfront.objectives._subject import Subject
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ SLIDING = "sliding_attention"
 
 @register
 @dataclass(frozen=True)
-class Flops:
+class Flops(Size):
     """2 Σ multiply-adds of every matrix product for one token with ``context`` tokens to attend to, itself included.
 
     Σ over linears of mn, or of what a compressed weight multiplies as it runs, the output head too; and over attentions
@@ -31,7 +31,6 @@ class Flops:
 
     name = "flops"
     unit = "FLOPs/token"
-    logarithmic = False
 
     context: int = 512
 
@@ -47,9 +46,6 @@ class Flops:
 
     def from_cost(self, cost: Cost) -> None:
         return None
-
-    def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, WORST * dense
 
 
 def _multiplications(module: nn.Module) -> int:

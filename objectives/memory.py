@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankfront.methods import Cost, InputError
-from rankfront.objectives._objective import WORST, register
+from rankfront.objectives._objective import Size, register
 from rankfront.objectives._subject import Subject
+
+
+class Held(Size):
+    """Of an objective that a plan alone does not decide: the model is run for it."""
+
+    def from_cost(self, cost: Cost) -> None:
+        return None
 
 
 @register
 @dataclass(frozen=True)
-class ResidentBytes:
+class ResidentBytes(Held):
     """Bytes of all tensors that the model's modules hold after a token was decoded, each once.
 
     Beside what is on disk these are buffers that are not saved, and copies that layers keep to run: supports decoded to
@@ -20,7 +27,6 @@ class ResidentBytes:
 
     name = "resident_bytes"
     unit = "bytes"
-    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         from rankfront.objectives._running import note_running
@@ -28,21 +34,14 @@ class ResidentBytes:
         note_running(subject)
         return subject.notes["resident_bytes"]
 
-    def from_cost(self, cost: Cost) -> None:
-        return None
-
-    def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, WORST * dense
-
 
 @register
 @dataclass(frozen=True)
-class KVBytes:
+class KVBytes(Held):
     """Bytes that the cache of keys and values grows by with each token of a sequence."""
 
     name = "kv_bytes"
     unit = "bytes/token"
-    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         from rankfront.objectives._running import TOKENS, cache_after
@@ -51,16 +50,10 @@ class KVBytes:
         kept = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))  # states do not grow
         return float(sum(tensor.nbytes for tensor in kept if tensor is not None) / TOKENS)
 
-    def from_cost(self, cost: Cost) -> None:
-        return None
-
-    def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, WORST * dense
-
 
 @register
 @dataclass(frozen=True)
-class Memory:
+class Memory(Held):
     """Bytes of weights and cache while ``batch`` sequences of ``context`` tokens are in the cache:
 
         resident_bytes + batch · context · kv_bytes.
@@ -74,7 +67,6 @@ class Memory:
 
     name = "memory"
     unit = "bytes"
-    logarithmic = False
 
     batch: int = 1
     context: int = 4096
@@ -86,9 +78,3 @@ class Memory:
 
     def value(self, subject: Subject) -> float:
         return ResidentBytes().value(subject) + self.batch * self.context * KVBytes().value(subject)
-
-    def from_cost(self, cost: Cost) -> None:
-        return None
-
-    def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, WORST * dense

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankfront.methods import Cost
-from rankfront.objectives._objective import WORST, register
+from rankfront.objectives._objective import Size, register
 from rankfront.objectives._subject import Subject
 
 
 @register
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Size):
     """Stored values of the exported model over the dense model's; index bits count at 16 bits a value."""
 
     name = "parameters"
     unit = "kept fraction"
-    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         return self.from_cost(subject.cost)
@@ -24,24 +23,17 @@ class Parameters:
     def from_cost(self, cost: Cost) -> float:
         return cost.parameters
 
-    def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, WORST * dense
-
 
 @register
 @dataclass(frozen=True)
-class BlockParameters:
+class BlockParameters(Size):
     """The same over the linear layers inside the blocks only, their biases included: the fraction that papers quote."""
 
     name = "block_parameters"
     unit = "kept fraction"
-    logarithmic = False
 
     def value(self, subject: Subject) -> float:
         return self.from_cost(subject.cost)
 
     def from_cost(self, cost: Cost) -> float:
         return cost.block_parameters
-
-    def box(self, dense: float) -> tuple[float, float]:
-        return 0.0, WORST * dense
