@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import signal
 import sqlite3
@@ -24,6 +23,7 @@ from forking import Forked
 from rich.console import Console
 
 from rankfront.search.errors import Interrupted
+from rankfront.search.estimate.study_file import to_toml
 from rankfront.search.measure.runner import MEASURES, JobRunner
 from rankfront.search.measure.setup import make_space
 from rankfront.search.plans.job import Job, Kind
@@ -85,22 +85,11 @@ def again(study: Study, **search: Any) -> Study:
     return Study(data, study.run.path)
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
-    return json.dumps(value)
-
-
 def write_study(data: Mapping[str, Any], path: Path) -> Path:
     """``data`` as a study file."""
     given = {name: table for name, table in data.items() if table is not None}
     tables = {name: {key: value for key, value in table.items() if value is not None} for name, table in given.items()}
-    lines = []
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text(to_toml(tables, ""), encoding="utf-8")
     return path
 
 

@@ -49,7 +49,7 @@ def to_toml(data: Mapping[str, Any], heading: str) -> str:
 def _table(name: str, table: Mapping[str, Any]) -> Iterator[str]:
     if name in TABLES:
         yield f"# {TABLES[name]}"
-    if name == "objectives":
+    if name == "objectives" and table:
         for objective, settings in table.items():
             yield f"[{name}.{objective}]"
             yield from (f"{key} = {_value(value)}" for key, value in settings.items())
