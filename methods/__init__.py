@@ -29,7 +29,7 @@ from rankfront.methods._taxonomy import FAMILIES
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from rankfront.methods._statistics import Statistics, narrow_outputs
-    from rankfront.methods._unpacked import Unpacked
+    from rankfront.methods._unpacked import Unpacked, places_kept
     from rankfront.methods._weighting import Gram
     from rankfront.methods.prepacked import prepack, undo_prepack
 
@@ -57,6 +57,7 @@ __all__ = [
     "method_names",
     "narrow_outputs",
     "nearest",
+    "places_kept",
     "prepack",
     "register",
     "shown",
@@ -69,6 +70,7 @@ NEED_TORCH = {  # name -> the file that has it
     "Statistics": "_statistics",
     "Unpacked": "_unpacked",
     "narrow_outputs": "_statistics",
+    "places_kept": "_unpacked",
     "prepack": "prepacked",
     "undo_prepack": "prepacked",
 }

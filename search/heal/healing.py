@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfront.methods import InputError, check_choice, undo_prepack
-from rankfront.methods._unpacked import places_kept
+from rankfront.methods import InputError, check_choice, places_kept, undo_prepack
 from rankfront.search.choices import Loss
 from rankfront.search.heal.arm import Arm
 from rankfront.search.heal.arms import ARMS

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfront.methods import InputError
-from rankfront.methods._unpacked import Unpacked
+from rankfront.methods import InputError, Unpacked
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.logits import AT_ONCE
 from rankfront.search.heal.settings import HealSettings
