@@ -36,7 +36,6 @@ from rankfront.methods.factored import FactoredConfig, FactoredModel
 from rankfront.methods.folder_code import Base, factored_name, folder_code
 from rankfront.methods.loading import (
     CODE_FILE,
-    FOLDER_FORMAT,
     KEY,
     Replacements,
     place,
@@ -67,10 +66,10 @@ def describe(folder: Path, model: Any, wanted: Replacements) -> None:
         "model_type": base.factored_type,
         "architectures": [factored_name(base.causal)],
         "auto_map": data.get("auto_map", {}) | base.auto_map,
-        KEY: {"version": FOLDER_FORMAT, "base": base.model_type, **vars(wanted)},
+        KEY: {"base": base.model_type, **wanted.described},
     }
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / CODE_FILE).write_text(folder_code(base, wanted.modules), encoding="utf-8")
+    (folder / CODE_FILE).write_text(folder_code(base, wanted.modules, wanted.unfused), encoding="utf-8")
 
 
 def _base_of(model: Any) -> Base:
@@ -113,7 +112,8 @@ def _classes(base: str) -> Classes:
 
     class Config(FactoredConfig, config):  # type: ignore[valid-type, misc]
         def code(self) -> str:
-            return folder_code(named, (contents(self) or {}).get("modules", {}))
+            found = contents(self) or {}
+            return folder_code(named, found.get("modules", {}), found.get("unfused"))
 
     found = _named(Config, config)
     models = [

@@ -14,6 +14,7 @@ from torch import nn
 from rankfront.methods._errors import InputError
 from rankfront.methods.dense import put_dense
 from rankfront.methods.loading import CODE_FILE, KEY, Replacements, place, settle, share, tie_factors
+from rankfront.methods.unfused import fuse, unfuse, unfused_in
 
 
 class FactoredConfig:
@@ -51,6 +52,8 @@ class FactoredModel:
         wanted = wanted.within(model)
         place(model, wanted)
         if not any(parameter.is_meta for parameter in model.parameters()):  # nobody is going to load anything
+            for module in unfused_in(model).values():
+                module.apart()
             for name, source in wanted.tied.items():
                 share(model, name, source)
             _draw(model, wanted, float(getattr(config, "initializer_range", 0.02)))
@@ -88,13 +91,15 @@ class FactoredModel:
         own = _dense_class(type(self))
         with torch.device("meta"):
             skeleton = own(dense_config(model.config))
+            unfuse(skeleton, wanted.unfused)
         put_dense(model, skeleton, paths, model.dtype)
         whole = {path if path in found.modules else f"{model.base_model_prefix}.{path}" for path in paths}
         if only is None:
+            fuse(model)
             model.__class__ = own
             _made_dense(model.config).architectures = [own.__name__]
         else:
-            setattr(model.config, KEY, getattr(model.config, KEY) | vars(found.without(whole)))
+            setattr(model.config, KEY, getattr(model.config, KEY) | found.without(whole).described)
         _tie_anew(model, wanted.without(paths))
         return model
 

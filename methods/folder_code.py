@@ -19,6 +19,7 @@ import transformers
 from rankfront.methods._errors import check_choice
 from rankfront.methods.layers import layers
 from rankfront.methods.loading import CODE_FILE
+from rankfront.methods.unfused import unfused_kinds
 
 OLDEST = (5, 0)  # transformers, below which models tie their tensors in another way
 PREFIX = "rankfront.methods."
@@ -56,12 +57,18 @@ def factored_name(dense: type) -> str:
     return f"Rankfront{dense.__name__}"
 
 
-def folder_code(base: Base, modules: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of the file for a model with these ``modules``, path -> kind and settings."""
-    kinds = {str(spec.get("kind")) for spec in modules.values()}
-    for kind in kinds:
-        check_choice("layer kind", kind, layers())
-    files = {layers()[kind].__module__.removeprefix(PREFIX) for kind in kinds}
+def folder_code(
+    base: Base, modules: Mapping[str, Mapping[str, Any]], unfused: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """The text of the file for a model with these ``modules`` and ``unfused`` ones, path -> kind and settings."""
+    files = set()
+    for what, given, known in (
+        ("layer kind", modules, layers()),
+        ("kind of unfused module", unfused or {}, unfused_kinds()),
+    ):
+        for kind in {str(spec.get("kind")) for spec in given.values()}:
+            check_choice(what, kind, known)
+            files.add(known[kind].__module__.removeprefix(PREFIX))
     return _head(base) + _merged(frozenset(files | {"factored"})) + _classes(base)
 
 

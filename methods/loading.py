@@ -2,8 +2,9 @@
 
     model_type "rankfront", "rankfront": {"version": 3, "base": "llama", "modules": ..., "tied": ..., "joined": ...}
 
-is what ``config.json`` says beside the settings of the dense model, and all that is needed to build the empty model
-which the tensors are loaded into: see `factored` for the classes that do so.
+with "unfused" beside them where modules were taken apart, is what ``config.json`` says beside the settings of the
+dense model, and all that is needed to build the empty model which the tensors are loaded into: see `factored` for the
+classes that do so.
 
 Every export carries this file, the files of its layers and what they import, as one file (see `folder_code`). So
 these import the standard library, NumPy, torch and transformers alone.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from rankfront.methods._errors import InputError, check_choice
 from rankfront.methods.adaptable import make_adaptable
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import empty_replacement, set_module, weight_of
+from rankfront.methods.unfused import unfuse
 
 KEY = "rankfront"  # in a configuration, and the model type of one that has it
 FOLDER_FORMAT = 3
+UNFUSED_FORMAT = 4  # of a folder some of whose modules were taken apart
 CODE_FILE = "modeling_rankfront.py"  # of a folder
 
 
@@ -38,17 +41,20 @@ class Replacements:
         modules: path -> kind of layer and the settings its shapes follow from, ``{"kind": "low-rank", "rank": 64}``.
         tied: name of a tensor -> name of the tensor that it is (a tied embedding and head, a basis of several weights).
         joined: modules whose right factors run as one product, ``{"modules": [path, ...], "most": vectors or None}``.
+        unfused: path of a module that holds several matrices in one tensor -> how it is taken apart, see `unfused`.
     """
 
     modules: dict[str, dict[str, Any]]
     tied: dict[str, str]
     joined: list[dict[str, Any]]
+    unfused: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sound = {
             "modules": _mapping(self.modules, dict),
             "tied": _mapping(self.tied, str),
             "joined": _groups(self.joined),
+            "unfused": _mapping(self.unfused, dict),
         }
         if not all(sound.values()):  # configurations come from strangers
             wrong = next(name for name, right in sound.items() if not right)
@@ -66,16 +72,28 @@ class Replacements:
         if not isinstance(found, dict):
             raise InputError("the export's configuration has no such 'rankfront' as it writes: export it again")
         version = found.get("version")
-        if version != FOLDER_FORMAT:
-            newer = type(version) is int and version > FOLDER_FORMAT
+        if version not in (FOLDER_FORMAT, UNFUSED_FORMAT):
+            newer = type(version) is int and version > UNFUSED_FORMAT
             remedy = "upgrade rankfront" if newer else "export it again"
-            raise InputError(f"the export has format {version=}, this code reads {FOLDER_FORMAT}: {remedy}")
-        return Replacements(found.get("modules"), found.get("tied"), found.get("joined"))  # type: ignore[arg-type]
+            raise InputError(f"the export has format {version=}, this code reads {UNFUSED_FORMAT}: {remedy}")
+        return Replacements(
+            found.get("modules"),  # type: ignore[arg-type]
+            found.get("tied"),  # type: ignore[arg-type]
+            found.get("joined"),  # type: ignore[arg-type]
+            found.get("unfused", {}),
+        )
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a configuration says of them, under `KEY`."""
+        taken = {"unfused": self.unfused} if self.unfused else {}
+        version = UNFUSED_FORMAT if self.unfused else FOLDER_FORMAT
+        return {"version": version, "modules": self.modules, "tied": self.tied, "joined": self.joined, **taken}
 
     def within(self, model: nn.Module) -> Replacements:
         """Those of ``model``, which may be the part without a head of the causal language model that paths begin at."""
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        named = (*self.modules, *self.tied)
+        named = (*self.modules, *self.tied, *self.unfused)
         if prefix == "." or hasattr(model, prefix[:-1]) or not any(name.startswith(prefix) for name in named):
             return self
 
@@ -93,6 +111,7 @@ class Replacements:
                 for group in self.joined
                 if all(ours(path) for path in group["modules"])
             ],
+            {short(path): spec for path, spec in self.unfused.items() if ours(path)},
         )
 
     def sharing(self, paths: Collection[str]) -> set[str]:
@@ -116,6 +135,7 @@ class Replacements:
             {path: spec for path, spec in self.modules.items() if path not in paths},
             {name: source for name, source in self.tied.items() if self._owner(name) not in paths},
             [group for group in self.joined if not set(group["modules"]) & set(paths)],
+            self.unfused,
         )
 
 
@@ -139,6 +159,7 @@ def place(model: Any, wanted: Replacements) -> None:
 
     Raises `InputError` where ``wanted`` does not fit ``model``.
     """
+    unfuse(model, wanted.unfused)
     head = getattr(model, "get_output_embeddings", lambda: None)()  # which adapters leave alone, as of dense models
     shared = {*wanted.tied, *wanted.tied.values()}
     for path, spec in wanted.modules.items():

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rankfront.methods import InputError
 from rankfront.search.config import SpaceConfig
+from rankfront.search.inputs import apart
 from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.sites import find_sites, is_plain
 from rankfront.search.study import Study
@@ -49,7 +50,10 @@ def experts(tmp_path, tokenizer):
     return tmp_path / "moe"
 
 
-def test_a_mixture_of_experts_is_searched_only_where_that_is_allowed(experts, text_file, tmp_path, capsys):
+def test_experts_that_cannot_be_taken_apart_are_searched_around_only_where_that_is_allowed(
+    experts, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(apart, "how_apart", lambda module: None)
     data = small_data(experts, text_file, trials=3)
     with pytest.raises(
         InputError, match=r"only \d+\.\d% of the blocks' weights .* mlp\.experts\.gate_up_proj \(one tensor"

@@ -202,7 +202,7 @@ def as_format_2(folder, to):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 4}, "format version=4, this code reads 3: upgrade rankfront"),
+        ({"version": 5}, "format version=5, this code reads 4: upgrade rankfront"),
         ({"version": "3"}, "export it again"),
         ({"base": "nonsuch"}, "'nonsuch', of which this transformers has no causal language model: upgrade"),
         ({"base": None}, "upgrade transformers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import Gram, Site, Statistics, narrow_outputs
+from rankfront.methods import Gram, Site, Statistics, Weight, narrow_outputs
+from rankfront.methods.unfused_experts import routed_at, seeing
 
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
 STATISTIC_BYTES = 4  # sums are kept in fp32
 GRAM_BYTES = 20  # the sum, and while its sites are factored its regularised form and root in fp64
 BATCH_TOKENS = 2048  # tokens a forward pass takes at once
+LEAST_TOKENS = 256  # that each expert of a mixture sees in all, further ones of its layer among them: a guess
 GRADIENTS = frozenset({"fisher", "gradient"})  # statistics that a backward pass brings
 MIDDLE = (0.125, 0.875)  # quantiles of a batch's ‖g_t‖² between which tokens count for the Gram of gradients
 Progress = Callable[[int, int], None]
@@ -30,11 +33,17 @@ class _Sums:
     absolute: Tensor | None = None
     fisher: Tensor | None = None
     gradient: Tensor | None = None
+    tokens: int = 0
+    felt: int = 0  # tokens that a gradient came back to
 
 
 @dataclass
 class _Recorder:
-    """Hooks on the sites' modules that add up what is needed."""
+    """Hooks on the sites' modules that add up what is needed.
+
+    What an expert of a mixture gives is multiplied by the router's weight w_t, and so is its error: its inputs count
+    with w_t² in the Gram and |w_t| in the mean. Gradients at its outputs have w_t in them already.
+    """
 
     needs: frozenset[str]
     groups: Mapping[str, str]  # module path -> path of the first module that reads the same input
@@ -44,26 +53,32 @@ class _Recorder:
         handles = []
         for path in dict.fromkeys(paths):  # a weight may belong to several sites
             self.sums[path] = _Sums()
-            handles.append(model.get_submodule(path).register_forward_hook(self._hook(path)))
+            handles.append(model.get_submodule(path).register_forward_hook(self._hook(model, path)))
         return handles
 
-    def _hook(self, path: str) -> Callable[..., None]:
+    def _hook(self, model: nn.Module, path: str) -> Callable[..., None]:
         sums, leads = self.sums[path], self.groups[path] == path
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             raw = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+            sums.tokens += len(raw)
             if leads and self.needs & {"gram", "absolute"}:
-                x = raw.float()
+                x, routed = raw.float(), routed_at(model, path)
+                if routed is not None and routed.weights is not None:
+                    x = x * routed.weights.detach().float()[:, None]
                 if "gram" in self.needs:
                     sums.gram = _add(sums.gram, x.T @ x)
                 if "absolute" in self.needs:
                     sums.absolute = _add(sums.absolute, x.abs().sum(0))
-            if self.needs & GRADIENTS:
+            if self.needs & GRADIENTS and output.requires_grad:
                 output.register_hook(lambda gradient: self._gradient(sums, raw, gradient))
 
         return hook
 
     def _gradient(self, sums: _Sums, x: Tensor, gradient: Tensor) -> None:
+        if not len(x):  # of an expert without tokens
+            return
+        sums.felt += len(x)
         g = gradient.flatten(0, -2).float()  # (tokens, m)
         squares = g.square().sum(1)  # (tokens,) ‖g_t‖²
         if "fisher" in self.needs:
@@ -95,7 +110,7 @@ def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor) -> dict[s
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in dict.fromkeys(paths)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), seeing(model, 0):
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
@@ -139,7 +154,9 @@ def calibrate(
     """(site, statistics by role) for every site that has inputs to measure, in order.
 
     Runs ``windows`` (W, L) through the dense model once for each group of sites whose statistics fit under
-    ``limit`` bytes, and drops a group's statistics before the next pass. Gradients, where one of `GRADIENTS` is needed,
+    ``limit`` bytes, and drops a group's statistics before the next pass. An expert of a mixture that is given fewer
+    than `LEAST_TOKENS` sees other tokens of its layer too; its gradients, which these have none of, are pooled with
+    equal ones. Gradients, where one of `GRADIENTS` is needed,
     are those of the summed next-token cross-entropy with respect to each weight's output; no weight gradient
     is ever formed. ``progress`` hears (windows done, windows in all).
     """
@@ -153,13 +170,14 @@ def calibrate(
         recorder = _Recorder(needs, _leaders_within(chosen, groups))
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.weights])
         try:
-            for done in _run(model, windows, gradients=bool(needs & GRADIENTS)):
-                progress(number * len(windows) + done, total)
+            with seeing(model, _least(windows)):
+                for done in _run(model, windows, gradients=bool(needs & GRADIENTS)):
+                    progress(number * len(windows) + done, total)
         finally:
             for handle in handles:
                 handle.remove()
         counts = _token_counts(windows.to(device), chosen) if "frequency" in needs else {}
-        yield from _hand_over(chosen, recorder, windows.numel(), counts)
+        yield from _hand_over(model, chosen, recorder, windows.numel(), counts)
 
 
 def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[str, str]:
@@ -177,7 +195,7 @@ def _token_counts(windows: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
 
 
 def _hand_over(
-    sites: Sequence[Site], recorder: _Recorder, tokens: int, counts: Mapping[str, Tensor]
+    model: nn.Module, sites: Sequence[Site], recorder: _Recorder, tokens: int, counts: Mapping[str, Tensor]
 ) -> Iterator[tuple[Site, dict[str, Statistics]]]:
     """The statistics of each site, a Gram's sums and roots let go of after the last site that reads them."""
     readers = Counter(recorder.groups[weight.path] for site in sites for weight in site.weights)
@@ -187,16 +205,44 @@ def _hand_over(
         for weight in site.weights:
             lead = recorder.groups[weight.path]
             shared, own = recorder.sums[lead], recorder.sums[weight.path]
+            if routed_at(model, weight.path) is not None:
+                _pool_gradients(recorder.needs, own, weight)
             if shared.gram is not None and lead not in grams:
                 grams[lead] = Gram(shared.gram)
             statistics[weight.role] = Statistics(
-                tokens, grams.get(lead), shared.absolute, own.fisher, own.gradient, counts.get(weight.path)
+                own.tokens or tokens,
+                grams.get(lead),
+                shared.absolute,
+                own.fisher,
+                own.gradient,
+                counts.get(weight.path),
             )
             readers[lead] -= 1
             if not readers[lead]:
                 grams.pop(lead, None)
                 shared.gram = None
         yield site, statistics
+
+
+def _least(windows: Tensor) -> int:
+    """How many tokens an expert sees in a batch of windows (W, L), for `LEAST_TOKENS` of all."""
+    batch = max(1, BATCH_TOKENS // windows.shape[1]) * windows.shape[1]
+    return math.ceil(LEAST_TOKENS * batch / max(windows.numel(), batch))
+
+
+def _pool_gradients(needs: frozenset[str], sums: _Sums, weight: Weight) -> None:
+    """Add what tokens with equal gradients would, as many as an expert lacks to `LEAST_TOKENS`, each of the size that
+    its own ones have on average."""
+    lacking = LEAST_TOKENS - sums.felt
+    if lacking <= 0:
+        return
+    m, n, share = weight.out_features, weight.in_features, lacking / max(sums.felt, 1)
+    if "fisher" in needs:
+        own = torch.zeros(n) if sums.fisher is None else sums.fisher
+        sums.fisher = own + (share * float(own.mean()) or 1.0)
+    if "gradient" in needs and narrow_outputs(m, n):
+        own = torch.zeros(m, m) if sums.gradient is None else sums.gradient
+        sums.gradient = own + (share * float(own.diagonal().mean()) or 1.0) * torch.eye(m, device=own.device)
 
 
 def _run(model: Any, windows: Tensor, gradients: bool) -> Iterator[int]:

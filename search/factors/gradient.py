@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import Factors, Option, Prepared, Site, get_method
 from rankfront.methods.layers import replacement
+from rankfront.methods.unfused_experts import routed_at
 from rankfront.search.factors.calibration import Progress
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
@@ -49,7 +50,7 @@ def quadratic_divergence(
     ``model``. ``progress`` hears (windows done, windows in all)."""
     generator = torch.Generator().manual_seed(seed)
     progress(0, len(windows))
-    scored = [_Scored(site, options, store) for site, options in wanted.items()]
+    scored = [_Scored(model, site, options, store) for site, options in wanted.items()]
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with differentiated(model, [hook for s in scored for hook in s.hooks()]):
         for start in range(0, len(windows), step):
@@ -93,12 +94,13 @@ def arriving(inputs: tuple[Tensor, ...]) -> Tensor:
 class _Scored:
     """One site under the pass: sums over tokens for every option."""
 
-    def __init__(self, site: Site, options: Sequence[Option], store: Prepares) -> None:
+    def __init__(self, model: nn.Module, site: Site, options: Sequence[Option], store: Prepares) -> None:
+        self.model = model
         self.site = site
         self.options = options
         self.store = store
         self.totals = {option.label: 0.0 for option in options}
-        self._arrived: list[dict[str, Tensor]] = []  # δ of every part for every option, of the tokens just seen
+        self._arrived: list[Arrived] = []  # δ of every part for every option, of the tokens just seen
 
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
         """(module path, forward hook) at every anchor."""
@@ -106,6 +108,7 @@ class _Scored:
 
     def _hook(self, part: Site) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            tokens = tokens_at(self.model, part.anchor.path)
             bias = getattr(module, "bias", None)
             x = arriving(inputs)
             outputs = output.detach()  # a hook that held ``output`` itself would keep the whole graph for good
@@ -115,7 +118,7 @@ class _Scored:
                 y = outputs.flatten(0, -2).float()  # (tokens, m)
                 dense = (g.float() * (y if bias is None else y - bias.float())).sum(1)  # (tokens,) gᵀ W x
                 along = products(self.options, self.site, part, self.store, module, g, x)
-                self._arrived.append({label: dense - compressed for label, compressed in along.items()})
+                self._arrived.append((tokens, {label: dense - compressed for label, compressed in along.items()}))
 
             output.register_hook(arrived)
 
@@ -125,8 +128,27 @@ class _Scored:
         """After a backward pass: the parts' δ add up to the site's."""
         arrived, self._arrived = self._arrived, []
         for label in self.totals:
-            moved = torch.stack([part[label] for part in arrived]).sum(0)  # (tokens,)
-            self.totals[label] += 0.5 * float(moved.square().sum())
+            self.totals[label] += 0.5 * float(together(arrived, label).square().sum())
+
+
+Arrived = tuple[Tensor | None, dict[str, Tensor]]  # which tokens, where not all; label -> a number for each
+
+
+def tokens_at(model: nn.Module, path: str) -> Tensor | None:
+    """Which tokens the linear at ``path`` was just given; None where all of them."""
+    routed = routed_at(model, path)
+    return None if routed is None else routed.tokens
+
+
+def together(arrived: Sequence[Arrived], label: str) -> Tensor:
+    """Sums of what arrived of all parts, token by token, (tokens,): experts of a mixture have a few of them each."""
+    if all(tokens is None for tokens, _ in arrived):
+        return torch.stack([part[label] for _, part in arrived]).sum(0) if arrived else torch.zeros(0)
+    found = [(own, part[label]) for own, part in arrived if own is not None]
+    total = found[0][1].new_zeros(1 + max(int(own.max()) for own, _ in found if len(own)))
+    for own, values in found:
+        total.index_add_(0, own, values)
+    return total
 
 
 def products(

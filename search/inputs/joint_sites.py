@@ -3,6 +3,7 @@ of weights."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,6 +65,8 @@ def runs_of_blocks(prefix: str, number: int, found: Sequence[dict[str, nn.Module
         if first < 0 or first % count:
             continue
         for name, module in found[number].items():
+            if re.search(r"\.\d+\.", name):  # experts of one number in several blocks have nothing in common
+                continue
             members = [found[block].get(name) for block in range(first, number + 1)]
             if name.rpartition(".")[2] in writes or any(
                 other is None or weight_of(other).shape != weight_of(module).shape for other in members

@@ -23,7 +23,9 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from rankfront.methods import InputError, nearest
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.methods.factored import dense_config
-from rankfront.methods.loading import KEY
+from rankfront.methods.loading import KEY, Replacements
+from rankfront.methods.unfused import unfuse
+from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.checkpoint import check_whole, hold_two
 from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.inputs.source import WEIGHT_FILES, Source, check_unpacked
@@ -36,10 +38,10 @@ SPARE_VALUES = 2**28  # values that any model may hold beside, such as masks tha
 MOST_LAYERS = 10_000  # above any published model, below what takes minutes to construct: a guess
 
 
-def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str) -> Any:
+def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str, apart: bool = True) -> Any:
     """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
-    ``auto`` is the dtype of the checkpoint."""
+    ``auto`` is the dtype of the checkpoint. Modules that hold several matrices in one tensor are taken ``apart``."""
     if source.gguf:
         check_unpacked(source)
     config = read_config(source)
@@ -47,7 +49,10 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     method = quantisation(config)
     quantised = None if method == QUANT_METHOD else method
     model = load_whole(source, source.location, quantised, dtype=dtype, **source.arguments)
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if apart:
+        take_apart(model)
+    return model
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -74,7 +79,8 @@ def use_attention(model: Any, implementation: str | None) -> None:
 
 
 def skeleton(source: Source) -> Any:
-    """The model without its weights, for shapes and names alone: loads in about a second at any size.
+    """The model without its weights, for shapes and names alone: loads in about a second at any size. Modules are
+    taken apart as in the loaded one.
 
     Table and head are tied as they are in the loaded model: where the configuration ties them and the checkpoint holds
     two different matrices, they are two.
@@ -92,12 +98,17 @@ def skeleton(source: Source) -> Any:
         if untied:
             _untie(config)
             model = _empty(source, config)
+    take_apart(model)
     return model
 
 
 def dense_skeleton(source: Source) -> Any:
     """The dense model of a factored export, without weights."""
-    return _empty(source, dense_config(read_config(source)))
+    config = read_config(source)
+    model, found = _empty(source, dense_config(config)), Replacements.of(config)
+    unfuse(model, {} if found is None else found.unfused)
+    take_apart(model)
+    return model
 
 
 def read_config(source: Source) -> Any:

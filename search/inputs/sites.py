@@ -17,6 +17,7 @@ from rankfront.methods.layers import weight_of
 from rankfront.search.inputs.joint_sites import joint_sites, runs_of_blocks, weight_at
 from rankfront.search.names import Place
 
+NUMBERED = re.compile(r"\.\d+\.")  # within a block: members of a list, such as experts, are of one kind
 LINEAR = (nn.Linear, Conv1D)  # classes of dense linears; Conv1D is GPT-2's transposed one
 
 
@@ -35,7 +36,7 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
         linears = {f"{path}.{name}": module for name, module in within[number].items()}
         single = [_site(name, module) for name, module in linears.items()]
         for site in [*single, *joint_sites(model, path, block, linears)]:
-            sites[site] = Place(number, site.name.removeprefix(f"{path}."))
+            sites[site] = Place(number, NUMBERED.sub(".*.", site.name.removeprefix(f"{path}.")))
         for first, kind, site in runs_of_blocks(prefix, number, within):
             sites[site] = Place(first, kind)
     for site in _outer_sites(model):

@@ -26,7 +26,16 @@ from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.methods.layers import weight_of
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.factors.calibration import Progress
-from rankfront.search.factors.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss, products
+from rankfront.search.factors.gradient import (
+    BATCH_TOKENS,
+    Arrived,
+    arriving,
+    differentiated,
+    drawn_loss,
+    products,
+    together,
+    tokens_at,
+)
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.tuning import TUNING
 
@@ -50,7 +59,7 @@ def measure_slopes(
     """
     progress(0, len(windows))
     generator = torch.Generator().manual_seed(seed)
-    probes = [_Probe(site, options, current, dense, store) for site, options in wanted.items()]
+    probes = [_Probe(model, site, options, current, dense, store) for site, options in wanted.items()]
     step = max(1, BATCH_TOKENS // windows.shape[1])
     with differentiated(model, [hook for probe in probes for hook in probe.hooks()]):
         for start in range(0, len(windows), step):
@@ -88,18 +97,20 @@ class _Probe:
 
     def __init__(
         self,
+        model: nn.Module,
         site: Site,
         options: Sequence[Option],
         current: Mapping[str, Option],
         dense: Mapping[str, nn.Module],
         store: FactorStore,
     ) -> None:
+        self.model = model
         self.site = site
         self.dense = dense
         self.now = current.get(site.name, DENSE_OPTION)
         self.store = store
         self.options = options
-        self._arrived: list[dict[str, Tensor]] = []  # of every part: gᵀ (Ŵ_o − Ŵ_i) x for every option
+        self._arrived: list[Arrived] = []  # of every part: gᵀ (Ŵ_o − Ŵ_i) x for every option
         labels = [DENSE_OPTION.label, *(option.label for option in options)]
         self.first, self.second = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0)  # sums over tokens of a, b
 
@@ -111,13 +122,15 @@ class _Probe:
         dense = self.dense[part.anchor.path]
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            tokens = tokens_at(self.model, part.anchor.path)
+
             def arrived(gradient: Tensor) -> None:  # when what it needs is complete
                 g = gradient.flatten(0, -2)  # (tokens, m)
                 x = arriving(inputs)
                 moved = {DENSE_OPTION.label: _along_dense(dense, g, x)}
                 moved |= products(self.options, self.site, part, self.store, dense, g, x)
                 base = moved[self.now.label]
-                self._arrived.append({label: value - base for label, value in moved.items()})
+                self._arrived.append((tokens, {label: value - base for label, value in moved.items()}))
 
             output.register_hook(arrived)
 
@@ -127,7 +140,7 @@ class _Probe:
         """After a backward pass, add its gradients up: as ``slopes``, and their squares by the factor ``curvature``."""
         arrived, self._arrived = self._arrived, []
         for label in self.first:
-            change = torch.stack([part[label] for part in arrived]).sum(0)  # (tokens,), of all parts together
+            change = together(arrived, label)  # (tokens,), of all parts
             if slopes:
                 self.first[label] += float(change.sum())
             if curvature:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rankfront.methods.checkpoint import RankfrontConfig, contents, describe
 from rankfront.methods.layers import weight_of
 from rankfront.methods.loading import Replacements
+from rankfront.methods.unfused import fuse
 from rankfront.search.atomic import staged
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import count_parameters, dense_skeleton, load_tokenizer, quiet
@@ -39,10 +40,11 @@ def write_derived(
     ``section``; ``record`` says how the model was healed, if it was. Raises `ExportError` where the folder differs.
     """
     with staged(out) as folder:
+        found: Any = contents(model.config)
+        fuse(model, but=found.get("unfused", ()))
         with quiet():
             model.save_pretrained(folder)
-        found: Any = contents(model.config)
-        wanted = Replacements(found["modules"], found["tied"], found["joined"])
+        wanted = Replacements(found["modules"], found["tied"], found["joined"], found.get("unfused", {}))
         if isinstance(getattr(model.config, "quantization_config", None), RankfrontConfig):  # written by an older one
             describe(folder, model, wanted)
         save_tokenizer(load_tokenizer(source), folder)

@@ -39,7 +39,7 @@ def evaluate(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     tokens = cut(load_tokenizer(source), {"evaluate": Split(text, windows)}, length)["evaluate"]
-    model = load_model(source, DTYPES[dtype], device)
+    model = load_model(source, DTYPES[dtype], device, apart=False)
     capacity = capacity_of(model)
     capacity.check_length(length, "--length")
     capacity.check_tokens({"evaluate": tokens})

@@ -22,6 +22,7 @@ from rankfront.methods.checkpoint import describe
 from rankfront.methods.dense import multiplied_out
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.methods.loading import CODE_FILE, Replacements, tie_factors
+from rankfront.methods.unfused import described, fuse, unfused_in
 from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
@@ -144,6 +145,7 @@ def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) ->
         wanted = write_factored(compressed, folder)
     else:
         _multiply_out(model, compressed.modules, compressed.dense_modules)
+        fuse(model)
         with quiet():
             model.save_pretrained(folder)
     save_tokenizer(compressed.tokenizer, folder)
@@ -156,10 +158,20 @@ def write_factored(compressed: CompressedModel, folder: Path) -> Replacements:
     model: Any = compressed.model
     wanted = _replacements(model, compressed)
     tie_factors(model, wanted)
-    with quiet():
-        model.save_pretrained(folder, save_original_format=False)  # names of tensors are those of modules
+    untouched = fuse(model, but=wanted.unfused)
+    inside = tuple(f"{path}." for path in wanted.unfused)
+    state = {name: _whole(own) if name.startswith(inside) else own for name, own in model.state_dict().items()}
+    with quiet():  # names of tensors are those of modules
+        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    for path, module in untouched.items():
+        set_module(model, path, module)
     describe(folder, model, wanted)
     return wanted
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy where ``tensor`` is a part of a larger one: files hold no views."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -183,7 +195,12 @@ def _replacements(model: Any, compressed: CompressedModel) -> Replacements:
     """What the folder says of the replaced modules, so that loading rebuilds them."""
     joined = TimedModel(compressed).join()
     separate(compressed.modules.values())  # files hold every factor by itself
-    return Replacements(compressed.layers, _tied(model, compressed.layers), joined)
+    treated = {
+        path: module
+        for path, module in unfused_in(model).items()
+        if any(layer.startswith(f"{path}.") for layer in compressed.layers)
+    }
+    return Replacements(compressed.layers, _tied(model, compressed.layers), joined, described(treated))
 
 
 def _tied(model: nn.Module, treated: Iterable[str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from rankfront.methods import InputError
 from rankfront.methods.dense import put_dense
 from rankfront.methods.layers_joint import CACHED, AbsentLinear, FromHeadsLinear, HeadsLinear, PlainLinear
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
+from rankfront.methods.unfused import fuse, unfused_in
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import count_parameters
 from rankfront.search.serve.llama_like import check_graph
@@ -77,8 +78,10 @@ def _prepared(structure: Structure) -> Any:
     """A copy of the model, in fp32, with what has no form of its own multiplied out."""
     model = copy.deepcopy(structure.model).float().eval()
     factored = {path: module for path, module in model.named_modules() if hasattr(module, "full_bias")}
-    others = [path for path, module in factored.items() if not isinstance(module, KEPT)]
+    apart = tuple(f"{path}." for path in unfused_in(model))  # what runs depends on the tokens there: nothing to trace
+    others = [path for path, module in factored.items() if not isinstance(module, KEPT) or path.startswith(apart)]
     put_dense(model, copy.deepcopy(structure.skeleton), others, torch.float32)
+    fuse(model)
     for module in factored.values():
         if isinstance(module, LowRankLinear):
             module.joined = None

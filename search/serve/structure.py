@@ -18,6 +18,7 @@ from rankfront.methods.dense import multiplied_out
 from rankfront.methods.factored import dense_config
 from rankfront.methods.layers import Factored
 from rankfront.methods.layers_joint import AbsentLinear, PlainLinear
+from rankfront.methods.unfused import described, unfuse, unfused_in
 from rankfront.search.inputs.sites import blocks, find_sites
 
 ATTENTION = ("query", "key", "value", "output")
@@ -67,6 +68,7 @@ class Structure:
         self.config = dense_config(model.config)
         with torch.device("meta"):
             self.skeleton: Any = AutoModelForCausalLM.from_config(self.config)
+            unfuse(self.skeleton, described(unfused_in(model)))
         self.prefix, found = blocks(self.skeleton)
         halves: list[dict[str, Site]] = [{} for _ in found]
         known = {s: place for s, place in find_sites(self.skeleton).items() if s.roles == ATTENTION or s.roles in MLP}

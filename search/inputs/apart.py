@@ -1,0 +1,114 @@
+"""Modules that hold several matrices in one tensor, taken apart where that computes the same: checked by numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfront.methods.unfused import Unfused, unfuse, unfused_kinds
+from rankfront.methods.unfused_experts import BatchedExperts, Experts, RoutedExperts, sides
+
+EXPERTS, TOKENS, CHOSEN = 3, 6, 2  # of the small copy of a mixture by which a kind is checked
+CLOSE = 1e-4  # of the largest output: sums of the same terms in fp32 in another order
+Settings = Mapping[str, int]
+Probe = tuple[nn.Module, tuple[Tensor, ...]]
+UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def take_apart(model: nn.Module) -> None:
+    """Unfuse whatever a kind of `unfused_kinds` is seen to compute the same for; leave everything else.
+
+    What is checked is a copy with random values and a few experts, so that a skeleton is taken apart as its model is.
+    """
+    known: dict[Any, dict[str, Any] | None] = {}
+    taken: tuple[str, ...] = ()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Unfused):
+            taken += (f"{path}.",)
+        tensors = dict(module.named_parameters(recurse=False))
+        if isinstance(module, Unfused) or path.startswith(taken) or not tensors:
+            continue
+        key = type(module), tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+        if key not in known:
+            known[key] = how_apart(module)
+        spec = known[key]
+        if spec is not None:
+            unfuse(model, {path: spec})
+
+
+def how_apart(module: nn.Module) -> dict[str, Any] | None:
+    """Kind and settings by which ``module`` can be unfused; None where no kind computes the same."""
+    for name, kind in unfused_kinds().items():
+        for settings in kind.proposals(module):
+            if _same(module, kind, settings):
+                return {"kind": name, **settings}
+    return None
+
+
+def _same(module: nn.Module, kind: type[Unfused], settings: Settings) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            small, inputs = PROBES[kind](module, settings, generator)
+            unfused = kind(small, settings)
+            return _close(small(*inputs), unfused(*inputs)) and _paired(unfused, generator)
+    except UNFIT:
+        return False
+
+
+def _close(wanted: Tensor, given: Tensor) -> bool:
+    return bool(wanted.shape == given.shape and (wanted - given).abs().max() <= CLOSE * wanted.abs().max())
+
+
+def _paired(unfused: Unfused, generator: torch.Generator) -> bool:
+    """Whether a neuron of an expert is one row of each projection up: without the first one the others are as before.
+
+    Halves that are cut where gates and ups alternate give the same whole."""
+    if not isinstance(unfused, Experts):
+        return True
+    views = unfused.views(unfused.own, unfused.settings)
+    rows = [len(view) for name, view in views.items() if name in ("0.gate_proj.weight", "0.up_proj.weight")]
+    projected = [torch.randn(TOKENS, count, generator=generator) for count in rows]
+    return _close(unfused.activate(*projected)[:, 1:], unfused.activate(*(each[:, 1:] for each in projected)))
+
+
+def _few_experts(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in fp32 on the processor, with `EXPERTS` experts of random values."""
+    count = next(tensor.shape[0] for name, tensor in module.named_parameters(recurse=False) if name == "down_proj")
+    small = copy.copy(module)
+    vars(small).update({name: EXPERTS for name, value in vars(module).items() if "experts" in name and value == count})
+    small._parameters, small._modules = {}, {}
+    for name, tensor in module.named_parameters(recurse=False):
+        small._parameters[name] = nn.Parameter(_drawn((EXPERTS, *tensor.shape[1:]), generator), requires_grad=False)
+    for name, child in module.named_children():
+        small._modules[name] = copy.deepcopy(child).to_empty(device="cpu").float()
+        for tensor in small._modules[name].parameters():  # type: ignore[union-attr]
+            tensor.copy_(_drawn(tensor.shape, generator))
+    return small
+
+
+def _drawn(shape: Any, generator: torch.Generator) -> Tensor:
+    """Normal values, of deviation 1 / √n in a matrix (m, n) whichever way it lies."""
+    return torch.randn(shape, generator=generator) / (min(shape[-2:]) ** 0.5 if len(shape) > 1 else 1)
+
+
+def _routed(module: nn.Module, settings: Settings, generator: torch.Generator) -> Probe:
+    chosen = torch.rand(TOKENS, EXPERTS, generator=generator).topk(CHOSEN).indices
+    hidden = torch.randn(TOKENS, sides(module, settings["transposed"])[0], generator=generator)
+    return _few_experts(module, generator), (hidden, chosen, torch.rand(TOKENS, CHOSEN, generator=generator))
+
+
+def _batched(module: nn.Module, settings: Settings, generator: torch.Generator) -> Probe:
+    hidden = torch.randn(EXPERTS * TOKENS, sides(module, settings["transposed"])[0], generator=generator)
+    hidden[torch.rand(len(hidden), generator=generator) < 0.5] = 0  # tokens that are not routed there
+    return _few_experts(module, generator), (hidden,)
+
+
+PROBES: dict[type[Unfused], Callable[[nn.Module, Settings, torch.Generator], Probe]] = {
+    RoutedExperts: _routed,
+    BatchedExperts: _batched,
+}

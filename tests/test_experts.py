@@ -1,0 +1,110 @@
+"""Mixtures of experts: each expert's projections are weights like any other, whatever tensor holds them."""
+
+import common
+import pytest
+import torch
+from launching import make_run, small_data
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rankfront.methods.unfused import fuse, unfused_in
+from rankfront.search.inputs.apart import take_apart
+from rankfront.search.inputs.coverage import coverage_of
+from rankfront.search.inputs.sites import find_sites
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": common.VOCABULARY, "num_experts_per_tok": 2,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 128,
+}  # fmt: skip
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 1},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "llama4_text": {
+        "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48,
+    },
+    "nemotron_h": {
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "layers_block_type": ["moe", "attention"],
+    },
+}  # fmt: skip
+
+
+def built(name, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **(SIZES | MIXTURES[name] | more))
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # some types start at zeros
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request):
+    return built(request.param)
+
+
+def storages(model):
+    return {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+
+
+IDS = torch.randint(0, common.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def test_taken_apart_and_put_back_a_model_computes_the_same(mixture):
+    wanted = mixture(input_ids=IDS).logits
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    count = sum(tensor.numel() for tensor in mixture.parameters())
+    held = storages(mixture)
+    take_apart(mixture)
+    apart = unfused_in(mixture)
+    assert apart
+    assert sum(tensor.numel() for tensor in mixture.parameters()) == count
+    assert storages(mixture) == held  # nothing is held twice
+    torch.testing.assert_close(mixture(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+    cached = mixture(input_ids=IDS[:, :5], use_cache=True)
+    parts = [cached.logits]
+    for place in range(5, 9):
+        cached = mixture(input_ids=IDS[:, place : place + 1], past_key_values=cached.past_key_values, use_cache=True)
+        parts.append(cached.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=1e-3, atol=1e-4)
+    fuse(mixture)
+    after = mixture.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_every_weight_but_the_router_is_a_site():
+    model = built("qwen3_moe")
+    take_apart(model)
+    sites = find_sites(model)
+    found = coverage_of(model, sites)
+    assert [left.name for left in found.left] == ["mlp.gate.weight"]
+    assert found.share > 0.95
+    experts = {site.name for site in sites if sites[site].kind == "mlp.experts.*.gate_proj" and len(site.weights) == 1}
+    named = {f"model.layers.{block}.mlp.experts.{number}.gate_proj" for block in (0, 1) for number in range(4)}
+    assert experts == named
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_goes_from_study_to_export_and_back(name, tokenizer, text_file, tmp_path, verified_here):
+    built(name).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    data = small_data(tmp_path / name, text_file, trials=3)
+    study = make_run(data, tmp_path / "run")
+    rows = study.rows()
+    assert {row.state for row in rows} == {"complete"}
+    row = next(row for row in rows if any(".experts." in site for site in row.plan.by_site))
+    study.export(tmp_path / "small", row)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True).eval()
+    logits = ours(input_ids=IDS).logits
+    assert torch.equal(alone(input_ids=IDS).logits, logits)
+    study.export(tmp_path / "dense", row, form="dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert not unfused_in(dense)
+    torch.testing.assert_close(dense(input_ids=IDS).logits, logits, rtol=1e-3, atol=1e-4)
