@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A file stays on one process. Files go in the order of their names: with the fewest tests last, xdist's own order, the
 # longest of all would run alone in the end.
-# The whole suite gets one process more than there are cores, for tests of clusters and commands wait for others. Each
+# The whole suite gets two processes more than there are cores, for tests of clusters and commands wait for others. Each
 # process takes ten seconds of a core to import what it tests.
 parallel = --numprocesses $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + $(1), 4))") \
 	--dist loadfile --no-loadscope-reorder
@@ -25,13 +25,13 @@ demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh studies/demo.sh
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(call parallel,1)
+	$(BIN)/python -m pytest $(call parallel,2)
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest $(call parallel,0) -m "not slow and not real"
 
 durations: $(VENV)/.installed
-	$(BIN)/python -m pytest $(call parallel,1) --junit-xml=build/durations.xml
+	$(BIN)/python -m pytest $(call parallel,2) --junit-xml=build/durations.xml
 	$(BIN)/python tests/durations.py build/durations.xml > tests/durations.md
 
 check: $(VENV)/.installed

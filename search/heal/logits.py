@@ -24,7 +24,12 @@ from rankfront.search.heal.teacher import Beside, Says
 
 BEST = "best."  # before the names, in a checkpoint, of the best state
 EVALUATIONS = 8  # of the held-out divergence; guess
-AT_ONCE = {"cpu": 2_048, "cuda": 8_192}  # tokens of one forward pass with gradients; guess
+AT_ONCE = {"cpu": 2_048, "cuda": 8_192}  # tokens of one forward pass; guess
+
+
+def at_once(device: torch.device, length: int) -> int:
+    """How many windows of ``length`` tokens one forward pass takes."""
+    return max(1, AT_ONCE[device.type] // length)
 
 
 class HeldOut:
@@ -34,7 +39,8 @@ class HeldOut:
         self.processes, self.precision, self.loss = Processes(), precision, loss
         self.predicted = len(windows) * (windows.shape[1] - 1)
         device = next(beside.head.model.parameters()).device
-        self.windows = [ids.to(device) for ids in self.processes.share(windows).split(1) if len(ids)]
+        batches = self.processes.share(windows).split(at_once(device, windows.shape[1]))
+        self.windows = [ids.to(device) for ids in batches if len(ids)]
         self.targets = [beside.target(torch.zeros(0), ids) if loss == "kl" else Target() for ids in self.windows]
 
     @torch.no_grad()
@@ -67,7 +73,7 @@ class EndToEnd:
         self.size = max(1, min(settings.step_tokens // length, len(windows)))
         self.steps = max(1, settings.budget("logits") // (self.size * length))
         self.fit = arm.fit = Fit(arm.parameters, settings.rate_of("logits"), self.steps)
-        self.at_once = max(1, AT_ONCE[self.device.type] // length)
+        self.at_once = at_once(self.device, length)
 
     def begin(self, error: float, where: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Start from the parameters as they are, of held-out divergence ``error``; or from what `state` gave."""
