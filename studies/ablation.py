@@ -37,6 +37,7 @@ from search_benchmark import GRID, JOINT, hypervolume, settings
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
+from rankfront.search.inputs.own_text import Progress
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup
 from rankfront.search.plans.job import Job, Record
@@ -68,7 +69,7 @@ class Remembering:
         self.known: dict[str, Record] = {cell["job"]: cell["record"] for cell in read_cells(file)}
         self.driver = 0.0
 
-    def __call__(self, setup: Setup) -> Remembering:
+    def __call__(self, setup: Setup, progress: Progress) -> Remembering:
         self.setup, self.resident = setup, None
         self.driver, self.left = 0.0, time.perf_counter()
         return self
