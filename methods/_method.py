@@ -33,6 +33,7 @@ class Weight:
         kind: "linear", or "embedding" for an untied table, whose inputs are token ids.
         tied: other modules that read the same matrix and follow whatever happens to it.
         bias: whether the module adds one, (m,).
+        shared: other modules that multiply by the same matrix, in other blocks, and follow it too.
     """
 
     role: str
@@ -42,6 +43,12 @@ class Weight:
     kind: Literal["linear", "embedding"] = "linear"
     tied: tuple[str, ...] = ()
     bias: bool = False
+    shared: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every module that what replaces it stands in for."""
+        return (self.path, *self.tied, *self.shared)
 
     @property
     def storage(self) -> Storage:

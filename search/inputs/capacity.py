@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfront.methods import InputError
+from rankfront.search.inputs.sites import towers
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,6 @@ def capacity_of(model: Any) -> Capacity:
         module.num_embeddings - getattr(module, "offset", 0)
         for path, module in model.named_modules()
         if (isinstance(module, nn.Embedding) and "pos" in path.rpartition(".")[2]) or path.endswith(".wpe")
-        if module.embedding_dim == table.embedding_dim
+        if module.embedding_dim == table.embedding_dim and not path.startswith(towers(model))
     ]
     return Capacity(table.num_embeddings, min(positions, default=None))

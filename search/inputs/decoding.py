@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rankfront.methods import InputError
 from rankfront.methods.prepacked import prepacked
 from rankfront.objectives._caches import cache_of
 
@@ -75,18 +74,18 @@ class _Allocated(DynamicLayer):
 
 @contextmanager
 def decoder(model: Any, length: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function of the next token ids (B, 1) that gives the logits (B, V) after them, for up to ``length`` tokens."""
+    """A function of the next token ids (B, 1) that gives the logits (B, V) after them, for up to ``length`` tokens.
+
+    Models without a cache read all of them again for every token.
+    """
     cache: dict[str, Any] = {}
+    seen: list[Tensor] = []
 
     def step(ids: Tensor) -> Tensor:
         nonlocal cache
-        out = model(input_ids=ids, use_cache=True, **cache)
+        seen[:] = [ids] if cache else [*seen, ids]
+        out = model(input_ids=torch.cat(seen, dim=1), use_cache=True, **cache)
         before, cache = cache, cache_of(out)
-        if not cache:
-            raise InputError(
-                f"{type(model).__name__} has no cache to sample its own text with: name another text than self for"
-                " every split, such as pydoc"
-            )
         grown = cache.get("past_key_values")
         if not before and isinstance(grown, DynamicCache):
             grown.layers[:] = [

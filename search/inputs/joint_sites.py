@@ -23,13 +23,15 @@ ATTENTION = {
 }
 MLP = {
     "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "w3"),
-    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2"),
+    "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w3"),
+    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2"),
 }
+NORMS = re.compile(r"(^|_)(q|k|qk|query|key)_?(layer_?)?norm")  # of queries and keys, before they meet
 # What is treated together, by role; the last one is the site's anchor.
 TOGETHER = (("key", "query"), ("value", "output"), ("query", "key", "value", "output"))
 # What reads the same input.
 SIBLINGS = (("query", "key", "value"), ("gate", "up"))
+ROTATES = ("rotate_half", "rotate_every_two")  # what models call the function that turns each pair by a right angle
 RUNS = (2, 3, 4)  # adjacent blocks whose projections may share a basis
 
 
@@ -125,7 +127,7 @@ def _heads(model: Any, attention: nn.Module, weights: dict[str, Weight]) -> Head
     if shapes != found or not keys or queries % keys:
         return None
     planes, fixed = _rotary(model, attention, width)
-    if any("norm" in name for name, _ in attention.named_children()):
+    if any(NORMS.search(name) for name, _ in attention.named_children()):
         fixed = "queries and keys are normalised after their projections"
     return Heads(queries, keys, width, planes, fixed)
 
@@ -133,18 +135,30 @@ def _heads(model: Any, attention: nn.Module, weights: dict[str, Weight]) -> Head
 def _rotary(model: Any, attention: nn.Module, width: int) -> tuple[tuple[tuple[int, int], ...] | None, str | None]:
     """The pairs of dimensions that rotary positions turn, and why queries and keys cannot be changed, if so.
 
-    Which dimensions go together is read from what the model's own ``rotate_half`` does to 1, 2, ..., d.
+    Which dimensions go together is read from what the model's own function of `ROTATES` does to 1, 2, ..., r, where r
+    of the ``width`` dimensions are turned. The others, which any two of may go together, pair up in order.
     """
-    if not any(path.rpartition(".")[2] == "rotary_emb" for path, _ in model.named_modules()):
+    turned = _turned(model.config, width)
+    if not any(path.rpartition(".")[2] == "rotary_emb" for path, _ in model.named_modules()) and turned == width:
         return None, None
-    parameters = getattr(model.config, "rope_parameters", None) or {}
-    partial = getattr(model.config, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
-    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    if partial != 1 or rotate is None:
-        return None, "its rotary positions turn a part of each head, or in a way that is not known"
+    own = vars(sys.modules[type(attention).__module__])
+    rotate = next((own[name] for name in ROTATES if name in own), None)
+    if rotate is None:
+        return None, "its rotary positions turn each head in a way that is not known"
     with torch.device("cpu"):
-        turned = rotate(torch.arange(1.0, width + 1)).abs().long() - 1  # partner of every dimension
-    planes = tuple((i, int(j)) for i, j in enumerate(turned) if i < j)
+        partners = rotate(torch.arange(1.0, turned + 1)[None, None, None]).flatten().abs().long() - 1
+    planes = [(i, int(j)) for i, j in enumerate(partners) if i < j]
+    planes += [(i, i + 1) for i in range(turned, width - 1, 2)]
     if sorted(dimension for plane in planes for dimension in plane) != list(range(width)):
         return None, "its rotary positions do not turn dimensions in pairs"
-    return planes, None
+    return tuple(planes), None
+
+
+def _turned(config: Any, width: int) -> int:
+    """How many of a head's ``width`` dimensions rotary positions turn, by what configurations call it."""
+    count = getattr(config, "rotary_dim", None)
+    if isinstance(count, int):
+        return min(count, width)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    shares = (getattr(config, "partial_rotary_factor", None), parameters.get("partial_rotary_factor"))
+    return int(width * next((share for share in shares if share), 1.0))

@@ -37,7 +37,10 @@ def unpack_sites(record: list[dict[str, Any]]) -> dict[Site, Place]:
     return {
         Site(
             each["name"],
-            tuple(Weight(**weight | {"tied": tuple(weight.get("tied", ()))}) for weight in each["weights"]),
+            tuple(
+                Weight(**weight | {name: tuple(weight.get(name, ())) for name in ("tied", "shared")})
+                for weight in each["weights"]
+            ),
             _heads(each.get("heads")),
             each.get("separate", False),
         ): Place(*each["place"])

@@ -23,6 +23,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from rankfront.methods import InputError, nearest
 from rankfront.methods.checkpoint import QUANT_METHOD
 from rankfront.methods.factored import dense_config
+from rankfront.methods.layers import set_module
 from rankfront.methods.loading import KEY, Replacements
 from rankfront.methods.unfused import unfuse
 from rankfront.search.inputs.apart import take_apart
@@ -51,8 +52,20 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     model = load_whole(source, source.location, quantised, dtype=dtype, **source.arguments)
     model = model.to(device).eval().requires_grad_(False)
     if apart:
+        _share_modules(model)
         take_apart(model)
     return model
+
+
+def _share_modules(model: nn.Module) -> None:
+    """Let linears with the very same weight, in several blocks (Zamba's), be one module: who looks at it sees all of
+    its uses."""
+    first: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            known = first.setdefault(id(module.weight), module)
+            if known is not module and type(known) is type(module) and known.bias is module.bias:
+                set_module(model, path, known)
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -151,6 +164,8 @@ def load_whole(source: Source, location: str | Path, quantised: str | None = Non
             location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     check_whole(source.name, model, info)
+    if getattr(model.config, "rescale_every", 0):  # RWKV halves weights in place, which could overflow in fp16
+        model.config.rescale_every = 0  # factors in their place would not be
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if hasattr(head, "weight") and hasattr(table, "weight") and head.weight is not table.weight:
         _untie(model.config)

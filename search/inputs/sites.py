@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site
 from rankfront.methods.layers import weight_of
+from rankfront.search.inputs.calls import unlike_calls
 from rankfront.search.inputs.joint_sites import joint_sites, runs_of_blocks, weight_at
 from rankfront.search.names import Place
 
@@ -29,19 +31,42 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
     table; tied, they are one site under the head's name, for there is one matrix.
     """
     prefix, found = blocks(model)
-    sites: dict[Site, Place] = {}
     within = [_linears(block) for block in found]
+    shared = _take_shared(prefix, within)
+    sites: dict[Site, Place] = {}
     for number, block in enumerate(found):
         path = f"{prefix}.{number}"
         linears = {f"{path}.{name}": module for name, module in within[number].items()}
         single = [_site(name, module) for name, module in linears.items()]
         for site in [*single, *joint_sites(model, path, block, linears)]:
-            sites[site] = Place(number, NUMBERED.sub(".*.", site.name.removeprefix(f"{path}.")))
+            kind = NUMBERED.sub(".*.", site.name.removeprefix(f"{path}."))
+            sites[_everywhere(site, shared)] = Place(number, kind)
         for first, kind, site in runs_of_blocks(prefix, number, within):
-            sites[site] = Place(first, kind)
+            sites[_everywhere(site, shared)] = Place(first, kind)
     for site in _outer_sites(model):
         sites[site] = Place(None, site.name)
     return sites
+
+
+def _take_shared(prefix: str, within: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Path of a linear -> those of the linears in later blocks that have the very same weight, which are taken out of
+    ``within``, the linears of every block by name."""
+    first: dict[int, str] = {}
+    shared: dict[str, tuple[str, ...]] = {}
+    for number, linears in enumerate(within):
+        for name, module in list(linears.items()):
+            path = f"{prefix}.{number}.{name}"
+            known = first.setdefault(id(module.weight), path)
+            if known != path:
+                shared[known] = (*shared.get(known, ()), path)
+                del linears[name]
+    return shared
+
+
+def _everywhere(site: Site, shared: dict[str, tuple[str, ...]]) -> Site:
+    if not any(weight.path in shared for weight in site.weights):
+        return site
+    return replace(site, weights=tuple(replace(w, shared=shared.get(w.path, ())) for w in site.weights))
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -51,24 +76,40 @@ def _linears(block: nn.Module) -> dict[str, nn.Module]:
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         kind: Any = type(modules[parent])
-        if _is_linear(module) and own not in read_by_others(kind):
+        if _is_linear(module) and own not in unlike_calls(kind):
             found[name] = module
     return found
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(path, list) of the model's blocks: the longest ModuleList whose items hold linears.
+    """(path, list) of the model's blocks: of the ModuleLists that the text passes, the one whose linears hold most.
 
-    Raises `InputError` for a model without one.
+    Towers of images and sound, which are models of their own with a configuration of another kind, are passed over.
+    Raises `InputError` for a model without such a list.
     """
-    lists = [
-        (path, module)
+    beside = towers(model)
+    lists = {
+        path: sum(weight_of(inner).numel() for inner in set(module.modules()) if _is_linear(inner))
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(_is_linear(inner) for inner in module.modules())
-    ]
-    if not lists:
+        if isinstance(module, nn.ModuleList) and not path.startswith(beside)
+    }
+    path = max(lists, key=lists.__getitem__, default="")  # of equals the first, which is the outer one
+    if not lists.get(path):
         raise InputError(f"{type(model).__name__} has no list of blocks with linear layers: it cannot be searched")
-    return max(lists, key=lambda item: len(item[1]))
+    return path, cast(nn.ModuleList, model.get_submodule(path))
+
+
+def towers(model: Any) -> tuple[str, ...]:
+    """Prefixes of the paths in the models within ``model`` that read something else than its text."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return ()
+    ours = {type(config), type(config.get_text_config(decoder=True))}
+    return tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) not in ours
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -91,20 +132,6 @@ def is_plain(kind: Any) -> bool:
         return False
 
 
-READS = r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|numel|data_ptr))"
-
-
-@cache
-def read_by_others(kind: Any) -> frozenset[str]:
-    """Names of the children whose weight or bias the code of a class reads itself, as Mamba's mixers do of ``dt_proj``:
-    factors cannot stand in for what is not called."""
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):
-        return frozenset()
-    return frozenset(match[1] for match in re.finditer(READS, source))
-
-
 def _site(path: str, module: nn.Module, **more: Any) -> Site:
     return Site(path, (weight_at("weight", path, module, **more),))
 
@@ -113,7 +140,8 @@ def _outer_sites(model: Any) -> Iterator[Site]:
     paths = {module: path for path, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    if head is not None and _is_linear(head):
+    kind: Any = type(model)
+    if head is not None and _is_linear(head) and paths[head].rpartition(".")[2] not in unlike_calls(kind):
         yield _site(paths[head], head, tied=(paths[table],) if tied else ())
     if isinstance(table, nn.Embedding) and not tied:
         yield _site(paths[table], table, kind="embedding")

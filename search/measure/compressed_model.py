@@ -39,7 +39,9 @@ class CompressedModel:
         self.store = prepare_store(setup, self.space, progress)  # only where this node has no copy of the store
         self.model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
         use_attention(self.model, setup.config.model.attention)
-        self.sites: dict[Site, Place] = find_sites(self.model)
+        self.sites: dict[Site, Place] = {
+            site: place for site, place in find_sites(self.model).items() if site.name not in setup.refused
+        }
         _check_same_sites(self.space.sites, self.sites)
         self.names = {site.name for site in self.sites}
         self.dense_values = count_parameters(self.model)
@@ -47,10 +49,10 @@ class CompressedModel:
             path: self.model.get_submodule(path)
             for site in self.sites
             for weight in site.weights
-            for path in (weight.path, *weight.tied)
+            for path in weight.paths
         }
         treated = (weight for site in self.space.choices for weight in site.weights)
-        scales = {p: row_scale(self.dense_modules[p]) for weight in treated for p in (weight.path, *weight.tied)}
+        scales = {p: row_scale(self.dense_modules[p]) for weight in treated for p in weight.paths}
         self.scales = {path: {"scale": scale} for path, scale in scales.items() if scale is not None}
         self.current: dict[str, Option] = {}
         self.modules: dict[str, nn.Module] = {}  # what runs in the place of dense ones, by path
@@ -89,7 +91,7 @@ class CompressedModel:
     def _swap(self, site: Site, option: Option) -> None:
         if option.method == DENSE:
             for weight in site.weights:
-                for path in (weight.path, *weight.tied):
+                for path in weight.paths:
                     self.modules.pop(path, None)
                     self.layers.pop(path, None)
                     set_module(self.model, path, self.dense_modules[path])
@@ -99,7 +101,7 @@ class CompressedModel:
 
     def replace(self, site: Site, factors: Mapping[str, Factors]) -> None:
         """Run ``factors`` at a site that the plan treats, instead of those of its option, until the site changes."""
-        paths = {weight.role: (weight.path, *weight.tied) for weight in site.weights}
+        paths = {weight.role: weight.paths for weight in site.weights}
         modules = self.made(paths, factors)
         self.modules |= modules
         for path, module in modules.items():
@@ -124,12 +126,14 @@ class CompressedModel:
             else tensor.to(device, copy=True)
             for number, tensor in distinct.items()
         }
-        modules = {}
+        modules: dict[str, nn.Module] = {}
         for role, own in paths.items():
             chosen = factors[role]
             tensors = {name: held[id(tensor)] for name, tensor in chosen.tensors.items()}
             for path in own:
-                modules[path] = replacement(self.dense_modules[path], chosen.kind, tensors, chosen.settings)
+                dense = self.dense_modules[path]
+                same = next((modules[p] for p in own if p in modules and self.dense_modules[p] is dense), None)
+                modules[path] = same or replacement(dense, chosen.kind, tensors, chosen.settings)
         return modules
 
     @contextmanager
@@ -141,12 +145,13 @@ class CompressedModel:
             for site in joint:
                 option = self.current[site.name]
                 if option != DENSE_OPTION:
-                    for weight in site.weights:
-                        set_module(self.model, weight.path, self.dense_modules[weight.path])
+                    for path in (path for weight in site.weights for path in weight.paths):
+                        set_module(self.model, path, self.dense_modules[path])
                     for part in site.parts:
                         factors = get_method(option.method).equivalent(part, self.store.load(site, option), option)
-                        role, path = part.anchor.role, part.anchor.path
-                        set_module(self.model, path, self.made({role: [path]}, {role: factors})[path])
+                        role, paths = part.anchor.role, part.anchor.paths
+                        for path, module in self.made({role: paths}, {role: factors}).items():
+                            set_module(self.model, path, module)
             yield
         finally:
             for path, module in self.modules.items():

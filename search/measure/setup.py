@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +33,7 @@ class Setup:
         groups: bands of depth that share an option of each kind of projection, for samplers that need few variables;
             0 where every site is a variable.
         loss: whose slopes are measured: ``divergence`` or ``perplexity``, which stands for the log-likelihood.
+        refused: joint sites that numbers refuse, and why, by name (see `inputs.acceptance`): the outline lacks them.
         unmade: factor files that this launch could not make, and why: its trials that want them fail.
     """
 
@@ -46,11 +47,17 @@ class Setup:
     cache: str
     groups: int = 0
     loss: str = "perplexity"
+    refused: Mapping[str, str] = field(default_factory=dict)
     unmade: Mapping[Path, str] = field(default_factory=dict)
 
     def store(self) -> FactorStore:
         text = f"{hash_tokens(self.tokens['calibrate'])} {self.dtype}"
         return FactorStore(self.fingerprint, text, DTYPES[self.dtype], Path(self.cache), self.unmade)
+
+    def without(self, refused: Mapping[str, str]) -> Setup:
+        """The same but for the sites that are ``refused``."""
+        sites = {site: place for site, place in self.outline.sites.items() if site.name not in refused}
+        return replace(self, outline=replace(self.outline, sites=sites), refused=refused)
 
     def origin(self) -> dict[str, str]:
         """What a plan of this study says it belongs to."""

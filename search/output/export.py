@@ -207,7 +207,7 @@ def _tied(model: nn.Module, treated: Iterable[str]) -> dict[str, str]:
     """Name of a tensor -> name of the first that is the very same, in the modules at ``treated``."""
     first: dict[int, str] = {}
     tied = {}
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    order = {name: number for number, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for path in sorted(treated, key=order.__getitem__):
         for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items():
             known = first.setdefault(id(tensor), f"{path}.{name}")

@@ -137,7 +137,7 @@ def offered(model: nn.Module, sites: Iterable[Site], plan: Plan, multiple: int) 
 
 
 def _paths(site: Site) -> list[str]:
-    return [path for weight in site.weights for path in (weight.path, *weight.tied)]
+    return [path for weight in site.weights for path in weight.paths]
 
 
 def _modules(model: nn.Module, site: Site) -> list[Any]:

@@ -15,6 +15,7 @@ from rankfront.search import attributes as keys
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
 from rankfront.search.errors import Interrupted
+from rankfront.search.inputs.acceptance import refusals
 from rankfront.search.inputs.device import DTYPES, set_threads
 from rankfront.search.inputs.known_sites import pack_sites
 from rankfront.search.inputs.own_text import Progress
@@ -27,7 +28,7 @@ from rankfront.search.plans.plan import Prices
 from rankfront.search.plans.reach import check_reachable
 from rankfront.search.plans.space import Space
 from rankfront.search.run.progress import Display
-from rankfront.search.run.resolving import heal_windows, make_setup, own_text, placed, resolved_as
+from rankfront.search.run.resolving import accepted, heal_windows, make_setup, own_text, placed, resolved_as
 from rankfront.search.run.scheduler import Scheduler, Stop
 from rankfront.search.storage.checked import close
 from rankfront.search.storage.folder import Run
@@ -98,6 +99,10 @@ class Launch:
         known = set(drawn)
         setup = make_setup(self.run, self.config, progress, drawn)
         for line in setup.outline.coverage.lines():
+            display.say(line)
+        if not self.run.resolved():
+            setup = accepted(setup, progress)
+        for line in refusals(setup.refused):
             display.say(line)
         space = make_space(setup)
         check_limits(setup, space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,20 +12,22 @@ from torch import Tensor
 from rankfront.methods import InputError
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, preferred_loss
-from rankfront.search.inputs.device import count_devices, pick_device, pick_dtype
-from rankfront.search.inputs.model import load_tokenizer, read_config
+from rankfront.search.inputs.acceptance import refused
+from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype
+from rankfront.search.inputs.model import load_model, load_tokenizer, read_config, use_attention
 from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.source import cache_folder
 from rankfront.search.inputs.text import LAST, cut, hash_tokens, scattered
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
-from rankfront.search.measure.setup import Setup
+from rankfront.search.measure.setup import Setup, make_space
 from rankfront.search.plans.latency_table import timed_objectives
 from rankfront.search.serve.engines import check_engines
 from rankfront.search.serve.writing import check_servable
 from rankfront.search.storage.folder import Run
 
+REFUSED = "refused"  # joint sites that numbers refuse
 SCATTERED = "scattered"  # the order of windows of the search split where a trial reads some of them
 
 
@@ -68,7 +71,20 @@ def make_setup(
         config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
     groups = 0 if search.sampler == OURS else search.groups
     loss = preferred_loss(config) or "perplexity"
-    return Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+    setup = Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+    return setup.without(json.loads(earlier.get(REFUSED, "{}")))
+
+
+def accepted(setup: Setup, progress: Progress) -> Setup:
+    """``setup`` without the joint sites of its space that the model, loaded here, refuses by numbers."""
+    joint = [site for site in make_space(setup).choices if len(site.weights) > 1]
+    if not joint:
+        return setup
+    progress("load", 0, 1)
+    model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
+    use_attention(model, setup.config.model.attention)
+    progress("load", 1, 1)
+    return setup.without(refused(model, joint, setup.tokens["calibrate"]))
 
 
 def heal_windows(
@@ -104,6 +120,8 @@ def resolved_as(run: Run, config: StudyConfig, setup: Setup) -> dict[str, str]:
     found = {"dtype": setup.dtype, "device": setup.device, "weights": setup.fingerprint, **hashes}
     if config.space.rank_multiple == "device":
         found["rank_multiple"] = str(setup.config.space.rank_multiple)
+    if setup.refused:
+        found[REFUSED] = json.dumps(setup.refused)
     return found | ({"windows": SCATTERED} if scatters(config, run.resolved()) else {})
 
 

@@ -1,0 +1,219 @@
+"""Joint sites looked at by numbers: names and shapes propose them, a few tokens say whether they are what they seem.
+
+What a joint treatment leaves out, it leaves out of every weight of its site; its stand-in leaves it out of the anchor
+alone. Both are the same model if the block reads these weights as the site says: values in any basis of a head, queries
+and keys by the planes that positions turn, neurons each for itself. A norm between them, positions of another form, or
+keys and values that a later block reads again, make them differ. Here half of each site is left out, in a basis that
+means nothing, of all sites of a kind at once, and of each where that differs; then token by token, with a cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfront.methods import Factors, Heads, Site, Storage
+from rankfront.methods._method import plain_factors
+from rankfront.methods.layers import replacement, set_module
+from rankfront.methods.layers_joint import CACHED
+from rankfront.objectives._caches import cache_of
+from rankfront.search.inputs.sites import weights_at
+
+TOKENS = 24  # that are run: far enough for most positions to turn by a radian
+AHEAD = 16  # of them before the cache is used
+# The largest difference of logits, as a share of the largest logit, that is rounding: guesses, tens of times what is
+# seen where all is well, and a tenth of what a norm in between does.
+ROUNDING = {torch.float64: 1e-3, torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.03}
+Weights = Mapping[str, Tensor]
+Halved = tuple[dict[str, Factors], Factors]  # by role; and of the anchor alone
+
+
+def refused(model: Any, sites: Iterable[Site], windows: Tensor) -> dict[str, str]:
+    """Name of each joint site that is not what it seems -> why, by the first tokens of ``windows`` (W, L)."""
+    joint = [site for site in sites if site.roles in HALVES and not _fixed(site)]
+    look = _Look(model, windows[:1, :TOKENS].to(next(model.parameters()).device))
+    reasons: dict[str, str] = {}
+    for roles in dict.fromkeys(site.roles for site in joint):
+        alike = [site for site in joint if site.roles == roles]
+        if look.at(alike) is not None:
+            reasons |= {site.name: why for site in alike if (why := look.at([site])) is not None}
+    return reasons
+
+
+def refusals(reasons: Mapping[str, str]) -> Iterator[str]:
+    """What a launch says of them: a line for each kind of site and reason."""
+    kinds: dict[tuple[str, str], int] = {}
+    for name, why in reasons.items():
+        kind = re.sub(r"^.*\.\d+\.", "", name), why
+        kinds[kind] = kinds.get(kind, 0) + 1
+    for (name, why), count in kinds.items():
+        yield f"{name} is not treated jointly in {count} blocks: {why}"
+
+
+class _Look:
+    """The dense model's logits on some ``ids`` (1, L), and how treatments compare."""
+
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.rounding = ROUNDING.get(next(model.parameters()).dtype, ROUNDING[torch.bfloat16])
+        self.dense = self._logits()
+        self.caches = self._same(self._stepwise(), self.dense)  # some models have no cache, or one of their own kind
+
+    def at(self, sites: Sequence[Site]) -> str | None:
+        """Why ``sites`` cannot be treated together, or None where they can."""
+        halves = {site: HALVES[site.roles](site, weights_at(self.model, site)) for site in sites}
+        treated = {
+            path: found[weight.role]
+            for site, (found, _) in halves.items()
+            for weight in site.weights
+            for path in weight.paths
+        }
+        try:
+            with self._run(treated):
+                ours = self._logits()
+                stepwise = self._stepwise() if self.caches else ours
+        except Exception as error:  # noqa: BLE001 - a block's own code fails in ways of its own
+            return f"the block does not run without a half of it ({type(error).__name__})"
+        with self._run({path: alone for site, (_, alone) in halves.items() for path in site.anchor.paths}):
+            alone = self._logits()
+        if not self._same(ours, alone):
+            return "to leave a part of it out does more than that: something else reads it, or normalises it"
+        return None if self._same(stepwise, ours) else "with a cache it gives something else"
+
+    def _same(self, one: Tensor, other: Tensor) -> bool:
+        return bool((one - other).abs().max() <= self.rounding * self.dense.abs().max())
+
+    @contextmanager
+    def _run(self, factors: Mapping[str, Factors]) -> Iterator[None]:
+        dense = {path: self.model.get_submodule(path) for path in factors}
+        try:
+            for path, each in factors.items():
+                like = dense[path].weight
+                tensors = {
+                    name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+                    for name, tensor in each.tensors.items()
+                }
+                set_module(self.model, path, replacement(dense[path], each.kind, tensors, each.settings))
+            yield
+        finally:
+            for path, module in dense.items():
+                set_module(self.model, path, module)
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        found: Tensor = self.model(input_ids=self.ids, use_cache=False).logits.float()
+        return found
+
+    @torch.no_grad()
+    def _stepwise(self) -> Tensor:
+        out = self.model(input_ids=self.ids[:, :AHEAD], use_cache=True)
+        found = [out.logits.float()]
+        for i in range(AHEAD, self.ids.shape[1]):
+            out = self.model(input_ids=self.ids[:, i : i + 1], use_cache=True, **cache_of(out))
+            found.append(out.logits.float())
+        return torch.cat(found, dim=1)
+
+
+def _basis(width: int) -> tuple[Tensor, Tensor]:
+    """A (d, d) and A⁻¹, exact in any format: sums and differences of neighbours, every other one doubled."""
+    basis = torch.eye(width)
+    for i in range(0, width - 1, 2):
+        basis[i : i + 2, i : i + 2] = torch.tensor([[1.0, 1.0], [2.0, -2.0]])
+    inverse: Tensor = torch.linalg.inv(basis)
+    return basis, inverse
+
+
+def _fixed(site: Site) -> bool:
+    """Whether no method changes it anyway."""
+    return "query" in site.roles and len(site.weights) == 2 and site.heads is not None and site.heads.fixed is not None
+
+
+def _heads(site: Site) -> tuple[Heads, int]:
+    assert site.heads is not None  # of attentions, which are found with them
+    return site.heads, max(1, site.heads.width // 2)
+
+
+def _by_head(weights: Weights, role: str, heads: int) -> tuple[Tensor, Tensor | None]:
+    """W (heads, d, n) and b (heads, d), in fp32."""
+    bias = weights.get(f"{role}.bias")
+    by_head = weights[role].float().unflatten(0, (heads, -1))
+    return by_head, None if bias is None else bias.float().unflatten(0, (heads, -1))
+
+
+def _neurons(site: Site, weights: Weights) -> Halved:
+    kept = torch.arange(0, site.anchor.in_features, 2)
+    treated = {}
+    for role in site.roles[:-1]:
+        bias = weights.get(f"{role}.bias")
+        treated[role] = plain_factors(weights[role][kept], Storage(0), None if bias is None else bias[kept])
+    down = weights[site.anchor.role]
+    alone = torch.zeros_like(down)
+    alone[:, kept] = down[:, kept]
+    return treated | {site.anchor.role: plain_factors(down[:, kept], Storage(0))}, plain_factors(alone, Storage(0))
+
+
+def _values(site: Site, weights: Weights) -> Halved:
+    heads, kept = _heads(site)
+    basis, inverse = (each.to(weights["value"].device) for each in _basis(heads.width))
+    value, bias = _by_head(weights, "value", heads.keys)
+    tensors = {"weight": (basis @ value)[:, :kept].flatten(0, 1)}
+    if bias is not None:
+        tensors["bias"] = (bias @ basis.T)[:, :kept].flatten()
+    wide = (weights["output"].float().unflatten(1, (heads.queries, -1)) @ inverse)[..., :kept]  # (m, queries, kept)
+    sizes = {"kept": kept, "width": heads.width}
+    cached = {"placed": 0, "cached": CACHED["value"]}
+    treated = {
+        "value": Factors("heads", tensors, sizes | cached | {"heads": heads.keys}, Storage(0)),
+        "output": Factors("from-heads", {"weight": wide.flatten(1)}, sizes | {"heads": heads.queries}, Storage(0)),
+    }
+    return treated, plain_factors((wide @ basis[:kept]).flatten(1), Storage(0))
+
+
+def _queries(site: Site, weights: Weights) -> Halved:
+    heads, kept = _heads(site)
+    width = heads.width
+    device = weights["query"].device
+    if heads.planes is None:
+        basis, inverse = (each.to(device) for each in _basis(width))
+        across, towards, place = basis[:kept], inverse.T[:kept], None  # k' = A k, q' = A⁻ᵀ q
+        spread = across
+    else:
+        place = torch.tensor(heads.planes[::2], device=device).flatten()
+        kept = len(place)
+        across = towards = spread = torch.eye(width, device=device)[place]
+    treated = {}
+    for role, count, change in (("key", heads.keys, across), ("query", heads.queries, towards)):
+        weight, bias = _by_head(weights, role, count)
+        tensors = {"weight": (change @ weight).flatten(0, 1)}
+        if bias is not None:
+            tensors["bias"] = (bias @ change.T).flatten()
+        if place is not None:
+            tensors["place"] = place.to(torch.uint8).expand(count, -1).contiguous()
+        settings = {"heads": count, "kept": kept, "width": width, "placed": int(place is not None)}
+        treated[role] = Factors("heads", tensors, settings | {"cached": CACHED.get(role, 0)}, Storage(0))
+    query, bias = _by_head(weights, "query", heads.queries)
+    through = spread.T @ towards  # (d, d)
+    alone = plain_factors(
+        (through @ query).flatten(0, 1), Storage(0), None if bias is None else (bias @ through.T).flatten()
+    )
+    return treated, alone
+
+
+def _nothing(site: Site, weights: Weights) -> Halved:
+    absent = {weight.role: Factors("absent", {}, {"rows": weight.out_features}, Storage(0)) for weight in site.weights}
+    zeros = torch.zeros_like(weights[site.anchor.role])
+    return absent, plain_factors(zeros, Storage(0), zeros[:, 0] if site.anchor.bias else None)
+
+
+HALVES: Mapping[tuple[str, ...], Callable[[Site, Weights], Halved]] = {
+    ("gate", "up", "down"): _neurons,
+    ("up", "down"): _neurons,
+    ("value", "output"): _values,
+    ("key", "query"): _queries,
+    ("query", "key", "value", "output"): _nothing,
+}

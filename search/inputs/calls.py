@@ -1,0 +1,73 @@
+"""Which linears a class uses otherwise than by calling them, read from its source: no forward pass is needed.
+
+Factors stand in for what is called and takes a gradient. That could not be tried on a skeleton: mixtures of experts
+look at values, which it has none of.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+TENSORS = ("weight", "bias")
+
+
+@cache
+def unlike_calls(kind: Any) -> frozenset[str]:
+    """Names of the children whose weight or bias the code of a class reads itself, as Mamba's mixers do of ``dt_proj``;
+    of all children where its forward takes no gradients, as that of an indexer does.
+
+    What is read in training alone, by fused kernels, counts as called, and so does what one branch reads and the other
+    calls, as in BLOOM.
+    """
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return frozenset()
+    if any(_ungraded(node) for node in ast.walk(body)):
+        return frozenset(name for node in ast.walk(body) for name in _own(node))
+    return frozenset(name for name in _read(body))
+
+
+def _ungraded(node: ast.AST) -> bool:
+    """Whether it is a forward under ``no_grad``."""
+    return (
+        isinstance(node, ast.FunctionDef)
+        and node.name == "forward"
+        and any("no_grad" in ast.unparse(each) for each in node.decorator_list)
+    )
+
+
+def _read(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.If):
+        yield from _read_in_branches(node)
+        return
+    if isinstance(node, ast.Attribute) and node.attr in TENSORS:
+        yield from _own(node.value)
+    for child in ast.iter_child_nodes(node):
+        yield from _read(child)
+
+
+def _read_in_branches(node: ast.If) -> Iterator[str]:
+    """What a branch reads and the other calls is one way of many to run it, and not that of today's checkpoints."""
+    body, other = ast.Module(node.body, []), ast.Module(node.orelse, [])
+    if "self.training" not in ast.unparse(node.test):
+        yield from set(_read(body)) - set(_called(other))
+    yield from set(_read(other)) - set(_called(body))
+    yield from _read(node.test)
+
+
+def _called(node: ast.AST) -> Iterator[str]:
+    for each in ast.walk(node):
+        if isinstance(each, ast.Call):
+            yield from _own(each.func)
+
+
+def _own(node: ast.AST) -> Iterator[str]:
+    """NAME of ``self.NAME``."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        yield node.attr

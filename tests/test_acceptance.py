@@ -1,0 +1,95 @@
+"""What is a site by what modules do: numbers refuse joint sites that are not what they seem, shared weights are one."""
+
+import pytest
+import torch
+from launching import make_run, small_data
+from tiny import tiny_model
+from torch import nn
+
+from rankfront.search.inputs.acceptance import refusals, refused
+from rankfront.search.inputs.calls import unlike_calls
+from rankfront.search.inputs.sites import blocks, find_sites
+
+WINDOWS = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(3))
+VALUES, NEURONS = "self_attn.v_proj+o_proj", "mlp.gate_proj+up_proj+down_proj"
+
+
+def kinds_refused(name):
+    model = tiny_model(name)
+    found = refused(model, find_sites(model), WINDOWS)
+    return {site.split(".", 3)[3] for site in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama", set()),
+        ("phi", set()),  # partial rotary positions
+        ("gptj", set()),  # the same, neighbours turned together
+        ("gemma4_text", {VALUES}),  # values are normalised
+        ("bitnet", {VALUES, NEURONS}),  # norms before both projections that write
+        ("diffllama", {VALUES}),  # heads are subtracted and normalised
+    ],
+)
+def test_joint_sites_are_accepted_by_numbers(name, kinds):
+    assert kinds_refused(name) == kinds
+
+
+def test_a_refusal_is_said_once_for_all_blocks_and_kept_by_the_run(tmp_path, tokenizer, text_file):
+    tiny_model("bitnet").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = small_data(tmp_path / "model", text_file, trials=2)
+    data["space"]["methods"] = ["vo-svd", "nystrom", "drop-block"]
+    study = make_run(data, tmp_path / "run")
+    setup = study.setup()
+    assert len(setup.refused) == 4
+    assert len(list(refusals(setup.refused))) == 2
+    assert not setup.refused.keys() & {site.name for site in setup.outline.sites}
+    assert {row.state for row in study.rows()} == {"complete"}
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.fused = (nn.Linear(2, 2) for _ in range(3))
+
+    def forward(self, x):
+        if self.training and x is not None:
+            return self.fused.weight @ x
+        return self.fused(self.called(x)) @ self.read.weight
+
+
+class Ungraded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called = nn.Linear(2, 2)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.called(x)
+
+
+def test_what_code_reads_or_runs_without_gradients_is_told_from_what_it_calls():
+    assert unlike_calls(Reads) == {"read"}
+    assert "called" in unlike_calls(Ungraded)
+
+
+def test_weights_of_several_blocks_are_one_site():
+    model = tiny_model("zamba2")
+    sites = {weight.path: weight for site in find_sites(model) for weight in site.weights}
+    first = "model.layers.1.shared_transformer.feed_forward.down_proj"
+    assert sites[first].shared == (first.replace("layers.1", "layers.2"),)
+    assert not sites.keys() & set(sites[first].shared)
+
+
+def test_towers_that_read_images_are_passed_over():
+    """GIT's has more layers than its text model."""
+    model = tiny_model("git")
+    held = {
+        path: sum(parameter.numel() for parameter in module.parameters())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    path, _ = blocks(model)
+    assert path == "git.encoder.layer"
+    assert any(own != path for own in held)
