@@ -218,7 +218,8 @@ class SpaceConfig(Strict):
 
     Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64 at which the device multiplies
     fastest, measured at the first launch. ``servable`` names formats of exports that hold every plan at its size.
-    ``allow_partial`` lets a model be searched of whose blocks less than half can be treated.
+    ``allow_partial`` lets a model be searched of whose blocks less than half can be treated. ``experts`` of a layer take
+    one option of each projection ``together``, or each its own, ``apart``.
     """
 
     include: tuple[str, ...] = ("*",)
@@ -227,6 +228,7 @@ class SpaceConfig(Strict):
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     rank_multiple: Annotated[int, Field(le=MOST)] | Literal["device"] = 8
     allow_partial: bool = False
+    experts: Literal["together", "apart"] = "together"
     servable: Annotated[tuple[Servable, ...], BeforeValidator(_listed)] = ()
     rule: tuple[RuleConfig, ...] = ()
 

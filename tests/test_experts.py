@@ -10,6 +10,8 @@ from rankfront.methods.unfused import fuse, unfused_in
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.sites import find_sites
+from rankfront.search.measure.setup import make_space
+from rankfront.search.study import Study
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
@@ -108,3 +110,28 @@ def test_a_mixture_goes_from_study_to_export_and_back(name, tokenizer, text_file
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     assert not unfused_in(dense)
     torch.testing.assert_close(dense(input_ids=IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("mixture")
+    built("qwen3_moe").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_experts_of_a_layer_take_one_choice_unless_a_study_wants_them_apart(folder, text_file, tmp_path):
+    data = small_data(folder, text_file, sampler="rankfront", trials=5)
+    data["space"]["include"] = ["*.experts.*"]
+    study = make_run(data, tmp_path / "run")
+    names = {f"model.layers.{block}.mlp.experts.*.{kind}_proj" for block in (0, 1) for kind in ("gate", "up", "down")}
+    assert set(study.menu()["site"]) == names
+    rows = [row for row in study.rows() if row.state != "waiting"]
+    assert {row.state for row in rows} == {"complete"}
+    for row in rows:
+        for site, option in row.plan.by_site.items():
+            alike = site.split(".")
+            others = [".".join([*alike[:-2], str(number), alike[-1]]) for number in range(4)]
+            assert [row.plan.option(other) for other in others] == [option] * 4
+    space = make_space(Study(data | {"space": data["space"] | {"experts": "apart"}}).setup())
+    assert len(space.variables) == 4 * len(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -231,12 +231,24 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
             partial(runner.progress, "slopes"),
         )
     packed = {}
-    for site, options in compressed.space.options.items():
-        if site in found:
-            pairs = [found[site].get(option.label) for option in options]
-            packed[site] = [[None if p is None else float(f"{p[i]:.4g}") for p in pairs] for i in (0, 1)]
+    alike = compressed.space.alike
+    for name, options in compressed.space.options.items():
+        known = [found.get(site.name, {}) for site in alike[name]] if name in alike else [found.get(name, {})]
+        if all(known):
+            pairs = [[own.get(option.label) for own in known] for option in options]
+            packed[name] = [[_sum(pair, i) for pair in pairs] for i in (0, 1)]
     read = windows.numel()
     return {"slopes": packed, SLOPE_TOKENS: read, "tokens": PASSES[setup.loss] * read, "seconds": clock.seconds}
+
+
+def _sum(pairs: Sequence[tuple[float, float] | None], place: int) -> float | None:
+    """Of what several sites have at one ``place``, to four digits; None where one has nothing."""
+    total = 0.0
+    for pair in pairs:
+        if pair is None:
+            return None
+        total += pair[place]
+    return float(f"{total:.4g}")
 
 
 def measure_timing(runner: JobRunner, job: Job) -> Record:

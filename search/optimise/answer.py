@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from rankfront.methods import InputError
+from rankfront.methods import InputError, Storage
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
@@ -207,10 +207,9 @@ def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataF
     found = []
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):
-            site = sites[line.site]
-            own = stored(site, option)
+            own = sum((stored(sites[site], option) for site in line.members), Storage(0))
             figures = {"parameters": own.parameters, "bytes": own.bytes(dense.value_bytes), "divergence": divergence}
-            alone = Plan.of({line.site: option})
+            alone = Plan.of(line.treated(option))
             figures |= {name: timing.ratio(objective, alone) for name, (objective, timing) in timings.items()}
             found.append({"site": line.site, "option": option.label, "method": option.method, **figures})
     return pd.DataFrame(found)

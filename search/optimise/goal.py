@@ -17,6 +17,7 @@ from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import inside_blocks
 from rankfront.search.plans.agreed import agreeing
+from rankfront.search.plans.alike import bundled
 from rankfront.search.plans.job import Record
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
@@ -55,7 +56,7 @@ def menu_of(config: StudyConfig, space: Space, record: Record, value_bytes: int,
         return not pairs or any(not ours or not dense or ours < dense for ours, dense in pairs)  # lookups take none
 
     menu = make_menu(space.wanted(), record["predictions"], sizes_of(config, value_bytes, timings), faster)
-    return agreeing(menu, space.linked)
+    return agreeing(menu, space.linked) if space.linked else bundled(menu, space.alike)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Predictor:
         self.goal = goal
         self.history = History(menu, space, goal)
         places = {site.name: place for site, place in space.sites.items()}
-        at = [places[line.site] for line in menu.lines]
+        at = [places[line.members[0]] for line in menu.lines]
         self.surrogate = Surrogate(menu, [place.kind for place in at], [place.block for place in at])
         self.scalings: list[Scaling] = []  # of each Taylor model
         self.error = TUNING.prior_error  # of the surrogate's predictions, as recent trials showed it

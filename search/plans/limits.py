@@ -104,7 +104,8 @@ class Figures:
         changes = []
         for line in self.menu.lines:
             treated = [
-                0 if o == DENSE_OPTION else added(figure, by_name[line.site], o, self._prices) for o in line.options
+                sum(added(figure, by_name[site], o, self._prices) for site in line.members if o != DENSE_OPTION)
+                for o in line.options
             ]
             changes.append(np.array(treated, dtype=float))
         return changes, of_dense, scale
@@ -112,7 +113,7 @@ class Figures:
     def _latencies(self, figure: str) -> list[np.ndarray]:
         """What each option adds to the predicted latency, line by line; infinite where it was not timed."""
         objective, timing = self.tables[figure]
-        ratios = [[timing.ratio(objective, Plan.of({line.site: o})) for o in line.options] for line in self.menu.lines]
+        ratios = [[timing.ratio(objective, Plan.of(line.treated(o))) for o in line.options] for line in self.menu.lines]
         return [np.array([np.inf if ratio is None else FINE * (ratio - 1) for ratio in own]) for own in ratios]
 
 

@@ -21,15 +21,16 @@ Entry = tuple[tuple[int, ...], Option, float]  # of a line: costs, option, predi
 
 @dataclass(frozen=True)
 class Line:
-    """Everything one site may take, dense first, then by falling cost.
+    """Everything one site may take, or several together, dense first, then by falling cost.
 
     Attributes:
-        site: its name.
+        site: its name, or that of them all.
         options: K of them.
         sizes: stored values, or bytes, of each, (K,) integers.
         divergence: predicted divergence of each alone, (K,), nats a token; 0 for dense.
         weights: what the site claims where it treats several weights jointly; empty where it is one weight.
         more: further costs of each, (K,) integers each, such as bytes beside stored values.
+        sites: those that take an option together; empty where it is one.
     """
 
     site: str
@@ -38,6 +39,16 @@ class Line:
     divergence: np.ndarray
     weights: tuple[str, ...] = ()
     more: tuple[np.ndarray, ...] = ()
+    sites: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The sites that the line is of."""
+        return self.sites or (self.site,)
+
+    def treated(self, option: Option) -> dict[str, Option]:
+        """Site -> ``option``, of all its sites."""
+        return dict.fromkeys(self.members, option)
 
     @cached_property
     def costs(self) -> np.ndarray:
@@ -151,23 +162,31 @@ class Menu:
 
     def decode(self, places: Sequence[int]) -> Plan:
         """The plan that a choice stands for."""
-        return Plan.of({line.site: line.options[place] for line, place in zip(self.lines, places, strict=True)})
+        treated = [line.treated(line.options[place]) for line, place in zip(self.lines, places, strict=True)]
+        return Plan.of({site: option for own in treated for site, option in own.items()})
 
     def encode(self, plan: Plan) -> Places | None:
-        """The choice that is ``plan``; None where a treatment is not on the menu."""
-        found = [0] * len(self.lines)
+        """The choice that is ``plan``; None where a treatment is not on the menu, or not at all sites of a line."""
+        found, treated = [0] * len(self.lines), [0] * len(self.lines)
         for choice in plan.choices:
             if choice not in self._places:
                 return None
             line, place = self._places[choice]
+            if treated[line] and found[line] != place:
+                return None
             found[line] = place
-        return tuple(found)
+            treated[line] += 1
+        missed = any(count not in (0, len(line.members)) for count, line in zip(treated, self.lines, strict=True))
+        return None if missed else tuple(found)
 
     @cached_property
     def _places(self) -> dict[tuple[str, Option], tuple[int, int]]:
         """(site, option) -> (line, place)."""
         return {
-            (own.site, o): (line, place) for line, own in enumerate(self.lines) for place, o in enumerate(own.options)
+            (site, option): (line, place)
+            for line, own in enumerate(self.lines)
+            for place, option in enumerate(own.options)
+            for site in own.members
         }
 
 

@@ -13,6 +13,7 @@ import optuna
 from rankfront.methods import DENSE, InputError, Option, Site, get_method
 from rankfront.search.config import SpaceConfig
 from rankfront.search.names import Place
+from rankfront.search.plans.alike import Groups, alike
 from rankfront.search.plans.linked import servable
 from rankfront.search.plans.plan import Plan
 from rankfront.search.plans.variables import DENSE_KEEP, Choices, Linked, Parameters, Single, Tied, Variable
@@ -67,7 +68,8 @@ class Space:
 
     @cached_property
     def variables(self) -> list[Variable]:
-        """One variable per kind of projection and band of depth; one per site where ``groups`` is 0.
+        """One variable per kind of projection and band of depth; one per site where ``groups`` is 0, or for those that
+        are `alike`.
 
         Sites of a group that differ in what they may choose (by a rule, say) get variables of their own. Where a format
         wants sites to agree, `Linked` ones stand for all.
@@ -75,7 +77,9 @@ class Space:
         if self.linked:
             return list(self.linked)
         if self.groups == 0:
-            return [Single.of(site, choices) for site, choices in self.choices.items()]
+            return [
+                Single.of(members[0], self.choices[members[0]], name, members) for name, members in self.alike.items()
+            ]
         grouped: dict[tuple[str, tuple[str, ...], tuple[float, ...]], dict[str, Choices]] = {}
         for site, choices in self.choices.items():
             group = self._group(site, self.groups)
@@ -87,6 +91,12 @@ class Space:
             seen[name] = seen.get(name, 0) + 1
             variables.append(Tied(name if seen[name] == 1 else f"{name} ({seen[name]})", members))
         return variables
+
+    @cached_property
+    def alike(self) -> Groups:
+        """Name -> the sites that our sampler decides for at once: experts of a layer, unless the study wants them
+        apart; each other site by itself."""
+        return alike(self.choices, self.sites, self.config.experts == "together")
 
     @cached_property
     def _depth(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,29 +101,32 @@ class Tied:
 
 @dataclass(frozen=True)
 class Single:
-    """One site's option by its place in ``options``: dense first, then by falling cost."""
+    """One site's option, or that of several ``sites`` alike, by its place in ``options``: dense first, then by falling
+    cost."""
 
     name: str
     choices: Choices
     options: tuple[Option, ...]
+    sites: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, site: Site, choices: Choices) -> Single:
+    def of(cls, site: Site, choices: Choices, name: str | None = None, sites: Sequence[Site] = ()) -> Single:
+        """That of ``site``; or the one called ``name``, of ``sites`` that ``site`` is one of."""
         options = set(choices.options.values())
         cost = {option: get_method(option.method).storage(site, option).parameters for option in options}
         ordered = sorted(options, key=lambda option: (-cost[option], option.label))
-        return cls(site.name, choices, (DENSE_OPTION, *ordered))
+        return cls(name or site.name, choices, (DENSE_OPTION, *ordered), tuple(each.name for each in sites))
 
     @property
     def members(self) -> Collection[str]:
-        return (self.name,)
+        return self.sites or (self.name,)
 
     @property
     def count(self) -> int:
         return len(self.options)
 
     def place(self, plan: Plan) -> int:
-        return self.options.index(plan.option(self.name))
+        return self.options.index(plan.option(next(iter(self.members))))
 
     def suggest(self, trial: optuna.Trial) -> Parameters:
         return {self.name: trial.suggest_int(self.name, 0, self.count - 1)}
@@ -133,7 +136,7 @@ class Single:
         return {self.name: self.options.index(self.choices.option(own, keep))}
 
     def decode(self, parameters: Mapping[str, Any]) -> dict[str, Option]:
-        return {self.name: self.options[int(parameters.get(self.name, 0))]}
+        return dict.fromkeys(self.members, self.options[int(parameters.get(self.name, 0))])
 
 
 @dataclass(frozen=True)
