@@ -34,6 +34,7 @@ class Weight:
         tied: other modules that read the same matrix and follow whatever happens to it.
         bias: whether the module adds one, (m,).
         shared: other modules that multiply by the same matrix, in other blocks, and follow it too.
+        share: of the tokens, those that it is given: k / E of an expert of a mixture where k of E run for each, else 1.
     """
 
     role: str
@@ -44,6 +45,7 @@ class Weight:
     tied: tuple[str, ...] = ()
     bias: bool = False
     shared: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -135,6 +135,7 @@ class Cost:
         block_values: those of the linear layers in the blocks alone, biases included (embeddings and head left out).
         dense_block_values: the same of the dense model.
         bytes: tensor bytes on disk in the dtype the plan is exported in.
+        active_parameters: kept fraction of the values that one token reads, those of k of E experts and all else.
     """
 
     values: int
@@ -142,6 +143,7 @@ class Cost:
     block_values: int
     dense_block_values: int
     bytes: int
+    active_parameters: float = 1.0
 
     @property
     def parameters(self) -> float:

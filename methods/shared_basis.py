@@ -1,4 +1,4 @@
-"""``shared-basis`` and ``hola``: several weights in one subspace, each with coefficients of its own."""
+"""``shared-basis``, ``hola``, ``hola-experts``: several weights in one subspace, with coefficients of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._low_rank import LowRank
-from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, Weight, register
+from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, Weight, register, whole_level
 from rankfront.methods._metric import WHITENING
 from rankfront.methods._nested import Nested
 from rankfront.methods._statistics import Statistics, collected
@@ -32,6 +32,9 @@ class SharedBasis(Nested):
     class-shared basis B and adaptable weights W_t per class. Source: HOLa (2507.15542), a vision method; its
     decomposition is an uncentred one here with the scale kept (the released initialisation normalises the basis and
     drops it), its training losses are not part of this.
+
+    As ``hola-experts`` they are one projection of all experts of a layer, gates or ups, which read the residual stream:
+    their rows are the classes. Each expert's inputs count as often as the router gives it tokens, by its weights.
     """
 
     name: str
@@ -94,8 +97,14 @@ class SharedBasis(Nested):
         return found
 
     def refit_roles(self, site: Site) -> tuple[str, ...]:
-        """Siblings read one input; blocks that share a basis read several, of which one comes after the other."""
-        return () if site.roles[0].isdigit() else site.roles
+        """Siblings read one input; blocks that share a basis read several, of which one comes after the other, and
+        experts each their own."""
+        return () if site.roles[0].isdigit() or site.roles[0].startswith(EXPERT) else site.roles
+
+    def active(self, site: Site, option: Option) -> float:
+        """Stored values that one token reads: the basis, and the coefficients of the experts that it is given to."""
+        basis = whole_level(option, self.level) * site.anchor.in_features
+        return basis + site.anchor.share * (self.storage(site, option).parameters - basis)
 
     def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)[site.anchor.role]
@@ -128,6 +137,7 @@ def _adjacent(count: int) -> Callable[[Site], bool]:
     return lambda site: site.roles == tuple(map(str, range(count)))
 
 
+EXPERT = "expert"  # roles of a layer's experts are this and their number
 SIBLINGS = (("query", "key", "value"), ("gate", "up"))
 
 for _count in (2, 3, 4):
@@ -147,5 +157,14 @@ register(
         "the projections of a block that read the same input",
         "rows of sibling projections as classes with one basis in common",
         lambda site: site.roles in SIBLINGS,
+    )
+)
+register(
+    SharedBasis(
+        "hola-experts",
+        "HOLa, 2507.15542",
+        "one projection of all experts of a layer",
+        "rows of one projection of all experts as classes with one basis in common",
+        lambda site: site.roles[0] == f"{EXPERT}0",
     )
 )

@@ -63,6 +63,7 @@ class Experts(Unfused):
             of which nothing comes. At 0 it runs on none if need be; None leaves out experts without tokens.
     """
 
+    share = 1.0  # k / E, where whoever took the model apart knows k
     inputs: int  # how many the fused module's forward has
     least: int | None = None
 

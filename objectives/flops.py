@@ -22,7 +22,8 @@ SLIDING = "sliding_attention"
 class Flops(Size):
     """2 Σ multiply-adds of every matrix product for one token with ``context`` tokens to attend to, itself included.
 
-    Σ over linears of mn, or of what a compressed weight multiplies as it runs, the output head too; and over attentions
+    Σ over linears of mn, or of what a compressed weight multiplies as it runs, the output head too, and of E experts
+    that a token is given to k of, k / E; and over attentions
     of 2 · heads · width · min(context, window), for scores and values. Heads that were thinned attend at full width.
 
     Attributes:
@@ -39,7 +40,7 @@ class Flops(Size):
             raise InputError(f"objectives.flops.context is {self.context!r}: it must be a whole number of at least 1")
 
     def value(self, subject: Subject) -> float:
-        linear = sum(_multiplications(module) for module in subject.model.modules())
+        linear = sum(_multiplications(module) - _idle(module) for module in subject.model.modules())
         attended = sum(min(self.context, window or self.context) for window in _windows(subject.model))
         heads, width = _heads(subject.model)
         return float(2 * (linear + 2 * heads * width * attended))
@@ -54,6 +55,12 @@ def _multiplications(module: nn.Module) -> int:
     if type(module).__name__ in DENSE:
         return weight_of(module).numel()
     return cast(Factored, module).multiplications() if hasattr(module, "multiplications") else 0
+
+
+def _idle(module: nn.Module) -> float:
+    """Multiply-adds of the experts of a mixture that a token is not given to."""
+    share = getattr(module, "share", 1.0)
+    return (1 - share) * sum(map(_multiplications, module.modules())) if share < 1 else 0.0
 
 
 def _config(model: nn.Module) -> Any:

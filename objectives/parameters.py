@@ -1,4 +1,4 @@
-"""Parameters kept, as fractions of dense: of the whole model, and of its block-linear weights alone."""
+"""Parameters kept, as fractions of dense: of the whole model, its block-linear weights alone, what one token reads."""
 
 from __future__ import annotations
 
@@ -37,3 +37,19 @@ class BlockParameters(Size):
 
     def from_cost(self, cost: Cost) -> float:
         return cost.block_parameters
+
+
+@register
+@dataclass(frozen=True)
+class ActiveParameters(Size):
+    """Stored values that one token reads, over the dense model's: those of the k of E experts that it is given to, and
+    all else; of experts alike, on average."""
+
+    name = "active_parameters"
+    unit = "kept fraction"
+
+    def value(self, subject: Subject) -> float:
+        return self.from_cost(subject.cost)
+
+    def from_cost(self, cost: Cost) -> float:
+        return cost.active_parameters

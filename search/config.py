@@ -218,8 +218,8 @@ class SpaceConfig(Strict):
 
     Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64 at which the device multiplies
     fastest, measured at the first launch. ``servable`` names formats of exports that hold every plan at its size.
-    ``allow_partial`` lets a model be searched of whose blocks less than half can be treated. ``experts`` of a layer take
-    one option of each projection ``together``, or each its own, ``apart``.
+    ``allow_partial`` lets a model be searched of whose blocks less than half can be treated. ``experts`` of a layer
+    take one option of each projection ``together``, or each its own, ``apart``.
     """
 
     include: tuple[str, ...] = ("*",)

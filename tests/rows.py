@@ -292,4 +292,10 @@ FITTED_ROWS: dict[str, FittedRow] = {
 }
 
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
-SHARED_METHODS = ("shared-basis", "shared-basis-3", "shared-basis-4", "hola")  # and in test_shared_basis
+SHARED_METHODS = (
+    "shared-basis",
+    "shared-basis-3",
+    "shared-basis-4",
+    "hola",
+    "hola-experts",
+)  # and in test_shared_basis

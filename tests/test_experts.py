@@ -6,11 +6,18 @@ import torch
 from launching import make_run, small_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankfront.methods import Option
 from rankfront.methods.unfused import fuse, unfused_in
+from rankfront.search.factors import calibration
+from rankfront.search.heal.settings import HealSettings
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.setup import make_space
+from rankfront.search.names import inside_blocks
+from rankfront.search.output.healed import heal_folder
+from rankfront.search.output.healing_card import HealText
+from rankfront.search.plans.plan import Plan, cost_of
 from rankfront.search.study import Study
 
 SIZES = {
@@ -135,3 +142,103 @@ def test_the_experts_of_a_layer_take_one_choice_unless_a_study_wants_them_apart(
             assert [row.plan.option(other) for other in others] == [option] * 4
     space = make_space(Study(data | {"space": data["space"] | {"experts": "apart"}}).setup())
     assert len(space.variables) == 4 * len(names)
+
+
+# -- what is measured of an expert
+
+
+def test_statistics_are_of_the_tokens_that_are_routed_to_an_expert_by_the_routers_weights(monkeypatch):
+    """Gate and up read one input: Σ w² x xᵀ, over the tokens of the expert."""
+    monkeypatch.setattr(calibration, "LEAST_TOKENS", 0)
+    model = built("qwen3_moe", num_hidden_layers=1)
+    take_apart(model)
+    experts = model.model.layers[0].mlp.experts
+    sites = [site for site in find_sites(model) if ".experts." in site.name and len(site.weights) == 1]
+    needs = frozenset({"gram", "absolute", "fisher", "gradient"})
+    windows = torch.randint(0, common.VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
+    found = {site.name: own["weight"] for site, own in calibration.calibrate(model, windows, sites, needs, progress)}
+    given = []
+    experts.register_forward_pre_hook(lambda module, inputs: given.append(inputs))
+    model(input_ids=windows)
+    hidden, chosen, weights = given[0]
+    for number in range(4):
+        tokens, place = (chosen == number).nonzero().T
+        x = hidden[tokens] * weights[tokens, place, None]
+        own = found[f"model.layers.0.mlp.experts.{number}.gate_proj"]
+        torch.testing.assert_close(own.gram.raw, x.T @ x)
+        torch.testing.assert_close(own.absolute, x.abs().sum(0))
+        assert own.tokens == len(tokens)
+        assert found[f"model.layers.0.mlp.experts.{number}.up_proj"].gram is own.gram
+
+
+def progress(done, total):
+    """Nobody listens."""
+
+
+def unused(folder):
+    """A mixture of which one expert is never given a token."""
+    model = built("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.router.bias[3] = -1e4
+    model.save_pretrained(folder)
+
+
+def test_an_expert_without_tokens_is_calibrated_searched_refitted_and_healed(
+    tokenizer, text_file, tmp_path, verified_here
+):
+    unused(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = small_data(tmp_path / "model", text_file, sampler="rankfront", trials=6)
+    data["space"] = {
+        "methods": ["svd-llm", "kfac-svd", "fwsvd", "asvd", "nystrom", "gptq-int8"], "keep": [0.5], "rank_multiple": 2,
+        "include": ["*.experts.*"],
+    }  # fmt: skip
+    data["objectives"] |= {"active_parameters": {}, "flops": {}}
+    study = make_run(data, tmp_path / "run")
+    rows = [row for row in study.rows() if row.state != "waiting"]
+    assert {row.state for row in rows} == {"complete"}
+    assert all(0.5 < row.values["active_parameters"] < 1.1 for row in rows)  # integers have scales beside them
+    row = min(rows, key=lambda row: row.values["active_parameters"])
+    study.export(tmp_path / "refitted", row, refit="sequential")
+    settings = HealSettings(tokens=256, stages=("blocks", "logits"))
+    heal_folder(
+        tmp_path / "refitted",
+        HealText(str(text_file), 16, (0.0, 0.5)),
+        settings,
+        tmp_path / "healed",
+        dense=str(tmp_path / "model"),
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "healed")(input_ids=IDS).logits.isfinite().all()
+
+
+def test_what_one_token_reads_is_the_experts_that_it_is_given_to_and_all_else():
+    model = built("qwen3_moe", num_experts=8)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    take_apart(model)
+    sites = find_sites(model)
+    experts = [site for site in sites if ".experts." in site.name and site.roles == ("weight",)]
+    idle = sum(site.storage.parameters for site in experts) * 6 // 8
+    option = Option.of("svd", rank=4)
+    plan = Plan.of({site.name: option for site in experts})
+    cost = cost_of(plan, inside_blocks(sites), whole, 2)
+    read = whole - idle - sum(site.storage.parameters - 4 * (32 + 16) for site in experts) * 2 / 8
+    assert cost.active_parameters == pytest.approx(read / (whole - idle))
+    assert cost_of(Plan(()), inside_blocks(sites), whole, 2).active_parameters == 1
+
+
+def test_the_experts_of_a_layer_share_a_basis(folder, text_file, tmp_path, verified_here):
+    data = small_data(folder, text_file, sampler="rankfront", trials=4)
+    data["space"] = {
+        "methods": ["hola-experts"], "keep": [0.3, 0.6], "rank_multiple": 2, "include": ["*.experts.*"]
+    }  # fmt: skip
+    data["objectives"] |= {"active_parameters": {}}
+    study = make_run(data, tmp_path / "run")
+    row = max((row for row in study.rows() if row.state == "complete"), key=lambda row: len(row.plan.choices))
+    assert row.plan.choices
+    study.export(tmp_path / "small", row)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    site = next(site for site in row.plan.by_site)
+    parent, _, name = site.rpartition(".0-3.")
+    linears = [model.get_submodule(f"{parent}.{number}.{name}") for number in range(4)]
+    assert len({id(linear.right) for linear in linears}) == 1
+    assert len({id(linear.left) for linear in linears}) == 4

@@ -122,11 +122,15 @@ def test_it_is_the_truncated_svd_of_the_stack(worlds, name, method):
             assert predicted == pytest.approx(loss, rel=2e-3, abs=floor)
 
 
-@pytest.mark.parametrize("shapes", [((20, 14), (20, 14)), ((7, 9), (12, 9), (5, 9))])
+@pytest.mark.parametrize("shapes", [((20, 14), (20, 14)), ((7, 9), (12, 9), (5, 9)), ((6, 9),) * 5])
 def test_the_full_rank_reproduces_every_weight(shapes):
-    roles = ("0", "1") if len(shapes) == 2 else ("query", "key", "value")
+    name, roles = {
+        2: ("shared-basis", ("0", "1")),
+        3: ("hola", ("query", "key", "value")),
+        5: ("hola-experts", tuple(f"expert{number}" for number in range(5))),
+    }[len(shapes)]
     site = Site("s", tuple(Weight(r, r, *shape) for r, shape in zip(roles, shapes, strict=True)), separate=True)
-    method = get_method("shared-basis" if len(shapes) == 2 else "hola")
+    method = get_method(name)
     weights = {r: make_weight(shape, seed=i) for i, (r, shape) in enumerate(zip(roles, shapes, strict=True))}
     statistics = {
         r: make_sample(shape, seed=i).statistics() for i, (r, shape) in enumerate(zip(roles, shapes, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +33,13 @@ def relative_error(hidden: Tensor, target: Tensor) -> Tensor:
 def weighted_error(hidden: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean over tokens of Σ_c w_c (h_c − t_c)² for hidden states (B, L, d) and weights (d,), first tokens left out."""
     return ((hidden[:, 1:].float() - target[:, 1:].float()).square() @ weights).mean()
+
+
+@dataclass
+class _Given(BaseModelOutputWithPastAndCrossAttentions):
+    """Hidden states as any body of a model gives them, that of a mixture too."""
+
+    router_logits: Any = None
 
 
 class Head:
@@ -68,7 +76,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, L, V) from (B, L, d)."""
-        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        given = _Given(last_hidden_state=hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         vars(self.body)["forward"] = lambda *_, **__: given
         try:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods.unfused import Unfused, unfuse, unfused_kinds
+from rankfront.methods.unfused import Unfused, unfuse, unfused_in, unfused_kinds
 from rankfront.methods.unfused_experts import BatchedExperts, Experts, RoutedExperts, sides
 
 EXPERTS, TOKENS, CHOSEN = 3, 6, 2  # of the small copy of a mixture by which a kind is checked
 CLOSE = 1e-4  # of the largest output: sums of the same terms in fp32 in another order
 Settings = Mapping[str, int]
 Probe = tuple[nn.Module, tuple[Tensor, ...]]
+# What k is called, in routers and in configurations.
+CHOSEN_NAMES = ("top_k", "num_experts_per_tok", "topk", "moe_top_k", "moe_k", "num_experts_per_token", "moe_topk")
 UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -38,6 +40,18 @@ def take_apart(model: nn.Module) -> None:
         spec = known[key]
         if spec is not None:
             unfuse(model, {path: spec})
+    for path, module in unfused_in(model).items():
+        if isinstance(module, Experts):
+            module.share = min(1.0, _chosen(model, path, module) / module.count)
+
+
+def _chosen(model: Any, path: str, module: Experts) -> int:
+    """How many of the experts at ``path`` a token is given to, as a router beside them or the configuration says; all
+    where neither does."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    config = model.config.get_text_config()
+    found = (getattr(each, name, None) for each in (parent, *parent.children(), config) for name in CHOSEN_NAMES)
+    return next((value for value in found if type(value) is int), module.count)
 
 
 def how_apart(module: nn.Module) -> dict[str, Any] | None:

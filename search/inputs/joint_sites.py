@@ -13,6 +13,7 @@ from torch import nn
 
 from rankfront.methods import Heads, Site, Weight
 from rankfront.methods.layers import weight_of
+from rankfront.methods.unfused_experts import Experts
 
 # What the parts of an attention and of an MLP are called across architectures.
 ATTENTION = {
@@ -40,6 +41,8 @@ def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.M
     for name, module in block.named_modules():
         parent = f"{path}.{name}" if name else path
         own = {child: f"{parent}.{child}" for child, _ in module.named_children() if f"{parent}.{child}" in linears}
+        if isinstance(module, Experts):
+            yield from _of_all_experts(parent, module.count, linears)
         attention = _weights(own, linears, ATTENTION)
         mlp = _weights(own, linears, MLP)
         for family in SIBLINGS:
@@ -53,6 +56,15 @@ def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.M
                     yield _site(parent, [attention[role] for role in roles], heads)
         if {"up", "down"} <= mlp.keys() and _fits(mlp):
             yield _site(parent, list(mlp.values()))
+
+
+def _of_all_experts(parent: str, count: int, linears: dict[str, nn.Module]) -> Iterator[Site]:
+    """Each projection of a layer's experts that reads the residual stream."""
+    for name in (*MLP["gate"], *MLP["up"]):
+        paths = [f"{parent}.{number}.{name}" for number in range(count)]
+        if count > 1 and all(path in linears for path in paths):
+            weights = tuple(weight_at(f"expert{number}", path, linears[path]) for number, path in enumerate(paths))
+            yield Site(f"{parent}.0-{count - 1}.{name}", weights, separate=True)
 
 
 def runs_of_blocks(prefix: str, number: int, found: Sequence[dict[str, nn.Module]]) -> Iterator[tuple[int, str, Site]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site
 from rankfront.methods.layers import weight_of
+from rankfront.methods.unfused import unfused_in
+from rankfront.methods.unfused_experts import Experts
 from rankfront.search.inputs.calls import unlike_calls
 from rankfront.search.inputs.joint_sites import joint_sites, runs_of_blocks, weight_at
 from rankfront.search.names import Place
@@ -45,7 +47,17 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
             sites[_everywhere(site, shared)] = Place(first, kind)
     for site in _outer_sites(model):
         sites[site] = Place(None, site.name)
-    return sites
+    shares = {path: module.share for path, module in unfused_in(model).items() if isinstance(module, Experts)}
+    return {_routed(site, shares): place for site, place in sites.items()} if shares else sites
+
+
+def _routed(site: Site, shares: Mapping[str, float]) -> Site:
+    """``site`` with the shares of tokens that its weights are given, those of experts by the path of their module."""
+    weights = tuple(
+        replace(weight, share=next((s for path, s in shares.items() if weight.path.startswith(f"{path}.")), 1.0))
+        for weight in site.weights
+    )
+    return replace(site, weights=weights)
 
 
 def _take_shared(prefix: str, within: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:

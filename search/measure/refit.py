@@ -27,16 +27,18 @@ from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Gram, Option, Site, Statistics, get_method
 from rankfront.methods.layers import set_module
+from rankfront.methods.unfused_experts import Routed, routed_at
 from rankfront.search.factors.calibration import shared_inputs
 from rankfront.search.inputs.sites import blocks, weights_at
 from rankfront.search.measure.compressed_model import CompressedModel
-from rankfront.search.measure.streams import Call, calls_of, caught, even_batches, first_hidden
+from rankfront.search.measure.streams import Call, calls_of, even_batches, first_hidden, reached
 from rankfront.search.plans.plan import Plan
 
 BATCH_TOKENS = 2048  # tokens that a block reads at once
 ANCHOR = 0.5  # β
 RIDGE = 1e-4  # of the mean diagonal of C', as tokens that both streams share: where nothing is known, M is W
 Progress = Callable[[int, int], None]  # blocks done, in all
+Given = tuple[Tensor, Routed | None]  # what a linear reads, and of which tokens
 
 
 @contextmanager
@@ -88,8 +90,10 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
             sums = _Sums()
             with _in_place(model, treated, own):
                 for (_, inputs), hidden in zip(seen, shifted, strict=True):
-                    sums.add(inputs[stage], caught(model.get_submodule(stage), partial(run, hidden)))
-            for site, option in sites.items():
+                    met = reached(model.get_submodule(stage), partial(run, hidden))
+                    if met is not None and stage in inputs:
+                        sums.add(*_same_tokens(*inputs[stage], met, routed_at(model, stage)))
+            for site, option in sites.items() if sums.tokens else ():
                 _fit(compressed, site, option, sums)
                 own |= {weight.path: compressed.modules[weight.path] for weight in site.weights}
         shifted = [run(hidden) for hidden in shifted]
@@ -104,12 +108,12 @@ def _reads(site: Site, option: Option) -> str:
 
 def _inputs(
     model: Any, paths: Sequence[str], run: Callable[[Tensor], Tensor], hidden: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a block makes of ``hidden``, and what the modules at ``paths`` in it read."""
-    found: dict[str, Tensor] = {}
+) -> tuple[Tensor, dict[str, Given]]:
+    """What a block makes of ``hidden``, and what the modules at ``paths`` in it read, as far as they are called."""
+    found: dict[str, Given] = {}
     handles = [
         model.get_submodule(path).register_forward_pre_hook(
-            lambda _, given, path=path: found.__setitem__(path, given[0])
+            lambda _, given, path=path: found.__setitem__(path, (given[0], routed_at(model, path)))
         )
         for path in paths
     ]
@@ -118,6 +122,16 @@ def _inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same_tokens(x: Tensor, routed: Routed | None, other: Tensor, others: Routed | None) -> tuple[Tensor, Tensor]:
+    """Inputs of the tokens that an expert is given in both streams, times the router's weights in the dense one, as the
+    error is; all of them where it is no expert."""
+    if routed is None or others is None:
+        return x, other
+    both, ours = torch.isin(routed.tokens, others.tokens), torch.isin(others.tokens, routed.tokens)
+    scale = torch.ones_like(x[both][:, :1]) if routed.weights is None else routed.weights[both, None]
+    return x[both] * scale, other[ours] * scale
 
 
 @contextmanager

@@ -48,6 +48,14 @@ def first_hidden(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
 
 def caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
     """What ``module`` is called with first within ``call``, which goes no further."""
+    found = reached(module, call)
+    if found is None:
+        raise RuntimeError(f"a {type(module).__name__} is not called")
+    return found
+
+
+def reached(module: nn.Module, call: Callable[[], Any]) -> Tensor | None:
+    """The same; None where it is not called, as experts are not that no token is given to."""
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -61,7 +69,7 @@ def caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:
         pass
     finally:
         handle.remove()
-    return seen[0]
+    return seen[0] if seen else None
 
 
 def even_batches(windows: Tensor, most: int, device: str) -> list[Tensor]:

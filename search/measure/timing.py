@@ -68,7 +68,7 @@ def time_sites(
         prompt = 1 if site.name in outside else objective.prompt
         weights = [weight for weight in site.weights if weight.kind != "embedding"]
         dense = {weight.role: dense_modules[weight.path] for weight in weights}
-        kind = [(w.role, w.out_features, w.in_features, type(dense[w.role])) for w in weights]
+        kind = [(w.role, w.out_features, w.in_features, w.share, type(dense[w.role])) for w in weights]
         for option in (DENSE_OPTION, *options):
             seconds = alike.get((option, prompt, *kind))
             if seconds is None:
@@ -95,10 +95,15 @@ def _weight_seconds(
     make: Callable[[], Mapping[str, nn.Module]],
     watches: Stopwatches,
 ) -> Seconds:
-    """What runs at one weight, dense or its ``own`` factors: for ``prompt`` tokens, and for every token decoded."""
+    """What runs at one weight, dense or its ``own`` factors: for ``prompt`` tokens, and for every token decoded.
+
+    An expert of a mixture is given a share of a prompt's tokens, and of those decoded: on average, which is what counts
+    over all experts of a layer.
+    """
     parameter, size = next(dense.parameters()), f"{type(dense).__name__} {weight.out_features}x{weight.in_features}"
     found = {}
-    for phase, tokens, steps in (("prefill", prompt, 1), ("decode", 1, objective.decode)):
+    routed = max(1, round(weight.share * prompt))
+    for phase, tokens, steps in (("prefill", routed, 1.0), ("decode", 1, weight.share * objective.decode)):
         shape = (objective.batch, tokens, weight.in_features)
         x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
         found[phase] = steps * watches.seconds(f"dense {size}", dense, x)

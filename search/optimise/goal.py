@@ -21,7 +21,7 @@ from rankfront.search.plans.alike import bundled
 from rankfront.search.plans.job import Record
 from rankfront.search.plans.latency_table import Timing, Timings
 from rankfront.search.plans.menu import Menu, Size, make_menu, stored, values_stored
-from rankfront.search.plans.plan import Plan, Prices
+from rankfront.search.plans.plan import Plan, Prices, active
 from rankfront.search.plans.space import Space
 from rankfront.search.storage.front import Row, box_of
 from rankfront.search.tuning import TUNING
@@ -30,12 +30,14 @@ NEVER = 2**62  # nanoseconds of an option that was not timed: never chosen
 
 
 def sizes_of(config: StudyConfig, value_bytes: int, timings: Timings) -> list[Size]:
-    """The costs among the objectives that single options add up to: stored values, bytes, predicted times, in this
-    order. Budgets count the first; stored values where there is none."""
+    """The costs among the objectives that single options add up to: stored values, bytes, values that a token reads,
+    predicted times, in this order. Budgets count the first; stored values where there is none."""
     counted = bool({"parameters", "block_parameters"} & config.objectives.keys())
     found: list[Size] = [values_stored] if counted else []
     if "bytes" in config.objectives:
         found.append(lambda site, option: stored(site, option).bytes(value_bytes))
+    if "active_parameters" in config.objectives:
+        found.append(lambda site, option: round(active(site, option)))
     found += [partial(_nanoseconds, timing, objective) for objective, timing in timings.values()]
     return found or [values_stored]
 

@@ -127,6 +127,18 @@ def check_option(site: Site, option: Option) -> None:
         )
 
 
+def active(site: Site, option: Option) -> float:
+    """Stored values of a site that one token reads, biases left out: of experts the share that it is given to."""
+    dense = sum(weight.share * weight.storage.parameters for weight in site.weights)
+    if option == DENSE_OPTION:
+        return dense
+    method = get_method(option.method)
+    own = getattr(method, "active", None)
+    if own is not None:
+        return float(own(site, option))
+    return method.storage(site, option).parameters * dense / site.storage.parameters
+
+
 class Prices:
     """What plans of one model cost, exactly; what an option adds to a site is worked out once.
 
@@ -144,6 +156,7 @@ class Prices:
         weights = {weight.path: (weight, inside) for site, inside in sites.items() for weight in site.weights}
         within = [weight for weight, inside in weights.values() if inside]
         self._block = sum((weight.storage + weight.biases for weight in within), Storage(0))
+        self._active = model_values - sum((1 - w.share) * w.storage.parameters for w, _ in weights.values())
         self._changes: dict[tuple[str, Option], Storage] = {}
 
     def of(self, plan: Plan) -> Cost:
@@ -164,7 +177,13 @@ class Prices:
             block_values=block.parameters,
             dense_block_values=self._block.parameters,
             bytes=whole.bytes(self.value_bytes),
+            active_parameters=1 + sum(self._read(name, option) for name, option in plan.choices) / self._active,
         )
+
+    def _read(self, name: str, option: Option) -> float:
+        """What an option adds to the values that one token reads."""
+        site = self._by_name[name]
+        return active(site, option) - active(site, DENSE_OPTION)
 
     def _change(self, name: str, option: Option) -> Storage:
         key = name, option
