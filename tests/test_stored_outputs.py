@@ -16,9 +16,11 @@ import common
 import pytest
 import torch
 import transformers
+from mixtures import built
 from rows import Sample
 
 from rankfront.methods import Grid, Site, get_method, method_names
+from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.sites import find_sites, weights_at
 
 STORED = Path(__file__).parent / "stored_outputs.json"
@@ -42,6 +44,14 @@ def _sites() -> list[tuple[Any, Site]]:
     return list(found.values())
 
 
+@cache
+def _of_experts() -> list[tuple[Any, Site]]:
+    """The joint sites of a layer's experts, for methods of these alone."""
+    model = built("qwen3_moe")
+    take_apart(model)
+    return [(model, site) for site in find_sites(model) if site.separate and any(w.share < 1 for w in site.weights)]
+
+
 def _sample(outputs: int, inputs: int, seed: int) -> Sample:
     random = torch.Generator().manual_seed(seed)
     scales = torch.linspace(0.2, 2, inputs, dtype=torch.float64)
@@ -52,7 +62,8 @@ def _sample(outputs: int, inputs: int, seed: int) -> Sample:
 def outputs(name: str) -> dict[str, dict[str, Any]]:
     """``SITE OPTION`` -> the error, and the products with gradients of what runs at each anchor, of a method."""
     method, found = get_method(name), {}
-    for model, site in _sites():
+    plain = any(method.refuses(site) is None for _, site in _sites())
+    for model, site in _sites() if plain else _of_experts():
         if method.refuses(site) is not None or len(found) == SHAPES:
             continue
         option = method.options(site, Grid((0.5,), 2)).get(0.5)
