@@ -204,4 +204,5 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     holder = root.get_submodule(parent)
     setattr(holder, name, module)
     if hasattr(module, "attached"):  # a layer that has something to say to what calls it
-        cast(Attached, module).attached(holder)
+        caller = root.get_submodule(parent.rpartition(".")[0]) if getattr(holder, "in_place_of_one", False) else holder
+        cast(Attached, module).attached(caller)

@@ -155,11 +155,11 @@ def _thinly(
     attention: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward hook of an attention: its cache as a `ThinCache`, where some projection of it is thin now."""
-    thin = {child.cached: child for child in attention.children() if isinstance(child, HeadsLinear) and child.cached}
-    cache = named.get("past_key_values")
-    if not thin or cache is None:
+    thin = {child.cached: child for child in attention.modules() if isinstance(child, HeadsLinear) and child.cached}
+    name = next((name for name in ("past_key_values", "layer_past") if named.get(name) is not None), None)
+    if not thin or name is None:
         return None
-    return given, named | {"past_key_values": ThinCache(cache, thin.get(CACHED["key"]), thin.get(CACHED["value"]))}
+    return given, named | {name: ThinCache(named[name], thin.get(CACHED["key"]), thin.get(CACHED["value"]))}
 
 
 @layer("from-heads")

@@ -57,13 +57,13 @@ WHOLE = 0.9  # share of the blocks' weights from which a type is called treated;
 
 
 def examined(name: str, seconds: int) -> Cell:
-    """The row of one type, from a process of its own, which has ``seconds``."""
+    """The row of one type, from a process of its own, which has ``seconds`` of the processor."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.close(reader)
         os.setpgid(0, 0)
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         with os.fdopen(writer, "w") as out, pytest.MonkeyPatch.context() as patch:
             json.dump(LAWS.Examined(name, patch).row(), out)
         os._exit(0)
@@ -148,6 +148,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     file = RESULTS / "architectures.jsonl"
     known = {row["type"]: row for row in read_cells(file)}
+    with pytest.MonkeyPatch.context() as patch:  # whatever is imported on the way, is before processes are forked
+        LAWS.Examined("llama", patch).row()
     wanted = arguments.only.split(",") if arguments.only else [*USED, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     for name in dict.fromkeys(wanted):
         if name not in known or arguments.only or state(known[name]) in arguments.again.split(","):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import Factors, Grid, Option, Site, get_method
 from rankfront.methods.layers import set_module, weight_of
 from rankfront.objectives._caches import cache_of
+from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import Coverage, coverage_of
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.compressed_model import CompressedModel
@@ -64,7 +66,11 @@ class Examined:
             self.failed[step.__name__] = said
 
     def sites(self) -> str | None:
-        places = find_sites(self.model)
+        model = copy.deepcopy(self.model)
+        take_apart(model)
+        if (gap := apart(logits(model), self.dense)) > CLOSE:
+            return f"taken apart, it is another model ({gap:.1g})"
+        places = find_sites(model)
         self.found |= {"sites": len(places)}
         grid = Grid((0.5,), 2)
         self.found["joint"] = [
@@ -81,6 +87,7 @@ class Examined:
         """At the widths of the default configuration."""
         with torch.device("meta"):
             wide = AutoModelForCausalLM.from_config(wide_config(self.name))
+        take_apart(wide)
         return coverage_of(wide, find_sites(wide))
 
     def study(self) -> str | None:

@@ -6,7 +6,9 @@ from launching import make_run, small_data
 from tiny import tiny_model
 from torch import nn
 
+from rankfront.methods.unfused import fuse
 from rankfront.search.inputs.acceptance import refusals, refused
+from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.calls import unlike_calls
 from rankfront.search.inputs.sites import blocks, find_sites
 
@@ -93,3 +95,19 @@ def test_towers_that_read_images_are_passed_over():
     path, _ = blocks(model)
     assert path == "git.encoder.layer"
     assert any(own != path for own in held)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "falcon", "phi3", "codegen", "mpt", "qwen3_5_text"])
+def test_fused_projections_are_cut_where_heads_are_and_put_back(name):
+    """Numbers accept what is treated jointly then, but for gated values."""
+    model = tiny_model(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    wanted = model(input_ids=WINDOWS).logits
+    take_apart(model)
+    torch.testing.assert_close(model(input_ids=WINDOWS).logits, wanted)
+    sites = find_sites(model)
+    values = {site.name for site in sites if site.roles == ("value", "output")}
+    assert len(values) == len([site for site in sites if site.roles == ("query", "key", "value", "output")]) > 0
+    assert set(refused(model, sites, WINDOWS)) == (values if name == "qwen3_5_text" else set())
+    fuse(model)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in before.items())

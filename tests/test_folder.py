@@ -173,7 +173,7 @@ def test_with_rankfront_it_needs_no_trust(exports, name, tmp_path):
     check_same(copy.deepcopy(model), expected)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"conv"}))  # GPT-2 was not taken apart then
 def test_exports_of_the_format_before_load_as_they_did(exports, name, tmp_path):
     """A quantiser made the layers, and the folder had no code."""
     folder, expected = exports[name]

@@ -14,6 +14,7 @@ from synthetic import compatible
 from rankfront.methods import Grid, InputError, Option, get_method, method_names
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors.calibration import calibrate
+from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.model import load_model
 from rankfront.search.inputs.sites import find_sites, weights_at
 from rankfront.search.measure import compressed_model
@@ -28,7 +29,7 @@ from rankfront.search.study import Study
 METHODS = JOINT_METHODS
 FULL = {"lama": "width", "vo-svd": "width", "nystrom": "neurons"}
 ATTENTION, GATED, PLAIN = {"lama", "vo-svd", "drop-block"}, {"nystrom", "drop-block"}, {"nystrom", "drop-block"}
-TREATED = {  # what can be treated of which architecture: fused projections and normalised queries cannot
+TREATED = {  # what can be treated of which architecture: normalised queries cannot
     "llama": ATTENTION | GATED,
     "llama-tied": ATTENTION | GATED,
     "mistral": ATTENTION | GATED,
@@ -36,10 +37,10 @@ TREATED = {  # what can be treated of which architecture: fused projections and 
     "qwen3": (ATTENTION - {"lama"}) | GATED,
     "gemma2": ATTENTION | GATED,
     "gemma3": (ATTENTION - {"lama"}) | GATED,
-    "phi3": set(),
-    "gpt-neox": PLAIN,
+    "phi3": ATTENTION | GATED,
+    "gpt-neox": ATTENTION | PLAIN,
     "opt": ATTENTION | PLAIN,
-    "gpt2": PLAIN,
+    "gpt2": ATTENTION | PLAIN,
 }
 NAMES = [name for name, treated in TREATED.items() if treated]
 PAIRS = [(name, method) for name in NAMES for method in METHODS if method in TREATED[name]]
@@ -101,6 +102,7 @@ def full(method, site):
 
 def test_every_architecture_says_what_can_be_treated_jointly(architecture):
     model = architecture.build()
+    take_apart(model)
     grid = Grid((0.5,), 2)
     offered = {
         name

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankfront.methods.unfused import Unfused, unfuse, unfused_in, unfused_kinds
 from rankfront.methods.unfused_experts import BatchedExperts, Experts, RoutedExperts, sides
+from rankfront.search.inputs.projections import fused_projections
 
 EXPERTS, TOKENS, CHOSEN = 3, 6, 2  # of the small copy of a mixture by which a kind is checked
 CLOSE = 1e-4  # of the largest output: sums of the same terms in fp32 in another order
@@ -23,6 +24,8 @@ UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError
 
 def take_apart(model: nn.Module) -> None:
     """Unfuse whatever a kind of `unfused_kinds` is seen to compute the same for; leave everything else.
+
+    Linears that hold several projections are cut whatever they are: that always computes the same.
 
     What is checked is a copy with random values and a few experts, so that a skeleton is taken apart as its model is.
     """
@@ -40,6 +43,7 @@ def take_apart(model: nn.Module) -> None:
         spec = known[key]
         if spec is not None:
             unfuse(model, {path: spec})
+    unfuse(model, fused_projections(model))
     for path, module in unfused_in(model).items():
         if isinstance(module, Experts):
             module.share = min(1.0, _chosen(model, path, module) / module.count)

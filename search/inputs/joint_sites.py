@@ -14,18 +14,19 @@ from torch import nn
 from rankfront.methods import Heads, Site, Weight
 from rankfront.methods.layers import weight_of
 from rankfront.methods.unfused_experts import Experts
+from rankfront.methods.unfused_projections import Projections
 
 # What the parts of an attention and of an MLP are called across architectures.
 ATTENTION = {
     "query": ("q_proj", "query", "q_lin"),
     "key": ("k_proj", "key", "k_lin"),
     "value": ("v_proj", "value", "v_lin"),
-    "output": ("o_proj", "out_proj", "dense", "out_lin"),
+    "output": ("o_proj", "out_proj", "dense", "c_proj", "out_lin"),
 }
 MLP = {
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w3"),
-    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2"),
+    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "output_linear", "w2"),
 }
 NORMS = re.compile(r"(^|_)(q|k|qk|query|key)_?(layer_?)?norm")  # of queries and keys, before they meet
 # What is treated together, by role; the last one is the site's anchor.
@@ -39,8 +40,10 @@ RUNS = (2, 3, 4)  # adjacent blocks whose projections may share a basis
 def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.Module]) -> Iterator[Site]:
     """The joint sites of the block at ``path``; ``linears`` are its dense linears by path."""
     for name, module in block.named_modules():
+        if isinstance(module, Projections):  # its parent's
+            continue
         parent = f"{path}.{name}" if name else path
-        own = {child: f"{parent}.{child}" for child, _ in module.named_children() if f"{parent}.{child}" in linears}
+        own = {path.rpartition(".")[2]: path for path in _children(parent, module) if path in linears}
         if isinstance(module, Experts):
             yield from _of_all_experts(parent, module.count, linears)
         attention = _weights(own, linears, ATTENTION)
@@ -94,6 +97,14 @@ def runs_of_blocks(prefix: str, number: int, found: Sequence[dict[str, nn.Module
             yield first, f"{name} x {count}", Site(f"{prefix}.{first}-{number}.{name}", weights, separate=True)
 
 
+def _children(parent: str, module: nn.Module) -> Iterator[str]:
+    """Paths of the children of the ``module`` at ``parent``, and of the projections that one of them was fused of."""
+    for name, child in module.named_children():
+        yield f"{parent}.{name}"
+        if isinstance(child, Projections):
+            yield from (f"{parent}.{name}.{part}" for part, _ in child.named_children())
+
+
 def _weights(
     own: dict[str, str], linears: dict[str, nn.Module], names: dict[str, tuple[str, ...]]
 ) -> dict[str, Weight]:
@@ -114,7 +125,7 @@ def weight_at(role: str, path: str, module: nn.Module, **more: Any) -> Weight:
 
 def _site(parent: str, weights: list[Weight], heads: Heads | None = None, separate: bool = False) -> Site:
     """Named after what it claims: ``model.layers.0.self_attn.v_proj+o_proj``."""
-    children = "+".join(weight.path.rpartition(".")[2] for weight in weights)
+    children = "+".join(weight.path.removeprefix(f"{parent}.") for weight in weights)
     return Site(f"{parent}.{children}", tuple(weights), heads, separate)
 
 

@@ -88,7 +88,7 @@ def _linears(block: nn.Module) -> dict[str, nn.Module]:
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         kind: Any = type(modules[parent])
-        if _is_linear(module) and own not in unlike_calls(kind):
+        if is_linear(module) and own not in unlike_calls(kind):
             found[name] = module
     return found
 
@@ -101,7 +101,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     beside = towers(model)
     lists = {
-        path: sum(weight_of(inner).numel() for inner in set(module.modules()) if _is_linear(inner))
+        path: sum(weight_of(inner).numel() for inner in set(module.modules()) if is_linear(inner))
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and not path.startswith(beside)
     }
@@ -124,7 +124,7 @@ def towers(model: Any) -> tuple[str, ...]:
     )
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether factors can stand in for it: an instance with a forward of its own, or a class, may do something else."""
     kind: Any = type(module)
     return is_plain(kind) and "forward" not in vars(module)
@@ -153,7 +153,7 @@ def _outer_sites(model: Any) -> Iterator[Site]:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
     kind: Any = type(model)
-    if head is not None and _is_linear(head) and paths[head].rpartition(".")[2] not in unlike_calls(kind):
+    if head is not None and is_linear(head) and paths[head].rpartition(".")[2] not in unlike_calls(kind):
         yield _site(paths[head], head, tied=(paths[table],) if tied else ())
     if isinstance(table, nn.Embedding) and not tied:
         yield _site(paths[table], table, kind="embedding")
