@@ -91,12 +91,14 @@ class Site:
         heads: of the attention that the weights belong to; None elsewhere.
         separate: whether the weights are at different places of the model's function, as those of several blocks are:
             then each is an anchor, and the `parts` are looked at one by one.
+        places: roles of the weights whose inputs are measured, and that are anchors; empty where all of them are.
     """
 
     name: str
     weights: tuple[Weight, ...]
     heads: Heads | None = None
     separate: bool = False
+    places: tuple[str, ...] = ()
 
     @property
     def anchor(self) -> Weight:
@@ -106,7 +108,12 @@ class Site:
     @property
     def parts(self) -> tuple[Site, ...]:
         """One site for each anchor: the site itself, or each of its weights where they are `separate`."""
-        return tuple(Site(self.name, (weight,)) for weight in self.weights) if self.separate else (self,)
+        return tuple(Site(self.name, (weight,)) for weight in self.measured) if self.separate else (self,)
+
+    @property
+    def measured(self) -> tuple[Weight, ...]:
+        """The weights whose inputs are."""
+        return tuple(weight for weight in self.weights if not self.places or weight.role in self.places)
 
     @property
     def roles(self) -> tuple[str, ...]:

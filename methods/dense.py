@@ -14,7 +14,9 @@ from rankfront.methods.layers import Factored, set_module
 
 
 def multiplied_out(module: Factored, dense: Any, own: str) -> Tensor:
-    """The weight or the bias of ``dense`` that ``module`` stands for, in fp32."""
+    """The weight or the bias of ``dense`` that ``module`` stands for, in fp32; `InputError` where there is no such."""
+    if hasattr(module, "undense"):
+        raise InputError(str(module.undense))
     shape = getattr(dense, own).shape
     if own == "bias":
         bias = module.full_bias()

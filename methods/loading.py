@@ -165,7 +165,7 @@ def place(model: Any, wanted: Replacements) -> None:
     for path, spec in wanted.modules.items():
         module = _empty(model, path, spec)
         dense = model.get_submodule(path)
-        if dense is not head and not isinstance(dense, nn.Embedding):
+        if dense is not head and isinstance(dense, nn.Linear | Conv1D):
             own = {name.removeprefix(f"{path}.") for name in shared if name.startswith(f"{path}.")}
             make_adaptable(module, weight_of(dense).shape, own)
         if not hasattr(module, "weight"):
@@ -220,7 +220,7 @@ def _empty(model: nn.Module, path: str, spec: dict[str, Any]) -> nn.Module:
     settings = {name: value for name, value in spec.items() if name != "kind"}
     try:
         dense = model.get_submodule(path)
-        if not isinstance(dense, nn.Linear | nn.Embedding | Conv1D):
+        if not isinstance(dense, nn.Linear | nn.Embedding | Conv1D) and spec.get("kind") != "router":
             raise InputError(f"it is a {type(dense).__name__}, no linear or embedding")
         return empty_replacement(dense, str(spec.get("kind")), settings)
     except (InputError, AttributeError) as error:

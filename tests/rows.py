@@ -291,6 +291,7 @@ FITTED_ROWS: dict[str, FittedRow] = {
     ),
 }
 
+EXPERT_METHODS = ("expert-prune",)  # of a layer's experts; their laws are in test_experts
 JOINT_METHODS = ("lama", "vo-svd", "nystrom", "drop-block")  # several weights at once; their laws are in test_joint
 SHARED_METHODS = (
     "shared-basis",

@@ -7,13 +7,14 @@ from launching import make_run, small_data
 from mixtures import MIXTURES, built
 from transformers import AutoModelForCausalLM
 
-from rankfront.methods import Option
+from rankfront.methods import InputError, Option, Storage, get_method
+from rankfront.methods.layers import replacement
 from rankfront.methods.unfused import fuse, unfused_in
 from rankfront.search.factors import calibration
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import coverage_of
-from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.sites import find_sites, weights_at
 from rankfront.search.measure.setup import make_space
 from rankfront.search.names import inside_blocks
 from rankfront.search.output.healed import heal_folder
@@ -57,13 +58,12 @@ def test_taken_apart_and_put_back_a_model_computes_the_same(mixture):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_every_weight_but_the_router_is_a_site():
+def test_every_weight_is_one_of_a_site():
     model = built("qwen3_moe")
     take_apart(model)
     sites = find_sites(model)
     found = coverage_of(model, sites)
-    assert [left.name for left in found.left] == ["mlp.gate.weight"]
-    assert found.share > 0.95
+    assert not found.left
     experts = {site.name for site in sites if sites[site].kind == "mlp.experts.*.gate_proj" and len(site.weights) == 1}
     named = {f"model.layers.{block}.mlp.experts.{number}.gate_proj" for block in (0, 1) for number in range(4)}
     assert experts == named
@@ -212,3 +212,71 @@ def test_the_experts_of_a_layer_share_a_basis(folder, text_file, tmp_path, verif
     linears = [model.get_submodule(f"{parent}.{number}.{name}") for number in range(4)]
     assert len({id(linear.right) for linear in linears}) == 1
     assert len({id(linear.left) for linear in linears}) == 4
+
+
+# -- fewer experts
+
+
+def pruned(model):
+    """Its sites of a router and all experts."""
+    return [site for site in find_sites(model) if site.roles[0] == "router"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_that_can_choose_among_fewer_are_found(name):
+    model = built(name)
+    take_apart(model)
+    layers = len(unfused_in(model))
+    # Groups of experts are as large as they were, and Llama 4 multiplies inputs by the router's weights.
+    assert len(pruned(model)) == (0 if name in ("deepseek_v3", "llama4_text") else layers)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h"])
+def test_a_layer_without_some_experts_routes_among_the_others(name):
+    """As the router of only these rows does; with all of them it is the model's own."""
+    model = built(name)
+    take_apart(model)
+    site = pruned(model)[0]
+    method = get_method("expert-prune")
+    weights = {role: tensor.float() for role, tensor in weights_at(model, site).items()}
+    windows = torch.randint(0, common.VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
+    ((_, statistics),) = calibration.calibrate(model, windows, [site], frozenset({"gram"}), progress)
+    option = Option.of("expert-prune", experts=3)
+    prepared = method.prepare(site, weights, statistics, [option])
+    factors = method.truncate(prepared, option)
+    gone = int(prepared["order"][-1])
+    assert {role for role, each in factors.items() if each.kind == "absent"} == {
+        role for role in site.roles if role.startswith(f"{gone}.")
+    }
+    stored = sum((each.storage for each in factors.values()), Storage(0))
+    dense = sum((w.storage for w in site.weights if w.role not in factors), Storage(0))
+    biases = sum(w.biases.values for w in site.weights if w.role.startswith(f"{gone}.")) + site.weights[0].bias
+    assert stored.parameters + dense.parameters - biases == method.storage(site, option).parameters
+    router, tensors = model.get_submodule(site.weights[0].path), factors["router"].tensors
+    tensors = {each: tensor.float() if tensor.is_floating_point() else tensor for each, tensor in tensors.items()}
+    own = replacement(router, "router", tensors, factors["router"].settings)
+    hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(2))
+    _, scales, chosen = own(hidden)
+    assert chosen.shape == scales.shape == (20, 2)
+    assert not (chosen == gone).any()
+    bias = router._parameters.get("bias")
+    logits = hidden @ router.weight.T + (0 if bias is None else bias)
+    logits[:, gone] = -torch.inf
+    if name != "nemotron_h":  # whose router corrects its choices
+        assert torch.equal(logits.topk(2).indices.sort(1).values, chosen.sort(1).values)
+
+
+def test_a_mixture_of_fewer_experts_goes_from_study_to_export(folder, text_file, tmp_path, verified_here):
+    data = small_data(folder, text_file, sampler="rankfront", trials=5)
+    data["space"] = {"methods": ["expert-prune", "svd-llm"], "keep": [0.5, 0.8], "rank_multiple": 2}
+    data["objectives"] |= {"active_parameters": {}}
+    study = make_run(data, tmp_path / "run")
+    rows = [row for row in study.rows() if row.state != "waiting"]
+    assert {row.state for row in rows} == {"complete"}
+    row = next(row for row in rows if "expert-prune" in {option.method for option in row.plan.by_site.values()})
+    study.export(tmp_path / "small", row)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True).eval()
+    assert torch.equal(alone(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    with pytest.raises(InputError, match=r"a router of fewer experts .* export it factored"):
+        study.export(tmp_path / "dense", row, form="dense")

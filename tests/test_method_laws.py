@@ -6,7 +6,7 @@ import math
 import common
 import pytest
 import torch
-from rows import FITTED_ROWS, JOINT_METHODS, METHOD_ROWS, SHARED_METHODS, Sample, prepared_once
+from rows import EXPERT_METHODS, FITTED_ROWS, JOINT_METHODS, METHOD_ROWS, SHARED_METHODS, Sample, prepared_once
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -96,7 +96,9 @@ def optimum(weight, left, root, rank):
 
 
 def test_every_method_has_a_row():
-    assert sorted([*METHOD_ROWS, *FITTED_ROWS, *JOINT_METHODS, *SHARED_METHODS]) == sorted(method_names())
+    assert sorted([*METHOD_ROWS, *FITTED_ROWS, *JOINT_METHODS, *SHARED_METHODS, *EXPERT_METHODS]) == sorted(
+        method_names()
+    )
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -125,11 +125,11 @@ def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[s
     counted: set[str] = set()
 
     def size_of(site: Site, counted: set[str]) -> int:
-        new = {groups.get(w.path, w.path): w.in_features for w in site.weights}
+        new = {groups.get(w.path, w.path): w.in_features for w in site.measured}
         grams = sum(n * n for lead, n in new.items() if lead not in counted) if "gram" in needs else 0
         if "gradient" in needs:
-            grams += sum(w.out_features**2 for w in site.weights if narrow_outputs(w.out_features, w.in_features))
-        return GRAM_BYTES * grams + STATISTIC_BYTES * sum(w.in_features for w in site.weights)
+            grams += sum(w.out_features**2 for w in site.measured if narrow_outputs(w.out_features, w.in_features))
+        return GRAM_BYTES * grams + STATISTIC_BYTES * sum(w.in_features for w in site.measured)
 
     for site in sites:
         size = size_of(site, counted)
@@ -137,7 +137,7 @@ def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[s
             passes.append([])
             held, counted = 0, set()  # a Gram shared with the last pass is summed again in this one
             size = size_of(site, counted)
-        counted |= {groups.get(w.path, w.path) for w in site.weights}
+        counted |= {groups.get(w.path, w.path) for w in site.measured}
         passes[-1].append(site)
         held += size
     return passes
@@ -162,13 +162,13 @@ def calibrate(
     """
     device = next(model.parameters()).device
     sites = [site for site in sites if all(weight.kind == "linear" for weight in site.weights)]
-    paths = [weight.path for site in sites for weight in site.weights]
+    paths = [weight.path for site in sites for weight in site.measured]
     groups = shared_inputs(model, paths, windows[:1, :8].to(device))
     passes = _passes(sites, groups, needs, limit)
     total = len(windows) * len(passes)
     for number, chosen in enumerate(passes):
         recorder = _Recorder(needs, _leaders_within(chosen, groups))
-        handles = recorder.attach(model, [weight.path for site in chosen for weight in site.weights])
+        handles = recorder.attach(model, [weight.path for site in chosen for weight in site.measured])
         try:
             with seeing(model, _least(windows)):
                 for done in _run(model, windows, gradients=bool(needs & GRADIENTS)):
@@ -184,7 +184,7 @@ def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[st
     """``groups`` cut to one pass: the first of a group in this pass leads it here."""
     leaders: dict[str, str] = {}
     return {
-        weight.path: leaders.setdefault(groups[weight.path], weight.path) for site in sites for weight in site.weights
+        weight.path: leaders.setdefault(groups[weight.path], weight.path) for site in sites for weight in site.measured
     }
 
 
@@ -198,11 +198,11 @@ def _hand_over(
     model: nn.Module, sites: Sequence[Site], recorder: _Recorder, tokens: int, counts: Mapping[str, Tensor]
 ) -> Iterator[tuple[Site, dict[str, Statistics]]]:
     """The statistics of each site, a Gram's sums and roots let go of after the last site that reads them."""
-    readers = Counter(recorder.groups[weight.path] for site in sites for weight in site.weights)
+    readers = Counter(recorder.groups[weight.path] for site in sites for weight in site.measured)
     grams: dict[str, Gram] = {}
     for site in sites:
         statistics = {}
-        for weight in site.weights:
+        for weight in site.measured:
             lead = recorder.groups[weight.path]
             shared, own = recorder.sums[lead], recorder.sums[weight.path]
             if routed_at(model, weight.path) is not None:

@@ -15,6 +15,7 @@ from rankfront.methods import Heads, Site, Weight
 from rankfront.methods.layers import weight_of
 from rankfront.methods.unfused_experts import Experts
 from rankfront.methods.unfused_projections import Projections
+from rankfront.search.inputs.routers import routed_sites
 
 # What the parts of an attention and of an MLP are called across architectures.
 ATTENTION = {
@@ -46,6 +47,7 @@ def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.M
         own = {path.rpartition(".")[2]: path for path in _children(parent, module) if path in linears}
         if isinstance(module, Experts):
             yield from _of_all_experts(parent, module.count, linears)
+            yield from routed_sites(model, parent, module, linears)
         attention = _weights(own, linears, ATTENTION)
         mlp = _weights(own, linears, MLP)
         for family in SIBLINGS:

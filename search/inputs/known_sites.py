@@ -23,6 +23,7 @@ def pack_sites(sites: Sites) -> list[dict[str, Any]]:
             "place": [place.block, place.kind],
             **({"heads": asdict(site.heads)} if site.heads else {}),
             **({"separate": True} if site.separate else {}),
+            **({"places": site.places} if site.places else {}),
         }
         for site, place in sites.items()
     ]
@@ -43,6 +44,7 @@ def unpack_sites(record: list[dict[str, Any]]) -> dict[Site, Place]:
             ),
             _heads(each.get("heads")),
             each.get("separate", False),
+            tuple(each.get("places", ())),
         ): Place(*each["place"])
         for each in record
     }

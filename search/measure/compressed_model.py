@@ -89,19 +89,20 @@ class CompressedModel:
         self.apply(Plan.of({site.name: option}))
 
     def _swap(self, site: Site, option: Option) -> None:
-        if option.method == DENSE:
-            for weight in site.weights:
+        factors = {} if option.method == DENSE else self.store.factors(site, option)
+        for weight in site.weights:
+            if weight.role not in factors:  # of some options, what they leave as it is
                 for path in weight.paths:
                     self.modules.pop(path, None)
                     self.layers.pop(path, None)
                     set_module(self.model, path, self.dense_modules[path])
-        else:
-            self.replace(site, self.store.factors(site, option))
+        if factors:
+            self.replace(site, factors)
         self.current[site.name] = option
 
     def replace(self, site: Site, factors: Mapping[str, Factors]) -> None:
         """Run ``factors`` at a site that the plan treats, instead of those of its option, until the site changes."""
-        paths = {weight.role: weight.paths for weight in site.weights}
+        paths = {weight.role: weight.paths for weight in site.weights if weight.role in factors}
         modules = self.made(paths, factors)
         self.modules |= modules
         for path, module in modules.items():

@@ -259,7 +259,8 @@ def measure_timing(runner: JobRunner, job: Job) -> Record:
     outside = {site.name for site, place in compressed.sites.items() if place.block is None}
 
     def made(site: Site, option: Option) -> dict[str, nn.Module]:
-        return compressed.made({w.role: (w.path,) for w in site.weights}, store.factors(site, option))
+        factors = store.factors(site, option)
+        return compressed.made({w.role: (w.path,) for w in site.weights if w.role in factors}, factors)
 
     wanted, found = store.usable(compressed.space.wanted()), {}
     with clock.phase("timing"):

@@ -29,6 +29,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight, source_behind
+from rankfront.methods.expert_prune import ROUTER
 from rankfront.methods.layers import layers
 from rankfront.methods.prepacked import prepacked
 from rankfront.objectives.latency import Timed
@@ -66,13 +67,15 @@ def time_sites(
     for site, options in wanted.items():
         found.setdefault(site.name, {})
         prompt = 1 if site.name in outside else objective.prompt
-        weights = [weight for weight in site.weights if weight.kind != "embedding"]
+        weights = [weight for weight in site.weights if weight.kind != "embedding" and weight.role != ROUTER]
         dense = {weight.role: dense_modules[weight.path] for weight in weights}
         kind = [(w.role, w.out_features, w.in_features, w.share, type(dense[w.role])) for w in weights]
         for option in (DENSE_OPTION, *options):
             seconds = alike.get((option, prompt, *kind))
             if seconds is None:
-                factors = {} if option == DENSE_OPTION else store.factors(site, option)
+                # Of a layer with fewer experts as many run for each token as before.
+                same = option == DENSE_OPTION or site.roles[0] == ROUTER
+                factors = {} if same else store.factors(site, option)
                 made = partial(make, site, option)
                 seconds = alike[option, prompt, *kind] = {
                     w.role: _weight_seconds(objective, prompt, w, dense[w.role], factors.get(w.role), made, watches)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from rankfront.methods import InputError, Storage
+from rankfront.methods import InputError, Site, Storage
 from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
@@ -203,7 +203,8 @@ def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataF
     token, and under the name of each latency among the objectives what its table predicts of the model with that option
     alone, as a ratio to dense. Raises `InputError` where the run has no menu yet."""
     menu, dense, timings = _known(state, config, space)
-    sites = {site.name: site for site in space.sites}
+    sites = {weight.path: Site(weight.path, (weight,)) for site in space.sites for weight in site.weights}
+    sites |= {site.name: site for site in space.sites}
     found = []
     for line in menu.lines:
         for option, divergence in zip(line.options, line.divergence, strict=True):

@@ -35,7 +35,9 @@ class Predictor:
         self.space = space
         self.goal = goal
         self.history = History(menu, space, goal)
-        places = {site.name: place for site, place in space.sites.items()}
+        # Of a weight that has no site of its own, such as a router's rows, that of the site which claims it.
+        places = {weight.path: place for site, place in space.sites.items() for weight in site.weights}
+        places |= {site.name: place for site, place in space.sites.items()}
         at = [places[line.members[0]] for line in menu.lines]
         self.surrogate = Surrogate(menu, [place.kind for place in at], [place.block for place in at])
         self.scalings: list[Scaling] = []  # of each Taylor model
