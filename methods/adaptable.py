@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from rankfront.methods._errors import InputError
 
 BESIDE = "beside"
+CANNOT_MERGE = (
+    "an adapter beside integers or sparse factors cannot be merged into them: keep it beside, or call"
+    " model.dequantize() before adapters are put on the model"
+)
 
 
 def multiply(layer: nn.Module, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,10 +114,30 @@ class NothingToMergeInto(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        raise InputError(
-            "an adapter beside integers or sparse factors cannot be merged into them: keep it beside, or load the model"
-            " anew and call model.dequantize() before adapters are put on it"
-        )
+        raise InputError(CANNOT_MERGE)
+
+
+class Unmergeable(str):
+    """The method of quantisation of a model with an adapter beside the layer at this path.
+
+    PEFT compares it with one that cannot be merged into, "gptq", before it merges anything, and is told so here: by an
+    `InputError`. Transformers compares it with members of an enumeration, which are no plain strings.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is str and other == "gptq":
+            raise InputError(f"at {str.__str__(self)!r}, {CANNOT_MERGE}")
+        return False
+
+    __hash__ = str.__hash__
+
+
+def unmergeable(model: nn.Module) -> Unmergeable | None:
+    """That of ``model``; None where no adapter stands beside a layer."""
+    for path, module in model.named_modules():
+        if hasattr(module, "matrix") and type(module._modules.get(BESIDE)) not in (type(None), BesideLinear):
+            return Unmergeable(path)
+    return None
 
 
 def _add_adapter(layer: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from rankfront.methods._errors import InputError
+from rankfront.methods.adaptable import unmergeable
 from rankfront.methods.dense import put_dense
 from rankfront.methods.loading import CODE_FILE, KEY, Replacements, place, settle, share, tie_factors
 from rankfront.methods.unfused import fuse, unfuse, unfused_in
@@ -24,6 +25,15 @@ class FactoredConfig:
     """
 
     model_type = KEY
+
+    @property
+    def compression_config(self) -> dict[str, Any] | None:
+        """What vLLM and SGLang take for a method of quantisation: they refuse the model unless they know ours.
+
+        Without it they would put linears of their own where our layers have places for adapters, and say nothing.
+        """
+        found = getattr(self, KEY, None)
+        return {"quant_method": KEY, **found} if isinstance(found, dict) else None
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **named: Any) -> Any:
         """Write it, and beside it the code that it names: whoever saves a model saves its configuration so."""
@@ -58,6 +68,18 @@ class FactoredModel:
                 share(model, name, source)
             _draw(model, wanted, float(getattr(config, "initializer_range", 0.02)))
             settle(model, wanted)
+
+    @property
+    def quantization_method(self) -> str:
+        """What a quantiser of transformers has set; else, where adapters cannot be merged, what tells PEFT so."""
+        found: str | None = vars(self).get("quantization_method") or unmergeable(cast(nn.Module, self))
+        if found is None:
+            raise AttributeError("quantization_method")
+        return found
+
+    @quantization_method.setter
+    def quantization_method(self, method: str) -> None:
+        vars(self)["quantization_method"] = method
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **named: Any) -> Any:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.search.atomic import new_folder, staged, write_whole
 from rankfront.search.attributes import PARAMETER_COUNT, Report
-from rankfront.search.choices import Format
+from rankfront.search.choices import AS_FACTORS, Format
 from rankfront.search.config import StudyConfig, make_config
 from rankfront.search.estimate.draft import EFFORTS, Subject, draft
 from rankfront.search.estimate.estimate import Estimate, estimate, own_tokens
@@ -77,8 +77,8 @@ class Made:
         yield f"perplexity {self.perplexity:.4g} on {self.text}, dense {self.dense_perplexity:.4g} ({worse:+.1%})"
         yield from (f"  {note}" for note in self.notes)
         yield "load it:"
-        if self.form == "gguf":
-            yield f"  {RUN['gguf'].replace('FOLDER', shlex.quote(str(out)))}"
+        if self.form in ("gguf", "vllm"):
+            yield f"  {RUN[self.form].replace('FOLDER', shlex.quote(str(out)))}"
         elif self.form == "openvino":
             yield "  import openvino_genai"
             yield f"  {RUN['openvino'].replace('FOLDER', repr(str(out)))}"
@@ -254,7 +254,7 @@ class _Compression:
         trusted, made = self.request.trust_remote_code, self._folder(form)
         found = verify_folder(folder, setup.tokens["report"], setup.device, trusted)
         shutil.rmtree(made, ignore_errors=True)
-        if form == "factored":
+        if form in AS_FACTORS:
             folder.rename(made)
             return found
         self.say(f"converting to {form} ...")

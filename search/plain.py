@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a command that fails need not wait for it
     from rich.text import Text
+
+NAMED = 2  # sites that an error names
 
 
 def plain(text: object) -> str:
@@ -35,3 +38,9 @@ def without_folders(name: str) -> str:
     return (
         Path(name).name if os.path.exists(name) or os.path.exists(path) else name
     )  # which knows no name too long to ask
+
+
+def several(sites: Sequence[str]) -> str:
+    """The first few of ``sites``, and how many more there are."""
+    more = f" and {len(sites) - NAMED} more" if len(sites) > NAMED else ""
+    return ", ".join(sites[:NAMED]) + more

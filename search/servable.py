@@ -13,6 +13,7 @@ LOW_RANK = (
     "asvd", "fwsvd", "hola", "hola-embedding", "kfac-svd", "lrt", "lrt-snmf", "shared-basis", "shared-basis-3",
     "shared-basis-4", "svd", "svd-llm",
 )  # fmt: skip
+IN_BLOCKS = tuple(method for method in LOW_RANK if method != "hola-embedding")
 # Format -> method -> what of it stays as small as the plan has it. All others are multiplied out to dense weights,
 # heads whole; `EVERYTHING` stands for all methods.
 KEEPS: Mapping[Format, Mapping[str, str]] = {
@@ -26,6 +27,12 @@ KEEPS: Mapping[Format, Mapping[str, str]] = {
         "drop-block": HALVES,
         **dict.fromkeys(("lama", "vo-svd"), "heads and cache"),
         **dict.fromkeys(LOW_RANK, "two products"),
+    },
+    "vllm": {
+        "nystrom": WIDTHS,
+        "drop-block": f"{HALVES}, caches whole",
+        **dict.fromkeys(("lama", "vo-svd"), "heads, caches whole"),
+        **dict.fromkeys(IN_BLOCKS, "two products"),
     },
 }
 STEPS: Mapping[str, int] = {"gguf": 32}  # what widths are multiples of: the blocks of Q8_0, Q4_0 and others like them

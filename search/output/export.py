@@ -27,7 +27,7 @@ from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
-from rankfront.search.choices import Format, Refit
+from rankfront.search.choices import AS_FACTORS, Format, Refit
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import quiet
 from rankfront.search.measure.compressed_model import CompressedModel
@@ -41,6 +41,7 @@ from rankfront.search.output.card import Verified, card
 from rankfront.search.output.control_check import warning
 from rankfront.search.output.tensor_table import tensor_section
 from rankfront.search.plain import without_folders
+from rankfront.search.serve.vllm_plugin import check_export
 from rankfront.search.storage.front import Row
 
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
@@ -53,10 +54,10 @@ def export(
 
     Refitted ``sequential``ly (see `refit`), the folder is verified against the model here rather than the trial.
 
-    ``factored`` keeps the factors and loads after ``import rankfront.methods``; ``dense`` multiplies them out and
-    loads without us. ``dense`` is what was measured of the dense model on the report split, here where it is not given.
-    A link as ``out`` is followed. Raises `InputError` where ``out`` is taken, `ExportError` where writing or verifying
-    fails.
+    ``factored`` keeps the factors and loads after ``import rankfront.methods``; so does ``vllm``, and vLLM runs all of
+    it too; ``dense`` multiplies them out and loads without us. ``dense`` is what was measured of the dense model on the
+    report split, here where it is not given. A link as ``out`` is followed. Raises `InputError` where ``out`` is taken
+    or vLLM cannot run the plan, `ExportError` where writing or verifying fails.
     """
     out = new_folder(out)
     check_origin(setup, row)
@@ -116,7 +117,7 @@ def _write_verified(
     """Write what ``compressed`` runs, which has ``measured`` as its perplexity, reload it and compare."""
     setup = compressed.setup
     expected, buffers = compressed.dense_values, 0
-    if form == "factored":
+    if form in AS_FACTORS:
         buffers = _in_buffers(compressed)
         expected = row.attributes[keys.PARAMETER_COUNT] - buffers
     with staged(out) as folder:
@@ -141,8 +142,10 @@ def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) ->
     model: Any = compressed.model
     wanted = None
     model.config.dtype = next(model.parameters()).dtype
-    if form == "factored":
+    if form in AS_FACTORS:
         wanted = write_factored(compressed, folder)
+        if form == "vllm":
+            check_export(model.config.model_type, wanted)
     else:
         _multiply_out(model, compressed.modules, compressed.dense_modules)
         fuse(model)

@@ -16,7 +16,7 @@ from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
-from rankfront.search.choices import Format, Refit
+from rankfront.search.choices import AS_FACTORS, Format, Refit
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
@@ -87,8 +87,8 @@ def convert_folder(
 
     Perplexity before and after is that of a few windows of ``text``. Raises as `export_served` does.
     """
-    if form == "factored":
-        raise InputError("a folder that was exported is factored already: convert it to another format")
+    if form in AS_FACTORS:
+        raise InputError("a folder that was exported is factored already, as for vLLM: convert it to another format")
     out = new_folder(out)
     source = resolve(str(folder), trust_remote_code)
     model = load_model(source, "auto", pick_device(device))
@@ -194,6 +194,7 @@ RUN: Mapping[Format, str] = {
     "plain": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
     "nemotron-nas": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
     "gguf": f"llama-server --model FOLDER/{GGUF}",
+    "vllm": "vllm serve FOLDER",
     "openvino": 'pipe = openvino_genai.LLMPipeline(FOLDER, "CPU")',
 }
 

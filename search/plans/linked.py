@@ -41,8 +41,11 @@ def servable(
     """What of ``choices`` the study's formats hold; what sites take together there, empty where they need not.
 
     The first block keeps its attention, which engines count their caches by; in the format plain it is never left out.
+    vLLM runs factors inside blocks alone.
     """
     kept, blocks = dict(choices), halves(sites)
+    if "vllm" in config.servable:
+        kept = {site: own for site, own in kept.items() if sites[site].block is not None}
     first = blocks[0] if blocks else Halves()
     if any(form in config.servable for form in FIRST_ATTENTION):
         kept = without(kept, GONE, [first.attention])

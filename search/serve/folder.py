@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rankfront.methods import InputError
 from rankfront.search.inputs.model import count_parameters, quiet
 from rankfront.search.serve.structure import Structure
-
-NAMED = 2  # sites that an error names
 
 
 def save(structure: Structure, target: Any, folder: Path) -> int:
@@ -33,9 +30,3 @@ def save(structure: Structure, target: Any, folder: Path) -> int:
     with quiet():
         target.save_pretrained(folder)
     return count_parameters(target)
-
-
-def several(sites: Sequence[str]) -> str:
-    """The first few of ``sites``, and how many more there are."""
-    more = f" and {len(sites) - NAMED} more" if len(sites) > NAMED else ""
-    return ", ".join(sites[:NAMED]) + more

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import InputError
-from rankfront.search.serve.folder import save, several
+from rankfront.search.plain import several
+from rankfront.search.serve.folder import save
 from rankfront.search.serve.structure import Structure
 
 NEURONS = ("intermediate_size", "ffn_dim", "n_inner")  # what configurations call the width of their MLPs

@@ -14,6 +14,7 @@ from rankfront.search.serve.folder import save
 from rankfront.search.serve.llama_like import check_graph, check_model
 from rankfront.search.serve.plain import width_key, write_plain
 from rankfront.search.serve.structure import Structure
+from rankfront.search.serve.vllm_plugin import check_base
 
 SERVED: tuple[Format, ...] = ("plain", "nemotron-nas", "gguf", "openvino")
 
@@ -70,6 +71,8 @@ def check_servable(config: Any, forms: Collection[Format]) -> None:
             check_model(config, form)
         elif form == "openvino":
             check_graph(config)
+        elif form == "vllm":
+            check_base(config.model_type)
 
 
 def _zeros(structure: Structure) -> list[str]:
