@@ -132,7 +132,8 @@ class Cost:
     Attributes:
         values: stored parameters of the whole model, index bits counted at 16 bits a value.
         dense_values: the same of the dense model.
-        block_values: those of the linear layers in the blocks alone, biases included (embeddings and head left out).
+        block_values: those of the matrices in the blocks alone, and of the biases of what can be treated (embeddings
+            and head left out).
         dense_block_values: the same of the dense model.
         bytes: tensor bytes on disk in the dtype the plan is exported in.
         active_parameters: kept fraction of the values that one token reads, those of k of E experts and all else.
@@ -152,5 +153,5 @@ class Cost:
 
     @property
     def block_parameters(self) -> float:
-        """Kept fraction of the parameters of the blocks' linear layers, the figure papers quote."""
+        """Kept fraction of the parameters of the blocks' matrices, the figure papers quote."""
         return self.block_values / self.dense_block_values if self.dense_block_values else 1.0

@@ -1,7 +1,8 @@
 """What transformers loads exports by, once rankfront is imported: classes of models, and a quantiser.
 
-After ``import rankfront.methods``, ``AutoModelForCausalLM`` and ``AutoModel`` build the model that a folder's
-``config.json`` describes by the code installed here, not by the folder's own: no ``trust_remote_code`` is needed.
+After ``import rankfront.methods``, ``AutoModel`` and the automatic class of the model's head, one of `AUTO`, build the
+model that a folder's ``config.json`` describes by the code installed here, not by the folder's own: no
+``trust_remote_code`` is needed.
 
 Exports of format 2, which have no code of their own, were described as quantised by ``rankfront``: the configuration of
 the dense model with a ``quantization_config``. They load by `RankfrontQuantizer`.
@@ -14,15 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -44,6 +42,8 @@ from rankfront.methods.loading import (
 
 QUANT_METHOD = "rankfront"
 CONFIG_VERSION = 2
+CAUSAL = "AutoModelForCausalLM"  # what exports are loaded by that do not say so
+AUTO = {CAUSAL: "CAUSAL_LM", "AutoModelForMaskedLM": "MASKED_LM"}  # -> what transformers' mapping is called by
 
 
 def contents(config: Any) -> dict[str, Any] | None:
@@ -64,75 +64,96 @@ def describe(folder: Path, model: Any, wanted: Replacements) -> None:
     data.pop("quantization_config", None)
     data |= {
         "model_type": base.factored_type,
-        "architectures": [factored_name(base.causal)],
+        "architectures": [factored_name(base.whole)],
         "auto_map": data.get("auto_map", {}) | base.auto_map,
-        KEY: {"base": base.model_type, **wanted.described},
+        KEY: {"base": base.model_type, **_said_auto(base.auto), **wanted.described},
     }
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / CODE_FILE).write_text(folder_code(base, wanted.modules, wanted.unfused), encoding="utf-8")
 
 
+def _said_auto(auto: str) -> dict[str, str]:
+    """What an export says of how it is loaded: causal language models, all that there were once, say nothing."""
+    return {} if auto == CAUSAL else {"auto": auto}
+
+
+def _ending(auto: str) -> str:
+    """Of the names of what several heads share, their configuration and the model without one: "" for causal ones."""
+    return auto.removeprefix("AutoModel") if auto != CAUSAL else ""
+
+
+def _models(auto: str) -> Any:
+    """Configuration class -> model class, of those that the automatic class ``auto`` knows."""
+    return getattr(modeling_auto, f"MODEL_FOR_{AUTO[auto]}_MAPPING")
+
+
 def _base_of(model: Any) -> Base:
     """What ``model``, which is dense by its class, is to transformers."""
-    config, causal = type(model.config), type(model)
-    name = config.model_type
-    known = name in CONFIG_MAPPING and CONFIG_MAPPING[name] is config
-    if known and _first(MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)) is causal:
-        return Base(config.model_type, config, causal, _first(MODEL_MAPPING.get(config, None)))
-    return Base(None, config, causal, None)
+    config, whole = type(model.config), type(model)
+    if config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config:
+        for auto in AUTO:
+            if _first(_models(auto).get(config, None)) is whole:
+                return Base(config.model_type, config, whole, _first(MODEL_MAPPING.get(config, None)), auto)
+    mapped = getattr(model.config, "auto_map", None) or {}
+    named = [auto for auto in AUTO if str(mapped.get(auto)).rpartition(".")[2] == whole.__name__]
+    return Base(None, config, whole, None, *named[:1])
 
 
 class Classes(NamedTuple):
-    """The factored classes of a model type: its configuration, the causal language model, the model without a head."""
+    """The factored classes of a model type: its configuration, the model with its head, the model without one."""
 
     config: Any
-    causal: Any
+    whole: Any
     headless: Any
 
 
-def classes(base: Any) -> Classes:
-    """Those of the model type ``base`` of transformers; `InputError` where it has no causal language model of it."""
+def classes(base: Any, auto: Any = CAUSAL) -> Classes:
+    """Those of the model type ``base`` of transformers that ``auto`` loads; `InputError` where it has none such."""
     if (
         not isinstance(base, str)
+        or auto not in AUTO
         or base not in CONFIG_MAPPING
-        or CONFIG_MAPPING[base] not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or CONFIG_MAPPING[base] not in _models(auto)
     ):
+        what = "causal language model" if auto == CAUSAL else f"model for {shown(auto)}"
         raise InputError(
-            f"the export is of model type {shown(base)}, of which this transformers has no causal language model:"
-            " upgrade transformers"
+            f"the export is of model type {shown(base)}, of which this transformers has no {what}: upgrade transformers"
         )
-    return _classes(base)
+    return _classes(base, auto)
 
 
 @cache
-def _classes(base: str) -> Classes:
+def _classes(base: str, auto: str) -> Classes:
     config = CONFIG_MAPPING[base]
-    causal, headless = _first(MODEL_FOR_CAUSAL_LM_MAPPING[config]), _first(MODEL_MAPPING.get(config, None))
-    named = Base(base, config, causal, headless)
+    whole, headless = _first(_models(auto)[config]), _first(MODEL_MAPPING.get(config, None))
+    named = Base(base, config, whole, headless, auto)
+    of = _ending(auto)
 
     class Config(FactoredConfig, config):  # type: ignore[valid-type, misc]
         def code(self) -> str:
             found = contents(self) or {}
             return folder_code(named, found.get("modules", {}), found.get("unfused"))
 
-    found = _named(Config, config)
+    found = _named(Config, config, of)
     models = [
-        _named(type("Model", (FactoredModel, dense), {"config_class": found}), dense) if dense else None
-        for dense in (causal, headless)
+        _named(type("Model", (FactoredModel, dense), {"config_class": found}), dense, end) if dense else None
+        for dense, end in ((whole, ""), (headless, of))
     ]
-    for auto, model in zip((AutoModelForCausalLM, AutoModel), models, strict=True):
+    for loader, model in zip((getattr(transformers, auto), AutoModel), models, strict=True):
         if model is not None:
-            auto.register(found, model, exist_ok=True)
+            loader.register(found, model, exist_ok=True)
     return Classes(found, *models)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:
     """A factored class by its name: unpickling looks it up, in processes that have not loaded such a model too."""
-    for base, causal in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        named = (causal, CONFIG_MAPPING_NAMES.get(base), MODEL_MAPPING_NAMES.get(base))
-        if any(isinstance(each, str) and name == f"Rankfront{each}" for each in named):
-            _classes(base)
-            return globals()[name]
+    for auto, kind in AUTO.items():
+        for base, whole in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").items():
+            shared = (CONFIG_MAPPING_NAMES.get(base), MODEL_MAPPING_NAMES.get(base))
+            named = (whole, *(f"{each}{_ending(auto)}" for each in shared if isinstance(each, str)))
+            if any(isinstance(each, str) and name == f"Rankfront{each}" for each in named):
+                _classes(base, auto)
+                return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -140,9 +161,11 @@ def _first(found: Any) -> Any:
     return found[0] if isinstance(found, tuple | list) else found
 
 
-def _named(made: type, dense: type) -> type:
-    """``made``, under the name that it has in a folder's code, by which this module has it too: it is pickled so."""
-    made.__name__ = made.__qualname__ = factored_name(dense)
+def _named(made: type, dense: type, of: str = "") -> type:
+    """``made``, under the name that it has in a folder's code, by which this module has it too: it is pickled so.
+
+    ``of`` tells apart those that extend one class for several heads."""
+    made.__name__ = made.__qualname__ = f"{factored_name(dense)}{of}"
     made.__module__ = __name__
     globals()[made.__name__] = made
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,8 @@ class FactoredModel:
     """
 
     def __init__(self, config: Any, *arguments: Any, **named: Any) -> None:
+        if "add_pooling_layer" in inspect.signature(super().__init__).parameters:  # of a body alone: heads know theirs
+            named.setdefault("add_pooling_layer", False)
         super().__init__(config, *arguments, **named)  # type: ignore[call-arg]
         wanted = Replacements.of(config)
         if wanted is None:

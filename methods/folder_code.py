@@ -31,13 +31,15 @@ class Base(NamedTuple):
 
     Attributes:
         model_type: as transformers calls it; None of a model that comes with code of its own.
-        config, causal: its classes; headless is that of the same model without a head, if there is one.
+        config, whole: its classes; headless is that of the same model without a head, if there is one.
+        auto: the automatic class of transformers that loads it.
     """
 
     model_type: str | None
     config: type
-    causal: type
+    whole: type
     headless: type | None
+    auto: str = "AutoModelForCausalLM"
 
     @property
     def factored_type(self) -> str:
@@ -47,7 +49,7 @@ class Base(NamedTuple):
     @property
     def auto_map(self) -> dict[str, str]:
         """What transformers' automatic classes find in `CODE_FILE`."""
-        found = {"AutoConfig": self.config, "AutoModelForCausalLM": self.causal, "AutoModel": self.headless}
+        found = {"AutoConfig": self.config, self.auto: self.whole, "AutoModel": self.headless}
         module = Path(CODE_FILE).stem
         return {auto: f"{module}.{factored_name(own)}" for auto, own in found.items() if own is not None}
 
@@ -73,7 +75,7 @@ def folder_code(
 
 
 def _head(base: Base) -> str:
-    return f'''"""A {base.causal.__name__} that rankfront {version("rankfront")} compressed: its layers, and loading it.
+    return f'''"""A {base.whole.__name__} that rankfront {version("rankfront")} compressed: its layers, and loading it.
 
 Made of rankfront's source (Apache-2.0). It imports the standard library, NumPy, torch and transformers.
 """
@@ -93,7 +95,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < {OLDES
 
 def _classes(base: Base) -> str:
     wanted: dict[str, list[str]] = {}
-    for own in (base.config, base.causal, base.headless):
+    for own in (base.config, base.whole, base.headless):
         if own is not None:
             wanted.setdefault(_module_of(own), []).append(own.__name__)
     imports = "\n".join(f"    from {module} import {', '.join(names)}" for module, names in wanted.items())
@@ -106,14 +108,14 @@ try:
 {imports}
 except ImportError as error:
     raise ImportError(
-        f"transformers {{transformers.__version__}} has no {base.causal.__name__} ({{error}}): upgrade transformers"
+        f"transformers {{transformers.__version__}} has no {base.whole.__name__} ({{error}}): upgrade transformers"
     ) from error
 
 
 class {config}(FactoredConfig, {base.config.__name__}):
     """Settings of the dense model, and what stands in the place of its modules."""{own_type}
 '''
-    for own in (base.causal, base.headless):
+    for own in (base.whole, base.headless):
         if own is not None:
             text += f"\n\nclass {factored_name(own)}(FactoredModel, {own.__name__}):\n    config_class = {config}\n"
     return text

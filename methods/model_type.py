@@ -17,10 +17,11 @@ class AnyFactoredConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **named: Any) -> Any:
-        from rankfront.methods.checkpoint import classes
+        from rankfront.methods.checkpoint import CAUSAL, classes
 
         found = config_dict.get(KEY)
-        return classes(found.get("base") if isinstance(found, dict) else None).config.from_dict(config_dict, **named)
+        base, auto = (found.get("base"), found.get("auto", CAUSAL)) if isinstance(found, dict) else (None, CAUSAL)
+        return classes(base, auto).config.from_dict(config_dict, **named)
 
 
 AutoConfig.register(KEY, AnyFactoredConfig, exist_ok=True)

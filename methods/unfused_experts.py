@@ -199,6 +199,11 @@ def seeing(model: nn.Module, least: int) -> Iterator[None]:
             module.least = None
 
 
+def is_expert(model: nn.Module, path: str) -> bool:
+    """Whether the linear at ``path`` is an expert's, which sees the tokens alone that are routed to it."""
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), Expert)
+
+
 def routed_at(model: nn.Module, path: str) -> Routed | None:
     """What the expert was given last that has its linear at ``path``; None where that is no expert's, or never ran."""
     parent = model.get_submodule(path.rpartition(".")[0])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rankfront.methods._lazy import lazy
 from rankfront.objectives._clock import Clock
+from rankfront.objectives._model_task import CAUSAL, Task
 from rankfront.objectives._objective import OBJECTIVES, Objective, make_objective
 from rankfront.objectives._subject import Subject
 
@@ -14,12 +15,14 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from rankfront.objectives._scores import TEACHER_TOP_K, Scores, Teacher, divergence_from, score, teach
 
 __all__ = [
+    "CAUSAL",
     "OBJECTIVES",
     "TEACHER_TOP_K",
     "Clock",
     "Objective",
     "Scores",
     "Subject",
+    "Task",
     "Teacher",
     "compiled",
     "divergence_from",

@@ -56,6 +56,14 @@ def generate(model: Callable[..., Any], ids: Tensor, decode: int, cache: Any = N
     return Run(prefill, watch.lap())
 
 
+@torch.inference_mode()
+def read(model: Callable[..., Any], ids: Tensor) -> Run:
+    """Time a forward pass of ``ids`` (batch, tokens), after which nothing is decoded."""
+    watch = _Stopwatch(ids.device)
+    model(input_ids=ids)
+    return Run(watch.lap(), 0.0)
+
+
 def generate_compiled(forward: Callable[..., Any], model: Any, ids: Tensor, decode: int) -> Run:
     """`generate` by what `compiled` made of ``model``, with a static cache: one that grows asks for more graphs."""
     return generate(forward, ids, decode, StaticCache(config=model.config, max_cache_len=ids.shape[1] + decode))

@@ -20,7 +20,7 @@ def note_running(subject: Subject) -> None:
     whole weight made dense, ``unpacked``; and of those whose right factor is part of one product, ``joined``."""
     if "resident_bytes" in subject.notes:
         return
-    cache_after(subject)
+    _run(subject)
     modules = list(subject.model.modules())
     held = (tensor for module in modules for tensor in _tensors(vars(module).values()))
     subject.notes |= {
@@ -28,6 +28,15 @@ def note_running(subject: Subject) -> None:
         "unpacked": float(sum(isinstance(module, Unpacked) and module.unpacked for module in modules)),
         "joined": float(sum(getattr(module, "joined", None) is not None for module in modules)),
     }
+
+
+@torch.inference_mode()
+def _run(subject: Subject) -> None:
+    """As far as what it keeps is there: a token was decoded, or where none is, a row was read."""
+    if subject.task.generates:
+        cache_after(subject)
+    else:
+        subject.task.logits(subject.model, subject.windows[:1].to(next(subject.model.parameters()).device))
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rankfront.objectives._model_task import CAUSAL, Task
+
 TEACHER_TOP_K = 1024  # of the vocabulary; the remainder's mass is kept as one more outcome (see Teacher)
 LOGITS_AT_ONCE = {"cuda": 2**27, "cpu": 2**25}  # elements of a batch of logits
 NORMALISED_AT_ONCE = {"cuda": 2**25, "cpu": 2**20}  # elements normalised in fp32; 4 MB stay in a CPU's cache
@@ -16,11 +18,11 @@ NORMALISED_AT_ONCE = {"cuda": 2**25, "cpu": 2**20}  # elements normalised in fp3
 
 @dataclass(frozen=True)
 class Teacher:
-    """The dense model's next-token distributions, cut to their k likeliest tokens and the rest.
+    """The dense model's distributions of predicted tokens, cut to their k likeliest tokens and the rest.
 
     Attributes:
-        indices: the k likeliest tokens at each predicted position, (W, L - 1, k).
-        log_probabilities: theirs, (W, L - 1, k), natural logarithms.
+        indices: the k likeliest tokens at each of the P predicted positions, (W, P, k); P = L - 1 of causal models.
+        log_probabilities: theirs, (W, P, k), natural logarithms.
     """
 
     indices: Tensor
@@ -32,8 +34,8 @@ class Scores:
     """Means over every predicted token, in nats.
 
     Attributes:
-        loss: mean negative log-likelihood of the next token.
-        divergence: mean KL(dense ‖ compressed) of next-token distributions; NaN without a teacher.
+        loss: mean negative log-likelihood.
+        divergence: mean KL(dense ‖ compressed) of the distributions; NaN without a teacher.
         tokens: how many tokens went through the model.
     """
 
@@ -47,30 +49,29 @@ class Scores:
         return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
-def predictions(model: nn.Module, windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def predictions(model: nn.Module, windows: Tensor, task: Task) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first position p, targets (n,), log-probabilities (n, V) in fp32) for runs of predicted tokens.
 
-    Positions count the W (L - 1) predicted tokens of ``windows`` (W, L) in order. Windows go through the model as many
-    at once as `LOGITS_AT_ONCE` lets their logits be, at least one.
+    Positions count the W P predicted tokens of ``windows`` (W, L) in order; causal models predict P = L - 1. Windows go
+    through the model as many at once as `LOGITS_AT_ONCE` lets their logits be, at least one.
     """
     device = next(model.parameters()).device
     kind = device.type if device.type in LOGITS_AT_ONCE else "cuda"
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    predicted = windows.shape[1] - 1
+    vocabulary, predicted = task.outcomes(model), task.predicted(windows.shape[1])
     step = max(1, LOGITS_AT_ONCE[kind] // (windows.shape[1] * vocabulary))
     run = max(1, NORMALISED_AT_ONCE[kind] // vocabulary)
     for start in range(0, len(windows), step):
         ids = windows[start : start + step].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # (b (L - 1), V)
-        targets = ids[:, 1:].flatten()
+        logits = task.logits(model, ids)[:, :predicted].flatten(0, 1)  # (b P, V)
+        targets = task.targets(ids).flatten()
         for first in range(0, len(targets), run):
             rows = slice(first, first + run)
             yield start * predicted + first, targets[rows], torch.log_softmax(logits[rows].float(), dim=-1)
 
 
 @torch.inference_mode()
-def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> Scores:
-    """Score ``model`` on ``windows`` (W, L): each window on its own, its first token predicted from nothing.
+def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None, task: Task = CAUSAL) -> Scores:
+    """Score ``model`` on ``windows`` (W, L), each on its own.
 
     With a teacher, KL(p ‖ q) = Σ_{i in top k} p_i (log p_i − log q_i) + p_rest (log p_rest − log q_rest), where
     rest is the mass outside the teacher's k likeliest tokens. By the data-processing inequality this is at most
@@ -78,11 +79,11 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None) -> 
     """
     loss = torch.zeros((), dtype=torch.float64)
     divergence = torch.zeros((), dtype=torch.float64)
-    for start, targets, student in predictions(model, windows):
+    for start, targets, student in predictions(model, windows, task):
         loss -= student.gather(-1, targets[:, None]).double().sum().cpu()
         if teacher is not None:
             divergence += divergence_from(student, teacher, start).cpu()
-    predicted = len(windows) * (windows.shape[1] - 1)
+    predicted = len(windows) * task.predicted(windows.shape[1])
     return Scores(
         loss=float(loss) / predicted,
         divergence=float(divergence) / predicted if teacher is not None else math.nan,
@@ -104,12 +105,12 @@ def divergence_from(student: Tensor, teacher: Teacher, start: int) -> Tensor:
 
 
 @torch.no_grad()
-def teach(model: nn.Module, windows: Tensor, top_k: int = TEACHER_TOP_K) -> Teacher:
+def teach(model: nn.Module, windows: Tensor, top_k: int = TEACHER_TOP_K, task: Task = CAUSAL) -> Teacher:
     """The teacher that ``model`` (dense) makes on ``windows`` (W, L)."""
     indices, values = [], []
-    for _, _, log_probabilities in predictions(model, windows):
+    for _, _, log_probabilities in predictions(model, windows, task):
         top = log_probabilities.topk(min(top_k, log_probabilities.shape[-1]), dim=-1)
         indices.append(top.indices.int().cpu())
         values.append(top.values.cpu())
-    shape = (len(windows), windows.shape[1] - 1, -1)
+    shape = (len(windows), task.predicted(windows.shape[1]), -1)
     return Teacher(torch.cat(indices).view(shape), torch.cat(values).view(shape))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankfront.methods import Cost
 from rankfront.objectives._clock import Clock
+from rankfront.objectives._model_task import CAUSAL, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Subject:
         tokenizer: the model's; None where nobody gave one.
         timings: rounds of both models, by lengths and by how both run, for latencies to share.
         engines: what runs both models in other engines; None where nobody gave any.
+        task: what the model is for.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Subject:
     tokenizer: Any = None
     timings: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     engines: Engines | None = None
+    task: Task = CAUSAL
 
     @cached_property
     def scores(self) -> Scores:
@@ -52,4 +55,4 @@ class Subject:
         from rankfront.objectives._scores import score
 
         with self.clock.phase("evaluate"):
-            return score(self.model, self.windows, self.teacher)
+            return score(self.model, self.windows, self.teacher, self.task)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from rankfront.methods import Cost, InputError, check_choice, shown
+from rankfront.objectives._model_task import CAUSAL, Task
 from rankfront.objectives._objective import WORST, register
 from rankfront.objectives._subject import Subject
 
@@ -88,7 +89,7 @@ class Timed:
     Attributes:
         batch: sequences at once.
         prompt: tokens a sequence starts with.
-        decode: tokens generated after it.
+        decode: tokens generated after it; 0 where a forward pass of the prompt is all.
         rounds: pairs of runs, at least.
         seconds: after which no further round is begun to steady the ratio.
         compile: whether both models run through ``torch.compile``, with a static cache.
@@ -97,6 +98,7 @@ class Timed:
     """
 
     name = "timed"
+    least_decoded: ClassVar[int] = 0
     unit = "ratio to dense"
     logarithmic = False
 
@@ -110,11 +112,11 @@ class Timed:
     engine: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "prompt", "decode", "rounds"):
+        for name, least in (("batch", 1), ("prompt", 1), ("decode", self.least_decoded), ("rounds", 1)):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**31:
+            if type(value) is not int or not least <= value <= 2**31:
                 raise InputError(
-                    f"objectives.{self.name}.{name} is {shown(value)}: it must be a whole number from 1 to 2^31"
+                    f"objectives.{self.name}.{name} is {shown(value)}: it must be a whole number from {least} to 2^31"
                 )
         if type(self.seconds) not in (int, float) or not 0 <= self.seconds <= LONGEST:
             raise InputError(
@@ -193,10 +195,12 @@ class Timed:
         ids, need = windows.flatten(), self.batch * self.prompt
         return ids.repeat(-(-need // len(ids)))[:need].view(self.batch, self.prompt).to(device)
 
-    def runner(self, model: nn.Module) -> Callable[[Tensor], Run]:
-        """What times one generation from prompts (batch, prompt)."""
-        from rankfront.objectives._generation import compiled, generate, generate_compiled
+    def runner(self, model: nn.Module, task: Task = CAUSAL) -> Callable[[Tensor], Run]:
+        """What times one generation from prompts (batch, prompt), or a forward pass of them where none goes on."""
+        from rankfront.objectives._generation import compiled, generate, generate_compiled, read
 
+        if not task.generates:
+            return partial(read, compiled(model) if self.compile else model)
         if self.compile:
             return partial(generate_compiled, compiled(model), model, decode=self.decode)
         return partial(generate, model, decode=self.decode)
@@ -231,7 +235,7 @@ class Timed:
                     dense,
                 )
             )
-        run = partial(self.runner(subject.model), ids)
+        run = partial(self.runner(subject.model, subject.task), ids)
         if as_dense is None:
             return run, None
 
@@ -264,11 +268,10 @@ class Latency(Timed):
         return run.total
 
     def notes(self, rounds: Rounds) -> dict[str, float]:
-        return {
-            "latency_prefill": rounds.ratio(lambda run: run.prefill)[0],
-            "latency_decode": rounds.ratio(lambda run: run.decode)[0],
-            "latency_dense_ms": 1000 * float(np.median([run.total for run in rounds.dense])),
-        }
+        found = {"latency_prefill": rounds.ratio(lambda run: run.prefill)[0]}
+        if self.decode:
+            found["latency_decode"] = rounds.ratio(lambda run: run.decode)[0]
+        return found | {"latency_dense_ms": 1000 * float(np.median([run.total for run in rounds.dense]))}
 
 
 @register
@@ -293,6 +296,7 @@ class LatencyDecode(Timed):
     """The same for the tokens after it; notes ``latency_decode_spread`` and ``latency_decode_ms``, of one step."""
 
     name = "latency_decode"
+    least_decoded = 1
 
     @staticmethod
     def of(run: Run) -> float:

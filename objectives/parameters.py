@@ -27,7 +27,8 @@ class Parameters(Size):
 @register
 @dataclass(frozen=True)
 class BlockParameters(Size):
-    """The same over the linear layers inside the blocks only, their biases included: the fraction that papers quote."""
+    """The same over the matrices inside the blocks only, whether they can be treated or not, with the biases of those
+    that can: the fraction that papers quote."""
 
     name = "block_parameters"
     unit = "kept fraction"

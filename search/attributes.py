@@ -33,8 +33,18 @@ SLOPES = "slopes"
 NOTES = "notes"
 FAILURE: Final = "failure"
 LOST: Final = "lost"
+PLACE: Final = "place"  # in the code, of what a failed trial raised
 PARAMETER_COUNT, BLOCK_PARAMETERS = "parameter_count", "block_parameters"
-MEASURED = (FAILURE, LOST, SECONDS, PREDICTED, PLAN, PLAN_KEY)  # what a failed trial has beside what it was queued with
+BLOCK_COUNT = "block_parameter_count"
+MEASURED = (
+    FAILURE,
+    LOST,
+    PLACE,
+    SECONDS,
+    PREDICTED,
+    PLAN,
+    PLAN_KEY,
+)  # what a failed trial has beside what it was queued with
 
 # Of the study.
 TIMING = "timing"

@@ -15,6 +15,7 @@ Loss = Literal["kl", "ce", "both"]
 BlockError = Literal["relative", "fisher"]
 Window = Literal["block", "half"]
 TeacherChoice = Literal["auto", "beside", "cached"]
+ModelTask = Literal["causal-lm", "masked-lm"]
 OURS = "rankfront"
 SAMPLERS = (OURS, "random", "tpe", "nsga2", "nsga3", "gp")
 Effort = Literal["auto", "quick", "normal"]

@@ -28,12 +28,24 @@ from pydantic_core import ErrorDetails
 from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
 from rankfront.objectives.tasks import Tasks
-from rankfront.search.choices import OURS, SAMPLERS, STAGES, BlockError, Loss, Servable, Stage, TeacherChoice, Window
+from rankfront.search.choices import (
+    OURS,
+    SAMPLERS,
+    STAGES,
+    BlockError,
+    Loss,
+    ModelTask,
+    Servable,
+    Stage,
+    TeacherChoice,
+    Window,
+)
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import BUNDLED
 from rankfront.search.servable import STEPS, held_by_all
 from rankfront.search.splits import PYDOC, SELF, SPLITS, Split, column_of, own_text_seed, trial_windows
 from rankfront.search.urls import parse_url
+from rankfront.search.without_decoding import refusal, with_defaults
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 MIN_WINDOW = 8  # tokens; shorter windows predict next to nothing
@@ -85,10 +97,11 @@ class ModelConfig(Strict):
     """A bundled name, a hub id, a local folder or a .gguf file; what it is evaluated in and on.
 
     ``attention`` is one of transformers' implementations, such as sdpa or eager; None leaves it to transformers.
-    ``trust_remote_code`` lets Python code that comes with the model run.
+    ``trust_remote_code`` lets Python code that comes with the model run. ``task`` is what the model is for.
     """
 
     name: Name = "smollm2-135m"
+    task: ModelTask = "causal-lm"
     dtype: str = "auto"
     device: str = "auto"
     attention: str | None = None
@@ -399,6 +412,18 @@ class StudyConfig(Strict):
         rest = {key: value for key, value in data.items() if key != "objectives"}
         others = {name: settings for name, settings in objectives.items() if name != TASKS}
         return rest | {TASKS: asked} | ({"objectives": others} if others else {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_decoding(cls, data: Any) -> Any:
+        return with_defaults(data, {name: DataConfig.model_fields[name].default.windows for name in SPLITS})
+
+    @model_validator(mode="after")
+    def _decodes_where_it_can(self) -> StudyConfig:
+        why = refusal(self)
+        if why is not None:
+            raise ValueError(why)
+        return self
 
     @field_validator("tasks")
     @classmethod

@@ -171,7 +171,8 @@ class Study:
         """Where the model comes from, resolved on this machine."""
         from rankfront.search.inputs.resolve import resolve
 
-        return resolve(self.config.model.name, self.config.model.trust_remote_code)
+        model = self.config.model
+        return resolve(model.name, model.trust_remote_code, model.task)
 
     def setup(self) -> Setup:
         """The study resolved on this machine: tokens, dtype, device, fingerprint, the grid of ranks."""

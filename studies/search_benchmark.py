@@ -36,6 +36,7 @@ from rich.console import Console
 from rankfront.methods import InputError
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
+from rankfront.search.factors.failures import Failures
 from rankfront.search.measure.predictions import measure_probes, scaled_predictions, spectrum_predictions
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.slopes import measure_slopes
@@ -97,7 +98,7 @@ class Bench:
         self.setup = study.setup()
         self.resident = JobRunner(self.setup)
         self.wanted = self.resident.compressed.space.wanted()
-        self.spectrum = spectrum_predictions(self.wanted, self.resident.compressed.store)
+        self.spectrum = spectrum_predictions(self.wanted, self.resident.compressed.store, Failures())
 
     def probes(self, found: Found, share: float, fractions: tuple[float, ...] | None) -> Predictions:
         """KL of options alone, the tokens of ``share`` spread over them evenly; every option where no fractions."""
@@ -109,7 +110,7 @@ class Bench:
         windows = self.setup.tokens["search"][: max(1, int(share / (count + 1)) // 512), :length]
         self.resident.compressed.apply(Plan(()))
         probes, tokens = measure_probes(
-            self.resident.compressed.model, self.resident.compressed.apply_one, windows, options
+            self.resident.compressed.model, self.resident.compressed.apply_one, windows, options, Failures()
         )
         found.tokens += tokens
         return probes

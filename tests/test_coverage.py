@@ -66,6 +66,16 @@ def test_experts_that_cannot_be_taken_apart_are_searched_around_only_where_that_
     said = console.file.getvalue()
     assert "of the blocks' weights can be treated; the rest stays dense:" in said
     assert "mlp.experts.down_proj" in said
+    check_block_parameters(study, AutoModelForCausalLM.from_pretrained(experts))
+
+
+def check_block_parameters(study, model):
+    """They are of all matrices of the blocks, experts too: what a trial saves there is saved of all of them."""
+    whole = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.ndim > 1)
+    for row in study.rows():
+        saved = model.num_parameters() - row.figure("parameter_count")
+        assert row.figure("block_parameter_count") == whole - saved
+        assert row.figure("block_parameters") == (whole - saved) / whole
 
 
 def test_linears_that_are_not_plain_are_named():

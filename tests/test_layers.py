@@ -13,7 +13,7 @@ SEARCH = Path(__file__).resolve().parent.parent / "search"
 LEAVES = {
     "attributes", "tuning", "config", "constraint", "names", "splits", "choices", "errors", "plain", "atomic", "urls",
     "quantities",
-    "servable",
+    "servable", "without_decoding",
 }  # fmt: skip
 BELOW = {  # package -> the packages that it may import
     "inputs": set(),

@@ -16,6 +16,7 @@ from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.latency_table import Timing
 from rankfront.search.plans.limits import COSTS, Figures, met
 from rankfront.search.plans.menu import make_menu
+from rankfront.search.plans.plan import Prices
 
 SHAPES = {"b.v": (96, 64), "b.o": (64, 96), "head": (160, 64)}
 LEVELS = [Option.of("svd-llm", rank=rank) for rank in (16, 24)]
@@ -46,7 +47,7 @@ def make_figures(seed=0, levels=(*LEVELS, *INTEGERS), biased="b.o"):
     del seconds["head"][UNTIMED.label]
     table = Timing(seconds, {"prefill": 4.0, "decode": 0.0}, slope=0.9)
     inside = {site: site.name.startswith("b") for site in wanted}
-    return Figures(make_menu(wanted, predictions), inside, 30_000, 2, {"latency": (Latency(), table)})
+    return Figures(make_menu(wanted, predictions), Prices(inside, 30_000, 2), {"latency": (Latency(), table)})
 
 
 def every_choice(menu):

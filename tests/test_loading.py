@@ -14,6 +14,7 @@ from launching import quiet, verify_here
 from safetensors.torch import load_file, save_file
 
 from rankfront.methods import InputError
+from rankfront.objectives import CAUSAL
 from rankfront.search.__main__ import run
 from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer, read_config, skeleton
 from rankfront.search.inputs.resolve import resolve
@@ -200,9 +201,10 @@ def test_a_factored_export_without_a_factor_is_refused_by_its_name(factored, tmp
 
 def test_verifying_a_folder_refuses_it_where_a_tensor_is_missing(model_folder, tmp_path):
     folder = rewrite(copied(model_folder, tmp_path / "m"), lambda tensors: tensors.pop(DOWN))
-    save_file({"windows": common.tokens(2, 16)}, tmp_path / "tokens")
+    given = {name: tensor.clone() for name, tensor in CAUSAL.frozen(common.tokens(2, 16)).items()}
+    save_file(given, tmp_path / "tokens")
     with pytest.raises(SystemExit) as stopped:
-        verify.main(str(folder), str(tmp_path / "tokens"), "cpu", "1", "0")
+        verify.main(str(folder), str(tmp_path / "tokens"), "cpu", "1", "0", CAUSAL.auto)
     assert DOWN in str(stopped.value)
 
 

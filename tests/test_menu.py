@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rankfront.methods import DENSE_OPTION, Grid, Option, Site, Weight, get_method
+from rankfront.search.factors.failures import Failures
 from rankfront.search.measure.predictions import scaled_predictions, spectrum_predictions
 from rankfront.search.plans.menu import TINY, make_menu, values_stored
 from rankfront.search.plans.menu_jobs import probe_options
@@ -260,7 +261,7 @@ def test_probes_are_the_options_nearest_in_storage(fractions):
 
 def test_the_spectrums_tail_is_a_share_that_falls_with_rank(resident):
     wanted = resident.compressed.space.wanted()
-    found = spectrum_predictions(wanted, resident.compressed.store)
+    found = spectrum_predictions(wanted, resident.compressed.store, Failures())
     assert found.keys() == {site.name for site in wanted}
     for site, options in wanted.items():
         assert found[site.name].keys() == {option.label for option in options}
@@ -274,7 +275,7 @@ def test_the_spectrums_tail_is_a_share_that_falls_with_rank(resident):
 def test_the_spectrums_tail_of_plain_svd_is_that_of_the_weight(resident):
     """Σ_{i > r} σ_i² / Σ σ_i², from the dense weight itself."""
     wanted = resident.compressed.space.wanted()
-    found = spectrum_predictions(wanted, resident.compressed.store)
+    found = spectrum_predictions(wanted, resident.compressed.store, Failures())
     for site, options in list(wanted.items())[:3]:
         weight = resident.compressed.dense_modules[site.name].weight.double()
         energy = np.linalg.svd(weight.numpy(), compute_uv=False) ** 2
@@ -286,7 +287,7 @@ def test_the_spectrums_tail_of_plain_svd_is_that_of_the_weight(resident):
 
 def test_a_menu_of_a_model_covers_its_space(resident):
     wanted = resident.compressed.space.wanted()
-    menu = make_menu(wanted, spectrum_predictions(wanted, resident.compressed.store))
+    menu = make_menu(wanted, spectrum_predictions(wanted, resident.compressed.store, Failures()))
     assert {line.site for line in menu.lines} == {site.name for site in wanted}
     treated = common.random_plan(resident, 0)
     assert menu.decode(menu.encode(treated)) == treated

@@ -126,19 +126,21 @@ def test_a_report_is_scored_on_the_report_split(resident):
 
 @pytest.mark.parametrize("kind", ["trial", "report"])
 @pytest.mark.parametrize(
-    "error", [RuntimeError("out of memory\nwith a trace"), MemoryError(), ValueError("not finite")]
+    "error",
+    [RuntimeError("out of memory\nwith a trace"), MemoryError(), ValueError("not finite"), KeyError("x"), TypeError()],
 )
 def test_a_failure_is_a_value_and_the_next_trial_runs(resident, monkeypatch, kind, error):
     plan, before = random_plan(resident, 5), logits(resident)
 
-    def fail(*arguments):
+    def fail(*arguments, **named):
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr("rankfront.objectives._scores.score", fail)
         patch.setattr("rankfront.search.measure.control.score", fail)
         record = resident.run(Job(kind, 0, plan))
-    assert list(record) == (["failure", "lost"] if isinstance(error, MemoryError) else ["failure"])
+    assert list(record) == ["failure", "lost" if isinstance(error, MemoryError) else "place"]
+    assert "test_trial.py:" in record.get("place", "test_trial.py:")
     assert type(error).__name__ in record["failure"]
     assert "\n" not in record["failure"]
     assert torch.equal(logits(resident), before)
@@ -152,6 +154,22 @@ def test_a_record_has_its_seconds_and_no_field_that_is_not_documented(resident, 
     assert record["seconds"]
     assert "failure" not in record
     assert record.keys() <= Record.__annotations__.keys()
+
+
+def test_a_note_that_cannot_be_taken_costs_nothing(resident, monkeypatch):
+    """How a model runs is bookkeeping."""
+    plan = random_plan(resident, 5)
+    whole = resident.run(Job("trial", 0, plan))
+
+    def fail(subject):
+        raise TypeError("forward() takes no cache")
+
+    monkeypatch.setattr("rankfront.search.measure.runner.note_running", fail)
+    monkeypatch.setattr("rankfront.search.measure.control.continuations", lambda *_: fail(None))
+    record, report = resident.run(Job("trial", 0, plan)), resident.run(Job("report", 0, plan))
+    assert record["values"] == whole["values"]
+    assert record["notes_failure"] == report["continuations_failure"] == "TypeError: forward() takes no cache"
+    assert math.isfinite(report["perplexity"])
 
 
 def test_what_is_not_finite_is_a_failure(resident, monkeypatch):

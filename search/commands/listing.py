@@ -18,13 +18,14 @@ def evaluate_command(
     windows: Annotated[int, typer.Option(min=1)] = 16,
     length: Annotated[int, typer.Option(min=8)] = 512,
     prepack: Annotated[bool, typer.Option("--prepack", help="with weights in the order a CPU reads fastest")] = False,
+    task: Annotated[str, typer.Option(help="causal-lm, or masked-lm for an encoder")] = "causal-lm",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model: perplexity, parameters, latency."""
     from rankfront.search.output.evaluate import evaluate
 
-    found = evaluate(model, text, windows, length, prepacked=prepack, trust_remote_code=trust_remote_code)
+    found = evaluate(model, text, windows, length, prepacked=prepack, trust_remote_code=trust_remote_code, task=task)
     if as_json:
         print_json(found)
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankfront.methods import InputError
+from rankfront.objectives import CAUSAL
 from rankfront.search.config import MIN_WINDOW, SpaceConfig, located, make_config, overridden
 from rankfront.search.constraint import Constraint
 from rankfront.search.estimate.request import Request
@@ -68,6 +69,11 @@ class Subject:
     def of(cls, request: Request) -> Subject:
         """Resolved on this machine; `InputError` where the model cannot be searched."""
         said = make_config(overridden({}, request.overrides)).model
+        if said.task != CAUSAL.name:
+            raise InputError(
+                f"studies of causal language models alone are drafted, and model.task is {said.task!r}: write a study"
+                " file, and launch it"
+            )
         source = resolve(request.model, request.trust_remote_code)
         device = pick_device(said.device)
         outline = outline_of(source, said.attention)
@@ -76,7 +82,9 @@ class Subject:
     @property
     def prices(self) -> Prices:
         """Of the dense model and its plans."""
-        return Prices(inside_blocks(self.outline.sites), self.outline.parameters, DTYPES[self.dtype].itemsize)
+        found = self.outline
+        value_bytes, block_values = DTYPES[self.dtype].itemsize, found.coverage.block_values
+        return Prices(inside_blocks(found.sites), found.parameters, value_bytes, block_values)
 
     @property
     def positions(self) -> int | None:

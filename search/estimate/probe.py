@@ -16,7 +16,6 @@ from rankfront.methods import Option, Prepared, Site, Statistics, get_method
 from rankfront.search.config import StudyConfig
 from rankfront.search.estimate.draft import Subject
 from rankfront.search.factors.calibration import calibrate
-from rankfront.search.factors.store import UNMADE
 from rankfront.search.inputs.decoding import decoder
 from rankfront.search.inputs.device import DTYPES, give_back_memory, set_threads
 from rankfront.search.inputs.model import load_model, use_attention
@@ -176,7 +175,7 @@ def _one(
     with _timed() as seconds:
         try:
             prepared: list[Prepared] = [method.prepare(site, weights, statistics, batches[0])]
-        except UNMADE:  # of so few tokens
+        except Exception:  # noqa: BLE001 - of so few tokens
             return 0.0, 0.0
         taken = seconds()
     for tensor in (tensor for each in prepared for tensor in each.values()):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from rankfront.methods import Gram, Site, Statistics, Weight, narrow_outputs
 from rankfront.methods.unfused_experts import routed_at, seeing
+from rankfront.objectives import CAUSAL, Task
+from rankfront.search.factors.failures import UNREACHED, Failures
 
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
@@ -47,7 +49,9 @@ class _Recorder:
 
     needs: frozenset[str]
     groups: Mapping[str, str]  # module path -> path of the first module that reads the same input
+    failures: Failures  # by module path
     sums: dict[str, _Sums] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
 
     def attach(self, model: nn.Module, paths: Sequence[str]) -> list[Any]:
         handles = []
@@ -60,8 +64,13 @@ class _Recorder:
         sums, leads = self.sums[path], self.groups[path] == path
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            with self.failures.sparing(path):
+                read(inputs, output)
+
+        def read(inputs: tuple[Tensor, ...], output: Tensor) -> None:
             raw = inputs[0].detach().flatten(0, -2)  # (tokens, n)
             sums.tokens += len(raw)
+            self.reached.add(path)
             if leads and self.needs & {"gram", "absolute"}:
                 x, routed = raw.float(), routed_at(model, path)
                 if routed is not None and routed.weights is not None:
@@ -71,11 +80,21 @@ class _Recorder:
                 if "absolute" in self.needs:
                     sums.absolute = _add(sums.absolute, x.abs().sum(0))
             if self.needs & GRADIENTS and output.requires_grad:
-                output.register_hook(lambda gradient: self._gradient(sums, raw, gradient))
+                output.register_hook(lambda gradient: self._gradient(path, raw, gradient))
 
         return hook
 
-    def _gradient(self, sums: _Sums, x: Tensor, gradient: Tensor) -> None:
+    def why_not(self, path: str) -> str | None:
+        """Why the inputs of the module at ``path`` could not be measured; None where they were."""
+        lead = self.groups[path]
+        found = self.failures.get(path, self.failures.get(lead))
+        return found or (None if path in self.reached else UNREACHED)
+
+    def _gradient(self, path: str, x: Tensor, gradient: Tensor) -> None:
+        with self.failures.sparing(path):
+            self._sum_gradient(self.sums[path], x, gradient)
+
+    def _sum_gradient(self, sums: _Sums, x: Tensor, gradient: Tensor) -> None:
         if not len(x):  # of an expert without tokens
             return
         sums.felt += len(x)
@@ -93,7 +112,7 @@ def _add(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total.add_(term)
 
 
-def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor) -> dict[str, str]:
+def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor, task: Task = CAUSAL) -> dict[str, str]:
     """Module path -> path of the first of the modules that read the very same tensor (q/k/v, gate/up).
 
     Found by running ``ids`` (1, L) once and comparing the tensors themselves, so no names are assumed.
@@ -103,15 +122,16 @@ def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor) -> dict[s
 
     def hook(path: str) -> Callable[..., None]:
         def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            first, _ = seen.setdefault(id(inputs[0]), (path, inputs[0]))  # keeping the tensor keeps its id its own
-            groups[path] = first
+            if inputs:  # else it was called by keyword, and shares with nobody as far as is known
+                first, _ = seen.setdefault(id(inputs[0]), (path, inputs[0]))  # keeping the tensor keeps its id its own
+                groups[path] = first
 
         return remember
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in dict.fromkeys(paths)]
     try:
         with torch.no_grad(), seeing(model, 0):
-            model(input_ids=ids, use_cache=False)
+            task.logits(model, ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -150,41 +170,57 @@ def calibrate(
     needs: frozenset[str],
     progress: Progress,
     limit: int = MEMORY_LIMIT,
+    failures: Failures | None = None,
+    task: Task = CAUSAL,
 ) -> Iterator[tuple[Site, dict[str, Statistics]]]:
     """(site, statistics by role) for every site that has inputs to measure, in order.
+
+    Of the others, ``failures`` has the reason by the site's name; where none are given, RuntimeError.
 
     Runs ``windows`` (W, L) through the dense model once for each group of sites whose statistics fit under
     ``limit`` bytes, and drops a group's statistics before the next pass. An expert of a mixture that is given fewer
     than `LEAST_TOKENS` sees other tokens of its layer too; its gradients, which these have none of, are pooled with
     equal ones. Gradients, where one of `GRADIENTS` is needed,
-    are those of the summed next-token cross-entropy with respect to each weight's output; no weight gradient
+    are those of the summed cross-entropy of predicted tokens with respect to each weight's output; no weight gradient
     is ever formed. ``progress`` hears (windows done, windows in all).
     """
     device = next(model.parameters()).device
     sites = [site for site in sites if all(weight.kind == "linear" for weight in site.weights)]
     paths = [weight.path for site in sites for weight in site.measured]
-    groups = shared_inputs(model, paths, windows[:1, :8].to(device))
+    groups = shared_inputs(model, paths, windows[:1, :8].to(device), task)
     passes = _passes(sites, groups, needs, limit)
     total = len(windows) * len(passes)
     for number, chosen in enumerate(passes):
-        recorder = _Recorder(needs, _leaders_within(chosen, groups))
+        recorder = _Recorder(needs, _leaders_within(chosen, groups), Failures())
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.measured])
         try:
             with seeing(model, _least(windows)):
-                for done in _run(model, windows, gradients=bool(needs & GRADIENTS)):
+                for done in _run(model, windows, task, gradients=bool(needs & GRADIENTS)):
                     progress(number * len(windows) + done, total)
         finally:
             for handle in handles:
                 handle.remove()
         counts = _token_counts(windows.to(device), chosen) if "frequency" in needs else {}
-        yield from _hand_over(model, chosen, recorder, windows.numel(), counts)
+        failed = Failures()
+        for site in chosen:
+            reasons = [reason for weight in site.measured if (reason := recorder.why_not(weight.path)) is not None]
+            if reasons:
+                failed[site.name] = reasons[0]
+        if failures is None:
+            failed.check()
+        else:
+            failures |= failed
+        measured = [site for site in chosen if site.name not in failed]
+        yield from _hand_over(model, measured, recorder, windows.numel(), counts)
 
 
 def _leaders_within(sites: Sequence[Site], groups: Mapping[str, str]) -> dict[str, str]:
     """``groups`` cut to one pass: the first of a group in this pass leads it here."""
     leaders: dict[str, str] = {}
     return {
-        weight.path: leaders.setdefault(groups[weight.path], weight.path) for site in sites for weight in site.measured
+        weight.path: leaders.setdefault(groups.get(weight.path, weight.path), weight.path)
+        for site in sites
+        for weight in site.measured
     }
 
 
@@ -245,7 +281,7 @@ def _pool_gradients(needs: frozenset[str], sums: _Sums, weight: Weight) -> None:
         sums.gradient = own + (share * float(own.diagonal().mean()) or 1.0) * torch.eye(m, device=own.device)
 
 
-def _run(model: Any, windows: Tensor, gradients: bool) -> Iterator[int]:
+def _run(model: Any, windows: Tensor, task: Task, gradients: bool) -> Iterator[int]:
     """Run the windows through the model, with a backward pass where asked; yields how many are done."""
     device = next(model.parameters()).device
     step = max(1, BATCH_TOKENS // windows.shape[1])
@@ -257,9 +293,9 @@ def _run(model: Any, windows: Tensor, gradients: bool) -> Iterator[int]:
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(device)
             with torch.set_grad_enabled(gradients):
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                logits = task.logits(model, ids)[:, : task.predicted(windows.shape[1])]
                 if gradients:
-                    targets = ids[:, 1:].flatten()
+                    targets = task.targets(ids).flatten()
                     nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").backward()
             yield min(start + step, len(windows))
     finally:

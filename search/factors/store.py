@@ -16,13 +16,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rankfront.methods import Factors, Method, Option, Prepared, Site, Statistics, get_method
+from rankfront.methods import Factors, InputError, Method, Option, Prepared, Site, Statistics, get_method
 from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
+from rankfront.search.errors import reason_of
 from rankfront.search.factors import calibration
 from rankfront.search.factors.mapped import MappedFiles, checksum_of
 
 KEY_LENGTH = 16  # hex digits of a cache key
-UNMADE = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # what factoring may raise, shortage of memory too
+
+
+class Unfactored(RuntimeError):
+    """A trial wants factors that could not be made."""
 
 
 def _digest(*parts: str) -> str:
@@ -123,8 +127,10 @@ class FactorStore:
         started = time.perf_counter()
         try:
             prepared = method.prepare(site, weights, statistics, served)
-        except UNMADE as error:
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of any method: it costs the trials that want it
+            reason = reason_of(error)
             if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 write_checked(_failure_file(path), reason)
             else:
@@ -145,6 +151,10 @@ class FactorStore:
             tensor = tensor.to(self.dtype)
         return tensor.contiguous().cpu()
 
+    def leave(self, site: Site, options: Sequence[Option], reason: str) -> None:
+        """Keep why ``options`` cannot be made for ``site`` in this launch, such as where nothing was measured of it."""
+        self.unmade |= {self.path(site, option): reason for option in options}
+
     def drop_partials(self, methods: Iterable[str]) -> None:
         """Drop what writers on this machine that were killed have left half written."""
         for name in methods:
@@ -154,14 +164,14 @@ class FactorStore:
         """The prepared tensors behind ``option``, memory-mapped; verified when they are, and again once the file is
         another.
 
-        Raises `InputError` naming the file where it is missing, corrupt or another than before, RuntimeError where
+        Raises `InputError` naming the file where it is missing, corrupt or another than before, `Unfactored` where
         factoring had failed.
         """
         path = self.path(site, option)
         if path not in self._files:
             reason = self.failure(site, option)
             if reason is not None:
-                raise RuntimeError(f"{option.method} could not factor {site.name}: {reason}")
+                raise Unfactored(f"{option.method} could not factor {site.name}: {reason}")
         return self._files.read(path)
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from rankfront.methods import Factors, Heads, Site, Storage
 from rankfront.methods._method import plain_factors
 from rankfront.methods.layers import replacement, set_module
 from rankfront.methods.layers_joint import CACHED
+from rankfront.objectives import CAUSAL, Task
 from rankfront.objectives._caches import cache_of
 from rankfront.search.inputs.sites import weights_at
 
@@ -33,10 +34,10 @@ Weights = Mapping[str, Tensor]
 Halved = tuple[dict[str, Factors], Factors]  # by role; and of the anchor alone
 
 
-def refused(model: Any, sites: Iterable[Site], windows: Tensor) -> dict[str, str]:
+def refused(model: Any, sites: Iterable[Site], windows: Tensor, task: Task = CAUSAL) -> dict[str, str]:
     """Name of each joint site that is not what it seems -> why, by the first tokens of ``windows`` (W, L)."""
     joint = [site for site in sites if site.roles in HALVES and not _fixed(site)]
-    look = _Look(model, windows[:1, :TOKENS].to(next(model.parameters()).device))
+    look = _Look(model, windows[:1, :TOKENS].to(next(model.parameters()).device), task)
     reasons: dict[str, str] = {}
     for roles in dict.fromkeys(site.roles for site in joint):
         alike = [site for site in joint if site.roles == roles]
@@ -58,11 +59,12 @@ def refusals(reasons: Mapping[str, str]) -> Iterator[str]:
 class _Look:
     """The dense model's logits on some ``ids`` (1, L), and how treatments compare."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model, self.ids = model, ids
+    def __init__(self, model: Any, ids: Tensor, task: Task) -> None:
+        self.model, self.ids, self.task = model, ids, task
         self.rounding = ROUNDING.get(next(model.parameters()).dtype, ROUNDING[torch.bfloat16])
         self.dense = self._logits()
-        self.caches = self._same(self._stepwise(), self.dense)  # some models have no cache, or one of their own kind
+        # Encoders have no cache, some decoders one of their own kind.
+        self.caches = task.generates and self._same(self._stepwise(), self.dense)
 
     def at(self, sites: Sequence[Site]) -> str | None:
         """Why ``sites`` cannot be treated together, or None where they can."""
@@ -106,8 +108,7 @@ class _Look:
 
     @torch.no_grad()
     def _logits(self) -> Tensor:
-        found: Tensor = self.model(input_ids=self.ids, use_cache=False).logits.float()
-        return found
+        return self.task.logits(self.model, self.ids).float()
 
     @torch.no_grad()
     def _stepwise(self) -> Tensor:

@@ -18,7 +18,7 @@ class Capacity:
 
     Attributes:
         rows: of its embedding table.
-        positions: that it has learned embeddings for (GPT-2, OPT); None where it has rotary ones.
+        positions: that it has learned embeddings for (GPT-2, OPT, BERT); None where it has rotary ones.
     """
 
     rows: int
@@ -45,9 +45,14 @@ def capacity_of(model: Any) -> Capacity:
     """Read from the module tree: of a model with its weights or without."""
     table = model.get_input_embeddings()
     positions = [
-        module.num_embeddings - getattr(module, "offset", 0)
+        module.num_embeddings - getattr(module, "offset", 0) - _before(module)
         for path, module in model.named_modules()
         if (isinstance(module, nn.Embedding) and "pos" in path.rpartition(".")[2]) or path.endswith(".wpe")
         if module.embedding_dim == table.embedding_dim and not path.startswith(towers(model))
     ]
     return Capacity(table.num_embeddings, min(positions, default=None))
+
+
+def _before(table: Any) -> int:
+    """Rows of a table of positions that come before the first one: RoBERTa counts from its padding token on."""
+    return 0 if table.padding_idx is None else int(table.padding_idx) + 1

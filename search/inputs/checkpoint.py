@@ -30,18 +30,22 @@ WEIGHTS = (
 ROWS = 4096  # of a table, compared at once; a guess
 
 
-def check_whole(name: str, model: nn.Module, info: Mapping[str, Iterable[Any]]) -> None:
+def check_whole(name: str, model: nn.Module, info: Mapping[str, Iterable[Any]], dropped: tuple[str, ...] = ()) -> None:
     """Raise `InputError`, naming the tensor, unless the checkpoint's tensors are those that ``model`` runs.
 
     ``info`` is what ``from_pretrained(output_loading_info=True)`` returns beside the model. transformers has left out
     of it what tying explains and what the model's class declares: missing tensors with a fixed initial value, and
     unexpected ones of parts that a causal language model drops (vision towers, multi-token prediction). Buffers that
-    older releases saved are let through as well. Any other unexpected tensor is a weight (a bias, a further block)
-    that the configuration leaves out, and the model would run without it.
+    older releases saved are let through as well, and what begins with one of ``dropped``. Any other unexpected tensor
+    is a weight (a bias, a further block) that the configuration leaves out, and the model would run without it.
     """
     computed = {key for key, _ in model.named_buffers()} - model.state_dict().keys()
     missing = sorted(info["missing_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if key not in computed and not SAVED_BUFFERS.search(key))
+    unexpected = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if key not in computed and not SAVED_BUFFERS.search(key) and not key.startswith(dropped)
+    )
     wrong = [
         *_named("it lacks", missing),
         *_named("it has", unexpected, ", which its architecture does not run"),

@@ -34,10 +34,17 @@ class Coverage:
     Attributes:
         values: all of them, each once.
         left: what is no site, the largest first.
+        biases: values of the biases that go with sites.
     """
 
     values: int
     left: tuple[Left, ...]
+    biases: int = 0
+
+    @property
+    def block_values(self) -> int:
+        """What ``block_parameters`` is a fraction of: every matrix, site or not, and the biases of sites."""
+        return self.values + self.biases
 
     @property
     def share(self) -> float:
@@ -83,7 +90,9 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
                 key = kind, _why(module, parameter)
                 left[key] = left.get(key, 0) + parameter.numel()
     ordered = sorted(left.items(), key=lambda item: -item[1])
-    return Coverage(values, tuple(Left(kind, count, why) for (kind, why), count in ordered))
+    weights = {weight.path: weight for site in sites for weight in site.weights if weight.path in inside}
+    biases = sum(weight.biases.parameters for weight in weights.values())
+    return Coverage(values, tuple(Left(kind, count, why) for (kind, why), count in ordered), biases)
 
 
 def _treated(modules: Mapping[str, Any], sites: Mapping[Site, Place]) -> Iterator[nn.Parameter]:

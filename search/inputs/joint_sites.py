@@ -19,15 +19,15 @@ from rankfront.search.inputs.routers import routed_sites
 
 # What the parts of an attention and of an MLP are called across architectures.
 ATTENTION = {
-    "query": ("q_proj", "query", "q_lin"),
-    "key": ("k_proj", "key", "k_lin"),
-    "value": ("v_proj", "value", "v_lin"),
-    "output": ("o_proj", "out_proj", "dense", "c_proj", "out_lin"),
+    "query": ("q_proj", "query", "q_lin", "self.query"),
+    "key": ("k_proj", "key", "k_lin", "self.key"),
+    "value": ("v_proj", "value", "v_lin", "self.value"),
+    "output": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "output.dense"),
 }
 MLP = {
     "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w3"),
-    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "output_linear", "w2"),
+    "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w3", "lin1", "intermediate.dense"),
+    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "output_linear", "w2", "lin2", "output.dense"),
 }
 NORMS = re.compile(r"(^|_)(q|k|qk|query|key)_?(layer_?)?norm")  # of queries and keys, before they meet
 # What is treated together, by role; the last one is the site's anchor.
@@ -35,6 +35,7 @@ TOGETHER = (("key", "query"), ("value", "output"), ("query", "key", "value", "ou
 # What reads the same input.
 SIBLINGS = (("query", "key", "value"), ("gate", "up"))
 ROTATES = ("rotate_half", "rotate_every_two")  # what models call the function that turns each pair by a right angle
+DEPTH = 1  # modules between a block's part and its linears where there are any, as in BERT
 RUNS = (2, 3, 4)  # adjacent blocks whose projections may share a basis
 
 
@@ -44,14 +45,17 @@ def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.M
         if isinstance(module, Projections):  # its parent's
             continue
         parent = f"{path}.{name}" if name else path
-        own = {path.rpartition(".")[2]: path for path in _children(parent, module) if path in linears}
+        children = {path.rpartition(".")[2]: path for path in _children(parent, module) if path in linears}
+        below = {linear.removeprefix(f"{parent}."): linear for linear in linears if linear.startswith(f"{parent}.")}
+        own = children | {name: linear for name, linear in below.items() if name.count(".") == DEPTH}
         if isinstance(module, Experts):
             yield from _of_all_experts(parent, module.count, linears)
             yield from routed_sites(model, parent, module, linears)
         attention = _weights(own, linears, ATTENTION)
         mlp = _weights(own, linears, MLP)
         for family in SIBLINGS:
-            siblings = [weight for role, weight in (attention | mlp).items() if role in family]
+            found = _weights(children, linears, ATTENTION) | _weights(children, linears, MLP)
+            siblings = [weight for role, weight in found.items() if role in family]
             if len(siblings) == len(family) and len({weight.in_features for weight in siblings}) == 1:
                 yield _site(parent, siblings, separate=True)
         if len(attention) == len(ATTENTION):

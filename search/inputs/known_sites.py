@@ -65,4 +65,4 @@ def known_sites(known: Attributes, model: ModelConfig) -> Sites:
     from rankfront.search.inputs.outline import outline_of
     from rankfront.search.inputs.resolve import resolve
 
-    return outline_of(resolve(model.name, model.trust_remote_code)).sites
+    return outline_of(resolve(model.name, model.trust_remote_code, model.task)).sites

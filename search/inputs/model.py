@@ -11,13 +11,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, nearest
@@ -26,10 +20,13 @@ from rankfront.methods.factored import dense_config
 from rankfront.methods.layers import set_module
 from rankfront.methods.loading import KEY, Replacements
 from rankfront.methods.unfused import unfuse
+from rankfront.objectives import CAUSAL
+from rankfront.objectives._model_task import MaskedLM
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.checkpoint import check_whole, hold_two
 from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.inputs.source import WEIGHT_FILES, Source, check_unpacked
+from rankfront.search.inputs.tasks import LOADING
 from rankfront.search.names import BUNDLED
 
 MOST_VALUES = (
@@ -40,12 +37,13 @@ MOST_LAYERS = 10_000  # above any published model, below what takes minutes to c
 
 
 def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str, apart: bool = True) -> Any:
-    """The causal language model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
+    """The model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
     ``auto`` is the dtype of the checkpoint. Modules that hold several matrices in one tensor are taken ``apart``."""
     if source.gguf:
         check_unpacked(source)
     config = read_config(source)
+    _check_task(source, config)
     _check_size(source, config)
     method = quantisation(config)
     quantised = None if method == QUANT_METHOD else method
@@ -99,7 +97,7 @@ def skeleton(source: Source) -> Any:
     two different matrices, they are two.
     """
     config = read_config(source)
-    _check_causal(source, config)
+    _check_task(source, config)
     _refuse_compressed(source, config)
     model = _empty(source, config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -136,21 +134,25 @@ def read_config(source: Source) -> Any:
     return config
 
 
-def _check_causal(source: Source, config: Any) -> None:
-    """Raise `InputError` where transformers has no causal language model of this kind, or this is not used as one."""
-    own = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    what = None
+def _check_task(source: Source, config: Any) -> None:
+    """Raise `InputError` where transformers has no model of this kind for the source's task, or this is not one."""
+    wanted, masked = LOADING[source.task], MaskedLM.name
+    own = wanted.auto.__name__ in getattr(config, "auto_map", {})
+    encoder = type(config) in LOADING[masked].mapping and not getattr(config, "is_decoder", False)
+    what, remedy = None, f"rankfront takes causal language models, those of {CAUSAL.auto}"
     if getattr(config, "is_encoder_decoder", False):
         what = "an encoder and a decoder"
-    elif not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        what = "no language model that predicts the next token"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    elif not own and type(config) not in wanted.mapping:
+        what = f"no {wanted.what}"
+    elif source.task == CAUSAL.name and encoder:
         what = "an encoder, whose tokens see those after them"
+    elif source.task != CAUSAL.name and getattr(config, "is_decoder", False):
+        what = "a decoder, whose tokens see none after them"
     if what is not None:
-        raise InputError(
-            f"model {source.name!r} is {what} ({config.model_type}): rankfront takes causal language models, those of"
-            " AutoModelForCausalLM"
-        )
+        tasks = [name for name in LOADING if name != CAUSAL.name]
+        if encoder and source.task == CAUSAL.name and not config.is_encoder_decoder:
+            remedy += f"; for an encoder set model.task (--task) to {' or '.join(map(repr, tasks))}"
+        raise InputError(f"model {source.name!r} is {what} ({config.model_type}): {remedy}")
 
 
 def load_whole(source: Source, location: str | Path, quantised: str | None = None, **arguments: Any) -> Any:
@@ -160,10 +162,10 @@ def load_whole(source: Source, location: str | Path, quantised: str | None = Non
     """
     with loading(source, "weights", quantised):
         # Tensors of another shape are let through to `check_whole`, which names them; transformers does not.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = LOADING[source.task].auto.from_pretrained(
             location, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
-    check_whole(source.name, model, info)
+    check_whole(source.name, model, info, LOADING[source.task].dropped)
     if getattr(model.config, "rescale_every", 0):  # RWKV halves weights in place, which could overflow in fp16
         model.config.rescale_every = 0  # factors in their place would not be
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
@@ -196,7 +198,7 @@ def _check_size(source: Source, config: Any) -> None:
 
 def _empty(source: Source, config: Any) -> Any:
     with loading(source, "configuration"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        return LOADING[source.task].auto.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 def _saved_names(model: Any, name: str) -> tuple[str, str]:

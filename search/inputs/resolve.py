@@ -13,18 +13,21 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from rankfront.methods import InputError
+from rankfront.objectives import CAUSAL
 from rankfront.search.atomic import staged, write_checked
 from rankfront.search.inputs.model import count_parameters, load_whole, loading, quiet
 from rankfront.search.inputs.source import CHECKSUM, Source, cache_folder, hash_files, hash_folder
 from rankfront.search.names import BUNDLED
 
 
-def resolve(name: str, trust_remote_code: bool = False) -> Source:
+def resolve(name: str, trust_remote_code: bool = False, task: str = CAUSAL.name) -> Source:
     """The source behind a bundled name, a ``.gguf`` file, a local folder or a hub id.
 
     Python code that comes with a folder or a hub id runs only where it is trusted.
     Raises `InputError` where a bundled model's package or a named file is missing.
     """
+    if task != CAUSAL.name and (name in BUNDLED or name.endswith(".gguf")):
+        raise InputError(f"model {name!r} is a causal language model, and model.task is {task!r}: leave that out")
     if name in BUNDLED:
         module, package, file = BUNDLED[name]
         spec = importlib.util.find_spec(module)
@@ -39,8 +42,8 @@ def resolve(name: str, trust_remote_code: bool = False) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: name a folder saved by save_pretrained")
-        return Source(name, str(path.resolve()), trust_remote_code=trust_remote_code)
-    return Source(name, name, trust_remote_code=trust_remote_code)
+        return Source(name, str(path.resolve()), trust_remote_code=trust_remote_code, task=task)
+    return Source(name, name, trust_remote_code=trust_remote_code, task=task)
 
 
 def _unpacked(name: str, file: Path) -> Source:

@@ -16,6 +16,7 @@ import huggingface_hub
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from rankfront.methods import InputError
+from rankfront.objectives import CAUSAL
 from rankfront.search.atomic import file_state, read_checked
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -32,12 +33,14 @@ class Source:
         location: what transformers loads: a hub id or a local folder.
         gguf: the GGUF file that the folder was unpacked from, or None.
         trust_remote_code: whether Python code that comes with the model may run.
+        task: what it is for, as ``model.task`` has it.
     """
 
     name: str
     location: str
     gguf: Path | None = None
     trust_remote_code: bool = False
+    task: str = CAUSAL.name
 
     @property
     def hub_arguments(self) -> dict[str, bool]:

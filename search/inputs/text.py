@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError
+from rankfront.objectives import CAUSAL, Task
 from rankfront.search.inputs.rows import hub_rows, json_rows, text_of
+from rankfront.search.inputs.tasks import frame_of
 from rankfront.search.splits import PYDOC, Split, column_of, own_text_seed
 
 LAST = "heal"  # split that chooses its windows after all others
@@ -62,30 +64,24 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _first_token(tokenizer: Any) -> int | None:
-    """The token that every sequence of this tokenizer starts with (Gemma's BOS), or None."""
-    ids = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and ids[:1] == [bos] else None
-
-
 def cut(
     tokenizer: Any,
     splits: Mapping[str, Split],
     length: int,
     sample: Sampler | None = None,
     tokenized: Mapping[str, Tensor] | None = None,
+    task: Task = CAUSAL,
 ) -> dict[str, Tensor]:
     """Windows (W, length) for each split; windows of one text never overlap, whatever split they serve.
 
     A text is laid out on one grid of windows; each split takes its own, spread evenly over what is free in its
     part; those of a mixture come text by text. ``sample`` gives the model's own text, as long as the splits need it;
     ``tokenized``, ids (N,) of texts that were read already.
-    Where the tokenizer starts every sequence with a token, each window starts with it. Raises `InputError` with the
-    counts where a text is too short.
+    What the tokenizer starts and ends every sequence with, as the ``task`` wants it, each window has too. Raises
+    `InputError` with the counts where a text is too short.
     """
-    first = _first_token(tokenizer)
-    stride = length - (first is not None)
+    first, last = frame_of(tokenizer, task)
+    stride = length - len(first) - len(last)
     asked = {name: split.counts() for name, split in splits.items()}
     tokens = dict(tokenized or {})
     for text in sorted({text for counts in asked.values() for text in counts} - tokens.keys()):
@@ -115,9 +111,8 @@ def cut(
             taken[text].update(chosen)
             parts += [ids[index * stride : (index + 1) * stride] for index in chosen]
         windows = torch.stack(parts)
-        if first is not None:
-            windows = torch.cat([torch.full((len(windows), 1), first), windows], dim=1)
-        result[name] = windows
+        before, after = (torch.tensor(ids, dtype=torch.int64).expand(len(windows), -1) for ids in (first, last))
+        result[name] = torch.cat([before, windows, after], dim=1)
     return result
 
 

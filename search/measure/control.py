@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError
-from rankfront.objectives import score
+from rankfront.objectives import CAUSAL, Task, score
 from rankfront.objectives.tasks import Tasks
+from rankfront.search.errors import reason_of
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.plans.job import Record
@@ -45,18 +46,31 @@ def continuations(model: Any, tokenizer: Any) -> list[str]:
     return [str(tokenizer.decode(row[len(prompt) :])) for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def reported(model: Any, tokens: Mapping[str, Tensor], tokenizer: Any, tasks: TaskSettings = None) -> Record:
+def reported(
+    model: Any, tokens: Mapping[str, Tensor], tokenizer: Any, tasks: TaskSettings = None, task: Task = CAUSAL
+) -> Record:
     """Of what runs now: ``perplexity`` on the report split, ``control`` on the control text where there is one, the
-    ``continuations`` of `PROMPTS`, and scores of ``tasks``; ``failure`` alone where the first is not finite."""
-    scores = score(model, tokens["report"])
+    ``continuations`` of `PROMPTS` where it makes any, and scores of ``tasks``; ``failure`` alone where the first is not
+    finite."""
+    scores = score(model, tokens["report"], task=task)
     if not math.isfinite(scores.perplexity):
         return {"failure": f"perplexity on the report split is {scores.perplexity}"}
     record: Record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
     if "control" in tokens:
-        control = score(model, tokens["control"]).perplexity
+        control = score(model, tokens["control"], task=task).perplexity
         record |= {"control": control} if math.isfinite(control) else {"control_failure": str(control)}
-    record |= {"continuations": continuations(model, tokenizer)}
+    record |= _said(model, tokenizer) if task.generates else {"continuations": []}
     return record if tasks is None else record | {"tasks": task_scores(model, tokenizer, tasks)}
+
+
+def _said(model: Any, tokenizer: Any) -> Record:
+    """The continuations, or why there are none: the figures stand without."""
+    try:
+        return {"continuations": continuations(model, tokenizer)}
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return {"continuations_failure": reason_of(error)}
 
 
 def task_scores(model: Any, tokenizer: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from rankfront.methods import Option, Site, get_method
-from rankfront.objectives import score, teach
+from rankfront.objectives import CAUSAL, Task, score, teach
 from rankfront.search.factors.calibration import Progress
+from rankfront.search.factors.failures import Failures
 from rankfront.search.factors.gradient import PASS_TOKENS, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.plans.job import Record
@@ -35,49 +36,68 @@ def predict(
     source: str,
     seed: int,
     progress: Progress = lambda done, total: None,
+    task: Task = CAUSAL,
 ) -> Record:
     """``predictions``, site name -> option label -> predicted divergence, from ``source``; the ``tokens`` that took.
 
-    ``model`` is dense, ``apply`` makes it dense but for one option, ``windows`` (W, L) are of the search split.
+    What cannot be predicted is ``unscored``, with the reason. ``model`` is dense, ``apply`` makes it dense but for one
+    option, ``windows`` (W, L) are of the search split.
     """
-    length = windows.shape[1]
+    length, failures = windows.shape[1], Failures()
     if source in ("gradient", GROUPED):
         used = windows[: max(1, MENU_TOKENS // length)]
-        found = quadratic_divergence(model, used, wanted, store, seed, progress)
-        return {"predictions": found, "tokens": PASS_TOKENS * used.numel()}
-    spectrum = spectrum_predictions(wanted, store)
+        found = quadratic_divergence(model, used, wanted, store, seed, progress, failures, task)
+        return {"predictions": found, "tokens": PASS_TOKENS * used.numel(), "unscored": failures}
+    spectrum = spectrum_predictions(wanted, store, failures)
     if source == "spectrum":
-        return {"predictions": spectrum, "tokens": 0}
+        return {"predictions": spectrum, "tokens": 0, "unscored": failures}
     used = windows[: max(1, PROBE_TOKENS // length)]
-    probes, tokens = measure_probes(model, apply, used, probe_options(wanted, TUNING.probe_fractions[source]))
-    return {"predictions": scaled_predictions(spectrum, probes), "tokens": tokens}
+    probed = probe_options(wanted, TUNING.probe_fractions[source])
+    probes, tokens = measure_probes(model, apply, used, probed, failures, task)
+    scaled = {site: found for site, found in scaled_predictions(spectrum, probes).items() if site not in failures}
+    return {"predictions": scaled, "tokens": tokens, "unscored": failures}
 
 
 def measure_probes(
-    model: Any, apply: Callable[[Site, Option], None], windows: Tensor, options: Mapping[Site, Sequence[Option]]
+    model: Any,
+    apply: Callable[[Site, Option], None],
+    windows: Tensor,
+    options: Mapping[Site, Sequence[Option]],
+    failures: Failures,
+    task: Task = CAUSAL,
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """Measured divergence of each option alone on the same ``windows`` (W, L), and the tokens that took."""
-    teacher = teach(model, windows)
+    """Measured divergence of each option alone on the same ``windows`` (W, L), and the tokens that took.
+
+    Sites that cannot be run so are named in ``failures``."""
+    teacher = teach(model, windows, task=task)
     probes: dict[str, dict[str, float]] = {}
     tokens = windows.numel()
     for site, chosen in options.items():
-        for option in chosen:
-            apply(site, option)
-            scores = score(model, windows, teacher)
-            probes.setdefault(site.name, {})[option.label] = scores.divergence
-            tokens += scores.tokens
+        with failures.sparing(site.name):
+            for option in chosen:
+                apply(site, option)
+                scores = score(model, windows, teacher, task)
+                probes.setdefault(site.name, {})[option.label] = scores.divergence
+                tokens += scores.tokens
     return probes, tokens
 
 
-def spectrum_predictions(wanted: Mapping[Site, Iterable[Option]], store: FactorStore) -> dict[str, dict[str, float]]:
-    """Tail energy over whole energy in each method's own metric: free, unit-less, comparable within a method."""
+def spectrum_predictions(
+    wanted: Mapping[Site, Iterable[Option]], store: FactorStore, failures: Failures
+) -> dict[str, dict[str, float]]:
+    """Tail energy over whole energy in each method's own metric: free, unit-less, comparable within a method.
+
+    Sites without are named in ``failures``."""
     result: dict[str, dict[str, float]] = {}
     for site, options in wanted.items():
-        for option in options:
-            prepared = store.load(site, option)
-            whole = float(prepared["energy"].double().sum())
-            tail = get_method(option.method).error(prepared, option)
-            result.setdefault(site.name, {})[option.label] = tail / max(whole, TINY)
+        tails = {}
+        with failures.sparing(site.name):
+            for option in options:
+                prepared = store.load(site, option)
+                whole = float(prepared["energy"].double().sum())
+                tail = get_method(option.method).error(prepared, option)
+                tails[option.label] = tail / max(whole, TINY)
+            result[site.name] = tails
     return result
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rankfront.methods import Site, get_method
 from rankfront.search.factors.calibration import calibrate
+from rankfront.search.factors.failures import Failures
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import load_model
@@ -48,6 +49,15 @@ def prepare_store(setup: Setup, space: Space, progress: Progress, anew: bool = F
         factor(site, {})
     if needy:
         windows = setup.tokens["calibrate"]
-        for site, statistics in calibrate(model, windows, needy, needs, lambda i, n: progress("calibrate", i, n)):
+        failures = Failures()
+
+        def seen(done: int, total: int) -> None:
+            progress("calibrate", done, total)
+
+        measured = calibrate(model, windows, needy, needs, seen, failures=failures, task=setup.task)
+        for site, statistics in measured:
             factor(site, statistics)
+        for site in needy:
+            if site.name in failures:
+                store.leave(site, missing[site], failures[site.name])
     return store

@@ -57,7 +57,7 @@ def refitted(compressed: CompressedModel, plan: Plan, progress: Progress = lambd
 
 
 def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> None:
-    model = compressed.model
+    model, task = compressed.model, compressed.setup.task
     ids = even_batches(windows, BATCH_TOKENS // windows.shape[1], compressed.setup.device)
     with compressed.dense():
         prefix, found = blocks(model)
@@ -67,11 +67,11 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
         if option != DENSE_OPTION and place.block is not None and get_method(option.method).refit_roles(site):
             by_block.setdefault(place.block, {})[site] = option
     reads = {site: _reads(site, option) for own in by_block.values() for site, option in own.items()}
-    calls = calls_of(model, found, ids[0])
-    shifted = [first_hidden(model, found[0], batch) for batch in ids]
+    calls = calls_of(model, found, ids[0], task)
+    shifted = [first_hidden(model, found[0], batch, task) for batch in ids]
     with compressed.dense():
-        dense = [first_hidden(model, found[0], batch) for batch in ids]
-        lead = shared_inputs(model, list(reads.values()), ids[0][:1])  # in the order of the calls
+        dense = [first_hidden(model, found[0], batch, task) for batch in ids]
+        lead = shared_inputs(model, list(reads.values()), ids[0][:1], task)  # in the order of the calls
     for number, block in enumerate(found):
         path = f"{prefix}.{number}."
         own = {name: module for name, module in compressed.modules.items() if name.startswith(path)}

@@ -14,6 +14,8 @@ from rankfront.methods import InputError, Option, Site
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives._running import note_running
 from rankfront.search.attributes import SLOPE_TOKENS, STORED
+from rankfront.search.errors import place_of, reason_of
+from rankfront.search.factors.store import Unfactored
 from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
 from rankfront.search.inputs.own_text import Progress
 from rankfront.search.inputs.text import hash_tokens
@@ -33,8 +35,6 @@ from rankfront.search.plans.menu import values_stored
 from rankfront.search.plans.menu_jobs import menu_jobs
 from rankfront.search.plans.plan import Plan, cost_of
 
-FAILURES = (RuntimeError, MemoryError, ValueError, ArithmeticError)  # of a job, which becomes a value of its record
-
 
 class JobRunner:
     """A compressed model, the tokens that it is evaluated on, and the dense model's predictions on them.
@@ -53,7 +53,7 @@ class JobRunner:
 
     def run(self, job: Job) -> Record:
         """Measure ``job``. A failure of the trial is a value of the record (``failure``), never an exception; ``lost``
-        is there too where memory was short.
+        is there too where memory was short, else the ``place`` in the code where it was raised.
 
         `InputError` (a corrupt factor file, say) is raised: it would fail every trial alike.
         """
@@ -66,10 +66,12 @@ class JobRunner:
             return record
         except InputError:
             raise
-        except FAILURES as error:
-            record = {"failure": _reason(error)}
+        except Exception as error:  # noqa: BLE001 - whatever it is, it costs this trial
+            record = {"failure": reason_of(error)}
             if out_of_memory(error):
                 record["lost"] = True
+            elif not isinstance(error, Unfactored):  # which says itself what it is
+                record["place"] = place_of(error)
         self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
         store.check()
         return record
@@ -85,12 +87,12 @@ class JobRunner:
         """Perplexity on the report split after a refit, or why there is none: what was measured without it counts."""
         try:
             with clock.phase("refit"), refitted(self.compressed, plan):
-                perplexity = score(self.compressed.model, self.setup.tokens["report"]).perplexity
+                perplexity = score(self.compressed.model, self.setup.tokens["report"], task=self.setup.task).perplexity
             return {"refitted": perplexity} if math.isfinite(perplexity) else {"refit_failure": f"{perplexity=}"}
         except InputError:
             raise
-        except FAILURES as error:
-            reason = _reason(error)
+        except Exception as error:  # noqa: BLE001 - what was measured without it counts
+            reason = reason_of(error)
         self._recover()
         return {"refit_failure": reason}
 
@@ -98,7 +100,7 @@ class JobRunner:
         """The dense model's predictions on the windows that trials read, computed once."""
         if self.trial_teacher is None:
             with self.compressed.dense():
-                self.trial_teacher = teach(self.compressed.model, self.tokens.windows)
+                self.trial_teacher = teach(self.compressed.model, self.tokens.windows, task=self.setup.task)
         return self.trial_teacher
 
     def subject(self, plan: Plan, clock: Clock) -> Subject:
@@ -110,7 +112,8 @@ class JobRunner:
             with clock.phase("join"):
                 self.timed.join()
         value_bytes = DTYPES[self.setup.dtype].itemsize
-        cost = cost_of(plan, inside_blocks(compressed.sites), compressed.dense_values, value_bytes)
+        block_values = self.setup.outline.coverage.block_values
+        cost = cost_of(plan, inside_blocks(compressed.sites), compressed.dense_values, value_bytes, block_values)
         teacher = None
         if "divergence" in self.setup.config.objectives:
             with clock.phase("teacher"):
@@ -118,13 +121,17 @@ class JobRunner:
         dense = compressed.dense if compressed.modules else None
         return Subject(
             compressed.model, dense, self.tokens.windows, teacher, cost, clock, tokenizer=compressed.tokenizer,
-            engines=self.timed.engines,
+            engines=self.timed.engines, task=self.setup.task,
         )  # fmt: skip
 
 
-def _reason(error: BaseException) -> str:
-    """One line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+def _noted(subject: Subject) -> Record:
+    """Have the notes say how the model runs; where that cannot be told, why, and it costs no trial."""
+    try:
+        note_running(subject)
+    except Exception as error:  # noqa: BLE001 - of models that run in ways of their own
+        return {"notes_failure": reason_of(error)}
+    return {}
 
 
 def measure_trial(runner: JobRunner, job: Job) -> Record:
@@ -135,7 +142,7 @@ def measure_trial(runner: JobRunner, job: Job) -> Record:
         subject = runner.subject(job.plan, clock)
         values = {name: make_objective(name, settings).value(subject) for name, settings in config.objectives.items()}
         perplexity = subject.scores.perplexity
-        note_running(subject)
+        noted = _noted(subject)
     named = {site.name: site for site in runner.compressed.sites}
     bad = {name: value for name, value in {"perplexity": perplexity, **values}.items() if not math.isfinite(value)}
     if bad:
@@ -147,10 +154,12 @@ def measure_trial(runner: JobRunner, job: Job) -> Record:
         "parameters": subject.cost.parameters,
         "block_parameters": subject.cost.block_parameters,
         "parameter_count": subject.cost.values,
+        "block_parameter_count": subject.cost.block_values,
         "bytes": subject.cost.bytes,
         "tokens": subject.scores.tokens + (0 if taught or subject.teacher is None else subject.windows.numel()),
         "fidelity": subject.windows.numel(),
         "notes": subject.notes,
+        **noted,
         "seconds": clock.seconds,
         "split": hash_tokens(subject.windows),
         "seed": config.search.seed,
@@ -163,7 +172,9 @@ def measure_report(runner: JobRunner, job: Job) -> Record:
     with clock.phase("apply"):
         compressed.apply(job.plan)
     with clock.phase("evaluate"):
-        record = reported(compressed.model, runner.setup.tokens, compressed.tokenizer, runner.setup.config.tasks)
+        record = reported(
+            compressed.model, runner.setup.tokens, compressed.tokenizer, runner.setup.config.tasks, runner.setup.task
+        )
     if "failure" not in record and runner.setup.config.search.refit == "sequential" and job.plan.choices:
         record |= runner.refitted_perplexity(job.plan, clock)
     return record | {"seconds": clock.seconds}
@@ -186,7 +197,7 @@ def measure_menu(runner: JobRunner, job: Job) -> Record:
         windows = runner.tokens.spare(0, MENU_TOKENS)
         found = predict(
             compressed.model, compressed.apply_one, windows, own, compressed.store, search.menu, search.seed,
-            partial(runner.progress, "gradient"),
+            partial(runner.progress, "gradient"), runner.setup.task,
         )  # fmt: skip
     return found | {"seconds": clock.seconds}
 
@@ -198,9 +209,9 @@ def _probe(runner: JobRunner, plan: Plan) -> Record:
     if runner.probe_teacher is None:
         tokens += windows.numel()
         with compressed.dense():
-            runner.probe_teacher = teach(compressed.model, windows)
+            runner.probe_teacher = teach(compressed.model, windows, task=runner.setup.task)
     compressed.apply(plan)
-    divergence = score(compressed.model, windows, runner.probe_teacher).divergence
+    divergence = score(compressed.model, windows, runner.probe_teacher, runner.setup.task).divergence
     return {
         "probed": {site: option.label for site, option in plan.by_site.items()},
         "divergence": divergence if math.isfinite(divergence) else None,
@@ -215,7 +226,7 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
     if setup.loss == "divergence":
         with clock.phase("teacher"):
             compressed.apply(Plan(()))
-            teacher = teach(compressed.model, windows)
+            teacher = teach(compressed.model, windows, task=setup.task)
     with clock.phase("apply"):
         compressed.apply(job.plan)
     with clock.phase("slopes"), compressed.anchored():
@@ -229,6 +240,7 @@ def measure_plan_slopes(runner: JobRunner, job: Job) -> Record:
             teacher,
             setup.config.search.seed + job.number,
             partial(runner.progress, "slopes"),
+            setup.task,
         )
     packed = {}
     alike = compressed.space.alike
@@ -256,7 +268,8 @@ def measure_timing(runner: JobRunner, job: Job) -> Record:
     clock, compressed = Clock(), runner.compressed
     store, dense, watches = compressed.store, compressed.dense_modules, runner.timed.watches
     compressed.apply(job.plan)
-    outside = {site.name for site, place in compressed.sites.items() if place.block is None}
+    places = compressed.sites.items() if runner.setup.task.generates else ()
+    outside = {site.name for site, place in places if place.block is None}
 
     def made(site: Site, option: Option) -> dict[str, nn.Module]:
         factors = store.factors(site, option)
@@ -266,7 +279,7 @@ def measure_timing(runner: JobRunner, job: Job) -> Record:
     with clock.phase("timing"):
         for name, objective in runner.timed.tabulated.items():
             sites = time_sites(objective, wanted, outside, dense, store, made, watches)
-            whole = time_whole(objective, compressed.model, runner.setup.tokens["search"])
+            whole = time_whole(objective, compressed.model, runner.setup.tokens["search"], runner.setup.task)
             found[name] = {"sites": pack(sites), "whole": whole}
     return {"timing": found, "seconds": clock.seconds}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rankfront.objectives import CAUSAL, Task
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.device import DTYPES
@@ -35,6 +36,7 @@ class Setup:
         loss: whose slopes are measured: ``divergence`` or ``perplexity``, which stands for the log-likelihood.
         refused: joint sites that numbers refuse, and why, by name (see `inputs.acceptance`): the outline lacks them.
         unmade: factor files that this launch could not make, and why: its trials that want them fail.
+        task: what the model is for.
     """
 
     config: StudyConfig
@@ -49,9 +51,11 @@ class Setup:
     loss: str = "perplexity"
     refused: Mapping[str, str] = field(default_factory=dict)
     unmade: Mapping[Path, str] = field(default_factory=dict)
+    task: Task = CAUSAL
 
     def store(self) -> FactorStore:
-        text = f"{hash_tokens(self.tokens['calibrate'])} {self.dtype}"
+        read = self.dtype if self.task == CAUSAL else f"{self.dtype} {self.task}"
+        text = f"{hash_tokens(self.tokens['calibrate'])} {read}"
         return FactorStore(self.fingerprint, text, DTYPES[self.dtype], Path(self.cache), self.unmade)
 
     def without(self, refused: Mapping[str, str]) -> Setup:

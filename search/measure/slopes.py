@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.methods.layers import weight_of
-from rankfront.objectives import Teacher, divergence_from
+from rankfront.objectives import CAUSAL, Task, Teacher, divergence_from
 from rankfront.search.factors.calibration import Progress
+from rankfront.search.factors.failures import Failures
 from rankfront.search.factors.gradient import (
     BATCH_TOKENS,
-    Arrived,
+    Arrivals,
     arriving,
     differentiated,
     drawn_loss,
     products,
-    together,
     tokens_at,
 )
 from rankfront.search.factors.store import FactorStore
@@ -50,6 +50,7 @@ def measure_slopes(
     teacher: Teacher | None,
     seed: int,
     progress: Progress = lambda done, total: None,
+    task: Task = CAUSAL,
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Site name -> label of every option, dense included -> (a, b) in nats a token.
 
@@ -59,13 +60,14 @@ def measure_slopes(
     """
     progress(0, len(windows))
     generator = torch.Generator().manual_seed(seed)
-    probes = [_Probe(model, site, options, current, dense, store) for site, options in wanted.items()]
-    step = max(1, BATCH_TOKENS // windows.shape[1])
+    failures = Failures()  # those sites are left out: the menu has said why, or will
+    probes = [_Probe(model, site, options, current, dense, store, failures) for site, options in wanted.items()]
+    step, each = max(1, BATCH_TOKENS // windows.shape[1]), task.predicted(windows.shape[1])
     with differentiated(model, [hook for probe in probes for hook in probe.hooks()]):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (b, L - 1, V)
-            loss = _searched_loss(logits, ids, teacher, start)
+            logits = task.logits(model, ids)[:, :each].float()  # (b, P, V)
+            loss = _searched_loss(logits, task.targets(ids), teacher, start)
             if teacher is None:
                 loss.backward()
                 for probe in probes:
@@ -78,17 +80,18 @@ def measure_slopes(
                 for probe in probes:
                     probe.settle(curvature=1.0)
             progress(min(start + step, len(windows)), len(windows))
-    predicted = len(windows) * (windows.shape[1] - 1)
+    predicted = len(windows) * each
     return {
         probe.site.name: {label: (a / predicted, probe.second[label] / predicted) for label, a in probe.first.items()}
         for probe in probes
+        if probe.measured()
     }
 
 
-def _searched_loss(logits: Tensor, ids: Tensor, teacher: Teacher | None, start: int) -> Tensor:
+def _searched_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, start: int) -> Tensor:
     """The sum over predicted tokens of what the study minimises, in nats."""
     if teacher is None:
-        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     return divergence_from(torch.log_softmax(logits, dim=-1).flatten(0, 1), teacher, start * logits.shape[1])
 
 
@@ -103,20 +106,25 @@ class _Probe:
         current: Mapping[str, Option],
         dense: Mapping[str, nn.Module],
         store: FactorStore,
+        failures: Failures,
     ) -> None:
         self.model = model
         self.site = site
+        self.arrivals = Arrivals(model, site, failures)
         self.dense = dense
         self.now = current.get(site.name, DENSE_OPTION)
         self.store = store
         self.options = options
-        self._arrived: list[Arrived] = []  # of every part: gᵀ (Ŵ_o − Ŵ_i) x for every option
         labels = [DENSE_OPTION.label, *(option.label for option in options)]
         self.first, self.second = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 0.0)  # sums over tokens of a, b
 
     def hooks(self) -> list[tuple[str, Callable[..., None]]]:
         """(module path, forward hook) at every anchor."""
-        return [(part.anchor.path, self._hook(part)) for part in self.site.parts]
+        return [(part.anchor.path, self.arrivals.spared(self._hook(part))) for part in self.site.parts]
+
+    def measured(self) -> bool:
+        """Whether the site's gradients came."""
+        return self.arrivals.came()
 
     def _hook(self, part: Site) -> Callable[..., None]:
         dense = self.dense[part.anchor.path]
@@ -130,17 +138,15 @@ class _Probe:
                 moved = {DENSE_OPTION.label: _along_dense(dense, g, x)}
                 moved |= products(self.options, self.site, part, self.store, dense, g, x)
                 base = moved[self.now.label]
-                self._arrived.append((tokens, {label: value - base for label, value in moved.items()}))
+                self.arrivals.add(tokens, {label: value - base for label, value in moved.items()})
 
-            output.register_hook(arrived)
+            output.register_hook(self.arrivals.spared(arrived))
 
         return hook
 
     def settle(self, slopes: bool = False, curvature: float = 0.0) -> None:
         """After a backward pass, add its gradients up: as ``slopes``, and their squares by the factor ``curvature``."""
-        arrived, self._arrived = self._arrived, []
-        for label in self.first:
-            change = together(arrived, label)  # (tokens,), of all parts
+        for label, change in self.arrivals.take().items():  # (tokens,), of all parts together
             if slopes:
                 self.first[label] += float(change.sum())
             if curvature:

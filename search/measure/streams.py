@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rankfront.objectives import CAUSAL, Task
+
 
 class _Reached(Exception):
     """The module that was waited for has been called."""
@@ -26,7 +28,7 @@ class Call:
         return after
 
 
-def calls_of(model: Any, found: Iterable[nn.Module], ids: Tensor) -> list[Call]:
+def calls_of(model: Any, found: Iterable[nn.Module], ids: Tensor, task: Task = CAUSAL) -> list[Call]:
     """What ``model`` calls each of the blocks ``found`` with on ids (B, L): the same for every batch of that shape."""
     calls: list[Call] = []
     handles = [
@@ -34,16 +36,16 @@ def calls_of(model: Any, found: Iterable[nn.Module], ids: Tensor) -> list[Call]:
         for block in found
     ]
     try:
-        model(input_ids=ids, use_cache=False)
+        task.logits(model, ids)
     finally:
         for handle in handles:
             handle.remove()
     return calls
 
 
-def first_hidden(model: Any, block: nn.Module, ids: Tensor) -> Tensor:
+def first_hidden(model: Any, block: nn.Module, ids: Tensor, task: Task = CAUSAL) -> Tensor:
     """The hidden states that enter the first ``block``."""
-    return caught(block, lambda: model(input_ids=ids, use_cache=False))
+    return caught(block, lambda: task.logits(model, ids))
 
 
 def caught(module: nn.Module, call: Callable[[], Any]) -> Tensor:

@@ -65,4 +65,4 @@ class TimedModel:
         compressed, setup = self.compressed, self.compressed.setup
         linears = [path for path, module in compressed.dense_modules.items() if not isinstance(module, nn.Embedding)]
         with compressed.dense():
-            return shared_inputs(compressed.model, linears, setup.tokens["search"][:1, :8].to(setup.device))
+            return shared_inputs(compressed.model, linears, setup.tokens["search"][:1, :8].to(setup.device), setup.task)

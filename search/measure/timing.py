@@ -32,6 +32,7 @@ from rankfront.methods import DENSE_OPTION, Factors, Option, Site, Weight, sourc
 from rankfront.methods.expert_prune import ROUTER
 from rankfront.methods.layers import layers
 from rankfront.methods.prepacked import prepacked
+from rankfront.objectives import CAUSAL, Task
 from rankfront.objectives.latency import Timed
 from rankfront.search.atomic import read_checked, write_checked
 from rankfront.search.factors.store import FactorStore
@@ -60,7 +61,7 @@ def time_sites(
     """``sites`` of a `Timing`: every option wanted and dense, at the lengths of ``objective``.
 
     ``make`` gives what an option runs, by module path. Sites named ``outside`` the blocks run on the last token of a
-    prompt alone. Lookups in embedding tables take no time worth counting.
+    prompt alone, as generation has it. Lookups in embedding tables take no time worth counting.
     """
     found: dict[str, dict[str, Seconds]] = {}
     alike: dict[tuple[Any, ...], dict[str, Seconds]] = {}  # what sites of one kind have in common: role -> seconds
@@ -118,10 +119,10 @@ def _weight_seconds(
     return found
 
 
-def time_whole(objective: Timed, model: nn.Module, windows: Tensor) -> Seconds:
+def time_whole(objective: Timed, model: nn.Module, windows: Tensor, task: Task = CAUSAL) -> Seconds:
     """``whole`` of a `Timing`: the dense model, median of a few runs."""
     ids = objective.prompts(windows, next(model.parameters()).device)
-    run = objective.runner(model)
+    run = objective.runner(model, task)
     with prepacked(model) if objective.prepack else nullcontext():
         run(ids)
         runs = [run(ids) for _ in range(WHOLE_RUNS)]

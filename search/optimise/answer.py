@@ -9,13 +9,11 @@ import numpy as np
 import pandas as pd
 
 from rankfront.methods import InputError, Site, Storage
-from rankfront.search.attributes import PARAMETER_COUNT
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.constraint import Constraint
-from rankfront.search.names import inside_blocks
 from rankfront.search.optimise.candidates import nearby
-from rankfront.search.optimise.goal import make_goal, menu_of
+from rankfront.search.optimise.goal import make_goal, menu_of, prices_of
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.plans.knapsack import knapsack_several
 from rankfront.search.plans.lagrangian import Lagrangian
@@ -193,8 +191,7 @@ def _figures(predictor: Predictor, space: Space, dense: Row, timings: Timings) -
         name: (objective, timing.calibrated(objective, [(plan, v[column]) for plan, v in plans]).timing)
         for (name, (objective, timing)), column in zip(timings.items(), predictor.goal.timed, strict=True)
     }
-    inside, values = inside_blocks(space.sites), int(dense.attributes[PARAMETER_COUNT])
-    return Figures(predictor.menu, inside, values, dense.value_bytes, tables)
+    return Figures(predictor.menu, prices_of(space, dense), tables)
 
 
 def menu_frame(state: StudyState, config: StudyConfig, space: Space) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import numpy as np
 from rankfront.methods import DENSE_OPTION, Option, Site
 from rankfront.objectives import make_objective
 from rankfront.objectives.latency import Timed
-from rankfront.search.attributes import PARAMETER_COUNT
+from rankfront.search.attributes import BLOCK_COUNT, PARAMETER_COUNT
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.names import inside_blocks
@@ -92,6 +92,12 @@ class Goal:
     spread: float = 0.0
 
 
+def prices_of(space: Space, dense: Row) -> Prices:
+    """What plans of a study cost whose dense model is measured."""
+    model_values, block_values = int(dense.attributes[PARAMETER_COUNT]), dense.attributes.get(BLOCK_COUNT)
+    return Prices(inside_blocks(space.sites), model_values, dense.value_bytes, block_values)
+
+
 def make_goal(config: StudyConfig, space: Space, dense: Row, timings: Timings) -> Goal:
     """The objectives of a study whose dense model is measured.
 
@@ -101,7 +107,7 @@ def make_goal(config: StudyConfig, space: Space, dense: Row, timings: Timings) -
     base = dense.values[quality] if quality == "perplexity" else None
     box = box_of(config.objectives, dense)
     objectives = [make_objective(name, settings) for name, settings in config.objectives.items()]
-    prices = Prices(inside_blocks(space.sites), int(dense.attributes[PARAMETER_COUNT]), dense.value_bytes)
+    prices = prices_of(space, dense)
 
     def loss(log_divergence: float) -> float:
         divergence = math.exp(min(log_divergence, 6.0))  # e^400 is perplexity enough

@@ -24,16 +24,16 @@ FACTORED = """Its weights run as their factors. The folder has the code for that
 It needs torch and transformers 5.0 or newer, and runs if you trust it (`pip install torch "transformers>=5"`):
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
+from transformers import AUTO, AutoTokenizer
+model = AUTO.from_pretrained("THIS FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 
 Where rankfront is installed, `import rankfront.methods` before that, and it needs no trust."""
 LOAD: dict[Format, str] = {
     "dense": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+from transformers import AUTO, AutoTokenizer
+model = AUTO.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```""",
     "factored": FACTORED,
@@ -72,7 +72,7 @@ def card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit,
     figures = {name: f"{value:.6g}" for name, value in row.values.items()}
     figures |= {
         "parameters (kept fraction of the model)": f"{row.figure('parameters'):.4f}",
-        "block_parameters (kept fraction of the block linears)": f"{row.attributes[keys.BLOCK_PARAMETERS]:.4f}",
+        "block_parameters (kept fraction of the blocks' matrices)": f"{row.attributes[keys.BLOCK_PARAMETERS]:.4f}",
         "stored values in this folder": f"{verified.parameters:,}",
         "bytes of its tensors": f"{verified.bytes:,}",
         f"perplexity, search split ({where}), reloaded": f"{verified.perplexity:.6g}",
@@ -90,10 +90,11 @@ def card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit,
         figures[f"task {name}"] = f"{score:.4g}" + (f" (dense: {before[name]:.4g})" if name in before else "")
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     said = f"It {verified.warning}.\n\n" * bool(verified.warning) + _said(ours, dense)
+    said += setup.task.scheme
     name = without_folders(setup.source.name)
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {setup.task.pipeline}
 base_model: {json.dumps(name)}
 {_licence(setup.source)}
 tags:
@@ -107,7 +108,7 @@ Trial {row.number} ({markdown(row.origin)}) of a rankfront {version("rankfront")
 format `{form}`, {setup.dtype}. `plan.json` has the method and level of every treated weight
 ({len(row.plan.choices)} of them).
 {REFIT_NOTE if refit != "none" else ""}
-{LOAD[form]}
+{LOAD[form].replace("AUTO", setup.task.auto)}
 
 | measured | value |
 | --- | --- |
@@ -126,6 +127,8 @@ def _said(ours: Report, dense: Report) -> str:
     before, after = (
         [json.dumps(text, ensure_ascii=False) for text in report.get("continuations", ())] for report in (dense, ours)
     )
+    if not before and not after:
+        return ""
     texts = zip(PROMPTS, before, after, strict=False)
     lines = [f"{prompt}\n  dense:      {was}\n  compressed: {now}" for prompt, was, now in texts]
     return "\n".join(["The likeliest continuations:\n", "```", *lines, "```"])

@@ -23,7 +23,7 @@ from rankfront.methods.dense import multiplied_out
 from rankfront.methods.layers import Factored, set_module, weight_of
 from rankfront.methods.loading import CODE_FILE, Replacements, tie_factors
 from rankfront.methods.unfused import described, fuse, unfused_in
-from rankfront.objectives import score
+from rankfront.objectives import CAUSAL, Task, score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
@@ -68,7 +68,8 @@ def export(
             reports = _reported(compressed, row.report, dense)
             return _write_verified(compressed, row, out, form, row.figure("perplexity"), refit, reports)
         with refitted(compressed, row.plan):
-            measured = score(compressed.model, setup.tokens["search"][: setup.config.trial_windows]).perplexity
+            windows = setup.tokens["search"][: setup.config.trial_windows]
+            measured = score(compressed.model, windows, task=setup.task).perplexity
             reports = _reported(compressed, None, dense)
             return _write_verified(compressed, row, out, form, measured, refit, reports)
     except (OSError, SafetensorError) as error:
@@ -89,9 +90,10 @@ def _reported(compressed: CompressedModel, known: Report | None, dense: Report |
     """What is reported of the model that runs, and of the dense one: as ``known``, else measured now."""
 
     def measured(report: Report | None) -> Report:
-        if report is not None and "continuations" in report:
+        if report is not None and not report.keys().isdisjoint({"continuations", "continuations_failure"}):
             return report
-        return reported(compressed.model, compressed.setup.tokens, compressed.tokenizer)
+        setup = compressed.setup
+        return reported(compressed.model, setup.tokens, compressed.tokenizer, task=setup.task)
 
     ours = measured(known)
     with compressed.dense():
@@ -123,7 +125,7 @@ def _write_verified(
     with staged(out) as folder:
         wanted = _write(compressed, row, folder, form)
         windows = setup.tokens["search"][: setup.config.trial_windows]
-        verified = verify_folder(folder, windows, setup.device, setup.source.trust_remote_code)
+        verified = verify_folder(folder, windows, setup.device, setup.source.trust_remote_code, setup.task)
         if verified.parameters != expected:
             raise ExportError(f"the export has {verified.parameters:,} parameters and the plan {expected:,}: not kept")
         check_same("export", verified, measured)
@@ -237,7 +239,7 @@ def _frozen(tensor: Tensor, like: Any) -> nn.Parameter:
     return nn.Parameter(tensor.to(like.weight.device, like.weight.dtype).contiguous(), requires_grad=False)
 
 
-def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code: bool) -> Verified:
+def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code: bool, task: Task = CAUSAL) -> Verified:
     """Reload ``folder`` in a fresh process, count its parameters and score ``windows`` (W, L).
 
     A factored one is loaded by the code that it carries, which this process wrote.
@@ -246,7 +248,7 @@ def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code:
     modules = folder / ".modules"  # where transformers copies that code to; otherwise into its cache, for good
     trusted = trust_remote_code or (folder / CODE_FILE).is_file()
     try:
-        save_file({"windows": windows.contiguous()}, tokens)
+        save_file({name: tensor.contiguous().clone() for name, tensor in task.frozen(windows).items()}, tokens)
         command = [
             sys.executable,
             verify.__file__,
@@ -255,6 +257,7 @@ def verify_folder(folder: Path, windows: Tensor, device: str, trust_remote_code:
             device,
             str(torch.get_num_threads()),
             str(int(trusted)),
+            task.auto,
         ]
         environment = os.environ | {"HF_MODULES_CACHE": str(modules)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -26,6 +26,7 @@ from rankfront.search.atomic import new_folder
 from rankfront.search.errors import ExportError
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.inputs.capacity import capacity_of
+from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.device import pick_device
 from rankfront.search.inputs.model import count_parameters, dense_skeleton, load_model, load_tokenizer
 from rankfront.search.inputs.resolve import resolve
@@ -82,7 +83,8 @@ def slice_folder(
     plan = plan_of(folder, source)
     empty = dense_skeleton(source)
     sites = find_sites(empty)
-    prices = Prices(inside_blocks(sites), count_parameters(empty), VALUE_BYTES)
+    block_values = coverage_of(empty, sites).block_values
+    prices = Prices(inside_blocks(sites), count_parameters(empty), VALUE_BYTES, block_values)
     before = prices.of(plan)
     if not 0 < most < before.parameters:
         raise InputError(

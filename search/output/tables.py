@@ -111,6 +111,7 @@ def trial_json(row: Row, front: set[int], healed: Mapping[int, dict[str, Any]]) 
         "parameters",
         "block_parameters",
         "parameter_count",
+        "block_parameter_count",
         "bytes",
         "perplexity",
         "notes",
@@ -118,6 +119,7 @@ def trial_json(row: Row, front: set[int], healed: Mapping[int, dict[str, Any]]) 
         "fidelity",
         "seed",
         "split",
+        "place",
     )
     return {
         "number": row.number,

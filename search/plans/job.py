@@ -26,6 +26,7 @@ class Record(TypedDict, total=False):
     tokens: int  # that went through the model
     failure: str  # why there is nothing else
     lost: bool  # with a failure: by the worker's death or a shortage of memory, so that it is tried again
+    place: str  # with a failure: the line of code that raised it
     refused: str | None  # what would fail every job alike, from a worker that cannot raise; None where it only waited
 
     # of a trial
@@ -35,9 +36,11 @@ class Record(TypedDict, total=False):
     parameters: float
     block_parameters: float
     parameter_count: int
+    block_parameter_count: int
     bytes: int
     fidelity: int  # tokens that were scored
     notes: dict[str, float]  # figures that objectives leave beside their values
+    notes_failure: str  # why those of how the model runs are not there
     split: str  # hash of the tokens that were scored
     seed: int
 
@@ -45,12 +48,14 @@ class Record(TypedDict, total=False):
     control: float  # perplexity on the control text
     control_failure: str
     continuations: list[str]  # of the prompts
+    continuations_failure: str
     tasks: dict[str, Any]  # what was asked, and scores by task, or a failure
     refitted: float  # perplexity after a refit
     refit_failure: str
 
     # of a part of the menu
     predictions: Mapping[str, Mapping[str, float]]  # site name -> option label -> divergence
+    unscored: Mapping[str, str]  # site name -> why nothing is predicted of it
     probed: dict[str, str]  # site name -> option label of a group that was probed
     divergence: float | None  # measured of that; None where it is not finite
     jobs: int  # that the menu is measured in

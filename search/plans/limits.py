@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -32,16 +31,12 @@ class Figures:
 
     Attributes:
         menu: it.
-        sites: every site of the model -> whether it lies inside a block.
-        model_values: parameters of the dense model, each once.
-        value_bytes: bytes of one value in the dtype of the export.
+        prices: what its plans cost.
         tables: the latencies among the objectives that have a table, as the trials corrected it.
     """
 
     menu: Menu
-    sites: Mapping[Site, bool]
-    model_values: int
-    value_bytes: int
+    prices: Prices
     tables: Timings
 
     @property
@@ -49,13 +44,9 @@ class Figures:
         """What can be limited."""
         return (*COSTS, *self.tables)
 
-    @cached_property
-    def _prices(self) -> Prices:
-        return Prices(self.sites, self.model_values, self.value_bytes)
-
     def of(self, plan: Plan) -> dict[str, float]:
         """Every figure of a plan: `COSTS` exactly, latencies predicted; NaN where an option was not timed."""
-        exact = exact_figures(self._prices.of(plan))
+        exact = exact_figures(self.prices.of(plan))
         ratios = {name: timing.ratio(objective, plan) for name, (objective, timing) in self.tables.items()}
         timed = {name: np.nan if ratio is None else ratio for name, ratio in ratios.items()}
         return exact | timed
@@ -92,19 +83,19 @@ class Figures:
 
         Index bits are rounded up option by option, and so never less than in the plan.
         """
-        dense = self._prices.of(Plan(()))
+        dense = self.prices.of(Plan(()))
         of_dense, scale = {
             "parameters": (dense.values, dense.dense_values),
             "block_parameters": (dense.block_values, dense.dense_block_values or 1),
             "parameter_count": (dense.values, 1),
             "bytes": (dense.bytes, 1),
         }[figure]
-        by_name = {site.name: site for site in self.sites}
+        by_name = {site.name: site for site in self.prices.sites}
 
         changes = []
         for line in self.menu.lines:
             treated = [
-                sum(added(figure, by_name[site], o, self._prices) for site in line.members if o != DENSE_OPTION)
+                sum(added(figure, by_name[site], o, self.prices) for site in line.members if o != DENSE_OPTION)
                 for o in line.options
             ]
             changes.append(np.array(treated, dtype=float))

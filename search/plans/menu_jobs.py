@@ -44,14 +44,20 @@ class MenuJobs:
         return [Job("menu", part, plan) for part, plan in enumerate(plans) if keys.menu_part(part) not in known]
 
     def kept(self, part: int, record: Record, known: Mapping[str, Any]) -> Record:
-        """What is kept of what a job measured: with it, how many jobs there are. `InputError` where it failed."""
-        if keys.FAILURE in record:
+        """What is kept of what a job measured: with it, how many jobs there are. `InputError` where it failed.
+
+        A group whose probe failed leaves the menu."""
+        first = known.get(keys.menu_part(0), record if part == 0 else None)
+        probed = self._plans(first)[part].by_site if keys.FAILURE in record and part and first is not None else {}
+        if probed and keys.LOST not in record:
+            left = dict.fromkeys(probed, record[keys.FAILURE])
+            record = {"predictions": {}, "unscored": left, "tokens": 0, "seconds": {}}
+        elif keys.FAILURE in record:
             advice = "give a trial more memory, or set" if keys.LOST in record else "set"
             raise InputError(
                 f"the menu could not be made by {self.source!r} ({record[keys.FAILURE]}): {advice} search.menu to"
                 " another"
             )
-        first = known.get(keys.menu_part(0), record if part == 0 else None)
         return record | {"jobs": len(self._plans(first))}
 
     def _plans(self, first: Record | None) -> list[Plan]:
@@ -71,10 +77,12 @@ def menu_record(known: Mapping[str, Any]) -> Record | None:
     for part in parts[1:]:
         merged["tokens"] += part["tokens"]
         merged["seconds"] = {k: v + part["seconds"].get(k, 0.0) for k, v in merged["seconds"].items()}
+        merged["unscored"] = unscored = {**merged.get("unscored", {}), **part.get("unscored", {})}
         if "probed" in part:
             merged["predictions"] = scaled_by_group(merged["predictions"], part["probed"], part["divergence"])
         else:
-            merged["predictions"] = {**merged["predictions"], **part["predictions"]}
+            found = {**merged["predictions"], **part["predictions"]}
+            merged["predictions"] = {site: known for site, known in found.items() if site not in unscored}
     return merged
 
 

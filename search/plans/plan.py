@@ -146,16 +146,20 @@ class Prices:
         sites: every site of the model -> whether it lies inside a block.
         model_values: parameters of the dense model, each once.
         value_bytes: bytes of one value in the dtype of the export.
+        block_values: what the dense model's blocks store; by default their sites alone, as runs of 0.1 had it.
     """
 
-    def __init__(self, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> None:
+    def __init__(
+        self, sites: Mapping[Site, bool], model_values: int, value_bytes: int, block_values: int | None = None
+    ) -> None:
         self.sites = sites
         self.model_values = model_values
         self.value_bytes = value_bytes
         self._by_name = {site.name: site for site in sites}
         weights = {weight.path: (weight, inside) for site, inside in sites.items() for weight in site.weights}
         within = [weight for weight, inside in weights.values() if inside]
-        self._block = sum((weight.storage + weight.biases for weight in within), Storage(0))
+        own = sum((weight.storage + weight.biases for weight in within), Storage(0))
+        self._block = own if block_values is None else Storage(block_values)
         self._active = model_values - sum((1 - w.share) * w.storage.parameters for w, _ in weights.values())
         self._changes: dict[tuple[str, Option], Storage] = {}
 
@@ -194,6 +198,8 @@ class Prices:
         return self._changes[key]
 
 
-def cost_of(plan: Plan, sites: Mapping[Site, bool], model_values: int, value_bytes: int) -> Cost:
+def cost_of(
+    plan: Plan, sites: Mapping[Site, bool], model_values: int, value_bytes: int, block_values: int | None = None
+) -> Cost:
     """The exact cost of one plan; see `Prices`."""
-    return Prices(sites, model_values, value_bytes).of(plan)
+    return Prices(sites, model_values, value_bytes, block_values).of(plan)

@@ -162,5 +162,11 @@ def check_limits(setup: Setup, space: Space) -> None:
     """Raise `InputError` where no plan of the space can meet the study's limits."""
     limits = [Constraint.parse(text) for text in setup.config.search.where]
     if any(limit.figure in COSTS for limit in limits):
-        prices = Prices(inside_blocks(setup.outline.sites), setup.outline.parameters, DTYPES[setup.dtype].itemsize)
+        outline = setup.outline
+        prices = Prices(
+            inside_blocks(outline.sites),
+            outline.parameters,
+            DTYPES[setup.dtype].itemsize,
+            outline.coverage.block_values,
+        )
         check_reachable(limits, space.wanted(), prices)

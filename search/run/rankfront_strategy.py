@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rankfront.search.optimise.opening import anchors_to_beat, opening_budgets, 
 from rankfront.search.optimise.predictor import Predictor
 from rankfront.search.optimise.rankfront_sampler import RankfrontSampler
 from rankfront.search.optimise.samplers import make_sampler
+from rankfront.search.plain import plain
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.latency_table import timed_objectives, timings_of
 from rankfront.search.plans.menu import Places
@@ -32,7 +34,20 @@ from rankfront.search.storage.trials import enqueue, enqueue_missing, labelled
 from rankfront.search.tuning import TUNING
 
 SlopeTokens = Callable[[StudyState], int]
+log = logging.getLogger(__name__)
 REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are measured; on disk
+
+
+def said_unscored(unscored: Mapping[str, str], space: Space) -> Iterator[str]:
+    """A line for every kind of site that leaves the menu, and why."""
+    kinds: dict[tuple[str, str], int] = {}
+    for site, place in space.sites.items():
+        if site.name in unscored:
+            key = place.kind, unscored[site.name]
+            kinds[key] = kinds.get(key, 0) + 1
+    for (kind, reason), count in kinds.items():
+        what = f"{count} sites {plain(kind)}" if count > 1 else f"1 site {plain(kind)}"
+        yield f"{what} cannot be scored and {'stay' if count > 1 else 'stays'} dense: {plain(reason)}"
 
 
 class RankfrontStrategy:
@@ -72,6 +87,8 @@ class RankfrontStrategy:
             self.study.set_user_attr(keys.TIMING, record)  # a failure too: latency is then read off the trials alone
         else:
             kept = self.menu_jobs.kept(job.number, record, state.known)
+            for line in said_unscored(kept.get("unscored", {}), self.space):
+                log.warning(line)
             self.study.set_user_attr(keys.menu_part(job.number), kept)
 
     def advance(self, state: StudyState) -> None:

@@ -19,6 +19,7 @@ from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.source import cache_folder
+from rankfront.search.inputs.tasks import make_task
 from rankfront.search.inputs.text import LAST, cut, hash_tokens, scattered
 from rankfront.search.measure.ranks import measured_multiple, shapes_of
 from rankfront.search.measure.setup import Setup, make_space
@@ -41,7 +42,7 @@ def make_setup(
 
     ``drawn`` has the model's own texts that the run knows, by default from its folder; what is sampled is added.
     """
-    source = resolve(config.model.name, config.model.trust_remote_code)
+    source = resolve(config.model.name, config.model.trust_remote_code, config.model.task)
     earlier = run.resolved()
     device = pick_device(earlier.get("device", config.model.device))
     search = config.search
@@ -61,7 +62,9 @@ def make_setup(
     outline.coverage.check(config.space)
     outline.capacity.check_length(config.data.length, "data.length")  # before minutes of sampling
     own = OwnText(source, dtype, device, cache, own_text(run) if drawn is None else drawn, progress)
-    tokens = cut(load_tokenizer(source), config.data.splits(), config.data.length, own)
+    tokenizer = load_tokenizer(source)
+    task = make_task(source.task, tokenizer)
+    tokens = cut(tokenizer, config.data.splits(), config.data.length, own, task=task)
     if scatters(config, earlier):
         tokens["search"] = scattered(tokens["search"])
     config = run.settled(config)
@@ -71,7 +74,9 @@ def make_setup(
         config = config.on_grid(measured_multiple(shapes, config.space.every_keep, timed, device, dtype, cache))
     groups = 0 if search.sampler == OURS else search.groups
     loss = preferred_loss(config) or "perplexity"
-    setup = Setup(config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss)
+    setup = Setup(
+        config, source, outline, dtype, device, source.fingerprint, tokens, str(cache), groups, loss, task=task
+    )
     return setup.without(json.loads(earlier.get(REFUSED, "{}")))
 
 
@@ -84,7 +89,7 @@ def accepted(setup: Setup, progress: Progress) -> Setup:
     model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
     use_attention(model, setup.config.model.attention)
     progress("load", 1, 1)
-    return setup.without(refused(model, joint, setup.tokens["calibrate"]))
+    return setup.without(refused(model, joint, setup.tokens["calibrate"], setup.task))
 
 
 def heal_windows(

@@ -22,7 +22,7 @@ from rankfront.search.run.preparation import Preparation
 from rankfront.search.run.rankfront_strategy import RankfrontStrategy
 from rankfront.search.run.recovery import recover
 from rankfront.search.run.reports import ReportQueue
-from rankfront.search.run.retries import ATTEMPTS, MAX_LOST, Retries
+from rankfront.search.run.retries import ATTEMPTS, MAX_ALIKE, MAX_LOST, Retries
 from rankfront.search.run.strategy import OptunaStrategy, Strategy
 from rankfront.search.run.trials import Trials
 from rankfront.search.storage.front import Row, StudyReader, StudyState
@@ -182,7 +182,8 @@ class Scheduler:
     def finish(self, job: Job, record: Record) -> None:
         """Record what measuring ``job`` gave, or have it measured again where it was ``lost``.
 
-        Raises `InputError` for a cause that would fail every trial, `GaveUp` where it is not the user's.
+        Raises `InputError` for a cause that would fail every trial, `GaveUp` where it is not the user's, and where
+        trials fail alike one after another.
         """
         if keys.LOST not in record:
             self.retries.measured()
@@ -206,8 +207,16 @@ class Scheduler:
 
     def _finish_trial(self, job: Job, record: Record) -> None:
         self.trials.finish(job, record)
-        if job.kind == "trial" and keys.FAILURE not in record:
+        if job.kind != "trial":
+            return
+        if keys.FAILURE not in record:
+            self.retries.succeeded()
             self._advance(self.state())
+        elif self.retries.failed(record):
+            raise GaveUp(
+                f"{MAX_ALIKE} trials in succession failed alike, at {record[keys.PLACE]} ({record[keys.FAILURE]}):"
+                " unless that is code of the model's own, it is a defect of rankfront"
+            )
 
     def _advance(self, state: StudyState) -> None:
         """Have the strategy queue what has become possible, unless one plan alone is measured."""

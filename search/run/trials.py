@@ -113,9 +113,11 @@ class Trials:
             tell_measured(self.study, trial, record, self.limits)
         else:
             lost = keys.LOST in record
-            tell_failed(self.study, trial, record[keys.FAILURE], lost)
+            tell_failed(self.study, trial, record[keys.FAILURE], lost, record.get(keys.PLACE))
             if not job.plan.choices:
-                message = f"the dense model could not be measured ({record[keys.FAILURE]}): nothing to compare with"
+                where = f" at {record[keys.PLACE]}" if keys.PLACE in record else ""
+                failure = f"{record[keys.FAILURE]}{where}"
+                message = f"the dense model could not be measured ({failure}): nothing to compare with"
                 raise GaveUp(f"{message}; give a trial more memory") if lost else InputError(message)
 
     def abandon(self) -> None:

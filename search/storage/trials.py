@@ -71,8 +71,13 @@ def tell_repeated(study: optuna.Study, trial: optuna.Trial) -> None:
     study.tell(trial, state=TrialState.PRUNED)
 
 
-def tell_failed(study: optuna.Study, trial: optuna.Trial, reason: str, lost: bool = False) -> None:
-    """Keep why a trial failed, and whether that was its worker's death or a shortage of memory."""
+def tell_failed(
+    study: optuna.Study, trial: optuna.Trial, reason: str, lost: bool = False, place: str | None = None
+) -> None:
+    """Keep why a trial failed, the line of code that raised it if one did, and whether it was its worker's death or a
+    shortage of memory."""
+    if place is not None:
+        trial.set_user_attr(keys.PLACE, place)
     if lost:
         trial.set_user_attr(keys.LOST, True)
     trial.set_user_attr(keys.FAILURE, reason)

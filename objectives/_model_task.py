@@ -1,0 +1,152 @@
+"""What a model is for: how it is run on rows of token ids, which distributions it predicts there, and what is right.
+
+Rows (W, L) are what splits hold. Of each, a model predicts P distributions over V outcomes; losses, divergences and
+gradients are of these alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MASKED = 0.15  # share of a row's tokens that are masked: that of BERT's training (Devlin et al. 1810.04805)
+
+
+class Task(Protocol):
+    """One kind of model.
+
+    Attributes:
+        name: as ``model.task`` has it.
+        auto: the class of transformers that loads it.
+        pipeline: what the hub calls it.
+        generates: whether it goes on with a text, token by token, and has a cache for that.
+        scheme: what perplexity is of, in a sentence, where that is not the next token.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def auto(self) -> str: ...
+    @property
+    def pipeline(self) -> str: ...
+    @property
+    def generates(self) -> bool: ...
+    @property
+    def scheme(self) -> str: ...
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """What the model is called with for ``rows`` (B, L)."""
+
+    def logits(self, model: Any, rows: Tensor) -> Tensor:
+        """The distributions that a forward pass gives, (B, Q, V), Q at least P: the P predicted ones come first."""
+
+    def predicted(self, length: int) -> int:
+        """P, of rows of ``length``."""
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """The outcomes that are right, (B, P)."""
+
+    def outcomes(self, model: Any) -> int:
+        """V."""
+
+    def frozen(self, rows: Tensor) -> dict[str, Tensor]:
+        """All that another process needs to score a model on ``rows``: its `inputs`, the ``targets`` (B, P), and their
+        ``positions`` (B, P) in its output."""
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Every token but the first of a row is predicted from those before it."""
+
+    name = "causal-lm"
+    auto = "AutoModelForCausalLM"
+    pipeline = "text-generation"
+    generates = True
+    scheme = ""
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": rows}
+
+    def logits(self, model: Any, rows: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=rows, use_cache=False).logits  # (B, L, V)
+        return found
+
+    def predicted(self, length: int) -> int:
+        return length - 1
+
+    def targets(self, rows: Tensor) -> Tensor:
+        return rows[:, 1:]
+
+    def outcomes(self, model: Any) -> int:
+        return int(model.config.get_text_config().vocab_size)
+
+    def frozen(self, rows: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        positions = torch.arange(rows.shape[1] - 1).expand(len(rows), -1)
+        return self.inputs(rows) | {"targets": self.targets(rows), "positions": positions}
+
+
+CAUSAL = CausalLM()
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """`MASKED` of the tokens of a row, one at least, are replaced by the mask token, and predicted from all others.
+
+    Which ones is drawn by a generator that the row's own ids seed, special tokens left out while there are others: the
+    same row has the same mask everywhere. Perplexity is then pseudo-perplexity at these positions, in the manner of
+    Salazar et al. (1910.14659), all masked at once instead of one by one.
+
+    Attributes:
+        mask: id of the mask token.
+        special: ids that are not masked.
+    """
+
+    mask: int
+    special: tuple[int, ...]
+
+    name = "masked-lm"
+    auto = "AutoModelForMaskedLM"
+    pipeline = "fill-mask"
+    generates = False
+    scheme = (
+        f"Perplexity is that of masked tokens: {MASKED:.0%} of every window, the same ones always, all replaced by the"
+        " mask token."
+    )
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": rows.scatter(1, self.positions(rows), self.mask)}
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """Which tokens of ``rows`` (B, L) are masked, (B, P), in order."""
+        import torch
+
+        ids = rows.cpu()
+        drawn = [
+            torch.rand(len(row), generator=torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes())))
+            for row in ids
+        ]
+        order = (torch.stack(drawn) + torch.isin(ids, torch.tensor(self.special))).argsort(dim=1)
+        return order[:, : self.predicted(rows.shape[1])].sort(dim=1).values.to(rows.device)
+
+    def logits(self, model: Any, rows: Tensor) -> Tensor:
+        found: Tensor = model(**self.inputs(rows)).logits  # (B, L, V)
+        places = self.positions(rows)[:, :, None].expand(-1, -1, found.shape[-1])
+        return found.gather(1, places)
+
+    def predicted(self, length: int) -> int:
+        return max(1, round(MASKED * length))
+
+    def targets(self, rows: Tensor) -> Tensor:
+        return rows.gather(1, self.positions(rows))
+
+    def outcomes(self, model: Any) -> int:
+        return int(model.config.get_text_config().vocab_size)
+
+    def frozen(self, rows: Tensor) -> dict[str, Tensor]:
+        return self.inputs(rows) | {"targets": self.targets(rows), "positions": self.positions(rows)}
