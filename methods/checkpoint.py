@@ -43,7 +43,11 @@ from rankfront.methods.loading import (
 QUANT_METHOD = "rankfront"
 CONFIG_VERSION = 2
 CAUSAL = "AutoModelForCausalLM"  # what exports are loaded by that do not say so
-AUTO = {CAUSAL: "CAUSAL_LM", "AutoModelForMaskedLM": "MASKED_LM"}  # -> what transformers' mapping is called by
+AUTO = {  # -> what transformers' mapping is called by
+    CAUSAL: "CAUSAL_LM",
+    "AutoModelForMaskedLM": "MASKED_LM",
+    "AutoModelForSequenceClassification": "SEQUENCE_CLASSIFICATION",
+}
 
 
 def contents(config: Any) -> dict[str, Any] | None:

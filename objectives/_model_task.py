@@ -1,7 +1,7 @@
 """What a model is for: how it is run on rows of token ids, which distributions it predicts there, and what is right.
 
-Rows (W, L) are what splits hold. Of each, a model predicts P distributions over V outcomes; losses, divergences and
-gradients are of these alone.
+Rows (W, L) are what splits hold: token ids, of labelled texts after the number of the class. Of each, a model predicts
+P distributions over V outcomes; losses, divergences and gradients are of these alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Task(Protocol):
         auto: the class of transformers that loads it.
         pipeline: what the hub calls it.
         generates: whether it goes on with a text, token by token, and has a cache for that.
+        labelled: whether rows are labelled texts, each with padding of its own.
         scheme: what perplexity is of, in a sentence, where that is not the next token.
     """
 
@@ -36,10 +37,15 @@ class Task(Protocol):
     @property
     def generates(self) -> bool: ...
     @property
+    def labelled(self) -> bool: ...
+    @property
     def scheme(self) -> str: ...
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
         """What the model is called with for ``rows`` (B, L)."""
+
+    def attended(self, rows: Tensor) -> Tensor | None:
+        """Which of the model's input tokens are no padding, (B, L'); None where none is."""
 
     def logits(self, model: Any, rows: Tensor) -> Tensor:
         """The distributions that a forward pass gives, (B, Q, V), Q at least P: the P predicted ones come first."""
@@ -66,10 +72,14 @@ class CausalLM:
     auto = "AutoModelForCausalLM"
     pipeline = "text-generation"
     generates = True
+    labelled = False
     scheme = ""
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
         return {"input_ids": rows}
+
+    def attended(self, rows: Tensor) -> None:
+        return None
 
     def logits(self, model: Any, rows: Tensor) -> Tensor:
         found: Tensor = model(input_ids=rows, use_cache=False).logits  # (B, L, V)
@@ -114,6 +124,7 @@ class MaskedLM:
     auto = "AutoModelForMaskedLM"
     pipeline = "fill-mask"
     generates = False
+    labelled = False
     scheme = (
         f"Perplexity is that of masked tokens: {MASKED:.0%} of every window, the same ones always, all replaced by the"
         " mask token."
@@ -121,6 +132,9 @@ class MaskedLM:
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
         return {"input_ids": rows.scatter(1, self.positions(rows), self.mask)}
+
+    def attended(self, rows: Tensor) -> None:
+        return None
 
     def positions(self, rows: Tensor) -> Tensor:
         """Which tokens of ``rows`` (B, L) are masked, (B, P), in order."""
@@ -150,3 +164,49 @@ class MaskedLM:
 
     def frozen(self, rows: Tensor) -> dict[str, Tensor]:
         return self.inputs(rows) | {"targets": self.targets(rows), "positions": self.positions(rows)}
+
+
+@dataclass(frozen=True)
+class SequenceClassification:
+    """The class of a text is predicted, one of V, from all of it.
+
+    Attributes:
+        padding: id of the token that fills rows up.
+    """
+
+    padding: int
+
+    name = "sequence-classification"
+    auto = "AutoModelForSequenceClassification"
+    pipeline = "text-classification"
+    generates = False
+    labelled = True
+    scheme = "Perplexity is the exponential of the mean cross-entropy of the classes."
+
+    def inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        ids, there = rows[:, 1:], rows[:, 1:] != self.padding
+        longest = int(there.sum(1).max())  # where padding is on the right, what is more is padding for all
+        if not bool(there[:, longest:].any()):
+            ids, there = ids[:, :longest], there[:, :longest]
+        return {"input_ids": ids, "attention_mask": there.long()}
+
+    def attended(self, rows: Tensor) -> Tensor | None:
+        return self.inputs(rows)["attention_mask"].bool()
+
+    def logits(self, model: Any, rows: Tensor) -> Tensor:
+        found: Tensor = model(**self.inputs(rows)).logits  # (B, V)
+        return found[:, None]
+
+    def predicted(self, length: int) -> int:
+        return 1
+
+    def targets(self, rows: Tensor) -> Tensor:
+        return rows[:, :1]
+
+    def outcomes(self, model: Any) -> int:
+        return int(model.config.num_labels)
+
+    def frozen(self, rows: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        return self.inputs(rows) | {"targets": self.targets(rows), "positions": torch.zeros(len(rows), 1).long()}

@@ -91,6 +91,13 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None, tas
     )
 
 
+@torch.inference_mode()
+def error_rate(model: nn.Module, windows: Tensor, task: Task = CAUSAL) -> float:
+    """The share of predicted tokens, or classes, of ``windows`` (W, L) of which another is likelier to ``model``."""
+    wrong = sum(int((likely.argmax(-1) != targets).sum()) for _, targets, likely in predictions(model, windows, task))
+    return wrong / (len(windows) * task.predicted(windows.shape[1]))
+
+
 def divergence_from(student: Tensor, teacher: Teacher, start: int) -> Tensor:
     """Σ over positions of the cut KL (see `score`) of log-probabilities (n, V), those from position ``start`` on."""
     rows = slice(start, start + len(student))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rankfront.objectives import CAUSAL
+from rankfront.objectives._model_task import SequenceClassification
 from rankfront.search.splits import PYDOC, SPLITS, own_text_seed
 
 DECODING = ("kv_bytes", "memory", "latency_decode", "tasks")  # objectives of models that go on with a text
@@ -24,7 +25,8 @@ def with_defaults(data: Any, windows: Mapping[str, int]) -> Any:
     asked: dict[str, dict[str, Any]] = {
         name: {"text": PYDOC, "windows": windows[name], **_table(texts.get(name))} for name in SPLITS
     }
-    there = any(split["text"] != PYDOC for split in asked.values())  # a second corpus for control, then
+    named = all(split["text"] != PYDOC for split in asked.values())
+    there = named and model["task"] != SequenceClassification.name  # a second corpus for control, then
     control = {"text": PYDOC, **({} if there else {"windows": 0}), **_table(texts.get("control"))}
     timed = {
         name: {"decode": 0, **settings} if name in FORWARD and isinstance(settings, Mapping) else settings
@@ -59,5 +61,7 @@ def _refusals(config: Any) -> Iterator[str]:
         yield "and lm-eval asks causal language models: leave out objectives.tasks"
     if config.space.servable:
         yield "which no engine runs that is known here: leave out space.servable"
+    if config.model.task == SequenceClassification.name and config.search.refit != "none":
+        yield "and a refit reads windows of one length: leave out search.refit"
     if config.search.heal != "none":
         yield "and healing is of causal language models: leave out search.heal"

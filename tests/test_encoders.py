@@ -154,6 +154,8 @@ def test_from_the_study_to_the_reloaded_export(name, folders, text_file, tmp_pat
         body = AutoModel.from_pretrained(tmp_path / form)
         hidden = model(input_ids=windows[:1], output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(body(input_ids=windows[:1]).last_hidden_state, hidden)
+    with pytest.raises(InputError, match="an encoder, whose tokens see those after them"):  # as healing would have it
+        load_model(resolve(str(tmp_path / "factored")), torch.float32, "cpu")
     card = (tmp_path / "factored" / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: fill-mask" in card
     assert "AutoModelForMaskedLM.from_pretrained" in card

@@ -18,7 +18,9 @@ def evaluate_command(
     windows: Annotated[int, typer.Option(min=1)] = 16,
     length: Annotated[int, typer.Option(min=8)] = 512,
     prepack: Annotated[bool, typer.Option("--prepack", help="with weights in the order a CPU reads fastest")] = False,
-    task: Annotated[str, typer.Option(help="causal-lm, or masked-lm for an encoder")] = "causal-lm",
+    task: Annotated[
+        str, typer.Option(help="causal-lm, or for an encoder masked-lm or sequence-classification")
+    ] = "causal-lm",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -52,6 +52,7 @@ class _Recorder:
     failures: Failures  # by module path
     sums: dict[str, _Sums] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
+    attended: Tensor | None = None  # which tokens of the rows that run are no padding, (B, L); None where all
 
     def attach(self, model: nn.Module, paths: Sequence[str]) -> list[Any]:
         handles = []
@@ -68,7 +69,7 @@ class _Recorder:
                 read(inputs, output)
 
         def read(inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            raw = inputs[0].detach().flatten(0, -2)  # (tokens, n)
+            raw = self._tokens(inputs[0].detach())  # (tokens, n)
             sums.tokens += len(raw)
             self.reached.add(path)
             if leads and self.needs & {"gram", "absolute"}:
@@ -84,6 +85,12 @@ class _Recorder:
 
         return hook
 
+    def _tokens(self, states: Tensor) -> Tensor:
+        """(B, L, n) or (tokens, n) to (tokens, n), those of padding left out."""
+        if self.attended is not None and states.shape[:-1] == self.attended.shape:
+            return states[self.attended]
+        return states.flatten(0, -2)
+
     def why_not(self, path: str) -> str | None:
         """Why the inputs of the module at ``path`` could not be measured; None where they were."""
         lead = self.groups[path]
@@ -98,7 +105,7 @@ class _Recorder:
         if not len(x):  # of an expert without tokens
             return
         sums.felt += len(x)
-        g = gradient.flatten(0, -2).float()  # (tokens, m)
+        g = self._tokens(gradient).float()  # (tokens, m)
         squares = g.square().sum(1)  # (tokens,) ‖g_t‖²
         if "fisher" in self.needs:
             sums.fisher = _add(sums.fisher, squares @ x.float().square())
@@ -195,7 +202,7 @@ def calibrate(
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.measured])
         try:
             with seeing(model, _least(windows)):
-                for done in _run(model, windows, task, gradients=bool(needs & GRADIENTS)):
+                for done in _run(model, windows, task, recorder, gradients=bool(needs & GRADIENTS)):
                     progress(number * len(windows) + done, total)
         finally:
             for handle in handles:
@@ -281,7 +288,7 @@ def _pool_gradients(needs: frozenset[str], sums: _Sums, weight: Weight) -> None:
         sums.gradient = own + (share * float(own.diagonal().mean()) or 1.0) * torch.eye(m, device=own.device)
 
 
-def _run(model: Any, windows: Tensor, task: Task, gradients: bool) -> Iterator[int]:
+def _run(model: Any, windows: Tensor, task: Task, recorder: _Recorder, gradients: bool) -> Iterator[int]:
     """Run the windows through the model, with a backward pass where asked; yields how many are done."""
     device = next(model.parameters()).device
     step = max(1, BATCH_TOKENS // windows.shape[1])
@@ -292,6 +299,7 @@ def _run(model: Any, windows: Tensor, task: Task, gradients: bool) -> Iterator[i
     try:
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(device)
+            recorder.attended = task.attended(ids)
             with torch.set_grad_enabled(gradients):
                 logits = task.logits(model, ids)[:, : task.predicted(windows.shape[1])]
                 if gradients:

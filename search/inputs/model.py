@@ -20,13 +20,11 @@ from rankfront.methods.factored import dense_config
 from rankfront.methods.layers import set_module
 from rankfront.methods.loading import KEY, Replacements
 from rankfront.methods.unfused import unfuse
-from rankfront.objectives import CAUSAL
-from rankfront.objectives._model_task import MaskedLM
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.checkpoint import check_whole, hold_two
 from rankfront.search.inputs.device import out_of_memory
 from rankfront.search.inputs.source import WEIGHT_FILES, Source, check_unpacked
-from rankfront.search.inputs.tasks import LOADING
+from rankfront.search.inputs.tasks import LOADING, check_task
 from rankfront.search.names import BUNDLED
 
 MOST_VALUES = (
@@ -43,7 +41,7 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     if source.gguf:
         check_unpacked(source)
     config = read_config(source)
-    _check_task(source, config)
+    check_task(source.name, source.task, config)
     _check_size(source, config)
     method = quantisation(config)
     quantised = None if method == QUANT_METHOD else method
@@ -97,7 +95,7 @@ def skeleton(source: Source) -> Any:
     two different matrices, they are two.
     """
     config = read_config(source)
-    _check_task(source, config)
+    check_task(source.name, source.task, config)
     _refuse_compressed(source, config)
     model = _empty(source, config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -132,27 +130,6 @@ def read_config(source: Source) -> Any:
             f"model {source.name!r} has {layers:,} layers by its config.json, more than {MOST_LAYERS:,}: restore it"
         )
     return config
-
-
-def _check_task(source: Source, config: Any) -> None:
-    """Raise `InputError` where transformers has no model of this kind for the source's task, or this is not one."""
-    wanted, masked = LOADING[source.task], MaskedLM.name
-    own = wanted.auto.__name__ in getattr(config, "auto_map", {})
-    encoder = type(config) in LOADING[masked].mapping and not getattr(config, "is_decoder", False)
-    what, remedy = None, f"rankfront takes causal language models, those of {CAUSAL.auto}"
-    if getattr(config, "is_encoder_decoder", False):
-        what = "an encoder and a decoder"
-    elif not own and type(config) not in wanted.mapping:
-        what = f"no {wanted.what}"
-    elif source.task == CAUSAL.name and encoder:
-        what = "an encoder, whose tokens see those after them"
-    elif source.task != CAUSAL.name and getattr(config, "is_decoder", False):
-        what = "a decoder, whose tokens see none after them"
-    if what is not None:
-        tasks = [name for name in LOADING if name != CAUSAL.name]
-        if encoder and source.task == CAUSAL.name and not config.is_encoder_decoder:
-            remedy += f"; for an encoder set model.task (--task) to {' or '.join(map(repr, tasks))}"
-        raise InputError(f"model {source.name!r} is {what} ({config.model_type}): {remedy}")
 
 
 def load_whole(source: Source, location: str | Path, quantised: str | None = None, **arguments: Any) -> Any:

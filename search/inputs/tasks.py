@@ -8,13 +8,15 @@ from typing import Any
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
 )
 
 from rankfront.methods import InputError
 from rankfront.objectives import CAUSAL, Task
-from rankfront.objectives._model_task import MaskedLM
+from rankfront.objectives._model_task import MaskedLM, SequenceClassification
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,44 @@ LOADING = {
     MaskedLM.name: Loading(
         AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "language model that predicts masked tokens", OTHER_HEADS
     ),
+    SequenceClassification.name: Loading(
+        AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "model that classifies texts"
+    ),
 }
 
 
+def check_task(name: str, task: str, config: Any) -> None:
+    """Raise `InputError` where the model ``name`` with this configuration is none for the ``task``, or transformers has
+    none such."""
+    wanted = LOADING[task]
+    own = wanted.auto.__name__ in getattr(config, "auto_map", {})
+    decoder = getattr(config, "is_decoder", False)
+    masked = any(kind in LOADING[MaskedLM.name].mapping for kind in type(config).__mro__)  # factored ones too
+    encoder = masked and not decoder
+    causal, classifies = task == CAUSAL.name, task == SequenceClassification.name
+    wrong = {
+        "an encoder and a decoder": getattr(config, "is_encoder_decoder", False),
+        "an encoder, whose tokens see those after them": causal and encoder,
+        f"no {wanted.what}": not own and type(config) not in wanted.mapping,
+        "a decoder, whose tokens see none after them": (task == MaskedLM.name and decoder)
+        or (classifies and not own and not encoder),
+        "a regression, which has no classes": classifies and config.num_labels < 2,
+    }
+    for what, true in wrong.items():
+        if true:
+            remedy = f"rankfront takes causal language models, those of {CAUSAL.auto}, and encoders"
+            if causal and encoder:
+                others = " or ".join(repr(each) for each in LOADING if each != task)
+                remedy += f" where model.task (--task of evaluate) is {others}"
+            raise InputError(f"model {name!r} is {what} ({config.model_type}): {remedy}")
+
+
 def make_task(name: str, tokenizer: Any) -> Task:
-    """The task ``name`` with this tokenizer; `InputError` where that has no mask token, which masked ones need."""
+    """The task ``name`` with this tokenizer; `InputError` where that lacks a token which the task needs."""
     if name == CAUSAL.name:
         return CAUSAL
+    if name == SequenceClassification.name:
+        return SequenceClassification(-1 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id))
     if tokenizer.mask_token_id is None:
         raise InputError(f"model.task is {name!r} and the model's tokenizer has no mask token: name another model")
     return MaskedLM(int(tokenizer.mask_token_id), tuple(sorted(tokenizer.all_special_ids)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.objectives import CAUSAL, Task, score
+from rankfront.objectives._scores import error_rate
 from rankfront.objectives.tasks import Tasks
 from rankfront.search.errors import reason_of
 from rankfront.search.inputs.capacity import capacity_of
@@ -56,6 +57,8 @@ def reported(
     if not math.isfinite(scores.perplexity):
         return {"failure": f"perplexity on the report split is {scores.perplexity}"}
     record: Record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
+    if task.labelled:
+        record["error_rate"] = error_rate(model, tokens["report"], task)
     if "control" in tokens:
         control = score(model, tokens["control"], task=task).perplexity
         record |= {"control": control} if math.isfinite(control) else {"control_failure": str(control)}

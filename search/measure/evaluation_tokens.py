@@ -21,10 +21,11 @@ class EvaluationTokens:
         search: the split.
         count: how many windows trials read.
         seed: of the order in which menu and slopes take what is left.
+        whole: whether they take whole windows, such as labelled texts.
     """
 
-    def __init__(self, search: Tensor, count: int, seed: int) -> None:
-        self.search, self.count, self.seed = search, count, seed
+    def __init__(self, search: Tensor, count: int, seed: int, whole: bool = False) -> None:
+        self.search, self.count, self.seed, self.whole = search, count, seed, whole
 
     @property
     def windows(self) -> Tensor:
@@ -42,7 +43,7 @@ class EvaluationTokens:
         pool = whole[self.count :]
         if pool.numel() < tokens:
             pool = whole
-        length = whole.shape[1] // math.ceil(whole.shape[1] / PIECE_TOKENS)
+        length = whole.shape[1] if self.whole else whole.shape[1] // math.ceil(whole.shape[1] / PIECE_TOKENS)
         pieces = pool[:, : whole.shape[1] // length * length].reshape(-1, length)
         count = min(max(1, tokens // length), len(pieces))
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(self.seed))

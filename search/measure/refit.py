@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import DENSE_OPTION, Gram, Option, Site, Statistics, get_method
+from rankfront.methods import DENSE_OPTION, Gram, InputError, Option, Site, Statistics, get_method
 from rankfront.methods.layers import set_module
 from rankfront.methods.unfused_experts import Routed, routed_at
 from rankfront.search.factors.calibration import shared_inputs
@@ -47,6 +47,8 @@ def refitted(compressed: CompressedModel, plan: Plan, progress: Progress = lambd
 
     Beside the model it holds hidden states of all these tokens twice, and what the weights of one block read.
     """
+    if compressed.setup.task.labelled:
+        raise InputError("a refit reads windows of one length, and labelled texts have padding: use --refit none")
     compressed.apply(plan)
     try:
         with torch.no_grad():

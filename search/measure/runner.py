@@ -47,7 +47,8 @@ class JobRunner:
         self.progress = progress
         self.compressed = CompressedModel(setup, progress)
         self.timed = TimedModel(self.compressed)
-        self.tokens = EvaluationTokens(setup.tokens["search"], setup.config.trial_windows, setup.config.search.seed)
+        search, read, seed = setup.tokens["search"], setup.config.trial_windows, setup.config.search.seed
+        self.tokens = EvaluationTokens(search, read, seed, setup.task.labelled)
         self.trial_teacher: Teacher | None = None  # on the windows that trials read
         self.probe_teacher: Teacher | None = None  # on the windows of the menu's probes
 

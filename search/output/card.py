@@ -85,6 +85,8 @@ def card(setup: Setup, row: Row, verified: Verified, form: Format, refit: Refit,
     for name, text in texts.items():
         if name in ours and name in dense:
             figures[f"perplexity, {text}"] = f"{ours[name]:.6g} (dense: {dense[name]:.6g})"
+    if "error_rate" in ours and "error_rate" in dense:
+        figures[f"error rate, {texts['perplexity']}"] = f"{ours['error_rate']:.6g} (dense: {dense['error_rate']:.6g})"
     before = task_scores_of(dense)
     for name, score in task_scores_of(ours).items():
         figures[f"task {name}"] = f"{score:.4g}" + (f" (dense: {before[name]:.4g})" if name in before else "")

@@ -9,9 +9,11 @@ from typing import Any
 from rankfront.methods import check_choice, prepack
 from rankfront.objectives import CAUSAL, generate, score
 from rankfront.objectives._generation import read
+from rankfront.objectives._scores import error_rate
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype
-from rankfront.search.inputs.model import count_bytes, count_parameters, load_model, load_tokenizer
+from rankfront.search.inputs.labelled import labelled_rows
+from rankfront.search.inputs.model import count_bytes, count_parameters, load_model, load_tokenizer, read_config
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.tasks import LOADING, make_task
 from rankfront.search.inputs.text import cut
@@ -46,7 +48,11 @@ def evaluate(
     dtype = pick_dtype(dtype, device)
     tokenizer = load_tokenizer(source)
     made = make_task(task, tokenizer)
-    tokens = cut(tokenizer, {"evaluate": Split(text, windows)}, length, task=made)["evaluate"]
+    asked = {"evaluate": Split(text, windows)}
+    if made.labelled:
+        tokens = labelled_rows(tokenizer, asked, length, read_config(source).label2id)["evaluate"]
+    else:
+        tokens = cut(tokenizer, asked, length, task=made)["evaluate"]
     model = load_model(source, DTYPES[dtype], device, apart=False)
     capacity = capacity_of(model)
     capacity.check_length(length, "--length")
@@ -68,6 +74,7 @@ def evaluate(
         "text": text,
         "tokens": scores.tokens,
         "perplexity": scores.perplexity,
+        **({"error_rate": error_rate(model, tokens, made)} if made.labelled else {}),
         **stored,
         "dtype": dtype,
         "device": device,

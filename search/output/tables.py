@@ -25,7 +25,7 @@ from rankfront.search.storage.picking import holding
 if TYPE_CHECKING:
     import pandas as pd
 
-REPORTED = ("perplexity", "refitted", "control", "continuations", "tasks")
+REPORTED = ("perplexity", "error_rate", "refitted", "control", "continuations", "tasks")
 
 
 def front_json(found: Results, where: Sequence[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def main(folder: str, tokens: str, device: str, threads: str, trust: str, auto: 
     with torch.inference_mode():
         for row in range(len(targets)):
             logits = model(**{name: tensor[row][None] for name, tensor in given.items()}, **cached).logits[0]
-            predicted = logits[positions[row]].float()
+            predicted = logits.reshape(-1, logits.shape[-1])[positions[row]].float()  # of a class there is one row
             total += float(torch.nn.functional.cross_entropy(predicted, targets[row], reduction="sum"))
     predicted_tokens = targets.numel()
     parameters = sum(parameter.numel() for parameter in model.parameters())

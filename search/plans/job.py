@@ -47,6 +47,7 @@ class Record(TypedDict, total=False):
     # of a report
     control: float  # perplexity on the control text
     control_failure: str
+    error_rate: float  # on the report split, of a model that classifies
     continuations: list[str]  # of the prompts
     continuations_failure: str
     tasks: dict[str, Any]  # what was asked, and scores by task, or a failure
