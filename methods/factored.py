@@ -99,6 +99,11 @@ class FactoredModel:
             settle(model, wanted.within(model))
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As of the dense class, which computes some of its buffers while it is loaded, as Falcon-H1 does."""
+        return bool(_dense_class(cls).is_custom_code())
+
     def dequantize(self, dtype: torch.dtype | None = None, only: Collection[str] | None = None) -> Any:
         """Multiply factors out, in place: the model is of the dense class then, and so is all that it saves.
 

@@ -22,6 +22,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"bos_token_id$", 0),
     (r"eos_token_id$", 1),
     (r"token_(id|index)$", VOCABULARY - 1),
+    (r"index_topk$", POSITIONS),  # of all: which of equal ones are taken, rounding decides
     (r"(shared_experts?|topk_group|n_group|num_expert_group|n_groups|num_groups)$", 1),
     (r"(experts_per_tok|experts_per_token|top_?k(_experts)?|moe_k|num_selected_experts)$", 2),
     (r"(experts|num_experts_.*)$", 4),
@@ -39,7 +40,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"position|n_ctx|context_length|max_seq|seq_length|max_source|max_target", POSITIONS),
     (r"image_size$", 16),
     (r"patch_size$", 4),
-    (r"(hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|hidden_dim|proj_dim|lru_width|width|^dim|embd_dim)$",
+    (r"(hidden_size|d_model|n_embd|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim|proj_dim|lru_width|width|^dim|embd_dim)$",
      HIDDEN),
 )  # fmt: skip
 LAYERS = re.compile(r"^(num_|n_)?(\w+_)?(layers?|hidden_layers|depth|blocks)$")
@@ -49,7 +50,7 @@ DENSE_FIRST = re.compile(r"first_k_dense_replace|decoder_sparse_step|moe_layer_s
 LACKING: Mapping[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 1e4, "clip_qkv": 8.0}},
-    "deepseek_v2": {"num_experts_per_tok": 6},
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
@@ -64,6 +65,7 @@ HYBRID = ["linear_attention", "hybrid", "hybrid"]
 DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "lfm2_moe": {"num_dense_layers": 1, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "reformer": {"is_decoder": True},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -74,12 +76,17 @@ DEPTHS: Mapping[str, Mapping[str, Any]] = {
 MAMBA2 = {"mamba_d_head": 16}
 EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "bamba": MAMBA2,
+    "deepseek_v4": {
+        "num_key_value_heads": 1, "head_dim": HIDDEN, "qk_rope_head_dim": 4, "o_groups": 2,
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 64},
     "gemma3n_text": {"intermediate_size": INNER},
     "granitemoehybrid": MAMBA2,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {"dim_model_base": HIDDEN},
     "mpt": {"max_seq_len": 512},
+    "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [8, 24]},
     "xlnet": {"d_head": HEAD_WIDTH},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_WIDTH},

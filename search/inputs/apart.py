@@ -97,6 +97,8 @@ def _paired(unfused: Unfused, generator: torch.Generator) -> bool:
 def _few_experts(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in fp32 on the processor, with `EXPERTS` experts of random values."""
     count = next(tensor.shape[0] for name, tensor in module.named_parameters(recurse=False) if name == "down_proj")
+    if {len(tensor) for tensor in module.parameters(recurse=False)} != {count}:
+        raise ValueError("some experts have no weights of their own")  # as LongCat's, which give what they are given
     small = copy.copy(module)
     vars(small).update({name: EXPERTS for name, value in vars(module).items() if "experts" in name and value == count})
     small._parameters, small._modules = {}, {}

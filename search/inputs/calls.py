@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 TENSORS = ("weight", "bias")
+UNMET = ("self.training", "input_ids is None")  # in conditions of what is never run here
 
 
 @cache
@@ -22,15 +23,31 @@ def unlike_calls(kind: Any) -> frozenset[str]:
     of all children where its forward takes no gradients, as that of an indexer does.
 
     What is read in training alone, by fused kernels, counts as called, and so does what one branch reads and the other
-    calls, as in BLOOM.
+    calls, as in BLOOM; nor does it matter what is done without token ids.
     """
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError):
-        return frozenset()
+    body = _source(kind)
     if any(_ungraded(node) for node in ast.walk(body)):
         return frozenset(name for node in ast.walk(body) for name in _own(node))
     return frozenset(name for name in _read(body))
+
+
+@cache
+def read_below(kind: Any) -> frozenset[str]:
+    """Names of the modules further down whose weight the code of a class reads, as Gemma 4's does of its table."""
+    return frozenset(
+        node.value.attr
+        for node in ast.walk(_source(kind))
+        if isinstance(node, ast.Attribute) and node.attr in TENSORS
+        if isinstance(node.value, ast.Attribute) and isinstance(node.value.value, ast.Attribute)
+    )
+
+
+def _source(kind: Any) -> ast.AST:
+    """The syntax tree of a class; an empty one where its source is not to be had."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return ast.Module([], [])
 
 
 def _ungraded(node: ast.AST) -> bool:
@@ -55,7 +72,7 @@ def _read(node: ast.AST) -> Iterator[str]:
 def _read_in_branches(node: ast.If) -> Iterator[str]:
     """What a branch reads and the other calls is one way of many to run it, and not that of today's checkpoints."""
     body, other = ast.Module(node.body, []), ast.Module(node.orelse, [])
-    if "self.training" not in ast.unparse(node.test):
+    if not any(unmet in ast.unparse(node.test) for unmet in UNMET):
         yield from set(_read(body)) - set(_called(other))
     yield from set(_read(other)) - set(_called(body))
     yield from _read(node.test)

@@ -81,7 +81,7 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
     seen: set[int] = set()
     for path, module in inside.items():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or name.endswith("bias") or id(parameter) in seen:
+            if sum(side > 1 for side in parameter.shape) < 2 or name.endswith("bias") or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             values += parameter.numel()

@@ -5,6 +5,7 @@ To cut one anywhere computes the same. Whether it was cut where heads are is for
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,15 @@ def fused_projections(model: nn.Module) -> dict[str, Spec]:
         prefix, found = blocks(model)
     except InputError:
         return {}
-    modules = {f"{prefix}.{name}": module for name, module in found.named_modules()}
+    modules: dict[str, Any] = {f"{prefix}.{name}": m for name, m in found.named_modules(remove_duplicate=False)}
+    uses = Counter(id(module.weight) for module in modules.values() if is_linear(module))
     apart = {}
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         kind: Any = type(modules.get(parent))
-        if name in CUT and is_linear(module) and name not in unlike_calls(kind):
+        if name not in CUT or not is_linear(module) or uses[id(module.weight)] > 1:  # what blocks share stays whole
+            continue
+        if name not in unlike_calls(kind):
             spec = CUT[name](model, modules[parent], name, weight_of(module).shape[0])
             if spec is not None:
                 apart[path] = spec

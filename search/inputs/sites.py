@@ -17,7 +17,7 @@ from rankfront.methods import InputError, Site
 from rankfront.methods.layers import weight_of
 from rankfront.methods.unfused import unfused_in
 from rankfront.methods.unfused_experts import Experts
-from rankfront.search.inputs.calls import unlike_calls
+from rankfront.search.inputs.calls import read_below, unlike_calls
 from rankfront.search.inputs.joint_sites import joint_sites, runs_of_blocks, weight_at
 from rankfront.search.names import Place
 
@@ -152,11 +152,19 @@ def _outer_sites(model: Any) -> Iterator[Site]:
     paths = {module: path for path, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    kind: Any = type(model)
-    if head is not None and is_linear(head) and paths[head].rpartition(".")[2] not in unlike_calls(kind):
+    if any(_read_elsewhere(model, paths[module]) for module in ((head, table) if tied else ())):
+        return
+    if head is not None and is_linear(head) and not _read_elsewhere(model, paths[head]):
         yield _site(paths[head], head, tied=(paths[table],) if tied else ())
-    if isinstance(table, nn.Embedding) and not tied:
+    if isinstance(table, nn.Embedding) and not tied and not _read_elsewhere(model, paths[table]):
         yield _site(paths[table], table, kind="embedding")
+
+
+def _read_elsewhere(model: nn.Module, path: str) -> bool:
+    """Whether code above the linear or table at ``path`` reads its weight."""
+    *above, own = path.split(".")
+    kinds: list[Any] = [type(model.get_submodule(".".join(above[:depth]))) for depth in range(len(above) + 1)]
+    return own in unlike_calls(kinds[-1]) or any(own in read_below(kind) for kind in kinds)
 
 
 def weights_at(model: Any, site: Site) -> dict[str, Tensor]:

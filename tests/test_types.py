@@ -1,0 +1,61 @@
+"""A sample of transformers' types, of every kind of structure: sites by numbers, and two of them from study to reload.
+
+`studies/architectures.py` takes all types the whole way.
+"""
+
+import common
+import pytest
+import torch
+from architecture_laws import CLOSE, Examined, apart, full_rank, logits
+from tiny import tiny_model
+
+from rankfront.methods.layers import replacement, set_module
+from rankfront.methods.unfused import fuse
+from rankfront.search.inputs.acceptance import refused
+from rankfront.search.inputs.apart import take_apart
+from rankfront.search.inputs.coverage import coverage_of
+from rankfront.search.inputs.sites import find_sites
+
+TYPES = (
+    "opt", "xglm", "olmo2", "modernbert-decoder",  # learned positions; norms after; alternating attention
+    "qwen3_moe", "gpt_oss", "qwen2_moe", "granitemoe",  # experts
+    "deepseek_v3", "deepseek_v32", "zamba",  # latent attention, an indexer, shared weights
+    "mamba2", "falcon_mamba", "rwkv",  # states
+    "jamba", "lfm2", "recurrent_gemma", "nemotron_h", "qwen3_next",  # several kinds of block
+    "gemma4_text", "git", "gemma3",  # shared keys and values; towers
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_sites_of_every_kind_of_structure(name):
+    """Taken apart a type computes the same; so it does with factors of full rank everywhere; what is left is named;
+    and put together again it is what it was."""
+    model = tiny_model(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    wanted = logits(model)
+    take_apart(model)
+    assert apart(logits(model), wanted) <= CLOSE
+    sites = find_sites(model)
+    assert not [left for left in coverage_of(model, sites).left if "experts" in left.name]
+    reasons = refused(model, sites, common.tokens(1, 24))
+    assert reasons.keys() <= {site.name for site in sites if len(site.weights) > 1}
+    dense = {}
+    for site in sites:
+        if len(site.weights) == 1:
+            factors = full_rank(model, site)["weight"]
+            for path in site.anchor.paths:
+                dense[path] = model.get_submodule(path)
+                set_module(model, path, replacement(dense[path], factors.kind, factors.tensors, factors.settings))
+    assert apart(logits(model), wanted) <= CLOSE
+    for path, module in dense.items():
+        set_module(model, path, module)
+    fuse(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "zamba2"])
+def test_from_a_study_to_a_reloaded_export(name, monkeypatch):
+    row = Examined(name, monkeypatch).row()
+    assert row["failed"] == {}
