@@ -41,7 +41,11 @@ class Flops(Size):
 
     def value(self, subject: Subject) -> float:
         linear = sum(_multiplications(module) - _idle(module) for module in subject.model.modules())
-        attended = sum(min(self.context, window or self.context) for window in _windows(subject.model))
+        ahead = not subject.task.generates  # an encoder's window has as many tokens after the token as before it
+        attended = sum(
+            min(self.context, window + ahead * (window + 1) if window else self.context)
+            for window in _windows(subject.model)
+        )
         heads, width = _heads(subject.model)
         return float(2 * (linear + 2 * heads * width * attended))
 

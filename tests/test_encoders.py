@@ -6,10 +6,11 @@ import torch
 import transformers
 from launching import make_run
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from rankfront.methods import InputError
-from rankfront.objectives import score, teach
+from rankfront.methods import Cost, InputError
+from rankfront.objectives import Clock, Subject, make_objective, score, teach
 from rankfront.objectives._model_task import MASKED, MaskedLM
 from rankfront.search.config import make_config
 from rankfront.search.factors.calibration import calibrate
@@ -175,6 +176,17 @@ def test_latency_is_that_of_a_forward_pass(folders, text_file, tmp_path):
         assert row.values["latency"] > 0
         assert "latency_decode" not in row.attributes["notes"]
         assert row.values["resident_bytes"] >= row.figure("bytes")
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "electra"])
+def test_flops_are_what_a_counter_counts(name):
+    """Every token of an encoder attends to all of its window."""
+    model, rows = build(name), common.tokens(1, 24) % 80 + 5
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=rows)
+    subject = Subject(model, None, rows, None, Cost(1, 1, 1, 1, 1), Clock(), task=TASK)
+    assert make_objective("flops", {"context": 24}).value(subject) == counter.get_total_flops() / 24
 
 
 def test_an_encoder_is_evaluated(folders, text_file):

@@ -121,3 +121,19 @@ def test_trials_that_fail_alike_one_after_another_end_the_study(data, tmp_path):
     with pytest.raises(GaveUp, match=r"5 trials in succession failed alike, at methods/svd.py:3 \(KeyError: 'x'\)"):
         scheduler.finish(scheduler.next(), failure)
     assert scheduler.state().rows[1].attributes[keys.PLACE] == "methods/svd.py:3"
+
+
+def test_progress_that_cannot_be_shown_ends_nothing(data, tmp_path, capsys):
+    data["search"]["sampler"] = "random"
+    scheduler, runner = make_scheduler(data, tmp_path / "run")
+
+    def listener(status):
+        raise ZeroDivisionError("no pace yet")
+
+    scheduler.listener = listener
+    scheduler.finish(job := scheduler.next(), runner.run(job))
+    assert scheduler.state().rows[0].state == "complete"
+    assert (
+        "progress cannot be shown (ZeroDivisionError: no pace yet, at tests/test_failures.py:"
+        in capsys.readouterr().err
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import optuna
 from rankfront.search import attributes as keys
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
-from rankfront.search.errors import GaveUp
+from rankfront.search.errors import GaveUp, place_of, reason_of
 from rankfront.search.plans.job import Job, Record
 from rankfront.search.plans.space import Space
 from rankfront.search.run.budget import Budget
@@ -26,6 +27,8 @@ from rankfront.search.run.retries import ATTEMPTS, MAX_ALIKE, MAX_LOST, Retries
 from rankfront.search.run.strategy import OptunaStrategy, Strategy
 from rankfront.search.run.trials import Trials
 from rankfront.search.storage.front import Row, StudyReader, StudyState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -197,7 +200,14 @@ class Scheduler:
             self._finish_preparation(job, record)
         else:
             self._finish_trial(job, record)
-        self.listener(self.status())
+        self._tell(self.status())
+
+    def _tell(self, status: Status) -> None:
+        """Have the listener hear how far the launch has come; what goes wrong there is said, and ends nothing."""
+        try:
+            self.listener(status)
+        except Exception as error:  # noqa: BLE001 - nothing that is shown is worth a study
+            log.warning("progress cannot be shown (%s, at %s)", reason_of(error), place_of(error))
 
     def _finish_preparation(self, job: Job, record: Record) -> None:
         if self.preparation.finish(job, record, self.state()):
