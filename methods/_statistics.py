@@ -44,7 +44,9 @@ class Statistics:
 
 
 def collected(statistic: T | None, name: str) -> T:
-    """The statistic, or ValueError where calibration was not asked for it."""
+    """The statistic, or ValueError where calibration was not asked for it, or had none."""
     if statistic is None:
-        raise ValueError(f"the statistic {name!r} was not collected: name it in the method's needs")
+        raise ValueError(
+            f"the statistic {name!r} was not collected: the method has it not in its needs, or no gradient comes here"
+        )
     return statistic
