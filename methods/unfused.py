@@ -47,6 +47,13 @@ def unfused_kinds() -> dict[str, type[Unfused]]:
     return _KINDS
 
 
+class _Unset(nn.Linear):
+    """A linear that is not initialised: a mixture has tens of thousands."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
 class Unfused(nn.Module):
     """A module of plain linears in the place of a fused one.
 
@@ -85,11 +92,13 @@ class Unfused(nn.Module):
 
     def linears(self) -> dict[str, nn.Linear]:
         """A linear on the views for each path."""
-        views, found = self.views(self.own, self.settings), {}
+        views = self.views(self.own, self.settings)
+        found: dict[str, nn.Linear] = {}
         trained = any(tensor.requires_grad for tensor in self.own.parameters(recurse=False))
         for path in dict.fromkeys(name.rpartition(".")[0] for name in views):
             weight, bias = views[f"{path}.weight"], views.get(f"{path}.bias")
-            found[path] = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            found[path] = _Unset(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            found[path].__class__ = nn.Linear
             found[path].weight = nn.Parameter(weight, requires_grad=trained)
             if bias is not None:
                 found[path].bias = nn.Parameter(bias, requires_grad=trained)

@@ -102,6 +102,10 @@ def _few_experts(module: nn.Module, generator: torch.Generator) -> nn.Module:
     small = copy.copy(module)
     vars(small).update({name: EXPERTS for name, value in vars(module).items() if "experts" in name and value == count})
     small._parameters, small._modules = {}, {}
+    if hasattr(small, "config"):  # kernels want strides that some widths do not have
+        config: Any = copy.deepcopy(small.config)
+        config._experts_implementation = "eager"
+        small.config = config
     for name, tensor in module.named_parameters(recurse=False):
         small._parameters[name] = nn.Parameter(_drawn((EXPERTS, *tensor.shape[1:]), generator), requires_grad=False)
     for name, child in module.named_children():
