@@ -111,3 +111,10 @@ def test_fused_projections_are_cut_where_heads_are_and_put_back(name):
     assert set(refused(model, sites, WINDOWS)) == (values if name == "qwen3_5_text" else set())
     fuse(model)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in before.items())
+
+
+def test_rounding_in_half_precision_refuses_nothing():
+    model = tiny_model("llama").bfloat16()
+    assert refused(model, find_sites(model), WINDOWS) == {}
+    model = tiny_model("diffllama").bfloat16()
+    assert {site.split(".", 3)[3] for site in refused(model, find_sites(model), WINDOWS)} == {VALUES}
