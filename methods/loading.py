@@ -25,7 +25,7 @@ from rankfront.methods._errors import InputError, check_choice
 from rankfront.methods.adaptable import make_adaptable
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import empty_replacement, set_module, weight_of
-from rankfront.methods.unfused import unfuse
+from rankfront.methods.unfused import unfuse, unfused_in
 
 KEY = "rankfront"  # in a configuration, and the model type of one that has it
 FOLDER_FORMAT = 3
@@ -168,14 +168,10 @@ def place(model: Any, wanted: Replacements) -> None:
         if dense is not head and isinstance(dense, nn.Linear | Conv1D):
             own = {name.removeprefix(f"{path}.") for name in shared if name.startswith(f"{path}.")}
             make_adaptable(module, weight_of(dense).shape, own)
-        if not hasattr(module, "weight"):
-            # What initialises tensors that no file holds, such as the masks of GPT-Neo, looks up a block's weights
-            # by name in GPT-2: it finds one that needs no values. No part of the state: it goes after loading.
-            bias = getattr(module, "bias", None)
-            stand_in: Any = torch.empty(0 if bias is None else len(bias), 0)  # tying makes the bias as long
-            stand_in._is_hf_initialized = True
-            vars(module)["weight"] = stand_in
+        _stand_in(module)
         set_module(model, path, module)
+    for apart in unfused_in(model).values():
+        _stand_in(apart)
     _check_names(model, wanted)
     # transformers ties parameters alone: what of the tied tensors is a buffer is put in place after loading.
     buffers = _tied_buffers(model, wanted)
@@ -184,10 +180,23 @@ def place(model: Any, wanted: Replacements) -> None:
     model._keys_to_ignore_on_load_missing = ignored | set(map(re.escape, buffers))
 
 
+def _stand_in(module: nn.Module) -> None:
+    """Give ``module`` a weight if it has none, for as long as it is loaded; it is no part of the state.
+
+    What initialises tensors that no file holds, such as the masks of GPT-Neo, looks up a block's weights by name in
+    GPT-2 and ModernBERT: it finds one that needs no values."""
+    if hasattr(module, "weight"):
+        return
+    bias = getattr(module, "bias", None)
+    empty: Any = torch.empty(0 if bias is None else len(bias), 0)  # tying makes the bias as long
+    empty._is_hf_initialized = True
+    vars(module)["weight"] = empty
+
+
 def settle(model: Any, wanted: Replacements) -> None:
     """Make what needs values: integers where kernels may read them, tied buffers, joined right factors."""
-    for path in wanted.modules:
-        vars(model.get_submodule(path)).pop("weight", None)
+    for module in (*map(model.get_submodule, wanted.modules), *unfused_in(model).values()):
+        vars(module).pop("weight", None)
     for module in model.modules():
         if hasattr(module, "loaded"):
             module.loaded()

@@ -14,6 +14,7 @@ from rankfront.objectives import Clock, Subject, make_objective, score, teach
 from rankfront.objectives._model_task import MASKED, MaskedLM
 from rankfront.search.config import make_config
 from rankfront.search.factors.calibration import calibrate
+from rankfront.search.inputs.acceptance import refused
 from rankfront.search.inputs.model import load_model
 from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.resolve import resolve
@@ -215,10 +216,19 @@ def test_windows_are_framed_and_positions_counted(name, folders, text_file):
     assert torch.isfinite(TASK.logits(build(name), windows[:1].repeat(1, 2)[:, :length])).all()
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert"])
-def test_attention_and_mlp_are_found_across_modules(name):
-    kinds = {tuple(site.roles) for site in find_sites(build(name))}
-    assert {("key", "query"), ("value", "output"), ("query", "key", "value", "output"), ("up", "down")} <= kinds
+@pytest.mark.parametrize("name", ENCODERS)
+def test_attention_and_mlp_are_found_across_modules_and_in_fused_ones(name, folders):
+    """And what names propose, numbers accept."""
+    source = resolve(str(folders[name]), task="masked-lm")
+    sites = outline_of(source).sites
+    joint = [site for site in sites if len(site.weights) > 1 and not site.separate]
+    mlp = ("gate", "up", "down") if name == "modernbert" else ("up", "down")
+    wanted = {("key", "query"), ("value", "output"), ("query", "key", "value", "output"), mlp}
+    assert {site.roles for site in joint} == wanted
+    assert len(joint) == common.BLOCKS * len(wanted)
+    model = load_model(source, torch.float32, "cpu")
+    rows = common.tokens(1, 24) % 80 + 5
+    assert refused(model, joint, rows, TASK) == {}
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,23 @@ ATTENTION = {
     "query": ("q_proj", "query", "q_lin", "self.query"),
     "key": ("k_proj", "key", "k_lin", "self.key"),
     "value": ("v_proj", "value", "v_lin", "self.value"),
-    "output": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "output.dense"),
+    "output": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "output.dense"),
 }
 MLP = {
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in", "w3", "lin1", "intermediate.dense"),
-    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "output_linear", "w2", "lin2", "output.dense"),
+    "down": (
+        "down_proj",
+        "fc2",
+        "c_proj",
+        "dense_4h_to_h",
+        "fc_out",
+        "output_linear",
+        "w2",
+        "lin2",
+        "Wo",
+        "output.dense",
+    ),
 }
 NORMS = re.compile(r"(^|_)(q|k|qk|query|key)_?(layer_?)?norm")  # of queries and keys, before they meet
 # What is treated together, by role; the last one is the site's anchor.

@@ -75,7 +75,7 @@ def _gate_up(model: Any, mlp: Any, name: str, rows: int) -> Spec | None:
 
 CUT: dict[str, Callable[[Any, Any, str, int], Spec | None]] = {
     **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn", "Wqkv"), _query_key_value),
-    **dict.fromkeys(("gate_up_proj", "input_linear"), _gate_up),
+    **dict.fromkeys(("gate_up_proj", "input_linear", "Wi"), _gate_up),
     "q_proj": _gated_query,
 }
 
