@@ -11,6 +11,7 @@ the dense model with a ``quantization_config``. They load by `RankfrontQuantizer
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,10 +60,10 @@ def contents(config: Any) -> dict[str, Any] | None:
     return older.__dict__ if isinstance(older, RankfrontConfig) else None
 
 
-def describe(folder: Path, model: Any, wanted: Replacements) -> None:
+def describe(folder: Path, model: Any, wanted: Replacements, auto: str | None = None) -> None:
     """Make the folder that a dense class of ``model`` wrote one that loads with ``wanted``: its configuration, and the
-    code that it names."""
-    base = _base_of(model)
+    code that it names. ``auto`` is the automatic class that loads the model, where several know its class."""
+    base = _base_of(model, AUTO if auto is None else (auto,))
     file = folder / "config.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     data.pop("quantization_config", None)
@@ -91,16 +92,16 @@ def _models(auto: str) -> Any:
     return getattr(modeling_auto, f"MODEL_FOR_{AUTO[auto]}_MAPPING")
 
 
-def _base_of(model: Any) -> Base:
-    """What ``model``, which is dense by its class, is to transformers."""
+def _base_of(model: Any, autos: Iterable[str]) -> Base:
+    """What ``model``, which is dense by its class, is to transformers, and which of ``autos`` loads it."""
     config, whole = type(model.config), type(model)
     if config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config:
-        for auto in AUTO:
+        for auto in autos:
             if _first(_models(auto).get(config, None)) is whole:
                 return Base(config.model_type, config, whole, _first(MODEL_MAPPING.get(config, None)), auto)
     mapped = getattr(model.config, "auto_map", None) or {}
-    named = [auto for auto in AUTO if str(mapped.get(auto)).rpartition(".")[2] == whole.__name__]
-    return Base(None, config, whole, None, *named[:1])
+    named = [auto for auto in autos if str(mapped.get(auto)).rpartition(".")[2] == whole.__name__]
+    return Base(None, config, whole, None, [*named, *autos][0])
 
 
 class Classes(NamedTuple):

@@ -170,7 +170,7 @@ def write_factored(compressed: CompressedModel, folder: Path) -> Replacements:
         model.save_pretrained(folder, state_dict=state, save_original_format=False)
     for path, module in untouched.items():
         set_module(model, path, module)
-    describe(folder, model, wanted)
+    describe(folder, model, wanted, compressed.setup.task.auto)
     return wanted
 
 
