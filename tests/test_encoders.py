@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from rankfront.methods import Cost, InputError
+from rankfront.methods.checkpoint import describe
+from rankfront.methods.loading import Replacements
 from rankfront.objectives import Clock, Subject, make_objective, score, teach
 from rankfront.objectives._model_task import MASKED, MaskedLM
 from rankfront.search.config import make_config
@@ -285,3 +287,12 @@ def test_other_heads_of_a_checkpoint_are_let_through(folders, tmp_path, text_fil
     transformers.BertForPreTraining(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert load_model(resolve(str(tmp_path), task="masked-lm"), torch.float32, "cpu").num_parameters()
+
+
+def test_a_class_of_several_tasks_is_loaded_as_it_was_searched(tmp_path):
+    """XLM has one for next and for masked tokens."""
+    sizes = {"vocab_size": common.VOCABULARY, "emb_dim": 32, "n_layers": 1, "n_heads": 4}
+    model = AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model("xlm", **sizes))
+    model.save_pretrained(tmp_path)
+    describe(tmp_path, model, Replacements({}, {}, []), TASK.auto)
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)).__name__ == f"Rankfront{type(model).__name__}"
