@@ -262,7 +262,7 @@ def test_a_loss_that_is_no_number_ends_its_stage_at_the_best_state(unhealed, mon
 
 
 def test_what_is_not_finite_where_trials_are_scored_is_reported_unhealed(unhealed, monkeypatch):
-    monkeypatch.setattr(front_healing, "score", lambda *_: Scores(math.nan, math.nan, 1))
+    monkeypatch.setattr(front_healing, "score", lambda *_, **__: Scores(math.nan, math.nan, 1))
     largest = max(row.values["parameters"] for row in Study.open(unhealed).front() if row.plan.choices)
     healing(unhealed, where=[f"parameters>={largest!r}"]).launch(quiet())
     found = Study.open(unhealed).read().healed
