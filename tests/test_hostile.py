@@ -73,7 +73,7 @@ def test_any_plan_is_within_the_model_or_refused(data):
         assert cost is None or 0 <= cost.bytes <= 2 * cost.dense_values
 
 
-NOT_IN_TWO_BLOCKS = ("drop-block", "hola-embedding", "shared-basis-3", "shared-basis-4")
+NOT_IN_TWO_BLOCKS = ("drop-block", "expert-prune", "hola-embedding", "hola-experts", "shared-basis-3", "shared-basis-4")
 
 
 def fits(site, option):

@@ -274,7 +274,7 @@ def test_groups_that_change_are_joined_anew(ratios, tmp_path):
 
 
 SPLIT = {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
-KNOWN = {"llama": SPLIT, "qwen2": SPLIT, "gpt2": set()}
+KNOWN = {"llama": SPLIT, "qwen2": SPLIT, "gpt2": {("q_proj", "k_proj", "v_proj")}}
 
 
 @pytest.fixture
