@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from common import architecture
-from launching import measured, verify_here
+from launching import measured, tree, verify_here
 from serving import PLANS, World
 
 from rankfront.methods import InputError
@@ -103,6 +103,8 @@ def test_trials_and_folders_are_exported_and_verified(worlds, tmp_path, monkeypa
     export(setup, row, tmp_path / "factored", "factored", "none")
     again = convert_folder(tmp_path / "factored", "openvino", tmp_path / "again")
     assert again.parameters == verified.parameters
+    root = str(tmp_path.parent).encode()
+    assert not [file for file, content in tree(tmp_path).items() if root in content]
     pipeline = importlib.import_module("openvino_genai").LLMPipeline(str(tmp_path / "again"), "CPU")
     assert isinstance(pipeline.generate("the people", max_new_tokens=4), str)
 

@@ -63,6 +63,7 @@ def test_a_trial_is_exported_as_engines_read_it(trials, tmp_path, form):
 def test_a_factored_folder_is_converted(trials, text_file, tmp_path):
     setup, row = trials("halves gone")
     export(setup, row, tmp_path / "small", "factored")
+    export(setup, row, tmp_path / "whole", "dense")
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
     ids = torch.arange(24)[None]
     for form in ("dense", "nemotron-nas", "gguf"):
@@ -76,7 +77,8 @@ def test_a_factored_folder_is_converted(trials, text_file, tmp_path):
             with torch.no_grad():
                 torch.testing.assert_close(ours(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-4)
             assert (count_parameters(ours) == DENSE) == (form == "dense")
-    assert sorted(os.listdir(tmp_path)) == ["dense", "gguf", "nemotron-nas", "small"]
+    assert sorted(os.listdir(tmp_path)) == ["dense", "gguf", "nemotron-nas", "small", "whole"]
+    assert not [file for file, content in tree(tmp_path).items() if str(tmp_path.parent).encode() in content]
 
 
 def test_what_a_format_cannot_hold_leaves_nothing_behind(trials, tmp_path):

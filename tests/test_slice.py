@@ -92,6 +92,9 @@ def test_a_slice_is_within_the_size_and_has_the_first_components_of_what_was_exp
     assert "## Sliced" in card
     assert f"| {printed['parameters']:.4f} | {printed['perplexity']:.6g} |" in card
     assert not list(tmp_path.glob(".*"))
+    root = str(tmp_path.parent).encode()  # of the export, too, and of the text
+    assert str(text_file).encode().startswith(root)
+    assert not [file for file, content in tree(out).items() if root in content]
 
 
 def test_a_slice_may_be_sliced_again(exported, text_file, tmp_path, monkeypatch):
