@@ -29,7 +29,7 @@ NEW, WINDOWS, LENGTH, TURNS = 24, 8, 128, 2
 
 
 def in_vllm(folder: str, given: str, dtype: str) -> None:
-    """Run by vLLM's own Python: what ``folder`` says and how fast, as JSON on the last line."""
+    """Run by vLLM's own Python: what ``folder`` says and how fast, a line of JSON."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     asked = json.loads(Path(given).read_text(encoding="utf-8"))
@@ -59,7 +59,8 @@ def asked_of(python: str, folder: Path, given: Path, dtype: str) -> dict[str, An
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # its log goes there too, to the end
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
