@@ -1,5 +1,6 @@
 """Exports and conversions in the formats of engines, by the command line: verified, or nothing is kept."""
 
+import copy
 import json
 import os
 
@@ -14,10 +15,11 @@ from rankfront.search.__main__ import run
 from rankfront.search.errors import ExportError
 from rankfront.search.inputs.model import count_parameters
 from rankfront.search.measure.runner import JobRunner
+from rankfront.search.output import served
 from rankfront.search.output.export import export
 from rankfront.search.output.served import export_served
 from rankfront.search.plans.plan import Plan
-from rankfront.search.serve import llama_cpp
+from rankfront.search.serve import llama_cpp, openvino_engine
 from rankfront.search.serve.doors import DOORS, ENGINES
 
 DENSE = count_parameters(decoder("llama-tied"))
@@ -86,6 +88,31 @@ def test_what_a_format_cannot_hold_leaves_nothing_behind(trials, tmp_path):
     with pytest.raises(InputError, match="use --format nemotron-nas"):
         export_served(setup, row, tmp_path / "out", "plain", "F16", "none")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("engine", ["llama_cpp", "openvino"])
+def test_engines_are_compared_with_the_model_in_fp32(worlds, tmp_path, monkeypatch, engine):
+    """Of a plan whose perplexity is 500, bf16 and fp32 may be more than 1% apart over a window."""
+
+    class Engine:
+        def __init__(self, *given):
+            pass
+
+        def perplexities(self, model, windows):
+            assert model.dtype == torch.float32
+            return (100.0, 100.0, 20)[: 3 if engine == "llama_cpp" else 2]
+
+    model, ids = copy.deepcopy(worlds("llama-tied").run("widths")).bfloat16(), torch.arange(24)[None]
+    monkeypatch.setattr(llama_cpp, "available", lambda: True)
+    monkeypatch.setattr(llama_cpp, "installed", lambda: "xllamacpp 1")
+    monkeypatch.setattr(llama_cpp, "LlamaCpp", Engine)
+    monkeypatch.setattr(openvino_engine, "installed", lambda: "openvino 1")
+    monkeypatch.setattr(openvino_engine, "OpenVino", Engine)
+    said = served._in_openvino(tmp_path, model, ids) if engine == "openvino" else served._in_llama_cpp(
+        tmp_path / "model.gguf", model, ids, "F16"
+    )  # fmt: skip
+    assert "perplexity 100" in said
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("found", "kept"), [(1.005, True), (1.02, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -159,12 +160,17 @@ def _original(source: Source, plan: Plan) -> Path | None:
         return None
 
 
+def _exact(model: Any) -> Any:
+    """``model`` as it runs in fp32: in 16 bits the perplexity of a poor plan is off by as much as engines may be."""
+    return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+
+
 def _in_llama_cpp(file: Path, model: Any, windows: Tensor, kind: str) -> str:
     """What llama.cpp makes of ``file``, in a line. Raises `ExportError` where it finds another perplexity than here."""
     if not llama_cpp.available():
         return "every tensor was read back; it was not run: with the extra llama-cpp, llama.cpp is asked too"
     engine = llama_cpp.LlamaCpp(file, windows.shape[1] + 1, torch.get_num_threads())
-    there, here, count = engine.perplexities(model, windows[:1, : CHECKED + 1])
+    there, here, count = engine.perplexities(_exact(model), windows[:1, : CHECKED + 1])
     if count and kind in WIDE and not abs(there / here - 1) <= TOLERANCE:
         raise ExportError(
             f"llama.cpp finds perplexity {there:.6g} and the model has {here:.6g} on the same {count} tokens, more than"
@@ -179,7 +185,7 @@ def _in_openvino(folder: Path, model: Any, windows: Tensor) -> str:
     """What OpenVINO makes of ``folder``, in a line. Raises `ExportError` where its perplexity is another than here."""
     from rankfront.search.serve.openvino_engine import OpenVino, installed
 
-    there, here = OpenVino(folder, torch.get_num_threads()).perplexities(model, windows)
+    there, here = OpenVino(folder, torch.get_num_threads()).perplexities(_exact(model), windows)
     if not abs(there / here - 1) <= TOLERANCE:
         raise ExportError(
             f"OpenVINO finds perplexity {there:.6g} and the model has {here:.6g} on the same {windows.numel()} tokens,"
