@@ -157,7 +157,9 @@ def clocked(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "compared", lambda module, dense, x, prepack: size(module) / size(dense))
     monkeypatch.setattr(Timed, "value", value)
     whole = {"prefill": 1e-6, "decode": 2e-6}
-    monkeypatch.setattr(runner, "time_whole", lambda _, model, windows, task: {p: s * size(model) for p, s in whole.items()})
+    monkeypatch.setattr(
+        runner, "time_whole", lambda _, model, windows, task: {p: s * size(model) for p, s in whole.items()}
+    )
     return worse
 
 
