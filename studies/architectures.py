@@ -3,7 +3,7 @@
     python studies/architectures.py [--only a,b] [--again works|part|fails] [--seconds 120]
 
 Of each type, in a process of its own: whether it builds, and why not; the share of its blocks' weights that are sites,
-at the widths of its default configuration; which joint methods are offered; a study of three random trials; whether
+at the widths of its default configuration; which joint methods numbers accept; a study of three random trials; whether
 factors of full rank at every site, and joint treatments at their full level, leave the logits alone, and a joint
 treatment is what its stand-in at one weight is; an export, reloaded: the same logits; the same text with a cache and
 without. Finished types are kept in studies/results/architectures.jsonl, the last row of each counts, and are not run

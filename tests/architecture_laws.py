@@ -17,7 +17,7 @@ from tiny import tiny_model, wide_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rankfront.methods import Factors, Grid, Option, Site, get_method
+from rankfront.methods import Factors, Option, Site, get_method
 from rankfront.methods.layers import set_module, weight_of
 from rankfront.objectives._caches import cache_of
 from rankfront.search.inputs.apart import take_apart
@@ -63,7 +63,7 @@ class Examined:
         except Exception as error:  # noqa: BLE001
             said = one_line(error)
         if said:
-            self.failed[step.__name__] = said
+            self.failed[step.__name__] = said.replace(str(self.folder), "")
 
     def sites(self) -> str | None:
         model = copy.deepcopy(self.model)
@@ -72,10 +72,6 @@ class Examined:
             return f"taken apart, it is another model ({gap:.1g})"
         places = find_sites(model)
         self.found |= {"sites": len(places)}
-        grid = Grid((0.5,), 2)
-        self.found["joint"] = [
-            name for name in JOINT if any(len(s.weights) > 1 and get_method(name).options(s, grid) for s in places)
-        ]
         coverage = self.coverage()
         self.found |= {
             "coverage": round(coverage.share, 4),
@@ -100,6 +96,8 @@ class Examined:
         data["search"] |= {"anchors": []}
         self.study_run = Study(data, self.folder / "run")
         self.study_run.launch(quiet())
+        offered = self.resident.space.methods  # of what numbers accept
+        self.found["joint"] = [name for name in JOINT if name in offered]
         rows = self.study_run.rows()
         bad = [str(row.failure) for row in rows if row.state != "complete"]
         if bad:
