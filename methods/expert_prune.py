@@ -16,8 +16,8 @@ from rankfront.methods._method import (
     plain_factors,
     register,
     stepped,
-    whole_level,
 )
+from rankfront.methods._nested import Nested
 from rankfront.methods._scatter import packed_columns
 from rankfront.methods._sizes import row_support_bits
 from rankfront.methods._statistics import Statistics, collected
@@ -26,7 +26,7 @@ from rankfront.methods._storage import Storage
 ROUTER = "router"  # role of the first weight of its sites; the others are called by expert and projection, `3.down`
 
 
-class ExpertPrune:
+class ExpertPrune(Nested):
     """Keeps K of the E experts of a layer, those of largest
 
         s_j = √( (1/n_j) Σ_t w_tj² ‖f_j(x_t)‖² ),
@@ -46,15 +46,10 @@ class ExpertPrune:
     metric = "whitening"
     formula = "the K experts of largest √(mean_t w_t² ‖f(x_t)‖²)"
     needs = ("gram",)
-    nested = True
-    version = 1
     level = "experts"
 
     def refuses(self, site: Site) -> str | None:
         return None if site.roles[0] == ROUTER else "it leaves out some of a layer's experts"
-
-    def check(self, option: Option) -> None:
-        whole_level(option, self.level)
 
     def options(self, site: Site, grid: Grid) -> dict[float, Option]:
         if self.refuses(site):
@@ -65,7 +60,7 @@ class ExpertPrune:
 
     def storage(self, site: Site, option: Option) -> Storage:
         """K rows of the router, K experts, and which they are; the biases of the others are saved too."""
-        kept, router = whole_level(option, self.level), site.weights[0]
+        kept, router = self.kept(option), site.weights[0]
         gone = router.out_features - kept
         expert = [weight for weight in site.weights if weight.role.startswith("0.")]
         biases = gone * (int(router.bias) + sum(weight.biases.values for weight in expert))
@@ -75,7 +70,7 @@ class ExpertPrune:
     def active(self, site: Site, option: Option) -> float:
         """Stored values that one token reads: the router's rows, and as many experts as before."""
         experts = sum(weight.share * weight.storage.parameters for weight in site.weights[1:])
-        return whole_level(option, self.level) * site.weights[0].in_features + experts
+        return self.kept(option) * site.weights[0].in_features + experts
 
     def prepare(
         self,
@@ -99,10 +94,10 @@ class ExpertPrune:
         return {**found, **router, "order": order, "energy": whole[order], "rows": torch.tensor(rows)}
 
     def _dropped(self, prepared: Prepared, option: Option) -> set[int]:
-        return set(prepared["order"][whole_level(option, self.level) :].tolist())
+        return set(prepared["order"][self.kept(option) :].tolist())
 
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
-        kept = prepared["order"][: whole_level(option, self.level)].sort().values
+        kept = prepared["order"][: self.kept(option)].sort().values
         rows, weight = prepared["rows"].tolist(), prepared[ROUTER]
         tensors = {"weight": weight[kept], "support": packed_columns(kept[None], len(weight))}
         if f"{ROUTER}.bias" in prepared:
@@ -115,12 +110,6 @@ class ExpertPrune:
             for name, count in zip(names, rows, strict=True):
                 found[f"{number}.{name}"] = Factors("absent", {}, {"rows": count}, Storage(0))
         return found
-
-    def error(self, prepared: Prepared, option: Option) -> float:
-        return float(prepared["energy"][whole_level(option, self.level) :].double().sum())
-
-    def refit_roles(self, site: Site) -> tuple[str, ...]:
-        return ()
 
     def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         role = site.anchor.role

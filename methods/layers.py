@@ -97,10 +97,15 @@ def layer(kind: str) -> Callable[[Layer], Layer]:
 @cache
 def layers() -> dict[str, type[Factored]]:
     """Kind -> class of every module, the files that define them imported."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name.startswith("layers_"):
-            importlib.import_module(f"{__package__}.{module.name}")
+    import_files("layers_")
     return _LAYERS
+
+
+def import_files(beginning: str) -> None:
+    """Import every file of this package whose name begins so: what it defines registers itself."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name.startswith(beginning):
+            importlib.import_module(f"{__package__}.{module.name}")
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:

@@ -10,18 +10,15 @@ modules of an export that are unfused, by path, with their kind and settings (se
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.methods._errors import InputError, check_choice
-from rankfront.methods.layers import set_module
+from rankfront.methods.layers import import_files, set_module
 
 _KINDS: dict[str, type[Unfused]] = {}
 Kind = TypeVar("Kind", bound="type[Unfused]")
@@ -41,9 +38,7 @@ def unfused_kind(name: str) -> Callable[[Kind], Kind]:
 @cache
 def unfused_kinds() -> dict[str, type[Unfused]]:
     """Name -> class of every kind, the files ``unfused_*.py`` that define them imported."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name.startswith("unfused_"):
-            importlib.import_module(f"{__package__}.{module.name}")
+    import_files("unfused_")
     return _KINDS
 
 
