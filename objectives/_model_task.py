@@ -131,7 +131,10 @@ class MaskedLM:
     )
 
     def inputs(self, rows: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": rows.scatter(1, self.positions(rows), self.mask)}
+        return self._masked(rows, self.positions(rows))
+
+    def _masked(self, rows: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": rows.scatter(1, positions, self.mask)}
 
     def attended(self, rows: Tensor) -> None:
         return None
@@ -149,9 +152,9 @@ class MaskedLM:
         return order[:, : self.predicted(rows.shape[1])].sort(dim=1).values.to(rows.device)
 
     def logits(self, model: Any, rows: Tensor) -> Tensor:
-        found: Tensor = model(**self.inputs(rows)).logits  # (B, L, V)
-        places = self.positions(rows)[:, :, None].expand(-1, -1, found.shape[-1])
-        return found.gather(1, places)
+        positions = self.positions(rows)
+        found: Tensor = model(**self._masked(rows, positions)).logits  # (B, L, V)
+        return found.gather(1, positions[:, :, None].expand(-1, -1, found.shape[-1]))
 
     def predicted(self, length: int) -> int:
         return max(1, round(MASKED * length))
@@ -163,7 +166,8 @@ class MaskedLM:
         return int(model.config.get_text_config().vocab_size)
 
     def frozen(self, rows: Tensor) -> dict[str, Tensor]:
-        return self.inputs(rows) | {"targets": self.targets(rows), "positions": self.positions(rows)}
+        positions = self.positions(rows)
+        return self._masked(rows, positions) | {"targets": rows.gather(1, positions), "positions": positions}
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,13 @@ class Scores:
         loss: mean negative log-likelihood.
         divergence: mean KL(dense ‖ compressed) of the distributions; NaN without a teacher.
         tokens: how many tokens went through the model.
+        error_rate: the share of which another is likelier; NaN where it was not counted.
     """
 
     loss: float
     divergence: float
     tokens: int
+    error_rate: float = math.nan
 
     @property
     def perplexity(self) -> float:
@@ -70,17 +72,21 @@ def predictions(model: nn.Module, windows: Tensor, task: Task) -> Iterator[tuple
 
 
 @torch.inference_mode()
-def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None, task: Task = CAUSAL) -> Scores:
-    """Score ``model`` on ``windows`` (W, L), each on its own.
+def score(
+    model: nn.Module, windows: Tensor, teacher: Teacher | None = None, task: Task = CAUSAL, errors: bool = False
+) -> Scores:
+    """Score ``model`` on ``windows`` (W, L), each on its own; ``errors`` are counted where that is asked for.
 
     With a teacher, KL(p ‖ q) = Σ_{i in top k} p_i (log p_i − log q_i) + p_rest (log p_rest − log q_rest), where
     rest is the mass outside the teacher's k likeliest tokens. By the data-processing inequality this is at most
     the full KL, and equal to it where k is the vocabulary.
     """
     loss = torch.zeros((), dtype=torch.float64)
-    divergence = torch.zeros((), dtype=torch.float64)
+    divergence, wrong = torch.zeros((), dtype=torch.float64), 0
     for start, targets, student in predictions(model, windows, task):
         loss -= student.gather(-1, targets[:, None]).double().sum().cpu()
+        if errors:
+            wrong += int((student.argmax(-1) != targets).sum())
         if teacher is not None:
             divergence += divergence_from(student, teacher, start).cpu()
     predicted = len(windows) * task.predicted(windows.shape[1])
@@ -88,14 +94,13 @@ def score(model: nn.Module, windows: Tensor, teacher: Teacher | None = None, tas
         loss=float(loss) / predicted,
         divergence=float(divergence) / predicted if teacher is not None else math.nan,
         tokens=windows.numel(),
+        error_rate=wrong / predicted if errors else math.nan,
     )
 
 
-@torch.inference_mode()
 def error_rate(model: nn.Module, windows: Tensor, task: Task = CAUSAL) -> float:
     """The share of predicted tokens, or classes, of ``windows`` (W, L) of which another is likelier to ``model``."""
-    wrong = sum(int((likely.argmax(-1) != targets).sum()) for _, targets, likely in predictions(model, windows, task))
-    return wrong / (len(windows) * task.predicted(windows.shape[1]))
+    return score(model, windows, task=task, errors=True).error_rate
 
 
 def divergence_from(student: Tensor, teacher: Teacher, start: int) -> Tensor:

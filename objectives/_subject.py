@@ -55,4 +55,4 @@ class Subject:
         from rankfront.objectives._scores import score
 
         with self.clock.phase("evaluate"):
-            return score(self.model, self.windows, self.teacher, self.task)
+            return score(self.model, self.windows, self.teacher, self.task, errors=self.task.labelled)

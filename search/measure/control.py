@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.objectives import CAUSAL, Task, score
-from rankfront.objectives._scores import error_rate
 from rankfront.objectives.tasks import Tasks
 from rankfront.search.errors import reason_of
 from rankfront.search.inputs.capacity import capacity_of
@@ -53,12 +52,12 @@ def reported(
     """Of what runs now: ``perplexity`` on the report split, ``control`` on the control text where there is one, the
     ``continuations`` of `PROMPTS` where it makes any, and scores of ``tasks``; ``failure`` alone where the first is not
     finite."""
-    scores = score(model, tokens["report"], task=task)
+    scores = score(model, tokens["report"], task=task, errors=task.labelled)
     if not math.isfinite(scores.perplexity):
         return {"failure": f"perplexity on the report split is {scores.perplexity}"}
     record: Record = {"perplexity": scores.perplexity, "tokens": scores.tokens}
     if task.labelled:
-        record["error_rate"] = error_rate(model, tokens["report"], task)
+        record["error_rate"] = scores.error_rate
     if "control" in tokens:
         control = score(model, tokens["control"], task=task).perplexity
         record |= {"control": control} if math.isfinite(control) else {"control_failure": str(control)}
