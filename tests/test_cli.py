@@ -327,7 +327,7 @@ def test_evaluate_agrees_with_the_trial(finished_run, model_folder, text_file, o
 
     monkeypatch.setattr(evaluate, "pick_dtype", lambda dtype, device: "float32")
     windows = finished_run.setup().tokens["search"]
-    monkeypatch.setattr(evaluate, "cut", lambda *_, **__: {"evaluate": windows})
+    monkeypatch.setattr(evaluate, "rows_of", lambda *_, **__: {"evaluate": windows})
     found = json.loads(ok("evaluate", model_folder, "--text", text_file, "--windows", 4, "--length", 32, "--json"))
     assert found["perplexity"] == pytest.approx(finished_run.trial(0).values["perplexity"], rel=1e-5)
 

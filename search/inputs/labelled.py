@@ -11,11 +11,24 @@ import torch
 from torch import Tensor
 
 from rankfront.methods import InputError
+from rankfront.objectives import Task
+from rankfront.search.inputs.model import read_config
 from rankfront.search.inputs.rows import hub_rows, json_rows
+from rankfront.search.inputs.source import Source
+from rankfront.search.inputs.text import Sampler, by_turns, cut, spread
 from rankfront.search.splits import Split, column_of
 
 COLUMNS = ("text", "label")
 LARGEST = 2**20  # characters of one field of a CSV file
+
+
+def rows_of(
+    source: Source, tokenizer: Any, task: Task, splits: Mapping[str, Split], length: int, sample: Sampler | None = None
+) -> dict[str, Tensor]:
+    """What a model for this ``task`` reads of each split: windows of texts, see `cut`, or labelled rows."""
+    if task.labelled:
+        return labelled_rows(tokenizer, splits, length, read_config(source).label2id)
+    return cut(tokenizer, splits, length, sample, task=task)
 
 
 def labelled_rows(
@@ -31,7 +44,7 @@ def labelled_rows(
     found = {text: read_rows(text, tokenizer, length, classes) for text in texts}
     taken: dict[str, set[int]] = {text: set() for text in found}
     result = {}
-    for name, split in sorted(splits.items(), key=lambda item: (item[1].width, item[0])):
+    for name, split in by_turns(splits):
         parts = []
         for text, count in split.counts().items():
             rows = found[text]
@@ -42,7 +55,7 @@ def labelled_rows(
                     f"data.{name}: part {list(split.part)} of text {text!r} has {len(free):,} rows that no other split"
                     f" took, and {count} are asked for: ask for fewer"
                 )
-            chosen = [free[(2 * i + 1) * len(free) // (2 * count)] for i in range(count)]
+            chosen = spread(free, count)
             taken[text].update(chosen)
             parts.append(rows[chosen])
         result[name] = torch.cat(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,7 @@ def cut(
             tokens[text] = sample(seed, sum(_tokens_for(count * stride, split, stride) for split, count in wanted))
     taken: dict[str, set[int]] = {text: set() for text in tokens}
     result = {}
-    # The most confined split chooses first, so that a part is not used up by one that could go elsewhere; what may be
-    # added to a study later takes what the others left.
-    for name, split in sorted(splits.items(), key=lambda item: (item[0] == LAST, item[1].width, item[0])):
+    for name, split in by_turns(splits):
         parts = []
         for text, count in asked[name].items():
             ids = tokens[text]
@@ -107,13 +105,24 @@ def cut(
                     f" ({len(free) * stride:,} in windows of {length} that no other split took) and {count} windows"
                     f" need {count * stride:,}: ask for fewer or shorter windows"
                 )
-            chosen = [free[(2 * i + 1) * len(free) // (2 * count)] for i in range(count)]
+            chosen = spread(free, count)
             taken[text].update(chosen)
             parts += [ids[index * stride : (index + 1) * stride] for index in chosen]
         windows = torch.stack(parts)
         before, after = (torch.tensor(ids, dtype=torch.int64).expand(len(windows), -1) for ids in (first, last))
         result[name] = torch.cat([before, windows, after], dim=1)
     return result
+
+
+def by_turns(splits: Mapping[str, Split]) -> list[tuple[str, Split]]:
+    """In which order splits choose: the most confined first, so that a part is not used up by one that could go
+    elsewhere; what may be added to a study later takes what the others left."""
+    return sorted(splits.items(), key=lambda item: (item[0] == LAST, item[1].width, item[0]))
+
+
+def spread(free: Sequence[int], count: int) -> list[int]:
+    """``count`` of those that are ``free``, evenly."""
+    return [free[(2 * i + 1) * len(free) // (2 * count)] for i in range(count)]
 
 
 def _tokens_for(tokens: int, split: Split, stride: int) -> int:

@@ -9,14 +9,12 @@ from typing import Any
 from rankfront.methods import check_choice, prepack
 from rankfront.objectives import CAUSAL, generate, score
 from rankfront.objectives._generation import read
-from rankfront.objectives._scores import error_rate
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import DTYPES, pick_device, pick_dtype
-from rankfront.search.inputs.labelled import labelled_rows
-from rankfront.search.inputs.model import count_bytes, count_parameters, load_model, load_tokenizer, read_config
+from rankfront.search.inputs.labelled import rows_of
+from rankfront.search.inputs.model import count_bytes, count_parameters, load_model, load_tokenizer
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.tasks import LOADING, make_task
-from rankfront.search.inputs.text import cut
 from rankfront.search.splits import Split
 
 PROMPT, DECODE, ROUNDS = 128, 16, 5  # tokens, tokens, repetitions of the timing
@@ -48,11 +46,7 @@ def evaluate(
     dtype = pick_dtype(dtype, device)
     tokenizer = load_tokenizer(source)
     made = make_task(task, tokenizer)
-    asked = {"evaluate": Split(text, windows)}
-    if made.labelled:
-        tokens = labelled_rows(tokenizer, asked, length, read_config(source).label2id)["evaluate"]
-    else:
-        tokens = cut(tokenizer, asked, length, task=made)["evaluate"]
+    tokens = rows_of(source, tokenizer, made, {"evaluate": Split(text, windows)}, length)["evaluate"]
     model = load_model(source, DTYPES[dtype], device, apart=False)
     capacity = capacity_of(model)
     capacity.check_length(length, "--length")
@@ -60,7 +54,7 @@ def evaluate(
     stored = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
     if prepacked:
         prepack(model)
-    scores = score(model, tokens, task=made)
+    scores = score(model, tokens, task=made, errors=made.labelled)
     positions = capacity.positions or PROMPT + DECODE
     prompt = tokens.flatten()[: max(1, min(PROMPT, positions - DECODE))][None].to(device)
     run = partial(generate, model, decode=DECODE) if made.generates else partial(read, model)
@@ -74,7 +68,7 @@ def evaluate(
         "text": text,
         "tokens": scores.tokens,
         "perplexity": scores.perplexity,
-        **({"error_rate": error_rate(model, tokens, made)} if made.labelled else {}),
+        **({"error_rate": scores.error_rate} if made.labelled else {}),
         **stored,
         "dtype": dtype,
         "device": device,

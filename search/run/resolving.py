@@ -14,7 +14,7 @@ from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig, preferred_loss
 from rankfront.search.inputs.acceptance import refused
 from rankfront.search.inputs.device import DTYPES, count_devices, pick_device, pick_dtype
-from rankfront.search.inputs.labelled import labelled_rows
+from rankfront.search.inputs.labelled import rows_of
 from rankfront.search.inputs.model import load_model, load_tokenizer, read_config, use_attention
 from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
@@ -65,11 +65,7 @@ def make_setup(
     own = OwnText(source, dtype, device, cache, own_text(run) if drawn is None else drawn, progress)
     tokenizer = load_tokenizer(source)
     task = make_task(source.task, tokenizer)
-    splits, length = config.data.splits(), config.data.length
-    if task.labelled:
-        tokens = labelled_rows(tokenizer, splits, length, read_config(source).label2id)
-    else:
-        tokens = cut(tokenizer, splits, length, own, task=task)
+    tokens = rows_of(source, tokenizer, task, config.data.splits(), config.data.length, own)
     if scatters(config, earlier):
         tokens["search"] = scattered(tokens["search"])
     config = run.settled(config)
