@@ -36,15 +36,8 @@ LOST: Final = "lost"
 PLACE: Final = "place"  # in the code, of what a failed trial raised
 PARAMETER_COUNT, BLOCK_PARAMETERS = "parameter_count", "block_parameters"
 BLOCK_COUNT = "block_parameter_count"
-MEASURED = (
-    FAILURE,
-    LOST,
-    PLACE,
-    SECONDS,
-    PREDICTED,
-    PLAN,
-    PLAN_KEY,
-)  # what a failed trial has beside what it was queued with
+# What a failed trial has beside what it was queued with.
+MEASURED = (FAILURE, LOST, PLACE, SECONDS, PREDICTED, PLAN, PLAN_KEY)
 
 # Of the study.
 TIMING = "timing"

@@ -4,10 +4,7 @@ from typing import Literal
 
 Format = Literal["factored", "dense", "plain", "nemotron-nas", "gguf", "openvino", "vllm"]
 Servable = Literal["factored", "plain", "nemotron-nas", "gguf", "openvino", "vllm"]  # hold plans at their size
-AS_FACTORS: tuple[Format, ...] = (
-    "factored",
-    "vllm",
-)  # folders alike; vLLM runs all that one of the second holds
+AS_FACTORS: tuple[Format, ...] = ("factored", "vllm")  # folders alike; vLLM runs all that the second holds
 Refit = Literal["none", "sequential"]
 Stage = Literal["blocks", "logits"]
 STAGES: tuple[tuple[Stage, ...], ...] = (("blocks",), ("logits",), ("blocks", "logits"))

@@ -10,6 +10,7 @@ means nothing, of all sites at once, and of those of a kind where that differs; 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -69,11 +70,7 @@ def _kind(name: str) -> str:
 
 def refusals(reasons: Mapping[str, str]) -> Iterator[str]:
     """What a launch says of them: a line for each kind of site and reason."""
-    kinds: dict[tuple[str, str], int] = {}
-    for name, why in reasons.items():
-        kind = _kind(name), why
-        kinds[kind] = kinds.get(kind, 0) + 1
-    for (name, why), count in kinds.items():
+    for (name, why), count in Counter((_kind(name), why) for name, why in reasons.items()).items():
         yield f"{name} is not treated jointly in {count} blocks: {why}"
 
 

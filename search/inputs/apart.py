@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankfront.methods.unfused import Unfused, unfuse, unfused_in, unfused_kinds
 from rankfront.methods.unfused_experts import BatchedExperts, Experts, RoutedExperts, sides
 from rankfront.search.inputs.projections import fused_projections
+from rankfront.search.inputs.routers import random_copy
 
 EXPERTS, TOKENS, CHOSEN = 3, 6, 2  # of the small copy of a mixture by which a kind is checked
 CLOSE = 1e-4  # of the largest output: sums of the same terms in fp32 in another order
@@ -109,9 +110,7 @@ def _few_experts(module: nn.Module, generator: torch.Generator) -> nn.Module:
     for name, tensor in module.named_parameters(recurse=False):
         small._parameters[name] = nn.Parameter(_drawn((EXPERTS, *tensor.shape[1:]), generator), requires_grad=False)
     for name, child in module.named_children():
-        small._modules[name] = copy.deepcopy(child).to_empty(device="cpu").float()
-        for tensor in small._modules[name].parameters():  # type: ignore[union-attr]
-            tensor.copy_(_drawn(tensor.shape, generator))
+        small._modules[name] = random_copy(child, generator)
     return small
 
 

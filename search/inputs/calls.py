@@ -42,7 +42,17 @@ def read_below(kind: Any) -> frozenset[str]:
     )
 
 
-def _source(kind: Any) -> ast.AST:
+@cache
+def looked_into(kind: Any) -> frozenset[str] | None:
+    """Names of the children of which the code of a class reads anything, rather than only calling them; None where its
+    source is not to be had."""
+    body = _source(kind)
+    if not body.body:
+        return None
+    return frozenset(name for node in ast.walk(body) if isinstance(node, ast.Attribute) for name in _own(node.value))
+
+
+def _source(kind: Any) -> ast.Module:
     """The syntax tree of a class; an empty one where its source is not to be had."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(kind)))

@@ -43,12 +43,12 @@ class Capacity:
 
 def capacity_of(model: Any) -> Capacity:
     """Read from the module tree: of a model with its weights or without."""
-    table = model.get_input_embeddings()
+    table, beside = model.get_input_embeddings(), towers(model)
     positions = [
         module.num_embeddings - getattr(module, "offset", 0) - _before(module)
         for path, module in model.named_modules()
         if (isinstance(module, nn.Embedding) and "pos" in path.rpartition(".")[2]) or path.endswith(".wpe")
-        if module.embedding_dim == table.embedding_dim and not path.startswith(towers(model))
+        if module.embedding_dim == table.embedding_dim and not path.startswith(beside)
     ]
     return Capacity(table.num_embeddings, min(positions, default=None))
 

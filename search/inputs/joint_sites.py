@@ -52,20 +52,23 @@ RUNS = (2, 3, 4)  # adjacent blocks whose projections may share a basis
 
 def joint_sites(model: Any, path: str, block: nn.Module, linears: dict[str, nn.Module]) -> Iterator[Site]:
     """The joint sites of the block at ``path``; ``linears`` are its dense linears by path."""
+    below: dict[str, dict[str, str]] = {}  # path -> the linears `DEPTH` modules further down than its children
+    for linear in linears:
+        above = linear.rsplit(".", 1 + DEPTH)[0]
+        below.setdefault(above, {})[linear.removeprefix(f"{above}.")] = linear
     for name, module in block.named_modules():
         if isinstance(module, Projections):  # its parent's
             continue
         parent = f"{path}.{name}" if name else path
-        children = {path.rpartition(".")[2]: path for path in _children(parent, module) if path in linears}
-        below = {linear.removeprefix(f"{parent}."): linear for linear in linears if linear.startswith(f"{parent}.")}
-        own = children | {name: linear for name, linear in below.items() if name.count(".") == DEPTH}
+        children = {child.rpartition(".")[2]: child for child in _children(parent, module) if child in linears}
+        own = children | below.get(parent, {})
         if isinstance(module, Experts):
             yield from _of_all_experts(parent, module.count, linears)
             yield from routed_sites(model, parent, module, linears)
         attention = _weights(own, linears, ATTENTION)
         mlp = _weights(own, linears, MLP)
+        found = _weights(children, linears, ATTENTION) | _weights(children, linears, MLP)
         for family in SIBLINGS:
-            found = _weights(children, linears, ATTENTION) | _weights(children, linears, MLP)
             siblings = [weight for role, weight in found.items() if role in family]
             if len(siblings) == len(family) and len({weight.in_features for weight in siblings}) == 1:
                 yield _site(parent, siblings, separate=True)

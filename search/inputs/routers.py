@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -16,6 +14,7 @@ from rankfront.methods._scatter import packed_columns
 from rankfront.methods.expert_prune import ROUTER
 from rankfront.methods.layers import replacement
 from rankfront.methods.unfused_experts import RoutedExperts
+from rankfront.search.inputs.calls import looked_into
 
 TOKENS = 64  # that the router is tried on: most leave some expert out
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -52,12 +51,14 @@ def _routes(block: nn.Module, name: str, module: nn.Module, count: int) -> bool:
     others = module._parameters.keys() - {"weight", "bias"}
     if weight is None or weight.ndim != 2 or len(weight) != count or others or list(module.children()):
         return False
-    if isinstance(module, nn.Linear) or _read(type(block), name):
+    kind: Any = type(block)
+    looked = looked_into(kind)
+    if isinstance(module, nn.Linear) or looked is None or name in looked:
         return False
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            router = _on_cpu(module, generator)
+            router = random_copy(module, generator)
             x = torch.randn(TOKENS, weight.shape[1], generator=generator)
             before = router(x)
             chosen = _chosen(before, count)
@@ -74,12 +75,12 @@ def _routes(block: nn.Module, name: str, module: nn.Module, count: int) -> bool:
     return bool(free.any()) and same and not bool((after == gone).any())
 
 
-def _on_cpu(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy with random values."""
+def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in fp32 on the processor, with random values."""
     found = copy.deepcopy(module).to_empty(device="cpu").float()
     for tensor in (*found.parameters(), *found.buffers()):
         if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1:].numel() ** 0.5)
     return found
 
 
@@ -90,11 +91,3 @@ def _chosen(given: Any, count: int) -> Tensor:
     if not 0 <= int(found.min()) <= int(found.max()) < count:
         raise ValueError("numbers of something else")
     return found
-
-
-def _read(kind: type, name: str) -> bool:
-    """Whether the code of a block reads what its router has, rather than only calling it."""
-    try:
-        return re.search(rf"self\.{name}\.\w", inspect.getsource(kind)) is not None
-    except (OSError, TypeError):
-        return True

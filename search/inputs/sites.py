@@ -53,11 +53,8 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
 
 def _routed(site: Site, shares: Mapping[str, float]) -> Site:
     """``site`` with the shares of tokens that its weights are given, those of experts by the path of their module."""
-    weights = tuple(
-        replace(weight, share=next((s for path, s in shares.items() if weight.path.startswith(f"{path}.")), 1.0))
-        for weight in site.weights
-    )
-    return replace(site, weights=weights)
+    weights = (replace(weight, share=shares.get(weight.path.rsplit(".", 2)[0], 1.0)) for weight in site.weights)
+    return replace(site, weights=tuple(weights))
 
 
 def _take_shared(prefix: str, within: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,8 @@ REFERENCE_LABEL = "centre"  # of the plan around which the first slopes are meas
 
 def said_unscored(unscored: Mapping[str, str], space: Space) -> Iterator[str]:
     """A line for every kind of site that leaves the menu, and why."""
-    kinds: dict[tuple[str, str], int] = {}
-    for site, place in space.sites.items():
-        if site.name in unscored:
-            key = place.kind, unscored[site.name]
-            kinds[key] = kinds.get(key, 0) + 1
-    for (kind, reason), count in kinds.items():
+    left = ((place.kind, unscored[site.name]) for site, place in space.sites.items() if site.name in unscored)
+    for (kind, reason), count in Counter(left).items():
         what = f"{count} sites {plain(kind)}" if count > 1 else f"1 site {plain(kind)}"
         yield f"{what} cannot be scored and {'stay' if count > 1 else 'stays'} dense: {plain(reason)}"
 
