@@ -43,16 +43,20 @@ KEEPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RUN = RESULTS / "runs" / "mixture"
 PAGE = """# A mixture of experts
 
-A Qwen3-MoE of 8.4 million values, 6 blocks with 8 experts each of which 2 run for a token, trained on {tokens} tokens
-of WikiText-2 and searched in {trials} trials; how is said at the top of `studies/mixture.py`. Perplexity is of a token
-of its own tokenizer, on windows that neither training nor the search reads. "blocks" is `block_parameters`, "active"
-`active_parameters`. To the left one method at one kept fraction wherever it is offered; to the right the best plan of
-the search that keeps no more of the blocks, and at how many sites it has which method.
+A Qwen3-MoE of {values} million values, {blocks} blocks with {experts} experts each of which {chosen} run for a token,
+trained on {tokens} tokens of WikiText-2 and searched in {trials} trials; how is said at the top of
+`studies/mixture.py`. Perplexity is of a token of its own tokenizer, on windows that neither training nor the search
+reads. "blocks" is `block_parameters`, "active" `active_parameters`. To the left one method at one kept fraction
+wherever it is offered; to the right the best plan of the search that keeps no more of the blocks, and at how many
+sites it has which method.
 
 | uniform | keep | blocks | active | perplexity | searched: blocks | active | perplexity | methods |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {lines}
+
+```
 {source}
+```
 """
 
 
@@ -139,6 +143,7 @@ def lines(study: Study) -> Iterator[str]:
     setup = study.setup()
     compressed, best = CompressedModel(setup), [row for row in study.rows() if row.state == "complete"]
     sites, size = inside_blocks(compressed.sites), compressed.dense_values
+    block_values = setup.outline.coverage.block_values
     known: dict[str, float] = {}
 
     def measured(plan: Plan) -> float:
@@ -152,7 +157,7 @@ def lines(study: Study) -> Iterator[str]:
     for method in METHODS:
         for keep in (0.9, 0.7, 0.5):
             plan = uniform(compressed, method, keep)
-            cost = cost_of(plan, sites, size, 4)
+            cost = cost_of(plan, sites, size, 4, block_values)
             mean = measured(plan)
             within = [row for row in best if row.figure("block_parameters") <= cost.block_parameters]
             yield (
@@ -183,7 +188,9 @@ def main() -> None:
         train(text[: int(TRAINED * len(text))], parse_tokens(asked.tokens), RUN / "model")
     study = Study(settings(asked.text, asked.trials, asked.threads), RUN / "run")
     study.launch(Console(quiet=True), report=False)
-    write_page("mixture", PAGE, lines(study), tokens=asked.tokens, trials=str(asked.trials))
+    sizes = {"values": f"{study.setup().outline.parameters / 1e6:.1f}", "blocks": str(BLOCKS)}
+    sizes |= {"experts": str(EXPERTS), "chosen": str(CHOSEN)}
+    write_page("mixture", PAGE, lines(study), tokens=asked.tokens, trials=str(asked.trials), **sizes)
 
 
 if __name__ == "__main__":
