@@ -82,7 +82,7 @@ def state(row: Mapping[str, Any]) -> str:
     steps = row["failed"].keys()
     if steps - {"cache"}:
         return "fails"
-    return "part" if steps or row["coverage"] < WHOLE else "works"
+    return "part" if steps or row.get("reached_coverage", row["coverage"]) < WHOLE else "works"
 
 
 def reason(row: Mapping[str, Any]) -> str:
@@ -106,9 +106,10 @@ PAGE = """# Every type of causal language models of transformers {version}
 
 {counts}
 
-`works`: everything that is looked at holds, and at least {whole:.0%} of the values of the blocks' matrices are sites,
-at the widths of the type's default configuration. `part`: less of it is treated, or decoding with a cache gives another
-text. What is looked at is said at the top of `studies/architectures.py`.
+`works`: everything that is looked at holds, and at least {whole:.0%} of the values of the blocks' matrices that text
+reaches are sites, at the widths of the type's default configuration. `part`: less of it is treated, or decoding with a
+cache gives another text. The column `coverage` is of all of them, also of those that no text reaches, such as the
+cross-attention of a decoder without its encoder. What is looked at is said at the top of `studies/architectures.py`.
 
 {lines}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from rankfront.methods import Factors, Option, Site, get_method
 from rankfront.methods.layers import set_module, weight_of
 from rankfront.objectives._caches import cache_of
 from rankfront.search.inputs.apart import take_apart
-from rankfront.search.inputs.coverage import Coverage, coverage_of
+from rankfront.search.inputs.coverage import Left, coverage_of
+from rankfront.search.inputs.reached import UNFELT, UNREACHED
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.plans.plan import Plan
@@ -70,21 +71,26 @@ class Examined:
         take_apart(model)
         if (gap := apart(logits(model), self.dense)) > CLOSE:
             return f"taken apart, it is another model ({gap:.1g})"
-        places = find_sites(model)
-        self.found |= {"sites": len(places)}
-        coverage = self.coverage()
-        self.found |= {
-            "coverage": round(coverage.share, 4),
-            "left": [f"{each.name}: {each.values / coverage.values:.1%}, {each.why}" for each in coverage.left[:4]],
-        }
+        self.found |= {"sites": len(find_sites(model))}
+        self.cover(())
         return None
 
-    def coverage(self) -> Coverage:
-        """At the widths of the default configuration."""
+    def cover(self, left: Iterable[Left]) -> None:
+        """Coverage at the widths of the default configuration, where what numbers refuse of the tiny model is
+        ``left``."""
         with torch.device("meta"):
             wide = AutoModelForCausalLM.from_config(wide_config(self.name))
         take_apart(wide)
-        return coverage_of(wide, find_sites(wide))
+        sites = find_sites(wide)
+        reasons = {each.name: each.why for each in left if each.why in (UNREACHED, UNFELT)}
+        kinds = {site.name: f"{place.kind}.weight" for site, place in sites.items()}
+        refused = {name: reasons[kind] for name, kind in kinds.items() if kind in reasons}
+        coverage = coverage_of(wide, sites).without(sites, refused)
+        self.found |= {
+            "coverage": round(coverage.share, 4),
+            "reached_coverage": round(coverage.reached_share, 4),
+            "left": [f"{each.name}: {each.values / coverage.values:.1%}, {each.why}" for each in coverage.left[:4]],
+        }
 
     def study(self) -> str | None:
         self.model.save_pretrained(self.folder / "model")
@@ -98,6 +104,7 @@ class Examined:
         self.study_run.launch(quiet())
         offered = self.resident.space.methods  # of what numbers accept
         self.found["joint"] = [name for name in JOINT if name in offered]
+        self.cover(self.resident.setup.outline.coverage.left)
         rows = self.study_run.rows()
         bad = [str(row.failure) for row in rows if row.state != "complete"]
         if bad:

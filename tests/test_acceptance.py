@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launching import make_run, small_data
+from launching import make_run, quiet, small_data
 from tiny import tiny_model
 from torch import nn
 
@@ -10,7 +10,9 @@ from rankfront.methods.unfused import fuse
 from rankfront.search.inputs.acceptance import refusals, refused
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.calls import unlike_calls
+from rankfront.search.inputs.reached import UNFELT, UNREACHED, unreached
 from rankfront.search.inputs.sites import blocks, find_sites
+from rankfront.search.study import Study
 
 WINDOWS = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(3))
 VALUES, NEURONS = "self_attn.v_proj+o_proj", "mlp.gate_proj+up_proj+down_proj"
@@ -118,3 +120,38 @@ def test_rounding_in_half_precision_refuses_nothing():
     assert refused(model, find_sites(model), WINDOWS) == {}
     model = tiny_model("diffllama").bfloat16()
     assert {site.split(".", 3)[3] for site in refused(model, find_sites(model), WINDOWS)} == {VALUES}
+
+
+def test_what_no_text_reaches_is_left_alone_and_said(tmp_path, tokenizer, text_file):
+    """The cross-attention of a decoder without its encoder; the rest of the model is treated."""
+    model = tiny_model("bart")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = small_data(tmp_path / "model", text_file, trials=2, anchors=[])
+    data["space"]["methods"] = ["kfac-svd", "vo-svd", "drop-block"]
+    console, study = quiet(), Study(data, tmp_path / "run")
+    study.launch(console)
+    assert {row.state for row in study.rows()} == {"complete"}
+    outline = study.setup().outline
+    assert not [site for site in outline.sites if "encoder_attn" in site.name]
+    assert {each.why for each in outline.coverage.left} == {UNREACHED}
+    crossed = [weight for name, weight in model.named_parameters() if "encoder_attn" in name and weight.ndim > 1]
+    assert sum(each.values for each in outline.coverage.left) == sum(weight.numel() for weight in crossed) > 0
+    assert outline.coverage.share < outline.coverage.reached_share == 1
+    said = console.file.getvalue()
+    assert "encoder_attn.k_proj.weight" in said
+    assert "is not treated jointly" not in said
+
+
+def test_what_is_reached_is_told_from_what_only_chooses():
+    """An indexer runs, and has no gradient; the compressor beside it has; experts count whatever tokens they get."""
+    model = tiny_model("deepseek_v4")
+    take_apart(model)
+    found = unreached(model, find_sites(model), WINDOWS)
+    assert set(found.values()) == {UNFELT}
+    assert all(".compressor.indexer." in name for name in found)
+
+
+def test_text_reaches_through_embeddings_that_are_scaled_in_place():
+    model = tiny_model("ctrl")
+    assert unreached(model, find_sites(model), WINDOWS) == {}

@@ -10,9 +10,10 @@ from rankfront.search import attributes as keys
 from rankfront.search.choices import OURS
 from rankfront.search.errors import GaveUp
 from rankfront.search.factors.calibration import calibrate
-from rankfront.search.factors.failures import UNREACHED, Failures
+from rankfront.search.factors.failures import Failures
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs.reached import UNREACHED
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.plans.menu_jobs import menu_record

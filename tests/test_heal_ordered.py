@@ -10,7 +10,7 @@ from healing import zoo as zoo  # a fixture
 
 from rankfront.methods import InputError
 from rankfront.methods.layers_low_rank import LowRankLinear
-from rankfront.search.factors.gradient import differentiated, drawn_loss
+from rankfront.search.factors.gradient import drawn_loss
 from rankfront.search.heal import healing, logits, ordered, worth
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.fit import Fit
@@ -18,6 +18,7 @@ from rankfront.search.heal.ordered import Ordered, narrowed, pairs, ranked, spre
 from rankfront.search.heal.settings import ORDERED, HealSettings
 from rankfront.search.heal.trainable import Parameter, factored_modules, stored, training
 from rankfront.search.heal.worth import widths_at
+from rankfront.search.inputs.reached import differentiated
 
 
 def low_rank(m, n, r, seed=0):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rankfront.methods import Gram, Site, Statistics, Weight, narrow_outputs
 from rankfront.methods.unfused_experts import routed_at, seeing
 from rankfront.objectives import CAUSAL, Task
-from rankfront.search.factors.failures import UNREACHED, Failures
+from rankfront.search.factors.failures import Failures
+from rankfront.search.inputs.reached import UNREACHED, differentiated
 
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
@@ -292,19 +293,12 @@ def _run(model: Any, windows: Tensor, task: Task, recorder: _Recorder, gradients
     """Run the windows through the model, with a backward pass where asked; yields how many are done."""
     device = next(model.parameters()).device
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    # Weights are frozen; a gradient that starts at the embedding's output reaches every linear's output.
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: output.detach().requires_grad_(gradients)
-    )
-    try:
+    with differentiated(model, gradients=gradients):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(device)
             recorder.attended = task.attended(ids)
-            with torch.set_grad_enabled(gradients):
-                logits = task.logits(model, ids)[:, : task.predicted(windows.shape[1])]
-                if gradients:
-                    targets = task.targets(ids).flatten()
-                    nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").backward()
+            logits = task.logits(model, ids)[:, : task.predicted(windows.shape[1])]
+            if gradients:
+                targets = task.targets(ids).flatten()
+                nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").backward()
             yield min(start + step, len(windows))
-    finally:
-        handle.remove()

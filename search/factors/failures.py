@@ -9,8 +9,6 @@ from rankfront.methods import InputError
 from rankfront.search.errors import reason_of
 from rankfront.search.inputs.device import out_of_memory
 
-UNREACHED = "no token reaches it"
-
 
 class Failures(dict[str, str]):
     """Site, or path of a weight -> why it cannot be measured."""

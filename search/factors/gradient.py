@@ -14,8 +14,7 @@ of ZS-SVD; the quadratic form over whole options is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +25,8 @@ from rankfront.methods.layers import replacement
 from rankfront.methods.unfused_experts import is_expert, routed_at
 from rankfront.objectives import CAUSAL, Task
 from rankfront.search.factors.calibration import Progress
-from rankfront.search.factors.failures import UNREACHED, Failures
+from rankfront.search.factors.failures import Failures
+from rankfront.search.inputs.reached import UNREACHED, differentiated
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
 PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
@@ -76,22 +76,6 @@ def quadratic_divergence(
     if failures is None:
         failed.check()
     return found
-
-
-@contextmanager
-def differentiated(model: Any, hooks: Sequence[tuple[str, Callable[..., None]]]) -> Iterator[None]:
-    """Within, gradients reach the output of every module from the embeddings on, though weights are frozen, and the
-    forward ``hooks`` (module path, hook) are in place."""
-    handles = []
-    try:
-        table = model.get_input_embeddings()
-        handles.append(table.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True)))
-        handles += [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks]
-        with torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfront.search.factors.gradient import differentiated, drawn_loss
+from rankfront.search.factors.gradient import drawn_loss
 from rankfront.search.heal.loss import Head, run_by_run, runs_of
 from rankfront.search.heal.precision import Precision
+from rankfront.search.inputs.reached import differentiated
 
 TOKENS = 16_384  # that one backward pass each goes over; guess
 CLIPPED = 0.99  # quantile of the channels above which none weighs more
@@ -41,7 +42,7 @@ def fisher(
             yield drawn_loss(head.logits(states[rows][None])[0].float(), generator)
 
     try:
-        with differentiated(model, []):
+        with differentiated(model):
             for ids in chosen.split(1):
                 with precision.context():
                     run_by_run(head.hidden(ids.to(device)).flatten(0, 1), drawn)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rankfront.methods import Option
 from rankfront.methods.layers_low_rank import LowRankLinear
-from rankfront.search.factors.gradient import BATCH_TOKENS, arriving, differentiated, drawn_loss
+from rankfront.search.factors.gradient import BATCH_TOKENS, arriving, drawn_loss
+from rankfront.search.inputs.reached import differentiated
 from rankfront.search.plans.lagrangian import Lagrangian
 from rankfront.search.plans.menu import TINY, Line, Menu
 

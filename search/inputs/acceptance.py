@@ -25,6 +25,7 @@ from rankfront.methods.layers import replacement, set_module
 from rankfront.methods.layers_joint import CACHED
 from rankfront.objectives import CAUSAL, Task
 from rankfront.objectives._caches import cache_of
+from rankfront.search.inputs.reached import UNFELT, UNREACHED
 from rankfront.search.inputs.sites import weights_at
 
 TOKENS = 24  # that are run: far enough for most positions to turn by a radian
@@ -69,8 +70,10 @@ def _kind(name: str) -> str:
 
 
 def refusals(reasons: Mapping[str, str]) -> Iterator[str]:
-    """What a launch says of them: a line for each kind of site and reason."""
-    for (name, why), count in Counter((_kind(name), why) for name, why in reasons.items()).items():
+    """What a launch says of joint sites: a line for each kind and reason. Of weights that no text reaches, coverage
+    says it."""
+    found = Counter((_kind(name), why) for name, why in reasons.items() if why not in (UNREACHED, UNFELT))
+    for (name, why), count in found.items():
         yield f"{name} is not treated jointly in {count} blocks: {why}"
 
 

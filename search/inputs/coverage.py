@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rankfront.methods import InputError, Site
 from rankfront.search.config import SpaceConfig
+from rankfront.search.inputs.reached import UNREACHED
 from rankfront.search.inputs.sites import blocks, is_plain
 from rankfront.search.names import Place
 
@@ -51,6 +52,23 @@ class Coverage:
         """Of the blocks' weights, those that are sites."""
         return 1 - sum(each.values for each in self.left) / self.values if self.values else 1.0
 
+    @property
+    def reached_share(self) -> float:
+        """Of the blocks' weights that text reaches, those that are sites."""
+        unreached = sum(each.values for each in self.left if each.why == UNREACHED)
+        return self.share * self.values / (self.values - unreached) if unreached < self.values else 1.0
+
+    def without(self, sites: Mapping[Site, Place], refused: Mapping[str, str]) -> Coverage:
+        """The same where those of ``sites`` that are single weights and ``refused``, by name with a reason, are left
+        out."""
+        left, biases = {(each.name, each.why): each.values for each in self.left}, self.biases
+        for site, place in sites.items():
+            if len(site.weights) == 1 and site.name in refused and place.block is not None:
+                key = f"{place.kind}.weight", refused[site.name]
+                left[key] = left.get(key, 0) + site.anchor.storage.parameters
+                biases -= site.anchor.biases.parameters
+        return replace(self, left=_ordered(left), biases=biases)
+
     def lines(self) -> Iterator[str]:
         """What a launch says first; nothing where every weight is a site."""
         if self.left:
@@ -89,10 +107,15 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
                 kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path.removeprefix(prefix)}.{name}.")[3:-1]
                 key = kind, _why(module, parameter)
                 left[key] = left.get(key, 0) + parameter.numel()
-    ordered = sorted(left.items(), key=lambda item: -item[1])
     weights = {weight.path: weight for site in sites for weight in site.weights if weight.path in inside}
     biases = sum(weight.biases.parameters for weight in weights.values())
-    return Coverage(values, tuple(Left(kind, count, why) for (kind, why), count in ordered), biases)
+    return Coverage(values, _ordered(left), biases)
+
+
+def _ordered(left: Mapping[tuple[str, str], int]) -> tuple[Left, ...]:
+    """The largest first."""
+    ordered = sorted(left.items(), key=lambda item: -item[1])
+    return tuple(Left(kind, count, why) for (kind, why), count in ordered)
 
 
 def _treated(modules: Mapping[str, Any], sites: Mapping[Site, Place]) -> Iterator[nn.Parameter]:

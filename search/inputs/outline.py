@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rankfront.methods import Site
 from rankfront.search.inputs.capacity import Capacity, capacity_of
@@ -29,6 +29,11 @@ class Outline:
     parameters: int
     capacity: Capacity
     coverage: Coverage
+
+    def without(self, refused: Mapping[str, str]) -> Outline:
+        """The same but for the sites that are ``refused``, by name with a reason."""
+        kept = {site: place for site, place in self.sites.items() if site.name not in refused}
+        return replace(self, sites=kept, coverage=self.coverage.without(self.sites, refused))
 
 
 def outline_of(source: Source, attention: str | None = None) -> Outline:

@@ -34,7 +34,8 @@ class Setup:
         groups: bands of depth that share an option of each kind of projection, for samplers that need few variables;
             0 where every site is a variable.
         loss: whose slopes are measured: ``divergence`` or ``perplexity``, which stands for the log-likelihood.
-        refused: joint sites that numbers refuse, and why, by name (see `inputs.acceptance`): the outline lacks them.
+        refused: sites that numbers refuse, and why, by name: joint ones that are not what they seem (see
+            `inputs.acceptance`), and those that no text reaches (see `inputs.reached`). The outline lacks them.
         unmade: factor files that this launch could not make, and why: its trials that want them fail.
         task: what the model is for.
     """
@@ -60,8 +61,7 @@ class Setup:
 
     def without(self, refused: Mapping[str, str]) -> Setup:
         """The same but for the sites that are ``refused``."""
-        sites = {site: place for site, place in self.outline.sites.items() if site.name not in refused}
-        return replace(self, outline=replace(self.outline, sites=sites), refused=refused)
+        return replace(self, outline=self.outline.without(refused), refused=refused)
 
     def origin(self) -> dict[str, str]:
         """What a plan of this study says it belongs to."""

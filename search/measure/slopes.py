@@ -31,12 +31,12 @@ from rankfront.search.factors.gradient import (
     BATCH_TOKENS,
     Arrivals,
     arriving,
-    differentiated,
     drawn_loss,
     products,
     tokens_at,
 )
 from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs.reached import differentiated
 from rankfront.search.tuning import TUNING
 
 

@@ -98,11 +98,9 @@ class Launch:
         drawn = own_text(self.run)
         known = set(drawn)
         setup = make_setup(self.run, self.config, progress, drawn)
-        for line in setup.outline.coverage.lines():
-            display.say(line)
         if not self.run.resolved():
             setup = accepted(setup, progress)
-        for line in refusals(setup.refused):
+        for line in (*setup.outline.coverage.lines(), *refusals(setup.refused)):
             display.say(line)
         space = make_space(setup)
         check_limits(setup, space)

@@ -18,6 +18,7 @@ from rankfront.search.inputs.labelled import rows_of
 from rankfront.search.inputs.model import load_model, load_tokenizer, read_config, use_attention
 from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
+from rankfront.search.inputs.reached import unreached
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.source import cache_folder
 from rankfront.search.inputs.tasks import make_task
@@ -29,7 +30,7 @@ from rankfront.search.serve.engines import check_engines
 from rankfront.search.serve.writing import check_servable
 from rankfront.search.storage.folder import Run
 
-REFUSED = "refused"  # joint sites that numbers refuse
+REFUSED = "refused"  # sites that numbers refuse
 SCATTERED = "scattered"  # the order of windows of the search split where a trial reads some of them
 
 
@@ -82,15 +83,18 @@ def make_setup(
 
 
 def accepted(setup: Setup, progress: Progress) -> Setup:
-    """``setup`` without the joint sites of its space that the model, loaded here, refuses by numbers."""
-    joint = [site for site in make_space(setup).choices if len(site.weights) > 1]
-    if not joint:
-        return setup
+    """``setup`` without the sites that the model, loaded here, refuses by numbers; joint ones are those of its space.
+
+    Raises `InputError` where too little is left."""
     progress("load", 0, 1)
     model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
     use_attention(model, setup.config.model.attention)
     progress("load", 1, 1)
-    return setup.without(refused(model, joint, setup.tokens["calibrate"], setup.task))
+    windows = setup.tokens["calibrate"]
+    found = setup.without(unreached(model, setup.outline.sites, windows, setup.task))
+    found.outline.coverage.check(setup.config.space)
+    joint = [site for site in make_space(found).choices if len(site.weights) > 1]
+    return setup.without({**found.refused, **refused(model, joint, windows, setup.task)})
 
 
 def heal_windows(
