@@ -68,14 +68,28 @@ class Unfused(nn.Module):
         super().__init__()
         vars(self)["own"] = own  # nn.Module would make it a child
         self.settings = dict(settings)
+        holder = self.holder(own)
         for name, child in own.named_children():
-            self.add_module(name, child)
+            if child is not holder:
+                self.add_module(name, child)
+        for name, tensor in self.spare(own, settings).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.train(own.training)
 
     @classmethod
     def proposals(cls, own: nn.Module) -> Iterator[dict[str, int]]:
         """Settings with which this kind may compute what ``own`` does: whoever takes one checks it by numbers."""
         raise NotImplementedError
+
+    @classmethod
+    def holder(cls, own: nn.Module) -> nn.Module:
+        """The module that has the fused tensors: ``own``, or a child of it, which runs no more."""
+        return own
+
+    @classmethod
+    def spare(cls, own: nn.Module, settings: Mapping[str, int]) -> dict[str, Tensor]:
+        """Name -> view of what the fused tensors hold beside every linear, and nothing reads."""
+        return {}
 
     @classmethod
     def views(cls, own: nn.Module, settings: Mapping[str, int]) -> dict[str, Tensor]:
@@ -89,7 +103,7 @@ class Unfused(nn.Module):
         """A linear on the views for each path."""
         views = self.views(self.own, self.settings)
         found: dict[str, nn.Linear] = {}
-        trained = any(tensor.requires_grad for tensor in self.own.parameters(recurse=False))
+        trained = any(tensor.requires_grad for tensor in self.holder(self.own).parameters(recurse=False))
         for path in dict.fromkeys(name.rpartition(".")[0] for name in views):
             weight, bias = views[f"{path}.weight"], views.get(f"{path}.bias")
             found[path] = _Unset(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -110,18 +124,21 @@ class Unfused(nn.Module):
                 raise InputError(f"{path!r} of a fused module is stored compressed: make it dense first")
         if not self._aliased() or any(view.is_meta for view in views.values()):
             held = self.get_parameter(next(iter(views)))
-            _allocate(self.own, held.device, held.dtype)
+            _allocate(self.holder(self.own), held.device, held.dtype)
             with torch.no_grad():
-                for name, view in self.views(self.own, self.settings).items():
+                for name, view in self._all_views().items():
                     view.copy_(self.get_parameter(name))
         return self.own.train(self.training)
 
+    def _all_views(self) -> dict[str, Tensor]:
+        return {**self.views(self.own, self.settings), **self.spare(self.own, self.settings)}
+
     def _aliased(self) -> bool:
         """Whether every linear, of those that have not been replaced, is a view of the fused storage."""
-        for name, view in self.views(self.own, self.settings).items():
+        for name, view in self._all_views().items():
             path, _, tensor = name.rpartition(".")
             module = self.get_submodule(path)
-            if isinstance(module, nn.Linear) and getattr(module, tensor).data_ptr() != view.data_ptr():
+            if isinstance(module, nn.Linear | Unfused) and getattr(module, tensor).data_ptr() != view.data_ptr():
                 return False
         return True
 
@@ -133,7 +150,7 @@ class Unfused(nn.Module):
         """As of any module. Once the linears have a storage of their own, the fused one is let go of."""
         super()._apply(fn, recurse)
         if not self._aliased():
-            _allocate(self.own, torch.device("meta"))
+            _allocate(self.holder(self.own), torch.device("meta"))
         return self
 
 

@@ -28,7 +28,8 @@ class Routed:
 
     Attributes:
         tokens: which tokens, each once, (r,).
-        weights: what the router multiplies its outputs by, (r,); None where it has multiplied the inputs already.
+        weights: what the router multiplies its outputs by, (r,); None where it has multiplied the inputs already, or
+            where that is not known.
     """
 
     tokens: Tensor
@@ -56,7 +57,8 @@ class Experts(Unfused):
 
     Fused they are gate_up_proj (E, 2I, H) or up_proj (E, I, H), and down_proj (E, H, I). The settings say whether each
     matrix is ``transposed``, and whether gates are ``interleaved``: every second of the 2I. The activation is the fused
-    module's own.
+    module's own. Gates and ups may be of more experts than downs: those after E give what they are given, and their
+    rows are never read.
 
     Attributes:
         least: how many tokens each expert sees in a pass, for hooks on its linears: with fewer it runs on further ones,
@@ -74,7 +76,7 @@ class Experts(Unfused):
             if number not in self._modules:
                 self.add_module(number, Expert())
             self.get_submodule(number).add_module(name, linear)
-        self.count = cast(Tensor, own.down_proj).shape[0]
+        self.count = sum(isinstance(module, Expert) for module in self.children())
         self._names = tuple(inspect.signature(own.forward).parameters)
 
     @classmethod
@@ -86,11 +88,20 @@ class Experts(Unfused):
         if len(inspect.signature(own.forward).parameters) != cls.inputs:
             return
         first = dict(own.named_parameters(recurse=False))["gate_up_proj" if gated else "up_proj"]
+        more = len(first) - len(cast(Tensor, own.down_proj))
         for transposed in (0, 1):
             width, inner = sides(own, transposed)
             if list(first.shape[1:]) == [inner * (1 + gated), width][:: -1 if transposed else 1]:
                 for interleaved in range(1 + gated):
-                    yield {"transposed": transposed, "interleaved": interleaved}
+                    yield {"transposed": transposed, "interleaved": interleaved, **({"idle": more} if more else {})}
+
+    @classmethod
+    def spare(cls, own: nn.Module, settings: Mapping[str, int]) -> dict[str, Tensor]:
+        if not settings.get("idle"):
+            return {}
+        held = {name: tensor.detach() for name, tensor in own.named_parameters(recurse=False)}
+        count = len(held["down_proj"])
+        return {f"idle_{name}": tensor[count:] for name, tensor in held.items() if len(tensor) > count}
 
     @classmethod
     def views(cls, own: nn.Module, settings: Mapping[str, int]) -> dict[str, Tensor]:
@@ -138,7 +149,7 @@ class Experts(Unfused):
             weights = None if weight is None else weight.expand(more)
             self.run(number, hidden[tokens], Routed(tokens, weights))
 
-    def given(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> list[Tensor]:
+    def given(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
         """The arguments of a call, in order."""
         return [*inputs, *(named[name] for name in self._names[len(inputs) :])]
 
@@ -163,7 +174,9 @@ class RoutedExperts(Experts):
                 y = self.run(number, hidden[tokens[own]], Routed(tokens[own], scales[own]))
                 out.index_add_(0, tokens[own], (y * scales[own, None]).to(out.dtype))
             self.see_more(number, count, hidden, weights.detach().float().square().mean().sqrt())
-        return out.to(hidden.dtype)
+        if self.settings.get("idle"):
+            out = out + hidden * (weights * (chosen >= self.count)).sum(1, keepdim=True)
+        return cast(Tensor, out.to(hidden.dtype))
 
 
 @unfused_kind("batched-experts")

@@ -23,6 +23,17 @@ MIXTURES = {
     "nemotron_h": {
         "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "layers_block_type": ["moe", "attention"],
     },
+    "longcat_flash": {  # experts that give what they are given
+        "n_routed_experts": 4, "zero_expert_num": 3, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48,
+        "num_layers": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "dbrx": {  # all experts of a projection one below the other
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "jetmoe": {"num_local_experts": 4, "num_layers": 2, "kv_channels": 8},  # of attentions too, sorted beforehand
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from rankfront.search.factors import calibration
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import coverage_of
+from rankfront.search.inputs.reached import UNREACHED
 from rankfront.search.inputs.sites import find_sites, weights_at
 from rankfront.search.measure.setup import make_space
 from rankfront.search.names import inside_blocks
@@ -112,6 +113,19 @@ def test_the_experts_of_a_layer_take_one_choice_unless_a_study_wants_them_apart(
             assert [row.plan.option(other) for other in others] == [option] * 4
     space = make_space(Study(data | {"space": data["space"] | {"experts": "apart"}}).setup())
     assert len(space.variables) == 4 * len(names)
+
+
+def test_rows_of_experts_that_give_what_they_are_given_are_kept_and_counted():
+    """Nothing reads them; whoever takes the others apart puts them back, dtypes changed in between too."""
+    model = built("longcat_flash").double()
+    experts = model.model.layers[0].mlp.experts
+    before = experts.gate_up_proj.clone()
+    take_apart(model)
+    found = coverage_of(model, find_sites(model))
+    idle = [each for each in found.left if each.why == UNREACHED]
+    assert [each.values for each in idle] == [before[4:].numel()]
+    fuse(model.float())
+    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, before.float())
 
 
 # -- what is measured of an expert
@@ -227,8 +241,10 @@ def test_routers_that_can_choose_among_fewer_are_found(name):
     model = built(name)
     take_apart(model)
     layers = len(unfused_in(model))
-    # Groups of experts are as large as they were, and Llama 4 multiplies inputs by the router's weights.
-    assert len(pruned(model)) == (0 if name in ("deepseek_v3", "llama4_text") else layers)
+    # Groups of experts are as large as they were, Llama 4 multiplies inputs by the router's weights, and the routers of
+    # the others have their matrix in a linear of their own.
+    without = ("deepseek_v3", "llama4_text", "longcat_flash", "dbrx", "jetmoe")
+    assert len(pruned(model)) == (0 if name in without else layers)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankfront.methods import InputError, Site
+from rankfront.methods.unfused import Unfused
 from rankfront.search.config import SpaceConfig
 from rankfront.search.inputs.reached import UNREACHED
 from rankfront.search.inputs.sites import blocks, is_plain
@@ -128,6 +129,8 @@ def _treated(modules: Mapping[str, Any], sites: Mapping[Site, Place]) -> Iterato
 def _why(module: nn.Module, parameter: nn.Parameter) -> str:
     own: Any = type(module)
     kind = own.__name__
+    if isinstance(module, Unfused):  # rows of experts that give what they are given
+        return UNREACHED
     if isinstance(module, _ConvNd):
         return "a convolution"
     if parameter.ndim > 2:
