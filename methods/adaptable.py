@@ -70,6 +70,7 @@ class _Place(nn.Linear):
         self.out_features, self.in_features = size
         self.register_parameter("bias", None)
         self.layer = weakref.ref(layer)
+        self._is_hf_initialized = True  # a model's own initialisation, which goes by names, has nothing to do here
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layer": self.layer()}

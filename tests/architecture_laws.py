@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from common import random_text, tiny_tokenizer, tokens
 from launching import quiet, small_data, verify_here
-from tiny import tiny_model, wide_config
+from tiny import tiny_config, tiny_model, wide_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from rankfront.methods import Factors, Option, Site, get_method
 from rankfront.methods.layers import set_module, weight_of
 from rankfront.objectives._caches import cache_of
 from rankfront.search.inputs.apart import take_apart
-from rankfront.search.inputs.coverage import Left, coverage_of
-from rankfront.search.inputs.reached import UNFELT, UNREACHED
+from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.plans.plan import Plan
@@ -72,19 +71,15 @@ class Examined:
         if (gap := apart(logits(model), self.dense)) > CLOSE:
             return f"taken apart, it is another model ({gap:.1g})"
         self.found |= {"sites": len(find_sites(model))}
-        self.cover(())
+        self.cover({})
         return None
 
-    def cover(self, left: Iterable[Left]) -> None:
-        """Coverage at the widths of the default configuration, where what numbers refuse of the tiny model is
-        ``left``."""
+    def cover(self, refused: Mapping[str, str]) -> None:
+        """Coverage at the widths of the default configuration, without the sites that the tiny model ``refused``."""
         with torch.device("meta"):
             wide = AutoModelForCausalLM.from_config(wide_config(self.name))
         take_apart(wide)
         sites = find_sites(wide)
-        reasons = {each.name: each.why for each in left if each.why in (UNREACHED, UNFELT)}
-        kinds = {site.name: f"{place.kind}.weight" for site, place in sites.items()}
-        refused = {name: reasons[kind] for name, kind in kinds.items() if kind in reasons}
         coverage = coverage_of(wide, sites).without(sites, refused)
         self.found |= {
             "coverage": round(coverage.share, 4),
@@ -94,6 +89,7 @@ class Examined:
 
     def study(self) -> str | None:
         self.model.save_pretrained(self.folder / "model")
+        tiny_config(self.name).save_pretrained(self.folder / "model")  # of some types only a part is the model's own
         tiny_tokenizer().save_pretrained(self.folder / "model")
         text = self.folder / "text.txt"
         text.write_text(random_text(4000), encoding="utf-8")
@@ -104,7 +100,7 @@ class Examined:
         self.study_run.launch(quiet())
         offered = self.resident.space.methods  # of what numbers accept
         self.found["joint"] = [name for name in JOINT if name in offered]
-        self.cover(self.resident.setup.outline.coverage.left)
+        self.cover(self.resident.setup.refused)
         rows = self.study_run.rows()
         bad = [str(row.failure) for row in rows if row.state != "complete"]
         if bad:
@@ -159,7 +155,9 @@ class Examined:
         self.resident.apply(row.plan)
         expected = logits(self.resident.model)
         self.study_run.export(self.folder / "out", row)
-        self.loaded = AutoModelForCausalLM.from_pretrained(self.folder / "out").eval()
+        # Of a type that the automatic class knows as a part of another alone, the folder's code loads it.
+        known = type(self.model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        self.loaded = AutoModelForCausalLM.from_pretrained(self.folder / "out", trust_remote_code=not known).eval()
         gap = apart(logits(self.loaded), expected)
         return f"reloaded, it has other logits ({gap:.1g})" if gap > CLOSE else None
 

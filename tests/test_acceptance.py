@@ -6,11 +6,12 @@ from launching import make_run, quiet, small_data
 from tiny import tiny_model
 from torch import nn
 
+from rankfront.methods import InputError
 from rankfront.methods.unfused import fuse
 from rankfront.search.inputs.acceptance import refusals, refused
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.calls import unlike_calls
-from rankfront.search.inputs.reached import UNFELT, UNREACHED, unreached
+from rankfront.search.inputs.reached import UNFELT, UNREACHED, check_causal, unreached
 from rankfront.search.inputs.sites import blocks, find_sites
 from rankfront.search.study import Study
 
@@ -155,3 +156,35 @@ def test_what_is_reached_is_told_from_what_only_chooses():
 def test_text_reaches_through_embeddings_that_are_scaled_in_place():
     model = tiny_model("ctrl")
     assert unreached(model, find_sites(model), WINDOWS) == {}
+
+
+@pytest.mark.parametrize("name", ["xlnet", "cpmant"])
+def test_models_whose_tokens_see_those_after_them_are_refused(name):
+    """Though transformers has them among its causal ones."""
+    with pytest.raises(InputError, match=r"is not causal, for its logits at a token change"):
+        check_causal(tiny_model(name))
+
+
+def test_a_model_that_is_not_causal_is_refused_before_its_text_is_sampled(tmp_path, tokenizer, text_file):
+    tiny_model("xlnet").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = small_data(tmp_path / "model", text_file)
+    for texts in ({}, {"search": {"text": "self", "windows": 4}}):
+        study = Study(data | {"data": data["data"] | texts}, tmp_path / "run")
+        data["space"]["allow_partial"] = True
+        with pytest.raises(InputError, match="is not causal"):
+            study.launch(quiet())
+
+
+def test_a_model_that_lets_no_gradient_through_is_refused():
+    model = tiny_model("reformer")
+    with pytest.raises(InputError, match=r"lets no gradient through \(AssertionError: "):
+        unreached(model, find_sites(model), WINDOWS)
+
+
+@pytest.mark.parametrize(("name", "treated"), [("inkling_text", False), ("xglm", True), ("gemma3_text", True)])
+def test_a_table_that_does_more_than_scale_its_rows_is_no_site(name, treated):
+    model = tiny_model(name)
+    paths = {path for site in find_sites(model) for weight in site.weights for path in weight.paths}
+    table = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    assert (table in paths) == treated

@@ -11,7 +11,6 @@ from torch import nn
 
 from rankfront.methods import InputError
 from rankfront.methods.layers import row_scale
-from rankfront.search.inputs.model import load_model
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
@@ -145,15 +144,3 @@ def test_rounding_a_scaled_table_is_nearly_lossless_and_its_export_is_the_same(s
         row.attributes["perplexity"], rel=1e-4
     )
     restore(scaled)
-
-
-def test_a_study_of_a_table_that_cannot_be_replaced_is_refused_before_it_is_measured(scaled, monkeypatch):
-    monkeypatch.setattr("rankfront.search.measure.compressed_model.load_model", _with_normed_table)
-    with pytest.raises(InputError, match=r"is a Normed, which does more than scale"):
-        JobRunner(scaled.setup)
-
-
-def _with_normed_table(*arguments):
-    model = load_model(*arguments)
-    model.get_input_embeddings().__class__ = Normed
-    return model

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # A field's name -> its size here, the first that matches. Smaller defaults stay.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"type_vocab_size$", 2),
-    (r"vocab_size", VOCABULARY),
+    (r"vocab_size|group_vocab$", VOCABULARY),
     (r"bos_token_id$", 0),
     (r"eos_token_id$", 1),
     (r"token_(id|index)$", VOCABULARY - 1),
@@ -38,15 +38,20 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"chunk_size", HEAD_WIDTH),
     (r"window", HEAD_WIDTH),
     (r"position|n_ctx|context_length|max_seq|seq_length|max_source|max_target", POSITIONS),
+    (r"adapter_(in_dim|out_dim|input_size)$", HIDDEN),
     (r"image_size$", 16),
     (r"patch_size$", 4),
-    (r"(hidden_size|d_model|n_embd|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim|proj_dim|lru_width|width|^dim|embd_dim)$",
+    (r"(hidden_size|hidden_size_global|d_model|n_embd|embed_dim|embedding_size|embedding_dim|emb_dim|hidden_dim|proj_dim|lru_width|width|^dim|embd_dim)$",
      HIDDEN),
 )  # fmt: skip
 LAYERS = re.compile(r"^(num_|n_)?(\w+_)?(layers?|hidden_layers|depth|blocks)$")
 DENSE_FIRST = re.compile(r"first_k_dense_replace|decoder_sparse_step|moe_layer_start_index")
 
 # What default configurations lack.
+QSA = {
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": POSITIONS,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 LACKING: Mapping[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 1e4, "clip_qkv": 8.0}},
@@ -58,7 +63,8 @@ LACKING: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16, "moe_topk": 2},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
-    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 2, "indexer_head_dim": 128, "indexer_budget": 64},
+    "qwen4_exp": {"text_config": QSA},
+    "qwen4_exp_text": QSA,
 }
 # What the rules above do not get right: which layers there are, and sizes.
 HYBRID = ["linear_attention", "hybrid", "hybrid"]
@@ -66,6 +72,8 @@ DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "lfm2_moe": {"num_dense_layers": 1, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # two stacks, run four times in all
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "reformer": {"is_decoder": True},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -74,21 +82,28 @@ DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "zamba2": {"layers_block_type": HYBRID, "num_hidden_layers": 3, "hybrid_layer_ids": [1, 2]},
 }  # fmt: skip
 MAMBA2 = {"mamba_d_head": 16}
+DOTS3 = {"head_dim": HEAD_WIDTH + HEAD_WIDTH // 2}
+ONE_KEY = {"indexer_kv_heads": 1, "indexer_head_dim": HIDDEN}
 EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "bamba": MAMBA2,
     "deepseek_v4": {
         "num_key_value_heads": 1, "head_dim": HIDDEN, "qk_rope_head_dim": 4, "o_groups": 2,
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
+    "dots3_note": {"text_config": DOTS3},
+    "dots3_note_text": DOTS3,
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 64},
     "gemma3n_text": {"intermediate_size": INNER},
     "granitemoehybrid": MAMBA2,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {"dim_model_base": HIDDEN},
     "mpt": {"max_seq_len": 512},
+    "qwen4_exp": {"text_config": ONE_KEY},
+    "qwen4_exp_text": ONE_KEY,
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [8, 24]},
     "xlnet": {"d_head": HEAD_WIDTH},
     "xmod": {"default_language": "en_XX"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its cache rounds widths to multiples of 64
     "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_WIDTH},
     "zamba2": {
         "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_WIDTH, "n_mamba_heads": 8,
@@ -144,8 +159,9 @@ def shrunk(settings: dict[str, Any], narrow: bool = True) -> dict[str, Any]:
             small[key] = _size(key, value, len(kept) or 2, narrow)
         else:
             small[key] = value
-    if narrow and "qk_rope_head_dim" in small:  # latent attention, whose keys have as many heads as its queries
-        sizes = {"head_dim": small["qk_rope_head_dim"], "qk_head_dim": small["qk_rope_head_dim"] + HEAD_WIDTH}
+    if narrow and small.keys() & {"qk_rope_head_dim", "kv_lora_rank"}:  # latent attention: a key head for each query
+        rotary = small.get("qk_rope_head_dim", HEAD_WIDTH // 2)
+        sizes = {"head_dim": rotary, "qk_head_dim": rotary + HEAD_WIDTH}
         small |= {key: size for key, size in (sizes | {"num_key_value_heads": HEADS}).items() if key in small}
     return small
 

@@ -25,14 +25,11 @@ from rankfront.methods.layers import replacement, set_module
 from rankfront.methods.layers_joint import CACHED
 from rankfront.objectives import CAUSAL, Task
 from rankfront.objectives._caches import cache_of
-from rankfront.search.inputs.reached import UNFELT, UNREACHED
+from rankfront.search.inputs.reached import ROUNDING, UNFELT, UNREACHED
 from rankfront.search.inputs.sites import weights_at
 
 TOKENS = 24  # that are run: far enough for most positions to turn by a radian
 AHEAD = 22  # of them before the cache is used
-# The largest difference between the two, by root mean square and as a share of what either changes, that is rounding:
-# guesses. A norm in between makes 0.3 to 0.7 of it; where all is well it was under 1e-4 in fp32, and 0.04 in bf16.
-ROUNDING = {torch.float64: 1e-3, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 Weights = Mapping[str, Tensor]
 Halved = tuple[dict[str, Factors], Factors]  # by role; and of the anchor alone
 

@@ -26,6 +26,7 @@ from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.decoding import cache_bytes, decoder
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import load_model, load_tokenizer
+from rankfront.search.inputs.reached import check_causal
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.text import GOLDEN, hash_tokens
 
@@ -160,7 +161,9 @@ class OwnText:
             path = self.cache / f"self-{key}" / f"{len(rows)}.safetensors"
             found = _read(path)
             if found is None:
-                model = model or load_model(self.source, DTYPES[self.dtype], self.device)
+                if model is None:
+                    model = load_model(self.source, DTYPES[self.dtype], self.device)
+                    check_causal(model)
                 found = _keep(self._batch(model, tokenizer, seed, len(rows), tokens), path)
             rows.append(found)
         share = degenerate(torch.cat(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,14 +15,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankfront.methods import InputError, Site
-from rankfront.methods.layers import weight_of
+from rankfront.methods.layers import row_scale, weight_of
 from rankfront.methods.unfused import unfused_in
 from rankfront.methods.unfused_experts import Experts
 from rankfront.search.inputs.calls import read_below, unlike_calls
 from rankfront.search.inputs.joint_sites import joint_sites, runs_of_blocks, weight_at
+from rankfront.search.inputs.routers import random_copy
 from rankfront.search.names import Place
 
 NUMBERED = re.compile(r"\.\d+\.")  # within a block: members of a list, such as experts, are of one kind
+ROWS = 16  # of a table's copy by which it is seen what it does
 LINEAR = (nn.Linear, Conv1D)  # classes of dense linears; Conv1D is GPT-2's transposed one
 
 
@@ -141,6 +144,20 @@ def is_plain(kind: Any) -> bool:
         return False
 
 
+@torch.no_grad()
+def scales_rows(table: nn.Embedding) -> bool:
+    """Whether a table gives its rows or multiples of them, rather than a norm of them as Inkling's does: looked at in a
+    copy of few rows with random values, for a skeleton has none."""
+    few = copy.copy(table)
+    few._parameters = {"weight": nn.Parameter(torch.empty(ROWS, table.embedding_dim, device="meta"))}
+    few.num_embeddings, few.padding_idx = ROWS, None
+    try:
+        row_scale(cast(nn.Embedding, random_copy(few, torch.Generator().manual_seed(0))))
+    except InputError:
+        return False
+    return True
+
+
 def _site(path: str, module: nn.Module, **more: Any) -> Site:
     return Site(path, (weight_at("weight", path, module, **more),))
 
@@ -149,11 +166,14 @@ def _outer_sites(model: Any) -> Iterator[Site]:
     paths = {module: path for path, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
+    scales = isinstance(table, nn.Embedding) and scales_rows(table)
+    if tied and not scales:
+        return
     if any(_read_elsewhere(model, paths[module]) for module in ((head, table) if tied else ())):
         return
     if head is not None and is_linear(head) and not _read_elsewhere(model, paths[head]):
         yield _site(paths[head], head, tied=(paths[table],) if tied else ())
-    if isinstance(table, nn.Embedding) and not tied and not _read_elsewhere(model, paths[table]):
+    if scales and not tied and not _read_elsewhere(model, paths[table]):
         yield _site(paths[table], table, kind="embedding")
 
 

@@ -18,7 +18,7 @@ from rankfront.search.inputs.labelled import rows_of
 from rankfront.search.inputs.model import load_model, load_tokenizer, read_config, use_attention
 from rankfront.search.inputs.outline import outline_of
 from rankfront.search.inputs.own_text import OwnText, Progress
-from rankfront.search.inputs.reached import unreached
+from rankfront.search.inputs.reached import check_causal, unreached
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.source import cache_folder
 from rankfront.search.inputs.tasks import make_task
@@ -85,12 +85,14 @@ def make_setup(
 def accepted(setup: Setup, progress: Progress) -> Setup:
     """``setup`` without the sites that the model, loaded here, refuses by numbers; joint ones are those of its space.
 
-    Raises `InputError` where too little is left."""
+    Raises `InputError` where too little is left, where it is not causal, or lets no gradient through."""
     progress("load", 0, 1)
     model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
     use_attention(model, setup.config.model.attention)
     progress("load", 1, 1)
     windows = setup.tokens["calibrate"]
+    if setup.task.generates:
+        check_causal(model)
     found = setup.without(unreached(model, setup.outline.sites, windows, setup.task))
     found.outline.coverage.check(setup.config.space)
     joint = [site for site in make_space(found).choices if len(site.weights) > 1]
