@@ -4,6 +4,7 @@ import common
 import pytest
 import torch
 from launching import again, make_run, quiet, small_data
+from tiny import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -175,3 +176,17 @@ def test_what_is_no_causal_language_model_is_said_to_be_none(name, sizes, said, 
     with pytest.raises(InputError, match=rf"is {said} \({name}\): rankfront takes causal language models") as caught:
         Study(small_data(tmp_path / name, text_file), tmp_path / "run").launch(quiet())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "beside"), [("hrm_text", "H_module.layers"), ("xlm", "attentions"), ("llama", "")])
+def test_blocks_of_another_list_are_counted_and_named(name, beside):
+    """HRM has two stacks, XLM its attentions beside its neurons: one list is searched."""
+    model = tiny_model(name)
+    found = covered(model)
+    whole = sum(
+        tensor.numel() for path, tensor in model.named_parameters() if beside and beside in path and tensor.ndim > 1
+    )
+    left = [each for each in found.left if each.why == "in another list of blocks"]
+    assert sum(each.values for each in left) == whole
+    assert all(beside in each.name for each in left)
+    assert (found.share == 1) == (not beside)

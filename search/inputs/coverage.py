@@ -14,7 +14,7 @@ from rankfront.methods import InputError, Site
 from rankfront.methods.unfused import Unfused
 from rankfront.search.config import SpaceConfig
 from rankfront.search.inputs.reached import UNREACHED
-from rankfront.search.inputs.sites import blocks, is_plain
+from rankfront.search.inputs.sites import blocks, is_plain, lists_beside
 from rankfront.search.names import Place
 
 LEAST = 0.5  # share of the blocks' weights below which a study has to say that it is meant so; guess
@@ -31,7 +31,8 @@ class Left:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Values of the matrices inside a model's blocks, norms and biases left out.
+    """Values of the matrices inside a model's blocks, norms and biases left out. Other lists of blocks, towers
+    aside, count too, and no site is in them.
 
     Attributes:
         values: all of them, each once.
@@ -95,18 +96,23 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
         for number, block in enumerate(found)
         for path, module in block.named_modules()
     }
+    beside = {
+        f"{path}.{inner}": module
+        for path, others in lists_beside(model, prefix).items()
+        for inner, module in others.named_modules()
+    }
     treated = {id(parameter) for parameter in _treated(inside, sites)}
     values, left = 0, dict[tuple[str, str], int]()
     seen: set[int] = set()
-    for path, module in inside.items():
+    for path, module in (inside | beside).items():
         for name, parameter in module.named_parameters(recurse=False):
             if sum(side > 1 for side in parameter.shape) < 2 or name.endswith("bias") or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             values += parameter.numel()
             if id(parameter) not in treated:
-                kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path.removeprefix(prefix)}.{name}.")[3:-1]
-                key = kind, _why(module, parameter)
+                kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path}.{name}.")[:-1].removeprefix(f"{prefix}.*.")
+                key = kind, "in another list of blocks" if path in beside else _why(module, parameter)
                 left[key] = left.get(key, 0) + parameter.numel()
     weights = {weight.path: weight for site in sites for weight in site.weights if weight.path in inside}
     biases = sum(weight.biases.parameters for weight in weights.values())

@@ -111,6 +111,20 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, cast(nn.ModuleList, model.get_submodule(path))
 
 
+def lists_beside(model: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
+    """Path -> list of the blocks that are in neither a tower nor the list at ``prefix``: HRM's second stack, XLM's
+    attentions. Blocks are what has linears and is none."""
+    out = (*towers(model), f"{prefix}.")
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or f"{path}.".startswith(out) or prefix.startswith(f"{path}."):
+            continue
+        linears = [inner for block in module for inner in block.modules() if inner is not block and is_linear(inner)]
+        if linears and not path.startswith(tuple(f"{known}." for known in found)):
+            found[path] = module
+    return found
+
+
 def towers(model: Any) -> tuple[str, ...]:
     """Prefixes of the paths in the models within ``model`` that read something else than its text."""
     config = getattr(model, "config", None)
