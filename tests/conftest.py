@@ -8,6 +8,8 @@ import tempfile
 os.environ["RANKFRONT_CACHE"] = tempfile.mkdtemp(prefix="rankfront-tests-")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["RANKFRONT_CACHE"], "datasets")
 os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["RANKFRONT_CACHE"], "modules")
+# A compiler that was killed at work leaves half a header in the cache that all of a user's processes share.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["RANKFRONT_CACHE"], "inductor")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of commands too: tiny matrices run fastest on it
@@ -36,6 +38,7 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     """The process that only hands files out to others imports nothing of what they test, so they begin at once."""
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        gc.disable()
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
@@ -44,3 +47,4 @@ def pytest_collection_finish():
     tenth of the suite's time."""
     gc.collect()
     gc.freeze()
+    gc.enable()

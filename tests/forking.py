@@ -57,10 +57,14 @@ class Forked:
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: str, written: Sequence[str]) -> None:
-    """The command line, in a process group of its own."""
+    """The command line, in a process group of its own. Exports are verified in it."""
+    import launching
+    import pytest
     import torch
 
     from rankfront.search.__main__ import main
+
+    launching.verify_here(pytest.MonkeyPatch())
 
     os.setsid()
     torch.set_num_threads(1)

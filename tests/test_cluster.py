@@ -2,7 +2,7 @@
 
 import psutil
 import pytest
-from launching import PATIENCE, check_whole, make_run, small_data, started_anew, values_of, wait_for, write_study
+from launching import PATIENCE, check_whole, make_run, small_data, started, values_of, wait_for, write_study
 from ray.cluster_utils import Cluster
 from spoiling import ONCE
 
@@ -34,7 +34,7 @@ def test_a_node_that_is_lost_while_a_trial_runs_and_comes_back_costs_nothing(
         pids = [int(pid) for pid, kind, number in lines if (kind, number) == ("trial", "3")]
         return [node for node in nodes for pid in pids if psutil.Process(pid).ppid() in pids_of(node)]
 
-    with started_anew("launch", file, "--run", run, "--address", cluster.address) as process:
+    with started("launch", file, "--run", run, "--address", cluster.address) as process:
         reached = wait_for(lambda: bool(stuck()), lambda: process.poll() is None)
         assert reached, process.communicate()
         cluster.remove_node(stuck()[0], allow_graceful=False)

@@ -208,22 +208,23 @@ def test_a_plan_enters_one_size(unhealed, monkeypatch):
 # -- stops
 
 
-@pytest.mark.parametrize("stop", [2, 4, "scoring"])
-def test_a_halving_that_is_stopped_ends_as_one_that_was_not(halved, unhealed, stop):
+def test_a_halving_that_is_stopped_ends_as_one_that_was_not(halved, unhealed):
     """Ctrl-C in the first rung, before the second, and after everything but the scores."""
     folder, made = halved
-    first, rest = [], []
+    again = []
+    for stop in (2, 4, "scoring"):
+        with pytest.MonkeyPatch.context() as patch:
+            watch(patch, again, stop)
+            if stop == "scoring":
+                patch.setattr(front_healing.FrontHealing, "_scored", interrupt)
+            with pytest.raises(Interrupted):
+                healing(unhealed, "halving").launch(quiet())
+        assert not Study.open(unhealed).read().healed.members
+        assert len(again) == (len(made) if stop == "scoring" else stop)
     with pytest.MonkeyPatch.context() as patch:
-        watch(patch, first, stop)
-        if stop == "scoring":
-            patch.setattr(front_healing.FrontHealing, "_scored", interrupt)
-        with pytest.raises(Interrupted):
-            healing(unhealed, "halving").launch(quiet())
-    assert not Study.open(unhealed).read().healed.members
-    with pytest.MonkeyPatch.context() as patch:
-        watch(patch, rest)
+        watch(patch, again)
         healing(unhealed, "halving").launch(quiet())
-    assert [plan for plan, *_ in first + rest] == [plan for plan, *_ in made]  # nothing twice
+    assert [plan for plan, *_ in again] == [plan for plan, *_ in made]  # nothing twice
     assert only(Study.open(unhealed).read()).row.plan_key == only(Study.open(folder).read()).row.plan_key
     assert len(list((unhealed / "healed").iterdir())) == 1
 
