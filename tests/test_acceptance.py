@@ -165,6 +165,15 @@ def test_models_whose_tokens_see_those_after_them_are_refused(name):
         check_causal(tiny_model(name))
 
 
+def test_whether_a_model_is_causal_goes_by_tokens_that_are_no_padding():
+    """XLM leaves out as many tokens at the end as there are padding ones."""
+    model = tiny_model("xlm")
+    check_causal(model)
+    model.transformer.causal = False
+    with pytest.raises(InputError, match="is not causal"):
+        check_causal(model)
+
+
 def test_a_model_that_is_not_causal_is_refused_before_its_text_is_sampled(tmp_path, tokenizer, text_file):
     tiny_model("xlnet").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -69,6 +69,7 @@ LACKING: Mapping[str, Mapping[str, Any]] = {
 # What the rules above do not get right: which layers there are, and sizes.
 HYBRID = ["linear_attention", "hybrid", "hybrid"]
 DEPTHS: Mapping[str, Mapping[str, Any]] = {
+    "bert-generation": {"is_decoder": True},
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "lfm2_moe": {"num_dense_layers": 1, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -78,6 +79,7 @@ DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlm": {"causal": True},
     "zamba": {"layers_block_type": HYBRID, "num_hidden_layers": 3},
     "zamba2": {"layers_block_type": HYBRID, "num_hidden_layers": 3, "hybrid_layer_ids": [1, 2]},
 }  # fmt: skip
