@@ -20,10 +20,12 @@ from rankfront.methods._method import (
     Prepared,
     Site,
     Weight,
+    narrow_of,
     register,
     source_behind,
 )
-from rankfront.methods._registry import describe_methods, get_method, method_names
+from rankfront.methods._registry import describe_methods, get_method, measured_as, method_names, narrowed, whole_name
+from rankfront.methods._sizes import INTEGER_BITS
 from rankfront.methods._storage import Cost, Storage
 from rankfront.methods._taxonomy import FAMILIES
 
@@ -37,6 +39,7 @@ __all__ = [
     "DENSE",
     "DENSE_OPTION",
     "FAMILIES",
+    "INTEGER_BITS",
     "Cost",
     "Factors",
     "Gram",
@@ -54,8 +57,11 @@ __all__ = [
     "check_choice",
     "describe_methods",
     "get_method",
+    "measured_as",
     "method_names",
+    "narrow_of",
     "narrow_outputs",
+    "narrowed",
     "nearest",
     "places_kept",
     "prepack",
@@ -63,6 +69,7 @@ __all__ = [
     "shown",
     "source_behind",
     "undo_prepack",
+    "whole_name",
 ]
 
 NEED_TORCH = {  # name -> the file that has it

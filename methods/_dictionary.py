@@ -150,6 +150,10 @@ class Dictionary(Fitted):
     def storage(self, site: Site, option: Option) -> Storage:
         return dictionary_storage(site.weights[0].out_features, site.weights[0].in_features, *self.level(option))
 
+    def matrices(self, site: Site, option: Option) -> list[tuple[int, int]]:
+        """Sizes of what may be held in fewer bits: the atoms (k, n)."""
+        return [(self.level(option)[0], site.weights[0].in_features)]
+
     def prepare(
         self,
         site: Site,

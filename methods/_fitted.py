@@ -15,6 +15,7 @@ from rankfront.methods._weighting import Weighting
 from rankfront.methods.layers import Factored, replacement
 
 Found = TypeVar("Found")
+W = TypeVar("W", bound=Weighting)
 
 
 def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:
@@ -24,12 +25,12 @@ def matrix_of(factors: Factors, rows: int, columns: int) -> Tensor:
     return cast(Factored, replacement(dense, factors.kind, factors.tensors, factors.settings)).matrix()
 
 
-def shared_by_levels(make: Callable[[Tensor, Weighting], Found]) -> Callable[[Tensor, Weighting], Found]:
+def shared_by_levels(make: Callable[[Tensor, W], Found]) -> Callable[[Tensor, W], Found]:
     """``make`` with its newest result kept while its Gram lives: a weight's levels are prepared in a row."""
     newest: weakref.WeakKeyDictionary[Weighting, tuple[weakref.ref[Tensor], int, Found]] = weakref.WeakKeyDictionary()
 
     @wraps(make)
-    def shared(weight: Tensor, weighting: Weighting) -> Found:
+    def shared(weight: Tensor, weighting: W) -> Found:
         held = newest.get(weighting)
         if held is not None and held[0]() is weight and held[1] == weight._version:
             return held[2]

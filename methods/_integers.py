@@ -10,27 +10,30 @@ published.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from rankfront.methods._packed_integers import MIDDLE, Integers, restored
 from rankfront.methods._sizes import group_size, padded_width
 from rankfront.methods._storage import Storage
-from rankfront.methods._weighting import Gram, Weighting
+from rankfront.methods._weighting import Gram, Unweighted, Weighting
 
 LARGEST = {8: 127, 4: 15}
 DAMPING = 0.01  # of the mean diagonal of C (GPTQ, section 4)
+PADDED = "padded to what the kernels read it stores no less than the dense weight"
 BLOCK = 128  # columns whose errors are carried on together; a whole number of groups
 SMALLEST = 2.0**-120  # a step, so that a group of zeros has one
 
 
-def rounded(weight: Tensor, bits: int, weighting: Weighting | None = None) -> Integers:
+def rounded(weight: Tensor, bits: int, weighting: Gram | None = None) -> Integers:
     """W (m, n) to the nearest values; under a weighting by GPTQ, where that leaves less of ‖(W − Ŵ) S‖."""
     work = weight.double()
     nearest = _packed(*_swept(work, bits, None), bits)
     if weighting is None:
         return nearest
-    calibrated = _packed(*_swept(work, bits, _elimination(weighting, work)), bits)
+    calibrated = _packed(*_swept(work, bits, _elimination(weighting)), bits)
 
     def error(found: Integers) -> float:
         lost = work - restored(found, bits, work.shape[1]).double()
@@ -39,34 +42,45 @@ def rounded(weight: Tensor, bits: int, weighting: Weighting | None = None) -> In
     return calibrated if error(calibrated) <= error(nearest) else nearest
 
 
-def rounded_factors(target: Tensor, basis: Tensor, bits: int, gram: Gram) -> tuple[Integers, Integers]:
-    """A (m, r) and B (r, n), both rounded, for T (m, n) and U (m, r), orthonormal directions of it, in fp64.
+def rounded_factors(
+    target: Tensor, left: Tensor, right: Tensor, bits: int, gram: Gram | None
+) -> tuple[Integers, Integers]:
+    """A (m, r) and B (r, n), both rounded, for T (m, n), L (m, r) of columns of norm 1 and R (r, n), in fp64.
 
-    B is Uᵀ T rounded by GPTQ under C; A is fitted to what B has become,
+    B is R rounded by GPTQ under C, without a Gram to the nearest; A is fitted to what B has become,
 
-        A = U + (T − U B) C Bᵀ (G + λ I)⁻¹, G = B C Bᵀ,
+        A = L + (T − L B) C Bᵀ (G + λ I)⁻¹, G = B C Bᵀ,
 
     and rounded by GPTQ under G, which is the Gram of its inputs. So the second factor makes good what rounding the
     first has lost; the ridge, GPTQ's hundredth of G's mean diagonal, keeps it from large entries, which round badly.
     """
-    right = rounded(basis.T @ target, bits, gram)
-    rows = restored(right, bits, target.shape[1]).double()  # B (r, n)
-    inner = gram.times_gram(rows) @ rows.T  # G (r, r)
+    weighting: Weighting = gram or Unweighted()
+    first = rounded(right, bits, gram)
+    rows = restored(first, bits, target.shape[1]).double()  # B (r, n)
+    inner = weighting.times_gram(rows) @ rows.T  # G (r, r)
     ridge = DAMPING * inner.diagonal().mean() + torch.finfo(torch.float32).tiny
-    lost = gram.times_gram(target - basis @ rows) @ rows.T  # (m, r)
+    lost = weighting.times_gram(target - left @ rows) @ rows.T  # (m, r)
     damped = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-    return rounded(basis + torch.linalg.solve(damped, lost.T).T, bits, Gram(inner)), right
+    return rounded(left + torch.linalg.solve(damped, lost.T).T, bits, Gram(inner)), first
 
 
 def padded_away(own: Storage, dense: Storage) -> str | None:
     """Why rounding is refused where the padding takes all that it saves; None where it does not."""
     small = own.bytes(2) < dense.bytes(2)
-    return None if small else "padded to what the kernels read it stores no less than the dense weight"
+    return None if small else PADDED
 
 
-def _elimination(weighting: Weighting, like: Tensor) -> Tensor:
-    """The upper Cholesky factor of (C + damping)⁻¹, (n, n)."""
-    gram = weighting.times_gram(torch.eye(like.shape[1], dtype=torch.float64, device=like.device))
+def _elimination(gram: Gram) -> Tensor:
+    """The upper Cholesky factor of (C + damping)⁻¹, (n, n), kept as long as the Gram: levels share it."""
+    if gram not in _KEPT:
+        _KEPT[gram] = _made_elimination(gram.matrix.clone())
+    return _KEPT[gram]
+
+
+_KEPT: weakref.WeakKeyDictionary[Gram, Tensor] = weakref.WeakKeyDictionary()
+
+
+def _made_elimination(gram: Tensor) -> Tensor:
     if not torch.isfinite(gram).all():
         raise ValueError(f"a Gram of shape {tuple(gram.shape)} has values that are not finite")
     gram.diagonal().add_(DAMPING * gram.diagonal().mean())

@@ -108,6 +108,11 @@ class LowRank(Nested):
         weight = site.weights[0]
         return low_rank_storage(weight.out_features, weight.in_features, self.kept(option))
 
+    def matrices(self, site: Site, option: Option) -> list[tuple[int, int]]:
+        """Sizes of what may be held in fewer bits: left (m, r) and right (r, n)."""
+        weight, rank = site.weights[0], self.kept(option)
+        return [(weight.out_features, rank), (rank, weight.in_features)]
+
     def prepare(
         self,
         site: Site,

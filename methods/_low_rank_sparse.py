@@ -97,6 +97,11 @@ class LowRankSparse(Fitted):
         weight, rank, nonzeros = site.weights[0], whole_level(option, "rank"), whole_level(option, "nonzeros")
         return low_rank_sparse_storage(weight.out_features, weight.in_features, rank, nonzeros, self.seeded)
 
+    def matrices(self, site: Site, option: Option) -> list[tuple[int, int]]:
+        """Sizes of what may be held in fewer bits: left (m, r) and right (r, n)."""
+        weight, rank = site.weights[0], whole_level(option, "rank")
+        return [(weight.out_features, rank), (rank, weight.in_features)]
+
     def truncate(self, prepared: Prepared, option: Option) -> dict[str, Factors]:
         tensors = {name: prepared[name] for name in ("left", "right", "values")}
         (m, rank), (_, n), nonzeros = tensors["left"].shape, tensors["right"].shape, tensors["values"].shape[1]

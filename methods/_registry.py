@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rankfront.methods._errors import check_choice
-from rankfront.methods._method import METHODS, Method
+from rankfront.methods._method import METHODS, Method, Option, Site, narrow_of
+from rankfront.methods._sizes import INTEGER_BITS
 
 FOLDER = Path(__file__).parent
 CATALOGUE = FOLDER / "catalogue.json"
@@ -29,11 +30,51 @@ def method_names() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method called ``name``; `InputError` names the known ones and the nearest."""
-    if name not in METHODS:
-        check_choice("method", name, method_names())
-        _load(_file_of()[name])
+    """The method called ``name``; `InputError` names the known ones and the nearest.
+
+    ``svd-llm-int4`` is ``svd-llm`` with its matrices in 4 bits, and so of every method whose factors have any.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name not in method_names() and (narrow := _in_fewer_bits(name)) is not None:
+        return narrow
+    check_choice("method", name, method_names())
+    _load(_file_of()[name])
     return METHODS[name]
+
+
+def narrow_name(name: str, bits: int) -> str:
+    """What ``name`` is called with its matrices in fewer bits."""
+    return f"{name}-int{bits}"
+
+
+def whole_name(name: str) -> str:
+    """The name of what is rounded in ``name``: itself where the bits are its own."""
+    return name if name in method_names() else name.rpartition("-int")[0]
+
+
+def narrowed(name: str, bits: int) -> Method | None:
+    """The method ``name`` with its matrices in fewer bits; None where it has none, or holds them so itself."""
+    return None if name in method_names() and "-int" in name else _in_fewer_bits(narrow_name(name, bits))
+
+
+def measured_as(site: Site, option: Option) -> Option:
+    """What stands for ``option`` where the effect of a site is looked at its anchor: of several weights in fewer bits
+    the same in all bits, for rounding is an effect of every single one."""
+    narrow = narrow_of(get_method(option.method)) if len(site.weights) > 1 else None
+    return option if narrow is None else narrow.plain(option)
+
+
+@cache
+def _in_fewer_bits(name: str) -> Method | None:
+    """The method that ``name`` is with its matrices in fewer bits; None where it is none."""
+    base, _, bits = name.rpartition("-int")
+    if base not in method_names() or not hasattr(get_method(base), "matrices"):
+        return None
+    if bits not in map(str, INTEGER_BITS):
+        return None
+    narrow: Method = importlib.import_module(f"{__package__}._rounded").Rounded(get_method(base), int(bits))
+    return narrow
 
 
 def describe_methods() -> list[Description]:

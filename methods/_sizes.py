@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BYTE = 8  # bits
+INTEGER_BITS = (8, 4)  # that torch's kernels multiply by
 
 
 def packed_bits(count: int, width: int) -> int:

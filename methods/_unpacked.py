@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rankfront.methods.integer_matrix import FactorModule
 
-class Unpacked(nn.Module):
+
+class Unpacked(FactorModule):
     """A module that keeps a dense matrix beside what it is stored as.
 
     Where gradients are wanted for what is stored, and while a graph is compiled, the matrix is made at every call.

@@ -26,9 +26,13 @@ CANNOT_MERGE = (
 def multiply(layer: nn.Module, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., n) to x Wᵀ + bias, W (m, n) the parameter ``name`` of ``layer``, with the adapter that it has."""
     place = layer._modules.get(f"{name}_proj")
-    if place is None or type(place) is FactorLinear:
+    held = layer._modules.get(name)  # in integers
+    if place is not None and type(place) is not FactorLinear:
+        y: Tensor = place(x)
+    elif held is not None:
+        y = held(x)
+    else:
         return nn.functional.linear(x, getattr(layer, name), bias)
-    y: Tensor = place(x)
     return y if bias is None else y + bias
 
 
@@ -43,7 +47,8 @@ def make_adaptable(layer: nn.Module, size: Sequence[int], shared: Collection[str
     Parameters called as in ``shared`` have none: merged for one of the layers that share it, an adapter would change
     the others.
     """
-    names = [name for name in getattr(layer, "products", ()) if name not in shared and getattr(layer, name).numel()]
+    free = [name for name in getattr(layer, "products", ()) if name in layer._parameters and name not in shared]
+    names = [name for name in free if getattr(layer, name).numel()]
     for name in names:
         layer.add_module(f"{name}_proj", FactorLinear(layer, name))
     if not names and cast(Any, layer).multiplications():
@@ -55,7 +60,7 @@ def check_unadapted(model: nn.Module) -> None:
     """Raise `InputError` where an adapter stands at one of those places."""
     for path, module in model.named_modules():
         for name, child in module._modules.items():
-            ours = name == BESIDE or name.removesuffix("_proj") in getattr(module, "products", ())
+            ours = name == BESIDE or name in [f"{each}_proj" for each in getattr(module, "products", ())]
             if hasattr(module, "matrix") and ours and not isinstance(child, _Place):
                 raise InputError(f"{path!r} has an adapter: merge_and_unload() or unload() it first")
 

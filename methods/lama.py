@@ -74,6 +74,12 @@ class LowRankAffinity(Nested):
         stored -= gone * (key.bias * heads.keys + query.bias * heads.queries)
         return Storage(stored, 0 if heads.planes is None else heads.keys * len(heads.planes))
 
+    def matrices(self, site: Site, option: Option) -> list[tuple[int, int]]:
+        """Sizes of what may be held in fewer bits: keys and queries (heads · ρ, n)."""
+        heads, kept = heads_of(site), self.kept(option)
+        key, query = site.weights
+        return [(heads.keys * kept, key.in_features), (heads.queries * kept, query.in_features)]
+
     def prepare(
         self,
         site: Site,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods._errors import InputError, check_choice
+from rankfront.methods.integer_matrix import FactorModule, IntegerMatrix, IntegerTable, TensorShapes
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # tensor -> shape, and dtype unless the model's
+Shapes = TensorShapes
 Settings = Mapping[str, Any]  # whole numbers that shapes follow from, and the scale of a table's rows
 
 
@@ -80,6 +82,7 @@ class Attached(Protocol):
         """Called whenever the module is put in place under ``parent``."""
 
 
+RENAMED = {"integer-low-rank": "low-rank"}  # kinds in older exports
 _LAYERS: dict[str, type[Factored]] = {}
 Layer = TypeVar("Layer", bound=type)
 
@@ -98,7 +101,7 @@ def layer(kind: str) -> Callable[[Layer], Layer]:
 def layers() -> dict[str, type[Factored]]:
     """Kind -> class of every module, the files that define them imported."""
     import_files("layers_")
-    return _LAYERS
+    return _LAYERS | {old: _LAYERS[kind] for old, kind in RENAMED.items() if kind in _LAYERS}
 
 
 def import_files(beginning: str) -> None:
@@ -172,7 +175,35 @@ def replacement(
     """The module that runs ``tensors`` in the place of ``dense``, keeping its bias unless they bring their own."""
     check_choice("layer kind", kind, layers())
     own = {name: tensor for name, tensor in tensors.items() if name != "bias"}
-    return layers()[kind].build(dense, own, tensors.get("bias", getattr(dense, "bias", None)), settings or {})
+    cls, bias, settings = layers()[kind], tensors.get("bias", getattr(dense, "bias", None)), settings or {}
+    if not rounds(cls, settings):
+        return cls.build(dense, own, bias, settings)
+    rows, columns = weight_of(dense).shape
+    shapes = cls.shapes(rows, columns, settings, bias is not None)
+    matrices = [name for name in cast(type[FactorModule], cls).matrices if name in shapes]
+    held = {name: own.pop(f"{name}.integers") for name in matrices}
+    scales = {name: own.pop(f"{name}.scales") for name in matrices}
+    like = {name: torch.empty(shapes[name][0], dtype=scales[name].dtype, device="meta") for name in matrices}
+    module = cast(FactorModule, cls.build(dense, own | like, bias, settings))
+    for place, name in enumerate(matrices):
+        form = IntegerTable if isinstance(dense, nn.Embedding) and place == 0 else IntegerMatrix
+        module.hold(name, form(held[name], scales[name], settings["bits"], like[name].shape[1]))
+    return module
+
+
+def formula(kind: str, settings: Settings) -> str:
+    """`Factored.formula` of a kind, matrices that are held in integers written as such."""
+    cls = layers()[kind]
+    text = cls.formula(settings)
+    if rounds(cls, settings):
+        for name, columns in cast(type[FactorModule], cls).matrices.items():
+            text = re.sub(rf"\b{name}\b", f"whole({name}, {columns})", text)
+    return text
+
+
+def rounds(cls: type[Factored], settings: Settings) -> bool:
+    """Whether layers of ``cls`` with these ``settings`` hold their matrices in integers, ``bits`` each."""
+    return "bits" in settings and bool(getattr(cls, "matrices", ()))
 
 
 def empty_replacement(dense: nn.Module, kind: str, settings: Settings) -> nn.Module:
@@ -185,7 +216,12 @@ def empty_replacement(dense: nn.Module, kind: str, settings: Settings) -> nn.Mod
     weight = weight_of(dense)
     rows, columns = weight.shape
     try:
-        shapes = layers()[kind].shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
+        cls = layers()[kind]
+        shapes = cls.shapes(rows, columns, settings, getattr(dense, "bias", None) is not None)
+        if rounds(cls, settings):
+            for name in cast(type[FactorModule], cls).matrices:
+                held, width = shapes.pop(name)[0]
+                shapes |= IntegerMatrix.shapes(name, held, width, settings["bits"])
         return replacement(dense, kind, _empty_tensors(shapes, weight), settings)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{kind} {dict(settings)} fits no weight {rows} x {columns}: {error}") from error

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankfront.methods.adaptable import multiply
+from rankfront.methods.integer_matrix import FactorModule
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, weight_of
 
 CACHED = {"key": 1, "value": 2}  # role -> the setting ``cached`` of a projection whose outputs are cached
 
 
 @layer("heads")
-class HeadsLinear(nn.Module):
+class HeadsLinear(FactorModule):
     """A projection to heads that keeps ``kept`` of the ``width`` outputs of each, the others zero.
 
     weight (heads · kept, n), bias (heads · kept,), x (..., n) to (..., heads · width). ``place`` (heads, kept) says
@@ -24,6 +25,7 @@ class HeadsLinear(nn.Module):
     """
 
     products = weights = ("weight",)
+    matrices: ClassVar = {"weight": "n"}
     place: Tensor | None
 
     def __init__(
@@ -88,7 +90,7 @@ class HeadsLinear(nn.Module):
         return HeadsLinear(tensors["weight"], bias, place=tensors.get("place"), **sizes)
 
     def matrix(self) -> Tensor:
-        return self._spread(self.weight.float().T).T
+        return self._spread(self.whole("weight").T).T
 
     def full_bias(self) -> Tensor | None:
         return None if self.bias is None else self._spread(self.bias)
@@ -163,13 +165,14 @@ def _thinly(
 
 
 @layer("from-heads")
-class FromHeadsLinear(nn.Module):
+class FromHeadsLinear(FactorModule):
     """A projection of heads that reads the first ``kept`` of each one's ``width`` inputs.
 
     weight (m, heads · kept), x (..., heads · width) to (..., m).
     """
 
     products = weights = ("weight",)
+    matrices: ClassVar = {"weight": "heads * kept"}
 
     def __init__(self, weight: Tensor, bias: Tensor | None, heads: int, kept: int, width: int) -> None:
         super().__init__()
@@ -190,7 +193,7 @@ class FromHeadsLinear(nn.Module):
         return FromHeadsLinear(tensors["weight"], bias, settings["heads"], settings["kept"], settings["width"])
 
     def matrix(self) -> Tensor:
-        by_head = self.weight.float().unflatten(-1, (self.heads, self.kept))
+        by_head = self.whole("weight").unflatten(-1, (self.heads, self.kept))
         return nn.functional.pad(by_head, (0, self.width - self.kept)).flatten(-2)
 
     def full_bias(self) -> Tensor | None:
@@ -209,10 +212,11 @@ class FromHeadsLinear(nn.Module):
 
 
 @layer("plain")
-class PlainLinear(nn.Module):
+class PlainLinear(FactorModule):
     """y = W x + bias with a dense W (rows, columns) of its own size: fewer neurons than the model had."""
 
     products = weights = ("weight",)
+    matrices: ClassVar = {"weight": "columns"}
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -232,7 +236,7 @@ class PlainLinear(nn.Module):
         return PlainLinear(tensors["weight"], bias)
 
     def matrix(self) -> Tensor:
-        return self.weight.float()
+        return self.whole("weight")
 
     def full_bias(self) -> Tensor | None:
         return self.bias

@@ -9,18 +9,22 @@ from torch import Tensor, nn
 
 from rankfront.methods._training import balance_pair
 from rankfront.methods.adaptable import adapted, multiply
+from rankfront.methods.integer_matrix import FactorModule
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers import Settings, Shapes, layer, optional_parameter, parameter, row_scale
 
+MATRICES = {"left": "rank", "right": "n"}
+
 
 @layer("low-rank")
-class LowRankLinear(nn.Module):
+class LowRankLinear(FactorModule):
     """y = left (right x) + bias: left (m, r), right (r, n), x (..., n) to y (..., m).
 
     Several that read the same input may have their right factors ``joined``.
     """
 
     products = factors = ("left", "right")
+    matrices = MATRICES
 
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -51,7 +55,7 @@ class LowRankLinear(nn.Module):
         return LowRankLinear(**tensors, bias=bias)
 
     def matrix(self) -> Tensor:
-        return self.left.float() @ self.right.float()
+        return self.whole("left") @ self.whole("right")
 
     def full_bias(self) -> Tensor | None:
         return self.bias
@@ -67,7 +71,7 @@ class LowRankLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class LowRankEmbedding(nn.Module):
+class LowRankEmbedding(FactorModule):
     """Rows of E = left · right: left (vocabulary, r), right (r, width), ids (...) to (..., width).
 
     The table's rows are tokens, so here ``left`` is looked up and ``right`` is applied. ``scale`` multiplies
@@ -75,6 +79,7 @@ class LowRankEmbedding(nn.Module):
     """
 
     factors = ("left", "right")
+    matrices = MATRICES
 
     def __init__(self, left: Tensor, right: Tensor, scale: float | None = None) -> None:
         super().__init__()
@@ -84,14 +89,15 @@ class LowRankEmbedding(nn.Module):
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = nn.functional.embedding(ids, self.left) @ self.right  # (..., width)
+        coordinates, held = self.look_up("left", ids), self.held("right")
+        rows = coordinates @ (self.right if held is None else held.matrix(coordinates.dtype))  # (..., width)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
     def balance(self) -> None:
         balance_pair(self.left, self.right)
 
     def matrix(self) -> Tensor:
-        return self.left.float() @ self.right.float()
+        return self.whole("left") @ self.whole("right")
 
     def full_bias(self) -> Tensor | None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class DictionaryLinear(SparseRows):
     """
 
     factors = ("right", "values")
+    matrices: ClassVar = {"right": "n"}
 
     def __init__(self, right: Tensor, values: Tensor, support: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(values, support, len(right))
@@ -65,7 +67,7 @@ class DictionaryLinear(SparseRows):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.multiplied_out:
-            weight = self.kept(lambda: self.matrix().to(self.values.dtype), self.values, self.support, self.right)
+            weight = self.kept(lambda: self.matrix().to(self.values.dtype), *self.stored("values", "support", "right"))
             return nn.functional.linear(x, weight, self.bias)
         hidden = multiply(self, "right", x)  # (..., k)
         return nn.functional.linear(hidden, self.sparse_matrix(), self.bias)  # (..., m)
@@ -81,7 +83,7 @@ class DictionaryLinear(SparseRows):
         return DictionaryLinear(**tensors, bias=bias)
 
     def matrix(self) -> Tensor:
-        return scatter_rows(self.values.float(), self.mask()) @ self.right.float()
+        return scatter_rows(self.values.float(), self.mask()) @ self.whole("right")
 
     def full_bias(self) -> Tensor | None:
         return self.bias

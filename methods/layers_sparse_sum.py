@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class LowRankSparseLinear(Unpacked):
 
     support: Tensor | None
     factors = ("left", "right", "values")
+    matrices: ClassVar = {"left": "rank", "right": "n"}
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class LowRankSparseLinear(Unpacked):
         return seeded_support(self.seed, rows, self.in_features, kept).to(self.values.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = (self.left, self.right, self.values)
+        own = self.stored("left", "right", "values")
         sources = own if self.support is None else (*own, self.support)
         weight = self.kept(lambda: self.matrix().to(self.values.dtype), *sources)
         return nn.functional.linear(x, weight, self.bias)
@@ -80,7 +82,8 @@ class LowRankSparseLinear(Unpacked):
         return LowRankSparseLinear(**tensors, bias=bias, seed=settings.get("seed"))
 
     def matrix(self) -> Tensor:
-        return self.left.float() @ self.right.float() + dense_of(self.values.float(), self.columns(), self.in_features)
+        sparse = dense_of(self.values.float(), self.columns(), self.in_features)
+        return self.whole("left") @ self.whole("right") + sparse
 
     def full_bias(self) -> Tensor | None:
         return self.bias

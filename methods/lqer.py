@@ -30,7 +30,7 @@ from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, not
 from rankfront.methods._packed_integers import Integers, named, restored
 from rankfront.methods._statistics import Statistics, collected
 from rankfront.methods._storage import Storage, integer_low_rank_storage, integer_storage
-from rankfront.methods._weighting import Weighting
+from rankfront.methods._weighting import Gram
 from rankfront.methods.layers_integer import CORRECTION_BITS
 
 BITS = 4
@@ -53,7 +53,7 @@ class Rounded(NamedTuple):
 
 
 @shared_by_levels
-def _roundings(weight: Tensor, weighting: Weighting) -> list[Rounded]:
+def _roundings(weight: Tensor, weighting: Gram) -> list[Rounded]:
     """By GPTQ and to the nearest."""
     found = []
     for integers in (rounded(weight, BITS, weighting), rounded(weight, BITS)):
@@ -113,7 +113,8 @@ class Corrected(Fitted):
         weight, rank = weights["weight"], whole_level(options[0], "rank")
         columns, gram = weight.shape[1], collected(statistics["weight"].gram, "gram")
         chosen = min(_roundings(weight, gram), key=lambda each: float(each.energy[rank:].sum()))
-        left, right = rounded_factors(chosen.lost, chosen.basis[:, :rank], CORRECTION_BITS, gram)
+        basis = chosen.basis[:, :rank]
+        left, right = rounded_factors(chosen.lost, basis, basis.T @ chosen.lost, CORRECTION_BITS, gram)
         correction = restored(left, CORRECTION_BITS, rank).double() @ restored(right, CORRECTION_BITS, columns).double()
         approximation = restored(chosen.integers, BITS, columns).double() + correction
         found = named(stored=chosen.integers, left=left, right=right)

@@ -67,6 +67,16 @@ class Nystrom(Nested):
         others = sum(weight.in_features for weight in site.weights[:-1])
         return Storage(kept * (others + down.out_features) - biases * (down.in_features - kept))
 
+    def matrices(self, site: Site, option: Option) -> list[tuple[int, int]]:
+        """Sizes of what may be held in fewer bits: gate and up (k, N), down (N, k)."""
+        kept, down = self.kept(option), site.anchor
+        return [*((kept, weight.in_features) for weight in site.weights[:-1]), (down.out_features, kept)]
+
+    def reads(self, site: Site, prepared: Prepared, option: Option, role: str, gram: Tensor) -> Tensor:
+        """The Gram of what the projection of ``role`` reads: of neurons, those that are left."""
+        kept = prepared["order"][: self.kept(option)]
+        return gram[kept][:, kept] if role == "down" else gram
+
     def prepare(
         self,
         site: Site,

@@ -12,4 +12,4 @@ from rankfront.methods._low_rank import LowRank
 from rankfront.methods._method import register
 from rankfront.methods._metric import WHITENING
 
-register(LowRank(name="svd-llm", paper="2403.07378", weighting=WHITENING))
+SVD_LLM = register(LowRank(name="svd-llm", paper="2403.07378", weighting=WHITENING))

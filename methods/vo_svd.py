@@ -66,6 +66,21 @@ class ValueOutput(Nested):
         stored = kept * (heads.keys * value.in_features + heads.queries * output.out_features)
         return Storage(stored - value.bias * heads.keys * (heads.width - kept))
 
+    def matrices(self, site: Site, option: Option) -> list[tuple[int, int]]:
+        """Sizes of what may be held in fewer bits: value (keys · ρ, n) and output (N, queries · ρ)."""
+        heads, kept = heads_of(site), self.kept(option)
+        value, output = site.weights
+        return [(heads.keys * kept, value.in_features), (output.out_features, heads.queries * kept)]
+
+    def reads(self, site: Site, prepared: Prepared, option: Option, role: str, gram: Tensor) -> Tensor:
+        """The Gram of what the projection of ``role`` reads: of heads, the dimensions that are left."""
+        if role == "value":
+            return gram
+        basis = by_query(heads_of(site), prepared["basis"][: self.kept(option)]).double()  # (ρ, queries, d)
+        thin = torch.block_diag(*basis.movedim(1, 0))  # (queries · ρ, queries · d)
+        found: Tensor = thin @ gram.double() @ thin.T
+        return found
+
     def prepare(
         self,
         site: Site,

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from rankfront.methods import DENSE, Grid, InputError, check_choice, method_names, nearest, shown
+from rankfront.methods import DENSE, INTEGER_BITS, Grid, InputError, check_choice, method_names, nearest, shown
 from rankfront.objectives import make_objective
 from rankfront.objectives.tasks import Tasks
 from rankfront.search.choices import (
@@ -211,6 +211,18 @@ class DataConfig(Strict):
 FINEST = 8  # multiple that ranks may be of where the device is asked
 Methods = Annotated[tuple[str, ...], Field(min_length=1)]
 Keep = tuple[float, ...]
+FULL_BITS = 16  # stands for the dtype of the model
+
+
+def _widths(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Bits that a kernel multiplies by, each once."""
+    unknown = [each for each in bits if each not in (FULL_BITS, *INTEGER_BITS)]
+    if unknown or not bits:
+        raise ValueError(f"bits are {list(bits)}: kernels read {FULL_BITS} (the dtype of the model), 8 and 4")
+    return tuple(dict.fromkeys(bits))
+
+
+Bits = Annotated[tuple[int, ...], AfterValidator(_widths)]
 
 
 def _listed(given: Any) -> Any:
@@ -224,13 +236,16 @@ class RuleConfig(Strict):
     match: str
     methods: Methods | None = None
     keep: Keep | None = None
+    bits: Bits | None = None
 
 
 class SpaceConfig(Strict):
     """Which weights may be treated, how, and at which levels.
 
-    Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64 at which the device multiplies
-    fastest, measured at the first launch. ``servable`` names formats of exports that hold every plan at its size.
+    ``bits`` are those of the matrices that treatments leave, and of the dense weight, each a choice of its own: 16, the
+    dtype of the model, 8 and 4. Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64
+    at which the device multiplies fastest, measured at the first launch. ``servable`` names formats of exports that
+    hold every plan at its size.
     ``allow_partial`` lets a model be searched of whose blocks less than half can be treated. ``experts`` of a layer
     take one option of each projection ``together``, or each its own, ``apart``.
     """
@@ -239,6 +254,7 @@ class SpaceConfig(Strict):
     exclude: tuple[str, ...] = ()
     methods: Methods = ("svd-llm", "lama", "vo-svd", "nystrom", "drop-block")
     keep: Keep = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    bits: Bits = (FULL_BITS,)
     rank_multiple: Annotated[int, Field(le=MOST)] | Literal["device"] = 8
     allow_partial: bool = False
     experts: Literal["together", "apart"] = "together"
@@ -253,12 +269,13 @@ class SpaceConfig(Strict):
         for keep in self._levels:
             self.grid(keep)
         named = {name for names in (self.methods, *(rule.methods for rule in self.rule)) for name in names or ()}
-        if named == {DENSE}:
+        narrow = any(bits != (FULL_BITS,) for bits in (self.bits, *(rule.bits for rule in self.rule if rule.bits)))
+        if named == {DENSE} and not narrow:
             raise ValueError(
                 f"the methods are {DENSE!r} alone, which every site may stay anyway, so there is nothing to choose:"
                 f" name another, such as {SpaceConfig.model_fields['methods'].default[0]!r}"
             )
-        if not any(held_by_all(self.servable, name) for name in named - {DENSE}):
+        if not narrow and not any(held_by_all(self.servable, name) for name in named - {DENSE}):
             held = [name for name in method_names() if held_by_all(self.servable, name)]
             raise ValueError(
                 f"servable is {list(self.servable)}, which holds none of {sorted(named - {DENSE})} at its size: name"

@@ -90,7 +90,7 @@ def low_rank(keep: float, bits: int | None) -> Callable[[nn.Module], nn.Module]:
             return replacement(dense, "low-rank", tensors, {"rank": rank})
         sides = {side: rounded(matrix, bits) for side, matrix in (("left", left), ("right", right))}
         tensors = {f"{side}.{name}": _narrow(t) for side, each in sides.items() for name, t in each._asdict().items()}
-        return replacement(dense, "integer-low-rank", tensors, {"rank": rank, "bits": bits})
+        return replacement(dense, "low-rank", tensors, {"rank": rank, "bits": bits})
 
     return made
 

@@ -20,9 +20,9 @@ from launching import measured, small_data, tree, verify_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from rankfront.methods import InputError
+from rankfront.methods import InputError, whole_name
 from rankfront.methods.folder_code import Base, folder_code
-from rankfront.methods.layers import layers
+from rankfront.methods.layers import RENAMED, layers
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
 from rankfront.search.study import Study
@@ -38,6 +38,7 @@ FOLDERS = {  # name of a folder -> architecture, and the methods that its plan h
     "tied": ("llama-tied", ("rtn-int8", "shared-basis", "kronecker")),
     "conv": ("gpt2", ("svd", "rtn-int4", "tucker", "oats")),
     "hola": ("qwen2", ("svd", "hola", "vo-svd")),
+    "bits": ("llama", ("svd-int4", "sltrain-int8", "cospadi-int4", "lama-int8", "vo-svd-int4", "nystrom-int8")),
 }
 
 
@@ -51,7 +52,9 @@ def exports(tmp_path_factory, text_file):
         root = tmp_path_factory.mktemp("exports")
         for name, (architecture, methods) in FOLDERS.items():
             data = small_data(save_folder(architecture, root / f"{name} model"), text_file)
-            data["space"] |= {"methods": list(methods), "include": ["*", "lm_head", "*embed_tokens", "*wte"]}
+            bits = [16, 8, 4] if name == "bits" else [16]
+            whole = list(dict.fromkeys(map(whole_name, methods)))
+            data["space"] |= {"methods": whole, "bits": bits, "include": ["*", "lm_head", "*embed_tokens", "*wte"]}
             resident = JobRunner(Study(data).setup())
             plan = plan_with(resident, methods)
             row = measured(resident, plan)
@@ -68,7 +71,7 @@ def kinds(folder):
 
 def test_the_folders_hold_every_kind_of_layer(exports):
     """But the one that healing alone makes, and that of mixtures, of which test_experts has folders."""
-    others = {"low-rank-adapted", "router"}
+    others = {"low-rank-adapted", "router", *RENAMED}
     assert set().union(*(kinds(folder) for folder, _ in exports.values())) == layers().keys() - others
 
 

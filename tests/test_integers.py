@@ -19,8 +19,8 @@ from rankfront.methods._integers import rounded
 from rankfront.methods._packed_integers import restored
 from rankfront.methods._sizes import group_size, padded_width
 from rankfront.methods._storage import integer_storage
+from rankfront.methods.integer_matrix import FEW_TOKENS, IntegerMatrix
 from rankfront.methods.layers import replacement
-from rankfront.methods.layers_integer import FEW_TOKENS, IntegerMatrix
 from rankfront.search import Plan, Study
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.output.export import export
@@ -154,7 +154,7 @@ def test_packed_kernels_give_what_the_restored_matrix_does(bits, shape, dtype, l
 MISALIGNED = """
 import torch
 from rankfront.methods._integers import rounded
-from rankfront.methods.layers_integer import IntegerMatrix
+from rankfront.methods.integer_matrix import IntegerMatrix
 
 def shifted(tensor):
     room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rankfront.methods import Factors, Option, Prepared, Site, get_method
+from rankfront.methods import Factors, Option, Prepared, Site, get_method, measured_as
 from rankfront.methods.layers import replacement
 from rankfront.methods.unfused_experts import is_expert, routed_at
 from rankfront.objectives import CAUSAL, Task
 from rankfront.search.factors.calibration import Progress
 from rankfront.search.factors.failures import Failures
+from rankfront.search.factors.joint_rounding import add_rounding
 from rankfront.search.inputs.reached import UNREACHED, differentiated
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
@@ -70,12 +71,13 @@ def quadratic_divergence(
             for s in scored:
                 s.settle()
             progress(min(start + step, len(windows)), len(windows))
-    found = {
-        s.site.name: {label: total / predicted for label, total in s.totals.items()} for s in scored if s.measured()
+    found: dict[str, dict[str, tuple[float, ...]]] = {
+        s.site.name: {label: (total / predicted,) for label, total in s.totals.items()} for s in scored if s.measured()
     }
     if failures is None:
         failed.check()
-    return found
+    add_rounding(found, wanted)
+    return {site: {label: value for label, (value,) in own.items()} for site, own in found.items()}
 
 
 def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -201,15 +203,17 @@ def products(
 ) -> dict[str, Tensor]:
     """`Method.gradient_dot_outputs` at the anchor of a ``part`` of the ``site``, of options of several methods.
 
-    Of an embedding table, ``dense``, gᵀ ê for the rows ê that x, token ids, look up.
+    Of an embedding table, ``dense``, gᵀ ê for the rows ê that x, token ids, look up. What rounding does to a joint site
+    is left out: see `joint_rounding`.
     """
+    stand_in = {option: measured_as(site, option) for option in options}
     if part.anchor.kind == "embedding":
         return {
             option.label: (g.float() * _looked_up(store.factors(site, option)["weight"], dense, x)).sum(1)
             for option in options
         }
     by_method: dict[str, list[Option]] = {}
-    for option in options:
+    for option in dict.fromkeys(stand_in.values()):
         by_method.setdefault(option.method, []).append(option)
     found: dict[str, Tensor] = {}
     for name, chosen in by_method.items():
@@ -219,7 +223,7 @@ def products(
         else:
             for option in chosen:
                 found |= method.gradient_dot_outputs(part, store.load(site, option), [option], g, x)
-    return found
+    return {option.label: found[own.label] for option, own in stand_in.items()}
 
 
 @torch.no_grad()

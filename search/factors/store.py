@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rankfront.methods import Factors, InputError, Method, Option, Prepared, Site, Statistics, get_method
+from rankfront.methods import Factors, InputError, Method, Option, Prepared, Site, Statistics, get_method, narrow_of
 from rankfront.search.atomic import drop_left, read_checked, write_checked, write_whole
 from rankfront.search.errors import reason_of
 from rankfront.search.factors import calibration
@@ -126,7 +126,9 @@ class FactorStore:
         method = get_method(served[0].method)
         started = time.perf_counter()
         try:
-            prepared = method.prepare(site, weights, statistics, served)
+            prepared = self._rounded(site, served[0], weights, statistics) or method.prepare(
+                site, weights, statistics, served
+            )
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 - of any method: it costs the trials that want it
@@ -142,6 +144,17 @@ class FactorStore:
         if anew or not path.is_file():
             write_whole(path, save(tensors, metadata={"crc32": checksum_of(tensors)}))
         _failure_file(path).unlink(missing_ok=True)
+
+    def _rounded(
+        self, site: Site, option: Option, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
+    ) -> Prepared | None:
+        """What is prepared for an option in fewer bits, of the store's own factors in all bits; None for others."""
+        narrow = narrow_of(get_method(option.method))
+        if narrow is None:
+            return None
+        plain = narrow.plain(option)
+        self.prepare(site, [plain], weights, statistics)
+        return narrow.rounded(site, weights, statistics, self.load(site, plain), option)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         """Matrices in the dtype they will run in; spectra and other vectors, and what is in fp64, in fp32."""

@@ -71,7 +71,7 @@ def trainable(model: nn.Module) -> list[Parameter]:
 
 
 def _names(module: nn.Module, kind: str) -> tuple[str, ...]:
-    return tuple(getattr(module, kind, ()))
+    return tuple(name for name in getattr(module, kind, ()) if name in module._parameters)
 
 
 def within(parameters: Iterable[Parameter], module: nn.Module) -> list[Parameter]:
@@ -120,7 +120,8 @@ def _unshared(model: nn.Module) -> Iterator[nn.Module]:
     modules = factored_modules(model).values()
     counts = Counter(id(tensor) for module in modules for tensor in module.parameters())
     for module in modules:
-        if all(counts[id(getattr(module, name))] == 1 for name in _names(module, "factors")):
+        factors = getattr(module, "factors", ())
+        if all(name in module._parameters and counts[id(getattr(module, name))] == 1 for name in factors):
             yield module
 
 

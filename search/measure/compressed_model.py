@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method
+from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method, measured_as
 from rankfront.methods.layers import replacement, row_scale, set_module
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer, use_attention
@@ -146,6 +146,7 @@ class CompressedModel:
             for site in joint:
                 option = self.current[site.name]
                 if option != DENSE_OPTION:
+                    option = measured_as(site, option)
                     for path in (path for weight in site.weights for path in weight.paths):
                         set_module(self.model, path, self.dense_modules[path])
                     for part in site.parts:

@@ -35,6 +35,7 @@ from rankfront.search.factors.gradient import (
     products,
     tokens_at,
 )
+from rankfront.search.factors.joint_rounding import add_rounding
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.reached import differentiated
 from rankfront.search.tuning import TUNING
@@ -81,11 +82,13 @@ def measure_slopes(
                     probe.settle(curvature=1.0)
             progress(min(start + step, len(windows)), len(windows))
     predicted = len(windows) * each
-    return {
+    found: dict[str, dict[str, tuple[float, ...]]] = {
         probe.site.name: {label: (a / predicted, probe.second[label] / predicted) for label, a in probe.first.items()}
         for probe in probes
         if probe.measured()
     }
+    add_rounding(found, wanted)
+    return {site: {label: (a, b) for label, (a, b) in own.items()} for site, own in found.items()}
 
 
 def _searched_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, start: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from rankfront.methods import formulas
-from rankfront.methods.layers import layers
+from rankfront.methods.layers import formula
 from rankfront.methods.loading import Replacements
 
 TITLE = "## Tensors"
@@ -27,14 +27,14 @@ def tensor_section(folder: Path, wanted: Replacements, sizes: Mapping[str, Seque
     written: dict[str, list[str]] = {}  # formula -> paths
     for path, spec in wanted.modules.items():
         settings = {name: value for name, value in spec.items() if name != "kind"}
-        written.setdefault(layers()[spec["kind"]].formula(settings), []).append(path)
+        written.setdefault(formula(spec["kind"], settings), []).append(path)
         own = {name.removeprefix(f"{path}."): shape for name, shape in shapes.items() if name.startswith(f"{path}.")}
         tensors = ", ".join(f"{name} {shape}" for name, shape in own.items())
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
         m, n = sizes[path]
         rows.append(f"| `{path}` | {spec['kind']} | {m} x {n} | {tensors} | {values} |")
     numbers = {path: place for place, paths in enumerate(written.values(), 1) for path in paths}
-    lines = [f"| {place} | `{formula}` |" for place, formula in enumerate(written, 1)]
+    lines = [f"| {place} | `{text}` |" for place, text in enumerate(written, 1)]
     rows = [row[:-1] + f"| {numbers[path]} |" for row, path in zip(rows, wanted.modules, strict=True)]
     ties = "".join(f"| `{name}` | `{source}` |\n" for name, source in wanted.tied.items() if name not in shapes)
     return f"""{TITLE}

@@ -10,8 +10,8 @@ from typing import Any
 
 import optuna
 
-from rankfront.methods import DENSE, InputError, Option, Site, get_method
-from rankfront.search.config import SpaceConfig
+from rankfront.methods import DENSE, InputError, Option, Site, get_method, narrowed
+from rankfront.search.config import FULL_BITS, SpaceConfig
 from rankfront.search.names import Place
 from rankfront.search.plans.alike import Groups, alike
 from rankfront.search.plans.linked import servable
@@ -232,16 +232,29 @@ def _choices(sites: Mapping[Site, Place], config: SpaceConfig) -> tuple[dict[Sit
 
 
 def _choices_at(site: Site, config: SpaceConfig) -> Choices:
-    methods, keep = config.methods, config.keep
+    methods, keep, bits = config.methods, config.keep, config.bits
     for rule in config.rule:
         if fnmatchcase(site.name, rule.match):
-            methods, keep = rule.methods or methods, rule.keep or keep
-    # dense is an option everywhere, named or not
-    methods = tuple(name for name in methods if name != DENSE and held_by_all(config.servable, name))
+            methods, keep, bits = rule.methods or methods, rule.keep or keep, rule.bits or bits
+    methods = tuple(name for name in _in_bits(site, methods, bits) if held_by_all(config.servable, name))
     grid = config.grid(keep)
     offered = {name: get_method(name).options(site, grid) for name in methods}
     options = {(name, level): option for name, found in offered.items() for level, option in found.items()}
     return Choices(tuple(name for name in methods if offered[name]), keep, options)
+
+
+def _in_bits(site: Site, methods: Sequence[str], bits: Sequence[int]) -> list[str]:
+    """``methods`` in each of ``bits``, and the dense weight in each that is fewer than all: dense itself is an option
+    everywhere, named or not."""
+    named = [name for name in methods if name != DENSE]
+    found: list[str] = []
+    for width in bits:
+        if width == FULL_BITS:
+            found += named
+            continue
+        whole = [name for name in (f"gptq-int{width}", f"rtn-int{width}") if get_method(name).refuses(site) is None]
+        found += whole[:1] + [narrow.name for name in named if (narrow := narrowed(name, width)) is not None]
+    return list(dict.fromkeys(found))
 
 
 def _included(site: Site, place: Place, config: SpaceConfig) -> bool:

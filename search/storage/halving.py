@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rankfront.methods import InputError, describe_methods
+from rankfront.methods import InputError, describe_methods, whole_name
 from rankfront.search.constraint import Constraint
 from rankfront.search.storage.front import Row
 from rankfront.search.storage.picking import holds
@@ -75,5 +75,5 @@ def family_of(row: Row, weights: Mapping[str, int]) -> str:
     families = {method["name"]: method["family"] for method in describe_methods()}
     treated: Counter[str] = Counter()
     for site, option in row.plan.choices:
-        treated[families[option.method]] += weights[site]
+        treated[families[whole_name(option.method)]] += weights[site]
     return treated.most_common(1)[0][0]
