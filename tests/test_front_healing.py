@@ -135,7 +135,7 @@ def test_killed_in_the_middle_it_goes_on(unhealed, text_file):
     file = write_study(
         healing(unhealed, members=1, tokens=30_000).config.model_dump(mode="json"), unhealed / "study.toml"
     )
-    with started("launch", file, "--run", unhealed) as process:
+    with started("launch", file, "--run", unhealed, VERIFY_HERE="1") as process:
         there = wait_for(
             lambda: list((unhealed / "healed").glob(".*.healing/state.json")), lambda: process.poll() is None
         )

@@ -82,14 +82,14 @@ def test_killed_at_any_moment_it_goes_on_from_its_checkpoint(exported, text_file
     """SIGKILL after the first checkpoint, in a process of its own; then the same command to the end."""
     out, work = tmp_path / "healed", tmp_path / ".healed.healing"
     asked = arguments(exported, text_file, out, tokens=15_000)
-    with started(*asked) as process:
+    with started(*asked, VERIFY_HERE="1") as process:
         assert wait_for(lambda: (work / "state.json").exists(), lambda: process.poll() is None)
         process.kill()
         process.communicate()
     assert not out.exists()
     where = json.loads((work / "state.json").read_text())["data"]["where"]
     assert where["tokens"] > 0
-    done = finish(*asked, "--json")
+    done = finish(*asked, "--json", VERIFY_HERE="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stages"][-1]["after"] > 0
     assert out.is_dir()
@@ -124,7 +124,7 @@ def test_two_processes_heal_as_one(exported, text_file, tmp_path, verified_here)
     asked = [*arguments(exported, text_file, together, stages="logits"), "--json"]
     with contextlib.ExitStack() as stack:  # as torchrun starts them
         both = [
-            stack.enter_context(started(*asked, **group, RANK=rank, LOCAL_RANK=rank)) for rank in map(str, range(2))
+            stack.enter_context(started(*asked, **group, VERIFY_HERE="1", RANK=rank, LOCAL_RANK=rank)) for rank in "01"
         ]
         said = [process.communicate(timeout=PATIENCE) for process in both]
     assert [process.returncode for process in both] == [0, 0], said

@@ -232,7 +232,7 @@ def test_a_halving_that_is_stopped_ends_as_one_that_was_not(halved, unhealed):
 def test_killed_in_a_rung_it_goes_on(halved, unhealed):
     """SIGKILL after the first state, in a process of its own."""
     file = write_study(healing(unhealed, "halving").config.model_dump(mode="json"), unhealed / "study.toml")
-    with started("launch", file, "--run", unhealed) as process:
+    with started("launch", file, "--run", unhealed, VERIFY_HERE="1") as process:
         there = wait_for(lambda: bool(list((unhealed / "healed").glob(".*.rung0"))), lambda: process.poll() is None)
         process.kill()
         process.communicate()
