@@ -86,6 +86,7 @@ def accepted(setup: Setup, progress: Progress) -> Setup:
     """``setup`` without the sites that the model, loaded here, refuses by numbers; joint ones are those of its space.
 
     Raises `InputError` where too little is left, where it is not causal, or lets no gradient through."""
+    make_space(setup)  # which refuses what a study asks for before the model is loaded
     progress("load", 0, 1)
     model = load_model(setup.source, DTYPES[setup.dtype], setup.device)
     use_attention(model, setup.config.model.attention)
