@@ -77,7 +77,10 @@ def test_a_stop_ends_cleanly_and_says_how_to_go_on(study_file, tmp_path, stop, m
     cache, run = tmp_path / "cache", tmp_path / "run"
     with started("launch", study_file, "--run", run, RANKFRONT_CACHE=str(cache)) as process:
         if moment == "preparing":
-            reached = wait_for(lambda: any(cache.rglob("*.safetensors")), lambda: process.poll() is None)
+            defined = run / "study.json"  # not the first file of a launch
+            reached = wait_for(
+                lambda: defined.is_file() and any(cache.rglob("*.safetensors")), lambda: process.poll() is None
+            )
         else:
             reached = wait_for(lambda: finished(run) >= 3, lambda: process.poll() is None)
         stdout, stderr = stop(process)
