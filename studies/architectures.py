@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-LAWS = importlib.import_module("architecture_laws")
+LAWS, TINY = (importlib.import_module(name) for name in ("architecture_laws", "tiny"))
 # What people run: the types of the models that are downloaded and named most, of today and of the last years.
 USED = [
     "apertus", "arcee", "bamba", "bitnet", "bloom", "codegen", "cohere", "cohere2", "dbrx", "deepseek_v2",
@@ -72,7 +73,10 @@ def examined(name: str, seconds: int) -> Cell:
         text = found.read()
     _, status = os.waitpid(child, 0)
     ended = f"ended by {signal.Signals(status & 127).name}" if status & 127 else f"ended with code {status >> 8}"
-    return {"type": name, **(json.loads(text) if text else {"built": True, "failed": {"process": ended}})}
+    row = json.loads(text) if text else {"built": True, "failed": {"process": ended}}
+    package = TINY.BESIDE.get(name)
+    with_it = {"beside": f"{package} {version(package)}"} if package and row["built"] else {}
+    return {"type": name, **row, **with_it}
 
 
 def state(row: Mapping[str, Any]) -> str:
@@ -113,6 +117,8 @@ cross-attention of a decoder without its encoder. What is looked at is said at t
 
 {lines}
 
+Installed beside what `constraints.txt` pins: {beside}.
+
 Command: `python studies/architectures.py`
 
 {sources}
@@ -131,6 +137,7 @@ def write_page(rows: list[Cell]) -> None:
     ]
     page = PAGE.format(
         version=transformers.__version__, counts=" ".join(said), whole=WHOLE, lines="\n".join(lines(shown)),
+        beside="; ".join(f"{row['beside']} for {row['type']}" for row in shown if "beside" in row) or "nothing",
         sources=sources(shown, lambda row: row["type"], ", "),
     )  # fmt: skip
     (RESULTS / "architectures.md").write_text(page, encoding="utf-8")

@@ -70,6 +70,7 @@ LACKING: Mapping[str, Mapping[str, Any]] = {
 HYBRID = ["linear_attention", "hybrid", "hybrid"]
 DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "bert-generation": {"is_decoder": True},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 1}},
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "lfm2_moe": {"num_dense_layers": 1, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -95,6 +96,10 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dots3_note": {"text_config": DOTS3},
     "dots3_note_text": DOTS3,
     "falcon_h1": MAMBA2 | {"mamba_d_ssm": 64},
+    "gemma3n": {
+        "text_config": {"intermediate_size": INNER},
+        "vision_config": {"model_args": {"channel_multiplier": 0.01}},
+    },
     "gemma3n_text": {"intermediate_size": INNER},
     "granitemoehybrid": MAMBA2,
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -112,6 +117,8 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
         "mamba_headdim": 8, "num_key_value_heads": HEADS,
     },
 }  # fmt: skip
+# Types whose towers are of another package, which the tests do without -> that package.
+BESIDE: Mapping[str, str] = {"gemma3n": "timm"}
 
 
 def tiny_config(name: str) -> Any:
