@@ -139,6 +139,19 @@ class FactorModule(nn.Module):
         del self._parameters[name]
         self.add_module(name, integers)
 
+    @property
+    def in_full(self) -> bool:
+        """Whether none of its matrices is held in integers."""
+        return not any(name in self._modules for name in self.matrices)
+
+    def make_full(self) -> None:
+        """Hold what the integers stand for instead, in the dtype of their scales."""
+        for name in self.matrices:
+            held = self.held(name)
+            if held is not None:
+                del self._modules[name]
+                self.register_parameter(name, nn.Parameter(held.matrix(held.scales.dtype), requires_grad=False))
+
     def held(self, name: str) -> IntegerMatrix | None:
         """The integers that the parameter ``name`` is held in; None where it is a parameter."""
         return cast("IntegerMatrix | None", self._modules.get(name))

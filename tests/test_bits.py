@@ -261,3 +261,32 @@ def test_bytes_of_a_plan_are_those_of_its_file(tmp_path, text_file, monkeypatch)
     assert Plan.from_json((tmp_path / "out" / "plan.json").read_text(encoding="utf-8")) == plan
     kinds = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["rankfront"]["modules"]
     assert {spec.get("bits") for spec in kinds.values()} == {8, 4}
+
+
+def test_right_factors_in_integers_are_not_joined(tmp_path, text_file, monkeypatch):
+    """Though all of a block read the same input, and one product would be faster."""
+    verify_here(monkeypatch)
+    monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: True)
+    resident = JobRunner(Study(study_of(tmp_path, text_file, bits=[16, 8], keep=[0.5])).setup())
+    wanted = {site.name: options for site, options in resident.compressed.space.wanted().items()}
+    names = [f"model.layers.0.self_attn.{role}_proj" for role in "qkv"]
+    chosen = {name: next(o for o in wanted[name] if o.method == "svd-llm-int8") for name in names}
+    row = measured(resident, Plan.of(chosen, resident.setup.origin()))
+    export(resident.setup, row, tmp_path / "out", "factored")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["rankfront"]
+    assert config["joined"] == []
+    assert set(config["modules"]) == set(names)
+
+
+@each_bits
+@each_single
+def test_integers_are_put_back_as_what_they_stand_for(name, shape, bits):
+    _, _, factors, _, _ = treated(name, shape, bits)
+    layer = replacement(nn.Linear(shape[1], shape[0]), factors.kind, factors.tensors, factors.settings)
+    matrix = layer.matrix()
+    assert not layer.in_full
+    layer.make_full()
+    assert layer.in_full
+    assert torch.equal(layer.matrix(), matrix)
+    x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, matrix, layer.bias), rtol=1e-4, atol=1e-5)

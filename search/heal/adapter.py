@@ -32,7 +32,7 @@ def adapt(model: Any, rank: int, seed: int) -> int:
     chosen = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, LowRankLinear) and path in described["modules"] and path not in tied
+        if isinstance(module, LowRankLinear) and module.in_full and path in described["modules"] and path not in tied
     }
     if not chosen:
         raise InputError("an adapter stands beside low-rank weights and the plan has none: leave --adapter out")

@@ -91,7 +91,7 @@ def ranked(model: nn.Module) -> list[Ranked]:
     groups: list[list[Any]] = []
     owner: dict[int, list[Any]] = {}
     for module in model.modules():
-        if isinstance(module, LowRankLinear | LowRankEmbedding):
+        if isinstance(module, LowRankLinear | LowRankEmbedding) and module.in_full:
             group = owner.get(id(module.left)) or owner.get(id(module.right))
             if group is None:
                 group = []

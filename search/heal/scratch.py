@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankfront.methods import InputError
 from rankfront.methods.factored import dense_config
+from rankfront.methods.integer_matrix import FactorModule
 from rankfront.methods.layers import weight_of
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.methods.layers_sparse_sum import LowRankSparseLinear
@@ -41,7 +42,8 @@ def initialise(model: Any, seed: int) -> None:
     """
     for path, module in factored_modules(model).items():
         drawn = isinstance(module, LowRankSparseLinear) and module.support is None
-        if not drawn and not isinstance(module, LowRankLinear | LowRankEmbedding):
+        known = drawn or isinstance(module, LowRankLinear | LowRankEmbedding)
+        if not (known and isinstance(module, FactorModule) and module.in_full):
             raise InputError(
                 f"{path} is a {type(module).__name__}, which has no initialisation: train plans of low-rank methods and"
                 " sltrain from scratch"

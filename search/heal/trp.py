@@ -51,7 +51,9 @@ class RankPruning(Arm):
 
     @classmethod
     def added(cls, model: nn.Module) -> int:
-        return sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, LowRankLinear))
+        return sum(
+            m.out_features * m.in_features for m in model.modules() if isinstance(m, LowRankLinear) and m.in_full
+        )
 
     @classmethod
     def check(cls, model: nn.Module) -> None:

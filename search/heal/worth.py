@@ -59,7 +59,7 @@ def widths_at(
 def _tails(model: Any, sites: Sequence[Sequence[nn.Module]], windows: Tensor, seed: int) -> dict[int, np.ndarray]:
     """D(b) for b = 0 … r − 1 of every site that has a linear, (r,), by its number."""
     paths = {module: path for path, module in model.named_modules()}
-    linears = [[module for module in site if isinstance(module, LowRankLinear)] for site in sites]
+    linears = [[module for module in site if isinstance(module, LowRankLinear) and module.in_full] for site in sites]
     totals = {n: torch.zeros(own[0].rank, dtype=torch.float64) for n, own in enumerate(linears) if own}
     arrived: dict[int, Tensor] = {}  # of each site, h_tᵀ L_k R_k x_t (tokens, r), its modules added up
 

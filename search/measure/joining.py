@@ -55,7 +55,8 @@ def join_faster(
     """
     groups: dict[str, list[str]] = {}
     for path, first in inputs.items():
-        if isinstance(modules.get(path), LowRankLinear):
+        module = modules.get(path)
+        if isinstance(module, LowRankLinear) and module.in_full:
             groups.setdefault(first, []).append(path)
     wanted = [paths for paths in groups.values() if len(paths) > 1]
     members = [[cast(LowRankLinear, modules[path]) for path in paths] for paths in wanted]

@@ -129,7 +129,10 @@ def offered(model: nn.Module, sites: Iterable[Site], plan: Plan, multiple: int) 
         option = plan.option(site.name)
         rank = dict(option.level).get("rank")
         modules = _modules(model, site)
-        fits = all(isinstance(module, LowRankLinear | LowRankEmbedding) and module.rank == rank for module in modules)
+        fits = all(
+            isinstance(module, LowRankLinear | LowRankEmbedding) and module.in_full and module.rank == rank
+            for module in modules
+        )
         if type(rank) is int and fits and site.anchor.kind == "linear" and get_method(option.method).nested:
             ranks = [rank, *range((rank - 1) // multiple * multiple, 0, -multiple)]
             found[site] = [Option.of(option.method, rank=own) for own in ranks]

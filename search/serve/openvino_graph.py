@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rankfront.methods import InputError
 from rankfront.methods.dense import put_dense
+from rankfront.methods.integer_matrix import FactorModule
 from rankfront.methods.layers_joint import CACHED, AbsentLinear, FromHeadsLinear, HeadsLinear, PlainLinear
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.methods.unfused import fuse, unfused_in
@@ -83,6 +84,8 @@ def _prepared(structure: Structure) -> Any:
     put_dense(model, copy.deepcopy(structure.skeleton), others, torch.float32)
     fuse(model)
     for module in factored.values():
+        if isinstance(module, FactorModule):
+            module.make_full()
         if isinstance(module, LowRankLinear):
             module.joined = None
     for site in structure.sites:

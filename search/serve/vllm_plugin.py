@@ -46,9 +46,10 @@ def check_export(base: Any, wanted: Replacements) -> None:
             f"vLLM runs factors of projections in blocks and the plan has some at {several(outside)}: use --format"
             " nemotron-nas or dense, which multiply them out"
         )
-    others = [path for path, spec in wanted.modules.items() if spec.get("kind") not in KINDS]
+    others = [path for path, spec in wanted.modules.items() if spec.get("kind") not in KINDS or "bits" in spec]
     if others:
-        kinds = ", ".join(sorted({str(wanted.modules[path].get("kind")) for path in others}))
+        specs = [wanted.modules[path] for path in others]
+        kinds = ", ".join(sorted({f"{s.get('kind')}{' in integers' * ('bits' in s)}" for s in specs}))
         raise InputError(
             f"vLLM runs {', '.join(KINDS)} layers and the plan has {kinds} at {several(others)}: use --format"
             " nemotron-nas or dense, which multiply them out"
