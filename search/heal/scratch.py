@@ -42,8 +42,8 @@ def initialise(model: Any, seed: int) -> None:
     """
     for path, module in factored_modules(model).items():
         drawn = isinstance(module, LowRankSparseLinear) and module.support is None
-        known = drawn or isinstance(module, LowRankLinear | LowRankEmbedding)
-        if not (known and isinstance(module, FactorModule) and module.in_full):
+        fits = drawn or isinstance(module, LowRankLinear | LowRankEmbedding)
+        if not (fits and isinstance(module, FactorModule) and module.in_full):
             raise InputError(
                 f"{path} is a {type(module).__name__}, which has no initialisation: train plans of low-rank methods and"
                 " sltrain from scratch"
