@@ -35,9 +35,9 @@ def rounded(weight: Tensor, bits: int, weighting: Gram | None = None) -> Integer
         return nearest
     calibrated = _packed(*_swept(work, bits, _elimination(weighting)), bits)
 
-    def error(found: Integers) -> float:
-        lost = work - restored(found, bits, work.shape[1]).double()
-        return float((weighting.times_gram(lost) * lost).sum())
+    def error(found: Integers) -> float:  # in fp32, which tells the two apart, at half of the time
+        lost = (work - restored(found, bits, work.shape[1]).double()).float()
+        return float(((lost @ weighting.single) * lost).sum())
 
     return calibrated if error(calibrated) <= error(nearest) else nearest
 
@@ -57,9 +57,10 @@ def rounded_factors(
     weighting: Weighting = gram or Unweighted()
     first = rounded(right, bits, gram)
     rows = restored(first, bits, target.shape[1]).double()  # B (r, n)
-    inner = weighting.times_gram(rows) @ rows.T  # G (r, r)
+    weighed = weighting.times_gram(rows)  # B C (r, n)
+    inner = weighed @ rows.T  # G (r, r)
     ridge = DAMPING * inner.diagonal().mean() + torch.finfo(torch.float32).tiny
-    lost = weighting.times_gram(target - left @ rows) @ rows.T  # (m, r)
+    lost = target @ weighed.T - left @ inner  # (m, r)
     damped = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     return rounded(left + torch.linalg.solve(damped, lost.T).T, bits, Gram(inner)), first
 

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from rankfront.methods._errors import InputError
-from rankfront.methods._fitted import Fitted, matrix_of, measured
+from rankfront.methods._fitted import Fitted, matrix_of
 from rankfront.methods._integers import PADDED, rounded, rounded_factors
 from rankfront.methods._method import Factors, Grid, Option, Prepared, Site, whole_level
 from rankfront.methods._packed_integers import Integers, named, restored
 from rankfront.methods._registry import narrow_name
 from rankfront.methods._statistics import Statistics
 from rankfront.methods._storage import Storage, integer_storage
-from rankfront.methods._weighting import Gram, Unweighted, Weighting
+from rankfront.methods._weighting import Gram
 from rankfront.methods.layers import layers
 
 PAIR = ["left", "right"]
@@ -132,22 +132,29 @@ class Rounded(Fitted):
         whole: Prepared,
         option: Option,
     ) -> Prepared:
-        """What `prepare` gives, of what the base has prepared."""
+        """What `prepare` gives, of what the base has prepared.
+
+        Its error is exact where it is that of the outputs, or of the weight; else what rounding adds to the base's.
+        """
         plain = self.plain(option)
         found: Prepared = {}
         error, energy = self.base.error(whole, plain), float(whole["energy"].double().sum())
+        exactly = len(site.weights) == 1 and self.metric in ("whitening", "identity")
         for role, factors in self.base.truncate(whole, plain).items():
             gram = statistics[role].gram if self.needs and role in statistics else None
             if gram is not None and hasattr(self.base, "reads"):
                 gram = Gram(self.base.reads(site, whole, plain, role, gram.raw))
-            matrices, lost = _rounded(factors, weights[role], self.bits, gram)
-            error += lost
+            matrices = _rounded(factors, weights[role], self.bits, gram)
             found |= _packed(role, factors, matrices, self.bits)
-        if len(site.weights) == 1 and self.metric in ("whitening", "identity"):  # exactly, not as a sum
-            weight = weights[site.anchor.role]
-            own = matrix_of(self.truncate(found, option)[site.anchor.role], *weight.shape)
-            weighting = gram if self.metric == "whitening" and gram is not None else Unweighted()
-            error = float(measured(weight, own, weighting)["error"])
+            if len(site.weights) > 1:
+                error += sum(
+                    _squared(factors.tensors[n] - each.restored(self.bits), gram) for n, each in matrices.items()
+                )
+                continue
+            shape = weights[role].shape
+            before = weights[role] if exactly else matrix_of(factors, *shape)
+            lost = before - matrix_of(self.truncate(found, option)[role], *shape)
+            error = _squared(lost, gram) + (0.0 if exactly else error)
         largest = torch.finfo(torch.float32).max
         return found | {"error": torch.tensor([min(error, largest)]), "energy": torch.tensor([min(energy, largest)])}
 
@@ -185,27 +192,28 @@ class Matrix(NamedTuple):
     integers: Integers
     columns: int
 
+    def restored(self, bits: int) -> Tensor:
+        return restored(self.integers, bits, self.columns)
 
-def _rounded(factors: Factors, weight: Tensor, bits: int, gram: Gram | None) -> tuple[dict[str, Matrix], float]:
-    """The matrices of ``factors``, rounded, and the squared error that this adds; ``weight`` (m, n) is the dense one,
-    ``gram`` of what the first of them reads."""
+
+def _squared(lost: Tensor, gram: Gram | None) -> float:
+    """‖lost S‖²_F, S Sᵀ the Gram; without one ‖lost‖²_F."""
+    lost = lost.double()
+    return float(((lost if gram is None else gram.times_gram(lost)) * lost).sum())
+
+
+def _rounded(factors: Factors, weight: Tensor, bits: int, gram: Gram | None) -> dict[str, Matrix]:
+    """The matrices of ``factors``, rounded; ``weight`` (m, n) is the dense one, ``gram`` of what the first reads."""
     names = [name for name in getattr(layers()[factors.kind], "matrices", ()) if name in factors.tensors]
     matrices = {name: factors.tensors[name].double() for name in names}
-    weighting: Weighting = gram or Unweighted()
     if names != PAIR:
-        found = {name: rounded(matrix, bits, gram) for name, matrix in matrices.items()}
-        lost = {n: matrix - restored(found[n], bits, matrix.shape[1]).double() for n, matrix in matrices.items()}
-        error = sum(float((weighting.times_gram(each) * each).sum()) for each in lost.values())
-        return {name: Matrix(each, matrices[name].shape[1]) for name, each in found.items()}, error
+        return {name: Matrix(rounded(matrix, bits, gram), matrix.shape[1]) for name, matrix in matrices.items()}
     left, right = matrices.values()
     rest = matrix_of(factors, *weight.shape).double() - left @ right  # of what else the layer adds
     norms = left.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     sides = rounded_factors(weight.double() - rest, left / norms, right * norms[:, None], bits, gram)
-    widths = (left.shape[1], right.shape[1])
-    product = [restored(side, bits, width).double() for side, width in zip(sides, widths, strict=True)]
-    difference = left @ right - product[0] @ product[1]
-    pair = {name: Matrix(side, width) for name, side, width in zip(PAIR, sides, widths, strict=True)}
-    return pair, float((weighting.times_gram(difference) * difference).sum())
+    widths = left.shape[1], right.shape[1]
+    return {name: Matrix(side, width) for name, side, width in zip(PAIR, sides, widths, strict=True)}
 
 
 def _packed(role: str, factors: Factors, matrices: Mapping[str, Matrix], bits: int) -> Prepared:

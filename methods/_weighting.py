@@ -71,6 +71,11 @@ class Gram:
         """C with its ridge, fp64."""
         return regularise(self.raw)
 
+    @cached_property
+    def single(self) -> Tensor:
+        """The same in fp32, for what needs no more."""
+        return self.matrix.float()
+
     def times_root(self, weight: Tensor) -> Tensor:
         return weight @ self.root
 

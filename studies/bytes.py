@@ -87,7 +87,7 @@ class Bench:
         """All of ``plan`` in fewer bits, and what it leaves dense."""
         taken = {weight.path for name in plan.by_site for weight in self.sites[name].weights}
         wanted = self.compressed.space.wanted()
-        found = {}
+        found: dict[str, Option] = {}
         for name, site in self.sites.items():
             own = plan.by_site.get(name)
             if own is None and len(site.weights) == 1 and site.weights[0].path not in taken and site in wanted:
