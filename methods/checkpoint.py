@@ -20,7 +20,11 @@ import transformers
 from torch import nn
 from transformers import AutoModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -92,12 +96,24 @@ def _models(auto: str) -> Any:
     return getattr(modeling_auto, f"MODEL_FOR_{AUTO[auto]}_MAPPING")
 
 
+def whole_class(config: type, auto: str) -> Any:
+    """The class that ``auto`` builds of ``config``, or None.
+
+    Of a few types, such as Emu3 and Mllama, it builds a class of the text's part of the configuration that it knows."""
+    found = _first(_models(auto).get(config, None))
+    outer = model_type_to_module_name(config.model_type)  # type: ignore[attr-defined]
+    if found is None and outer in CONFIG_MAPPING:
+        found = _first(_models(auto).get(CONFIG_MAPPING[outer], None))
+        return found if getattr(found, "config_class", None) is config else None
+    return found
+
+
 def _base_of(model: Any, autos: Iterable[str]) -> Base:
     """What ``model``, which is dense by its class, is to transformers, and which of ``autos`` loads it."""
     config, whole = type(model.config), type(model)
     if config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config:
         for auto in autos:
-            if _first(_models(auto).get(config, None)) is whole:
+            if whole_class(config, auto) is whole:
                 return Base(config.model_type, config, whole, _first(MODEL_MAPPING.get(config, None)), auto)
     mapped = getattr(model.config, "auto_map", None) or {}
     named = [auto for auto in autos if str(mapped.get(auto)).rpartition(".")[2] == whole.__name__]
@@ -118,7 +134,7 @@ def classes(base: Any, auto: Any = CAUSAL) -> Classes:
         not isinstance(base, str)
         or auto not in AUTO
         or base not in CONFIG_MAPPING
-        or CONFIG_MAPPING[base] not in _models(auto)
+        or whole_class(CONFIG_MAPPING[base], auto) is None
     ):
         what = "causal language model" if auto == CAUSAL else f"model for {shown(auto)}"
         raise InputError(
@@ -127,10 +143,15 @@ def classes(base: Any, auto: Any = CAUSAL) -> Classes:
     return _classes(base, auto)
 
 
+def _dense(base: str, auto: str) -> tuple[Any, Any, Any]:
+    """The classes of transformers that those of `Classes` extend; None where there is no such."""
+    config = CONFIG_MAPPING[base]
+    return config, whole_class(config, auto), _first(MODEL_MAPPING.get(config, None))
+
+
 @cache
 def _classes(base: str, auto: str) -> Classes:
-    config = CONFIG_MAPPING[base]
-    whole, headless = _first(_models(auto)[config]), _first(MODEL_MAPPING.get(config, None))
+    config, whole, headless = _dense(base, auto)
     named = Base(base, config, whole, headless, auto)
     of = _ending(auto)
 
@@ -153,13 +174,27 @@ def _classes(base: str, auto: str) -> Classes:
 def __getattr__(name: str) -> Any:
     """A factored class by its name: unpickling looks it up, in processes that have not loaded such a model too."""
     for auto, kind in AUTO.items():
-        for base, whole in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").items():
-            shared = (CONFIG_MAPPING_NAMES.get(base), MODEL_MAPPING_NAMES.get(base))
+        heads = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
+        for base, config in CONFIG_MAPPING_NAMES.items():
+            whole = heads.get(base) or heads.get(model_type_to_module_name(base))
+            shared = (config, MODEL_MAPPING_NAMES.get(base)) if whole else ()
             named = (whole, *(f"{each}{_ending(auto)}" for each in shared if isinstance(each, str)))
-            if any(isinstance(each, str) and name == f"Rankfront{each}" for each in named):
+            if any(isinstance(each, str) and name == f"Rankfront{each}" for each in named) and name in _own(base, auto):
                 _classes(base, auto)
                 return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _own(base: str, auto: str) -> set[str]:
+    """The names of those of `_classes` that no other type has as well: InternLM3's models are Llama's classes."""
+    dense, of = _dense(base, auto), _ending(auto)
+    if dense[1] is None:
+        return set()
+    return {
+        f"{factored_name(each)}{end}"
+        for each, end in zip(dense, (of, "", of), strict=True)
+        if each is not None and getattr(each, "config_class", each).model_type == base
+    }
 
 
 def _first(found: Any) -> Any:

@@ -15,7 +15,7 @@ from common import random_text, tiny_tokenizer, tokens
 from launching import quiet, small_data, verify_here
 from tiny import tiny_config, tiny_model, wide_config
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rankfront.methods import Factors, Option, Site, get_method
 from rankfront.methods.layers import set_module, weight_of
@@ -155,9 +155,7 @@ class Examined:
         self.resident.apply(row.plan)
         expected = logits(self.resident.model)
         self.study_run.export(self.folder / "out", row)
-        # Of a type that the automatic class knows as a part of another alone, the folder's code loads it.
-        known = type(self.model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        self.loaded = AutoModelForCausalLM.from_pretrained(self.folder / "out", trust_remote_code=not known).eval()
+        self.loaded = AutoModelForCausalLM.from_pretrained(self.folder / "out").eval()
         gap = apart(logits(self.loaded), expected)
         return f"reloaded, it has other logits ({gap:.1g})" if gap > CLOSE else None
 

@@ -302,9 +302,21 @@ def test_copies_are_the_same_and_their_own(export):
         check_same(model, export.expected)
 
 
+UNPICKLED = {  # model -> the configuration of its class, where several types have it or a part of it
+    "StableLmForCausalLM": "StableLmConfig",
+    "StableLmModel": "StableLmConfig",
+    "Emu3ForCausalLM": "Emu3TextConfig",
+    "Llama4ForCausalLM": "Llama4TextConfig",
+    "GPT2LMHeadModel": "GPT2Config",
+}
+
+
 def test_unpickling_finds_the_classes_of_models_that_were_not_loaded():
-    for name in ("RankfrontStableLmForCausalLM", "RankfrontStableLmModel", "RankfrontStableLmConfig"):
-        assert pickle.loads(f"crankfront.methods.checkpoint\n{name}\n.".encode()).__name__ == name
+    for names in UNPICKLED.items():
+        lines = (f"crankfront.methods.checkpoint\nRankfront{name}\n." for name in names)
+        model, config = (pickle.loads(line.encode()) for line in lines)
+        assert model.config_class is config
+        assert config.__name__ == f"Rankfront{names[1]}"
 
 
 def test_a_model_of_the_configuration_alone_runs(export):

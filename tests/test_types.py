@@ -8,12 +8,15 @@ import pytest
 import torch
 from architecture_laws import CLOSE, Examined, apart, full_rank, logits
 from tiny import BESIDE, tiny_model
+from transformers import AutoModelForCausalLM
 
 from rankfront.methods.layers import replacement, set_module
 from rankfront.methods.unfused import fuse
 from rankfront.search.inputs.acceptance import refused
 from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import coverage_of
+from rankfront.search.inputs.model import dense_skeleton
+from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.sites import find_sites
 
 TYPES = (
@@ -61,3 +64,20 @@ def test_sites_of_every_kind_of_structure(name):
 def test_from_a_study_to_a_reloaded_export(name, monkeypatch):
     row = Examined(name, monkeypatch).row()
     assert row["failed"] == {}
+
+
+def test_a_model_of_a_part_of_the_configuration(monkeypatch, tmp_path):
+    """Emu3 is known to transformers by a configuration whose part for text the model has. Its exports load as any, the
+    dense one too, and the skeleton that a factored one is healed or sliced by is there."""
+    emu = Examined("emu3", monkeypatch)
+    emu.model, emu.folder = tiny_model("emu3"), tmp_path
+    emu.dense = logits(emu.model)
+    assert emu.study() is None
+    assert emu.export() is None
+    skeleton = dense_skeleton(resolve(str(tmp_path / "out")))
+    assert skeleton.state_dict().keys() == emu.model.state_dict().keys()
+    row = next(row for row in emu.study_run.rows() if row.plan.choices)
+    emu.resident.apply(row.plan)
+    expected = logits(emu.resident.model)
+    emu.study_run.export(tmp_path / "dense", row, "dense")
+    assert apart(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()), expected) <= CLOSE

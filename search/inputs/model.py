@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from rankfront.methods import InputError, nearest
-from rankfront.methods.checkpoint import QUANT_METHOD
+from rankfront.methods.checkpoint import QUANT_METHOD, whole_class
 from rankfront.methods.factored import dense_config
 from rankfront.methods.layers import set_module
 from rankfront.methods.loading import KEY, Replacements
@@ -174,8 +174,12 @@ def _check_size(source: Source, config: Any) -> None:
 
 
 def _empty(source: Source, config: Any) -> Any:
+    wanted = LOADING[source.task]
+    of_part = None if type(config) in wanted.mapping else whole_class(type(config), wanted.auto.__name__)
     with loading(source, "configuration"), torch.device("meta"):
-        return LOADING[source.task].auto.from_config(config, trust_remote_code=source.trust_remote_code)
+        if of_part is not None:
+            return of_part._from_config(config)
+        return wanted.auto.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 def _saved_names(model: Any, name: str) -> tuple[str, str]:

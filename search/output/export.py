@@ -29,7 +29,9 @@ from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import AS_FACTORS, Format, Refit
 from rankfront.search.errors import ExportError
-from rankfront.search.inputs.model import quiet
+from rankfront.search.inputs.model import quiet, read_config
+from rankfront.search.inputs.source import Source
+from rankfront.search.inputs.tasks import LOADING
 from rankfront.search.measure.compressed_model import CompressedModel
 from rankfront.search.measure.control import reported
 from rankfront.search.measure.joining import separate
@@ -153,9 +155,18 @@ def _write(compressed: CompressedModel, row: Row, folder: Path, form: Format) ->
         fuse(model)
         with quiet():
             model.save_pretrained(folder)
+        _save_whole_config(model.config, compressed.setup.source, folder)
     save_tokenizer(compressed.tokenizer, folder)
     (folder / "plan.json").write_text(row.plan.portable.to_json() + "\n", encoding="utf-8")
     return wanted
+
+
+def _save_whole_config(own: Any, source: Source, folder: Path) -> None:
+    """Where transformers' class knows the configuration alone whose part for text the model has, write that."""
+    mapping, whole = LOADING[source.task].mapping, read_config(source)
+    if type(own) not in mapping and type(whole) in mapping:
+        whole.text_config, whole.architectures = own, own.architectures
+        whole.save_pretrained(folder)
 
 
 def write_factored(compressed: CompressedModel, folder: Path) -> Replacements:
