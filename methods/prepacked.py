@@ -7,8 +7,11 @@ stay what they are, and so do results, up to the order of additions.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from rankfront.methods._unpacked import Unpacked
 
 READ_ONLY = "a prepacked weight cannot be written to"
+TURNS, CALLS = 5, 4  # of timing a matrix in both layouts: guesses
 WRITERS = (cast(Any, Tensor.data).__set__, cast(Any, Tensor.requires_grad).__set__, Tensor.requires_grad_)
 
 
@@ -88,9 +92,11 @@ def prepack(*models: nn.Module) -> int:
     """Prepack the weights of ``models`` that do nothing but multiply inputs; how many bytes they are.
 
     Those of ``nn.Linear`` and of our layers, and matrices that layers keep multiplied out, on CPUs where oneDNN has
-    products in their dtype. What an embedding table shares, and GPT-2's ``Conv1D``, stay as they are; right factors
-    that were `joined` run apart. No memory is held beside the new layout. Gradients reach inputs and biases, not what
-    is prepacked: `undo_prepack` before training. Models that share weights go together.
+    products in their dtype, and of sizes at which one token takes less time so. That is measured once for each size in
+    this process (`faster`), for on some processors small matrices are read faster as they are. What an embedding table
+    shares, and GPT-2's ``Conv1D``, stay as they are; right factors that were `joined` run apart. No memory is held
+    beside the new layout. Gradients reach inputs and biases, not what is prepacked: `undo_prepack` before training.
+    Models that share weights go together.
     """
     modules = [module for model in models for module in model.modules()]
     ways: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -147,8 +153,37 @@ def _kept(matrix: Tensor) -> Tensor:
     return Prepacked(matrix) if _packable(matrix) else matrix
 
 
+def faster(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether one token through W (rows, columns) takes less time prepacked, with the threads that torch has now."""
+    return _measured(rows, columns, dtype, torch.get_num_threads())
+
+
+@cache
+def _measured(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool:
+    with torch.inference_mode():
+        plain, x = torch.full((rows, columns), 0.01, dtype=dtype), torch.ones(1, columns, dtype=dtype)
+        packed = Prepacked(plain)
+        least = [math.inf, math.inf]
+        for turn in range(TURNS + 1):  # the first warms up
+            for place, weight in enumerate((plain, packed)):
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    nn.functional.linear(x, weight)
+                if turn:
+                    least[place] = min(least[place], time.perf_counter() - start)
+    return least[1] < least[0]
+
+
 def _packable(weight: Tensor | None) -> bool:
-    if weight is None or isinstance(weight, Prepacked) or weight.device.type != "cpu":
+    if weight is None or not _known(weight):
+        return False
+    rows, columns = weight.shape
+    return faster(rows, columns, weight.dtype)
+
+
+def _known(weight: Tensor) -> bool:
+    """Whether oneDNN has products with ``weight``."""
+    if isinstance(weight, Prepacked) or weight.device.type != "cpu":
         return False
     if weight.ndim != 2 or not weight.numel() or not torch.backends.mkldnn.is_available():
         return False

@@ -44,6 +44,12 @@ def never_joined(monkeypatch):
     monkeypatch.setattr("rankfront.search.measure.joining.faster", lambda *_: False)
 
 
+@pytest.fixture(autouse=True)
+def always_prepacked(monkeypatch):
+    """Nor which weights are prepacked."""
+    monkeypatch.setattr("rankfront.methods.prepacked.faster", lambda *_: True)
+
+
 @pytest.fixture(params=common.ARCHITECTURES, ids=lambda row: row.name)
 def architecture(request):
     """Each row of `common.ARCHITECTURES` in turn."""

@@ -9,6 +9,7 @@ from launching import small_data
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import rankfront.methods.prepacked as prepacked_module
 from rankfront.methods import InputError, prepack, undo_prepack
 from rankfront.methods.joined import Joined
 from rankfront.methods.layers_low_rank import LowRankLinear
@@ -312,3 +313,20 @@ def test_settings_that_contradict_each_other_are_refused():
         make_objective("latency", {"prepack": 1})
     with pytest.raises(InputError, match="latency_prefill, latency_decode differ in prepack"):
         timed_objectives({"latency_prefill": {"prepack": True}, "latency_decode": {}})
+
+
+def test_a_weight_stays_as_it_is_where_that_is_faster(monkeypatch):
+    """By its size: on some processors small ones are."""
+    monkeypatch.setattr("rankfront.methods.prepacked.faster", lambda rows, columns, dtype: rows > 32)
+    small, large = nn.Linear(64, 32, bias=False), nn.Linear(64, 48, bias=False)
+    assert prepack(nn.Sequential(small, large)) == large.weight.nbytes
+    assert type(small.weight) is nn.Parameter
+    assert type(large.weight) is Prepacked
+
+
+def test_both_layouts_are_timed_once_for_a_size():
+    first = prepacked_module._measured(24, 40, torch.float32, torch.get_num_threads())
+    assert isinstance(first, bool)
+    before = prepacked_module._measured.cache_info().hits
+    assert prepacked_module._measured(24, 40, torch.float32, torch.get_num_threads()) == first
+    assert prepacked_module._measured.cache_info().hits == before + 1
