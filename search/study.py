@@ -15,6 +15,7 @@ import optuna
 from rankfront.search.choices import AS_FACTORS, Format, Refit
 from rankfront.search.config import StudyConfig, check_tasks, load_config, make_config
 from rankfront.search.constraint import Constraint
+from rankfront.search.importing import uncollected
 from rankfront.search.output.results import Results
 from rankfront.search.storage.folder import Run
 from rankfront.search.storage.front import Box, Row, frame
@@ -194,7 +195,8 @@ class Study:
 
         Raises `InputError` for what the user can mend and `Interrupted` on Ctrl-C or SIGTERM.
         """
-        from rankfront.search.run.launch import Launch
+        with uncollected():
+            from rankfront.search.run.launch import Launch
 
         self.config = self.run.remembered(self.config)
         heals = self.config.search.heal != "none"

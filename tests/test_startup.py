@@ -1,5 +1,6 @@
 """Commands import what they need, when they need it: asserted on modules in fresh interpreters, never on a clock."""
 
+import gc
 import json
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from launching import make_run, small_data
 
 from rankfront.search.__main__ import app, run
 from rankfront.search.choices import OURS
+from rankfront.search.importing import uncollected
 
 HEAVY = ("torch", "transformers", "ray", "scipy", "pandas", "optuna", "numpy")
 SCRIPT = """
@@ -123,3 +125,14 @@ def test_every_command_shows_an_example_that_parses(name, capsys):
     program, command, *arguments = shlex.split(example)
     assert (program, command) == ("rankfront", name)
     COMMANDS[name].make_context(name, arguments)
+
+
+def test_garbage_is_looked_for_again_after_imports():
+    """Whatever became of them, and not where nobody looked before."""
+    for looked in (True, False):
+        (gc.enable if looked else gc.disable)()
+        with pytest.raises(ModuleNotFoundError), uncollected():
+            assert not gc.isenabled()
+            import rankfront.nothing  # noqa: F401
+        assert gc.isenabled() is looked
+    gc.enable()
