@@ -12,7 +12,7 @@ SEARCH = Path(__file__).resolve().parent.parent / "search"
 # modules beside the packages that every package may import
 LEAVES = {
     "attributes", "tuning", "config", "constraint", "names", "splits", "choices", "errors", "plain", "atomic", "urls",
-    "quantities",
+    "quantities", "importing",
     "servable", "without_decoding",
 }  # fmt: skip
 BELOW = {  # package -> the packages that it may import

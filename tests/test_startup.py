@@ -132,7 +132,11 @@ def test_garbage_is_looked_for_again_after_imports():
     for looked in (True, False):
         (gc.enable if looked else gc.disable)()
         with pytest.raises(ModuleNotFoundError), uncollected():
-            assert not gc.isenabled()
-            import rankfront.nothing  # noqa: F401
+            _nothing()
         assert gc.isenabled() is looked
     gc.enable()
+
+
+def _nothing():
+    assert not gc.isenabled()
+    import rankfront.nothing  # noqa: F401
