@@ -12,7 +12,7 @@ from rankfront.methods import InputError
 from rankfront.search.config import SpaceConfig
 from rankfront.search.inputs import apart
 from rankfront.search.inputs.coverage import coverage_of
-from rankfront.search.inputs.sites import find_sites, is_plain
+from rankfront.search.inputs.sites import find_sites, is_linear, is_plain
 from rankfront.search.study import Study
 
 EXPERTS = {
@@ -178,15 +178,12 @@ def test_what_is_no_causal_language_model_is_said_to_be_none(name, sizes, said, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "beside"), [("hrm_text", "H_module.layers"), ("xlm", "attentions"), ("llama", "")])
-def test_blocks_of_another_list_are_counted_and_named(name, beside):
-    """HRM has two stacks, XLM its attentions beside its neurons: one list is searched."""
+@pytest.mark.parametrize(("name", "beside"), [("hrm_text", "model.H_module.layers"), ("xlm", "transformer.attentions")])
+def test_blocks_of_another_list_are_sites(name, beside):
+    """HRM has two stacks, XLM its attentions beside its neurons: weights of both are treated, each once."""
     model = tiny_model(name)
-    found = covered(model)
-    whole = sum(
-        tensor.numel() for path, tensor in model.named_parameters() if beside and beside in path and tensor.ndim > 1
-    )
-    left = [each for each in found.left if each.why == "in another list of blocks"]
-    assert sum(each.values for each in left) == whole
-    assert all(beside in each.name for each in left)
-    assert (found.share == 1) == (not beside)
+    assert covered(model).share == 1
+    found = {site.name: place for site, place in find_sites(model).items() if site.name.startswith(beside)}
+    linears = {path for path, module in model.named_modules() if path.startswith(beside) and is_linear(module)}
+    assert found.keys() == linears
+    assert all(place.kind.startswith(beside) for place in found.values())

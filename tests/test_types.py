@@ -10,6 +10,7 @@ from architecture_laws import CLOSE, Examined, apart, full_rank, logits
 from tiny import BESIDE, tiny_model
 from transformers import AutoModelForCausalLM
 
+from rankfront.methods import InputError
 from rankfront.methods.layers import replacement, set_module
 from rankfront.methods.unfused import fuse
 from rankfront.search.inputs.acceptance import refused
@@ -17,7 +18,8 @@ from rankfront.search.inputs.apart import take_apart
 from rankfront.search.inputs.coverage import coverage_of
 from rankfront.search.inputs.model import dense_skeleton
 from rankfront.search.inputs.resolve import resolve
-from rankfront.search.inputs.sites import find_sites
+from rankfront.search.inputs.sites import blocks, find_sites
+from rankfront.search.measure.streams import calls_of, first_hidden
 
 TYPES = (
     "opt", "xglm", "olmo2", "modernbert-decoder",  # learned positions; norms after; alternating attention
@@ -26,6 +28,7 @@ TYPES = (
     "mamba2", "falcon_mamba", "rwkv",  # states
     "jamba", "lfm2", "recurrent_gemma", "nemotron_h", "qwen3_next",  # several kinds of block
     "gemma4_text", "git", "gemma3", "gemma3n",  # shared keys and values; towers
+    "hrm_text", "xlm",  # two lists of blocks
 )  # fmt: skip
 
 
@@ -81,3 +84,20 @@ def test_a_model_of_a_part_of_the_configuration(monkeypatch, tmp_path):
     expected = logits(emu.resident.model)
     emu.study_run.export(tmp_path / "dense", row, "dense")
     assert apart(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()), expected) <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["hrm_text", "mllama", "xlm", "openai-gpt"])
+def test_hidden_states_go_from_block_to_block_or_are_refused(name):
+    """HRM calls a block again, text passes by Mllama's blocks for images, XLM's attentions run between: a refit and
+    healing by blocks would read what the model never does. OpenAI's first GPT gives a list of what the next reads."""
+    model = tiny_model(name)
+    _, found = blocks(model)
+    ids = common.tokens(1, 12)
+    if name != "openai-gpt":
+        with pytest.raises(InputError, match="are no chain"):
+            calls_of(model, found, ids)
+        return
+    hidden = first_hidden(model, found[0], ids)
+    for block, call in zip(found, calls_of(model, found, ids), strict=True):
+        hidden = call.run(block, hidden)
+    assert apart(model.lm_head(hidden), model(input_ids=ids).logits) <= CLOSE

@@ -32,7 +32,7 @@ class Left:
 @dataclass(frozen=True)
 class Coverage:
     """Values of the matrices inside a model's blocks, norms and biases left out. Other lists of blocks, towers
-    aside, count too, and no site is in them.
+    aside, count too.
 
     Attributes:
         values: all of them, each once.
@@ -96,7 +96,7 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
         for number, block in enumerate(found)
         for path, module in block.named_modules()
     }
-    beside = {
+    inside |= {
         f"{path}.{inner}": module
         for path, others in lists_beside(model, prefix).items()
         for inner, module in others.named_modules()
@@ -104,7 +104,7 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
     treated = {id(parameter) for parameter in _treated(inside, sites)}
     values, left = 0, dict[tuple[str, str], int]()
     seen: set[int] = set()
-    for path, module in (inside | beside).items():
+    for path, module in inside.items():
         for name, parameter in module.named_parameters(recurse=False):
             if sum(side > 1 for side in parameter.shape) < 2 or name.endswith("bias") or id(parameter) in seen:
                 continue
@@ -112,7 +112,7 @@ def coverage_of(model: nn.Module, sites: Mapping[Site, Place]) -> Coverage:
             values += parameter.numel()
             if id(parameter) not in treated:
                 kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path}.{name}.")[:-1].removeprefix(f"{prefix}.*.")
-                key = kind, "in another list of blocks" if path in beside else _why(module, parameter)
+                key = kind, _why(module, parameter)
                 left[key] = left.get(key, 0) + parameter.numel()
     weights = {weight.path: weight for site in sites for weight in site.weights if weight.path in inside}
     biases = sum(weight.biases.parameters for weight in weights.values())

@@ -32,12 +32,14 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
     """Every weight that can be treated, in the order of the module tree.
 
     Inside the blocks: each dense linear, named by its module path, and after those of a block what may be treated
-    jointly there, or there and in the blocks before it (see `joint`). Outside: the output head and the embedding
-    table; tied, they are one site under the head's name, for there is one matrix.
+    jointly there, or there and in the blocks before it (see `joint`). In other lists of blocks: each dense linear.
+    Outside: the output head and the embedding table; tied, they are one site under the head's name, for there is one
+    matrix.
     """
     prefix, found = blocks(model)
     within = [_linears(block) for block in found]
-    shared = _take_shared(prefix, within)
+    others = {path: [_linears(block) for block in own] for path, own in lists_beside(model, prefix).items()}
+    shared = _take_shared({prefix: within, **others})
     sites: dict[Site, Place] = {}
     for number, block in enumerate(found):
         path = f"{prefix}.{number}"
@@ -48,6 +50,11 @@ def find_sites(model: nn.Module) -> dict[Site, Place]:
             sites[_everywhere(site, shared)] = Place(number, kind)
         for first, kind, site in runs_of_blocks(prefix, number, within):
             sites[_everywhere(site, shared)] = Place(first, kind)
+    for path, own in others.items():
+        for number, linears in enumerate(own):
+            for name, module in linears.items():
+                kind = NUMBERED.sub(".*.", f"{path}.{name}")
+                sites[_everywhere(_site(f"{path}.{number}.{name}", module), shared)] = Place(number, kind)
     for site in _outer_sites(model):
         sites[site] = Place(None, site.name)
     shares = {path: module.share for path, module in unfused_in(model).items() if isinstance(module, Experts)}
@@ -60,18 +67,19 @@ def _routed(site: Site, shares: Mapping[str, float]) -> Site:
     return replace(site, weights=tuple(weights))
 
 
-def _take_shared(prefix: str, within: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """Path of a linear -> those of the linears in later blocks that have the very same weight, which are taken out of
-    ``within``, the linears of every block by name."""
+def _take_shared(lists: Mapping[str, list[dict[str, Any]]]) -> dict[str, tuple[str, ...]]:
+    """Path of a linear -> those of later linears that have the very same weight, which are taken out of ``lists``, the
+    linears of every block by name, of every list by its path."""
     first: dict[int, str] = {}
     shared: dict[str, tuple[str, ...]] = {}
-    for number, linears in enumerate(within):
-        for name, module in list(linears.items()):
-            path = f"{prefix}.{number}.{name}"
-            known = first.setdefault(id(module.weight), path)
-            if known != path:
-                shared[known] = (*shared.get(known, ()), path)
-                del linears[name]
+    for prefix, within in lists.items():
+        for number, linears in enumerate(within):
+            for name, module in list(linears.items()):
+                path = f"{prefix}.{number}.{name}"
+                known = first.setdefault(id(module.weight), path)
+                if known != path:
+                    shared[known] = (*shared.get(known, ()), path)
+                    del linears[name]
     return shared
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from rankfront.methods import InputError
 from rankfront.objectives import CAUSAL, Task
 
 
@@ -23,23 +25,47 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """What ``block`` makes of hidden states (B, L, d): those after it."""
-        output = block(hidden, *self.arguments, **self.named)
-        after: Tensor = output[0] if isinstance(output, tuple) else output
-        return after
+        return _first(block(hidden, *self.arguments, **self.named))
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
 
 
 def calls_of(model: Any, found: Iterable[nn.Module], ids: Tensor, task: Task = CAUSAL) -> list[Call]:
-    """What ``model`` calls each of the blocks ``found`` with on ids (B, L): the same for every batch of that shape."""
-    calls: list[Call] = []
-    handles = [
-        block.register_forward_pre_hook(lambda _, given, named: calls.append(Call(given, named)), with_kwargs=True)
-        for block in found
-    ]
+    """What ``model`` calls each of the blocks ``found`` with on ids (B, L): the same for every batch of that shape.
+
+    Raises `InputError` unless each is called once and reads what the one before gives: in XLM attentions run between
+    the blocks, HRM calls one several times, Mllama none of those for images.
+    """
+    blocks, calls = list(found), list[Call]()
+    called: list[nn.Module] = []
+    before: list[Tensor] = []
+    followed = True
+
+    def enter(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal followed
+        hidden = given[0] if given else named["hidden_states"]
+        followed &= all(torch.equal(each.to(hidden.device), hidden) for each in before)
+        called.append(block)
+        calls.append(Call(given, named))
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        before[:] = [_first(output).clone()]  # what follows may add to it in place
+
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
     try:
         task.logits(model, ids)
     finally:
         for handle in handles:
             handle.remove()
+    if called != blocks or not followed:
+        raise InputError(
+            f"the {len(blocks)} blocks of {type(model).__name__} are no chain ({len(calls)} calls): a refit and healing"
+            " by blocks need each to read what the one before gives, so use --refit none, --stages logits"
+        )
     return calls
 
 
