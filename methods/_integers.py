@@ -101,24 +101,24 @@ def _swept(weight: Tensor, bits: int, elimination: Tensor | None) -> tuple[Tenso
         q = torch.cat([_nearest(part, scale[:, None], zero[:, None], bits) for part, (scale, zero) in found], 1)
         scales, zeros = (torch.stack(sides, 1) for sides in zip(*grids, strict=True))
         return q, scales, zeros
-    work = weight.clone()
+    work = weight.T.contiguous()  # (n, m): a column of W in one run of memory
     q = torch.empty_like(work)
-    grids = [_grid(work, bits)] if bits == 8 else []
+    grids = [_grid(weight, bits)] if bits == 8 else []
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        errors = torch.empty(m, stop - start, dtype=work.dtype, device=work.device)
+        errors = torch.empty(stop - start, m, dtype=work.dtype, device=work.device)
         for column in range(start, stop):
             if bits != 8 and column % group == 0:
-                grids.append(_grid(work[:, column : min(column + group, n)], bits))
+                grids.append(_grid(work[column : min(column + group, n)].T, bits))
             scale, zero = grids[-1]
-            q[:, column] = _nearest(work[:, column], scale, zero, bits)
-            value = q[:, column] * scale if bits == 8 else (q[:, column] - MIDDLE) * scale + zero
-            error = (work[:, column] - value) / elimination[column, column]
-            work[:, column + 1 : stop] -= error[:, None] * elimination[column, column + 1 : stop]
-            errors[:, column - start] = error
-        work[:, stop:] -= errors @ elimination[start:stop, stop:]
+            q[column] = _nearest(work[column], scale, zero, bits)
+            value = q[column] * scale if bits == 8 else (q[column] - MIDDLE) * scale + zero
+            error = (work[column] - value) / elimination[column, column]
+            work[column + 1 : stop].addr_(elimination[column, column + 1 : stop], error, alpha=-1)
+            errors[column - start] = error
+        work[stop:].addmm_(elimination[start:stop, stop:].T, errors, alpha=-1)
     scales, zeros = (torch.stack(sides, 1) for sides in zip(*grids, strict=True))
-    return q, scales, zeros
+    return q.T, scales, zeros
 
 
 def _grid(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
