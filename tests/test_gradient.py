@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from tiny import tiny_model
 from torch import nn
 
 from rankfront.methods import Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
-from rankfront.search.factors.gradient import BATCH_TOKENS, quadratic_divergence
+from rankfront.search.factors.gradient import BATCH_TOKENS, drawn_loss, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
@@ -86,6 +87,21 @@ def test_it_is_the_quadratic_form(model, windows, stored):
         option = options[-1]
         expected = slow_quadratic(model, windows, site, option, store)
         assert found[site.name][option.label] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_calls_without_a_gradient_add_nothing(stored):
+    """HRM calls its blocks several times, the first ones without: of a single token it is ½ ⟨∂L/∂W, W − Ŵ⟩²."""
+    model, token = tiny_model("hrm_text"), common.tokens(1, 1)
+    wanted, store = stored(model, ranks=[4])
+    found = quadratic_divergence(model, token, wanted, store, SEED)
+    for site, (option,) in wanted.items():
+        weight = model.get_submodule(site.name).weight.requires_grad_(True)
+        logits = model(input_ids=token, use_cache=False).logits.flatten(0, 1)
+        (gradient,) = torch.autograd.grad(drawn_loss(logits, torch.Generator().manual_seed(SEED)), weight)
+        weight.requires_grad_(False)
+        factors = store.factors(site, option)["weight"].tensors
+        moved = (gradient * (weight - factors["left"] @ factors["right"])).sum()
+        assert found[site.name][option.label] == pytest.approx(0.5 * float(moved) ** 2, rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("batch", [1, 2 * LENGTH, BATCH_TOKENS])

@@ -176,6 +176,8 @@ class _Scored:
 
     def _hook(self, part: Site) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:  # HRM runs its blocks without a gradient first
+                return
             tokens = tokens_at(self.model, part.anchor.path)
             bias = getattr(module, "bias", None)
             x = arriving(inputs)

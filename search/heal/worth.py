@@ -72,7 +72,8 @@ def _tails(model: Any, sites: Sequence[Sequence[nn.Module]], windows: Tensor, se
                 made = (g @ module.left).float() * (x @ module.right.T).float()
                 arrived[number] = made + arrived[number] if number in arrived else made
 
-            output.register_hook(backward)
+            if output.requires_grad:  # HRM runs its blocks without a gradient first
+                output.register_hook(backward)
 
         return forward
 

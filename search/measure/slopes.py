@@ -133,6 +133,8 @@ class _Probe:
         dense = self.dense[part.anchor.path]
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:  # HRM runs its blocks without a gradient first
+                return
             tokens = tokens_at(self.model, part.anchor.path)
 
             def arrived(gradient: Tensor) -> None:  # when what it needs is complete
