@@ -52,6 +52,7 @@ Stages = tuple[Literal["refit"] | Stage, ...]
 ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what it changes of `HealSettings`
     "logits": (("logits",), {}),
     "logits, rate 5e-4": (("logits",), {"rate": 5e-4}),
+    "logits, rate 1e-4": (("logits",), {"rate": 1e-4}),
     "refit + logits": (("refit", "logits"), {}),
     "blocks + logits": (("blocks", "logits"), {}),
     "refit": (("refit",), {}),
@@ -64,6 +65,7 @@ ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what
     "scales, rate 2e-2": (("logits",), {"method": "scales", "rate": 2e-2}),
     "lora": (("logits",), {"method": "lora"}),
     "stf": (("logits",), {"method": "stf"}),
+    "stf, rate 1e-4": (("logits",), {"method": "stf", "rate": 1e-4}),
     "trp": (("logits",), {"method": "trp"}),
 }
 
