@@ -8,6 +8,7 @@ quarter; the second corpus is pydoc, which nothing reads before. The plan ``sear
 tokens over svd-llm, lama, vo-svd, nystrom and drop-block found best within a kept fraction of the block weights; the
 name of a method is that method at every site, at that fraction, and `a+b` is each where it fits. Tokens are seen in
 all, passes counted. Rows and plans with a comma or plus in their names are given as they are, separated by semicolons.
+Rows "all at" a rate are of commits before factors beside a sparse one got a tenth of it, and cannot be run any more.
 Finished cells are kept in studies/results/healing.jsonl, one line each, and never measured again: stop it at any time
 and start it again.
 """
@@ -52,7 +53,6 @@ Stages = tuple[Literal["refit"] | Stage, ...]
 ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what it changes of `HealSettings`
     "logits": (("logits",), {}),
     "logits, rate 5e-4": (("logits",), {"rate": 5e-4}),
-    "logits, rate 1e-4": (("logits",), {"rate": 1e-4}),
     "refit + logits": (("refit", "logits"), {}),
     "blocks + logits": (("blocks", "logits"), {}),
     "refit": (("refit",), {}),
@@ -65,7 +65,6 @@ ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what
     "scales, rate 2e-2": (("logits",), {"method": "scales", "rate": 2e-2}),
     "lora": (("logits",), {"method": "lora"}),
     "stf": (("logits",), {"method": "stf"}),
-    "stf, rate 1e-4": (("logits",), {"method": "stf", "rate": 1e-4}),
     "trp": (("logits",), {"method": "trp"}),
 }
 

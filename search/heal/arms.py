@@ -205,7 +205,7 @@ class StraightThrough(Arm):
             module.register_parameter("latent", latent)
             self.latents.append((module, latent))
             vars(module)["forward"] = partial(self._forward, len(self.latents) - 1)
-            found.append(Parameter(f"{path}.latent", latent, "factor"))
+            found.append(Parameter(f"{path}.latent", latent, "sparse"))
         return [*names.values(), *found]
 
     @staticmethod
