@@ -45,7 +45,7 @@ def test_factors_train_and_nothing_else_of_a_matrix(zoo, method):
 def test_a_gradient_reaches_every_factor_and_is_that_of_the_rebuilt_matrix(zoo, method):
     """Through the module's own products, and through Ŵ rebuilt from the same factors: the same gradient."""
     for path, module in factored_modules(zoo.student(method)).items():
-        own = [parameter for parameter in trainable(module) if parameter.kind == "factor"]
+        own = [parameter for parameter in trainable(module) if parameter.kind in ("factor", "sparse")]
         with training(own):
             for parameter in own:
                 parameter.tensor.data = parameter.tensor.data.double()

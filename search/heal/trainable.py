@@ -16,8 +16,8 @@ from rankfront.methods.layers import Trained, layers
 
 Kind = Literal["factor", "sparse", "weight", "small"]
 BUFFER = "buffer:"  # before the names of buffers in a snapshot
-# Times the rate. Of factors with a sparse one among them a tenth closed 43% and 47% of the excess of `dsformer` and `oats`
-# at keep 0.6, the whole rate nothing (studies/results/healing.md); the others are guesses, training.md 6.1.
+# Times the rate. Of factors with a sparse one among them a tenth closed 43% and 47% of the excess of `dsformer` and
+# `oats` at keep 0.6, the whole rate nothing (studies/results/healing.md); the others are guesses, training.md 6.1.
 RATES: dict[Kind, float] = {"factor": 1.0, "sparse": 0.1, "weight": 0.2, "small": 1.0}
 SPARSE = "values"  # the name of a sparse factor
 
