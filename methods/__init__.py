@@ -20,11 +20,19 @@ from rankfront.methods._method import (
     Prepared,
     Site,
     Weight,
-    narrow_of,
     register,
     source_behind,
 )
-from rankfront.methods._registry import describe_methods, get_method, measured_as, method_names, narrowed, whole_name
+from rankfront.methods._registry import (
+    describe_methods,
+    get_method,
+    measured_as,
+    method_names,
+    narrow_of,
+    narrowed,
+    rounding_whole,
+    whole_name,
+)
 from rankfront.methods._sizes import INTEGER_BITS
 from rankfront.methods._storage import Cost, Storage
 from rankfront.methods._taxonomy import FAMILIES
@@ -66,6 +74,7 @@ __all__ = [
     "places_kept",
     "prepack",
     "register",
+    "rounding_whole",
     "shown",
     "source_behind",
     "undo_prepack",

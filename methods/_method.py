@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 from rankfront.methods._errors import InputError
 from rankfront.methods._storage import Storage, dense_storage
@@ -285,33 +285,6 @@ class Method(Protocol):
         ŷ are outputs of the `equivalent` weight, b the anchor's dense bias, ``g`` (tokens, m) gradients at the anchor's
         output and ``x`` (tokens, n) its inputs in the dense model.
         """
-
-
-class Narrow(Method, Protocol):
-    """A method ``base`` with its matrices in ``bits`` bits."""
-
-    @property
-    def base(self) -> Any: ...
-    @property
-    def bits(self) -> int: ...
-
-    def plain(self, option: Option) -> Option:
-        """The option of the base that is rounded."""
-
-    def rounded(
-        self,
-        site: Site,
-        weights: Mapping[str, Tensor],
-        statistics: Mapping[str, Statistics],
-        whole: Prepared,
-        option: Option,
-    ) -> Prepared:
-        """What `prepare` gives, of what the base has prepared."""
-
-
-def narrow_of(method: Method) -> Narrow | None:
-    """The method as one that rounds another; None where it does not."""
-    return cast(Narrow, method) if hasattr(method, "plain") else None
 
 
 def whole_level(option: Option, name: str) -> int:

@@ -12,11 +12,14 @@ import json
 import pkgutil
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rankfront.methods._errors import check_choice
-from rankfront.methods._method import METHODS, Method, Option, Site, narrow_of
+from rankfront.methods._method import METHODS, Method, Option, Site
 from rankfront.methods._sizes import INTEGER_BITS
+
+if TYPE_CHECKING:  # which imports torch
+    from rankfront.methods._rounded import Rounded
 
 FOLDER = Path(__file__).parent
 CATALOGUE = FOLDER / "catalogue.json"
@@ -56,6 +59,16 @@ def whole_name(name: str) -> str:
 def narrowed(name: str, bits: int) -> Method | None:
     """The method ``name`` with its matrices in fewer bits; None where it has none, or holds them so itself."""
     return None if name in method_names() and "-int" in name else _in_fewer_bits(narrow_name(name, bits))
+
+
+def narrow_of(method: Method) -> Rounded | None:
+    """The method as one that rounds another; None where it does not."""
+    return cast("Rounded", method) if hasattr(method, "plain") else None
+
+
+def rounding_whole(bits: int) -> tuple[str, str]:
+    """The methods that round the dense weight, the better first; only the other treats a table alone."""
+    return narrow_name("gptq", bits), narrow_name("rtn", bits)
 
 
 def measured_as(site: Site, option: Option) -> Option:

@@ -181,13 +181,12 @@ def replacement(
     rows, columns = weight_of(dense).shape
     shapes = cls.shapes(rows, columns, settings, bias is not None)
     matrices = [name for name in cast(type[FactorModule], cls).matrices if name in shapes]
-    held = {name: own.pop(f"{name}.integers") for name in matrices}
-    scales = {name: own.pop(f"{name}.scales") for name in matrices}
-    like = {name: torch.empty(shapes[name][0], dtype=scales[name].dtype, device="meta") for name in matrices}
-    module = cast(FactorModule, cls.build(dense, own | like, bias, settings))
+    rest = {name: tensor for name, tensor in own.items() if name.partition(".")[0] not in matrices}
+    rest |= {name: torch.empty(shapes[name][0], device="meta") for name in matrices}  # for their sizes
+    module = cast(FactorModule, cls.build(dense, rest, bias, settings))
     for place, name in enumerate(matrices):
         form = IntegerTable if isinstance(dense, nn.Embedding) and place == 0 else IntegerMatrix
-        module.hold(name, form(held[name], scales[name], settings["bits"], like[name].shape[1]))
+        module.hold(name, form.of(name, own, settings["bits"], shapes[name][0][1]))
     return module
 
 

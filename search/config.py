@@ -245,9 +245,8 @@ class SpaceConfig(Strict):
     ``bits`` are those of the matrices that treatments leave, and of the dense weight, each a choice of its own: 16, the
     dtype of the model, 8 and 4. Ranks are multiples of ``rank_multiple``; ``"device"`` is the one of 8, 16, 32 and 64
     at which the device multiplies fastest, measured at the first launch. ``servable`` names formats of exports that
-    hold every plan at its size.
-    ``allow_partial`` lets a model be searched of whose blocks less than half can be treated. ``experts`` of a layer
-    take one option of each projection ``together``, or each its own, ``apart``.
+    hold every plan at its size. ``allow_partial`` lets a model be searched of whose blocks less than half can be
+    treated. ``experts`` of a layer take one option of each projection ``together``, or each its own, ``apart``.
     """
 
     include: tuple[str, ...] = ("*",)

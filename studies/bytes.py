@@ -19,7 +19,7 @@ from typing import Any
 
 from common import RESULTS, on_text, write_page
 
-from rankfront.methods import DENSE, InputError, Option, Site, narrowed
+from rankfront.methods import DENSE, InputError, Option, Site, narrowed, rounding_whole
 from rankfront.objectives import score
 from rankfront.search import Plan, Study
 from rankfront.search.inputs.device import DTYPES
@@ -102,8 +102,7 @@ class Bench:
 
 def _whole(site: Site, offered: list[Option], bits: int) -> dict[str, Option]:
     """The dense weight in fewer bits."""
-    names = (f"gptq-int{bits}", f"rtn-int{bits}")
-    found = [option for option in offered if option.method in names]
+    found = [option for option in offered if option.method in rounding_whole(bits)]
     return {site.name: found[0]} if found else {}
 
 

@@ -208,12 +208,12 @@ def products(
     Of an embedding table, ``dense``, gᵀ ê for the rows ê that x, token ids, look up. What rounding does to a joint site
     is left out: see `joint_rounding`.
     """
-    stand_in = {option: measured_as(site, option) for option in options}
     if part.anchor.kind == "embedding":
         return {
             option.label: (g.float() * _looked_up(store.factors(site, option)["weight"], dense, x)).sum(1)
             for option in options
         }
+    stand_in = {option: measured_as(site, option) for option in options}
     by_method: dict[str, list[Option]] = {}
     for option in dict.fromkeys(stand_in.values()):
         by_method.setdefault(option.method, []).append(option)

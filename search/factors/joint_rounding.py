@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from rankfront.methods import DENSE_OPTION, Option, Site, get_method, narrow_of
-
-ROUNDED_WHOLE = ("gptq", "rtn")  # methods that round the dense weight
+from rankfront.methods import DENSE_OPTION, Option, Site, get_method, narrow_of, rounding_whole
 
 
 class Part(NamedTuple):
@@ -39,7 +37,7 @@ def rounded_parts(wanted: Mapping[Site, Iterable[Option]]) -> dict[tuple[str, st
             matrices = narrow.base.matrices(site, narrow.plain(option))
             for weight, (rows, columns) in zip(site.weights, matrices, strict=True):
                 single = singles.get(weight.path)
-                names = [f"{way}-int{narrow.bits}" for way in ROUNDED_WHOLE]
+                names = rounding_whole(narrow.bits)
                 whole = [] if single is None else [own for own in wanted[single] if own.method in names]
                 if single is not None and whole:
                     parts.append(Part(single.name, whole[0].label, rows * columns / weight.storage.values))

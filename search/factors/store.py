@@ -124,11 +124,16 @@ class FactorStore:
         anew: bool,
     ) -> None:
         method = get_method(served[0].method)
+        narrow = narrow_of(method)
+        plain = None if narrow is None else narrow.plain(served[0])
+        if plain is not None:  # the same in all bits, of which it is rounded
+            self.prepare(site, [plain], weights, statistics)
         started = time.perf_counter()
         try:
-            prepared = self._rounded(site, served[0], weights, statistics) or method.prepare(
-                site, weights, statistics, served
-            )
+            if narrow is not None and plain is not None:
+                prepared = narrow.rounded(site, weights, statistics, self.load(site, plain), served[0])
+            else:
+                prepared = method.prepare(site, weights, statistics, served)
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 - of any method: it costs the trials that want it
@@ -144,17 +149,6 @@ class FactorStore:
         if anew or not path.is_file():
             write_whole(path, save(tensors, metadata={"crc32": checksum_of(tensors)}))
         _failure_file(path).unlink(missing_ok=True)
-
-    def _rounded(
-        self, site: Site, option: Option, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
-    ) -> Prepared | None:
-        """What is prepared for an option in fewer bits, of the store's own factors in all bits; None for others."""
-        narrow = narrow_of(get_method(option.method))
-        if narrow is None:
-            return None
-        plain = narrow.plain(option)
-        self.prepare(site, [plain], weights, statistics)
-        return narrow.rounded(site, weights, statistics, self.load(site, plain), option)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         """Matrices in the dtype they will run in; spectra and other vectors, and what is in fp64, in fp32."""

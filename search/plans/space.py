@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from rankfront.methods import DENSE, InputError, Option, Site, get_method, narrowed
+from rankfront.methods import DENSE, InputError, Option, Site, get_method, narrowed, rounding_whole
 from rankfront.search.config import FULL_BITS, SpaceConfig
 from rankfront.search.names import Place
 from rankfront.search.plans.alike import Groups, alike
@@ -252,7 +252,7 @@ def _in_bits(site: Site, methods: Sequence[str], bits: Sequence[int]) -> list[st
         if width == FULL_BITS:
             found += named
             continue
-        whole = [name for name in (f"gptq-int{width}", f"rtn-int{width}") if get_method(name).refuses(site) is None]
+        whole = [name for name in rounding_whole(width) if get_method(name).refuses(site) is None]
         found += whole[:1] + [narrow.name for name in named if (narrow := narrowed(name, width)) is not None]
     return list(dict.fromkeys(found))
 
