@@ -22,6 +22,10 @@ class ExportError(Exception):
     """The export could not be written or did not verify. Nothing is left behind."""
 
 
+class Unwritable(ExportError):
+    """The disk did not take it, as when it is full: nor would it take another."""
+
+
 def reason_of(error: BaseException) -> str:
     """One line: the class and the first line of the message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 import pytest
-from launching import small_data
+import torch
+from launching import small_data, write_study
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import get_method
+from rankfront.search.__main__ import run as command_line
 from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.status import StageResult, Status
 from rankfront.search.measure.compressed_model import CompressedModel
+from rankfront.search.output import front_healing
 from rankfront.search.plans.plan import Plan
 from rankfront.search.study import Study
 
@@ -124,3 +128,35 @@ def healing(folder: Path, heals: str = "front", **heal: Any) -> Study:
 def interrupt(*_: Any) -> None:
     """What Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+# -- studies whose healing fails
+
+
+def wrong_shapes(*_: Any) -> torch.Tensor:
+    return torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def too_large(*_: Any) -> torch.Tensor:
+    return torch.empty(2**60, dtype=torch.uint8)
+
+
+def spoilt(patch: pytest.MonkeyPatch, fails: Callable[..., Any], owner: Any, name: str, plans: int = 1) -> list[str]:
+    """Let ``owner.name`` fail by ``fails`` while the first ``plans`` are healed; the list of those that were begun."""
+    begun: list[str] = []
+    write, real = front_healing.export_healed, getattr(owner, name)
+
+    def begin(setup: Any, row: Any, *given: Any) -> Any:
+        begun.append(row.plan_key)
+        return write(setup, row, *given)
+
+    patch.setattr(front_healing, "export_healed", begin)
+    patch.setattr(owner, name, lambda *given, **named: (fails if len(set(begun)) <= plans else real)(*given, **named))
+    return begun
+
+
+def launch(run: Path, capsys: Any, heals: str = "front", **heal: Any) -> tuple[int, str]:
+    """The exit code of a launch that heals, and what it printed."""
+    file = write_study(healing(run, heals, **heal).config.model_dump(mode="json"), run.parent / "study.toml")
+    code = command_line(["launch", str(file), "--run", str(run)])
+    return code, capsys.readouterr().err

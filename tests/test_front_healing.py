@@ -1,11 +1,12 @@
 """Healing inside a search: members of the front are healed, scored, kept, shown by themselves and exported."""
 
+import errno
 import json
 import math
 import shutil
 
 import pytest
-from healing import TOKENS, healing, healing_data, interrupt
+from healing import TOKENS, healing, healing_data, interrupt, launch, spoilt, too_large, wrong_shapes
 from launching import make_run, quiet, started, tree, verify_here, wait_for, write_study
 from transformers import AutoModelForCausalLM
 
@@ -13,10 +14,10 @@ from rankfront.methods import InputError
 from rankfront.objectives import Scores, score
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
-from rankfront.search.errors import Interrupted
-from rankfront.search.heal import fit
+from rankfront.search.errors import ExportError, Interrupted
+from rankfront.search.heal import fit, keeper, logits
 from rankfront.search.heal.healing import Healing
-from rankfront.search.output import front_healing
+from rankfront.search.output import derived, front_healing
 from rankfront.search.study import Study
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -269,6 +270,86 @@ def test_what_is_not_finite_where_trials_are_scored_is_reported_unhealed(unheale
     assert not found.members
     assert all("not finite" in why for why in found.failures.values())
     assert not list((unhealed / "healed").iterdir())
+
+
+# -- what fails
+
+
+def refused(*_):
+    raise ExportError("the healed folder has perplexity 2 and here 1: not kept")
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("fails", "owner", "name", "said"),
+    [
+        (wrong_shapes, fit.Fit, "step", "RuntimeError: mat1 and mat2 shapes"),
+        (refused, derived, "check_same", "ExportError: the healed folder has perplexity 2"),
+        (wrong_shapes, front_healing, "reported", "RuntimeError: mat1 and mat2 shapes"),
+    ],
+    ids=["training", "writing", "scoring"],
+)
+def test_a_member_that_fails_is_recorded_and_the_next_one_is_healed(
+    unhealed, monkeypatch, capsys, fails, owner, name, said
+):
+    with monkeypatch.context() as patch:
+        spoilt(patch, fails, owner, name)
+        code, printed = launch(unhealed, capsys, tokens=2_000)
+    assert code == 0
+    found = Study.open(unhealed).read().healed
+    ((number, record),) = found.failed.items()
+    assert record["failure"].startswith(said)
+    assert record["place"].startswith("tests/")
+    assert f"trial {number} was not healed: {said}" in printed
+    assert record["place"] in printed
+    assert len(found.members) == 2
+    assert {path.name for path in (unhealed / "healed").iterdir()} == {
+        m.record["folder"] for m in found.members.values()
+    }
+    assert command_line(["front", str(unhealed), "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert [t["healed"] for t in trials if t["number"] == number] == [record]
+    monkeypatch.setattr(front_healing, "export_healed", None)  # which would fail
+    assert launch(unhealed, capsys, tokens=2_000)[0] == 0
+    assert Study.open(unhealed).read().healed == found
+
+
+def test_what_memory_was_short_for_is_healed_by_the_next_launch(unhealed, monkeypatch, capsys):
+    """Once in a launch, and from its checkpoint."""
+    with monkeypatch.context() as patch:
+        begun = spoilt(patch, too_large, logits.EndToEnd, "run")
+        code, printed = launch(unhealed, capsys, members=1)
+    assert code == 0
+    found = Study.open(unhealed).read().healed
+    ((number, record),) = found.failed.items()
+    assert record["lost"]
+    assert f"trial {number} was not healed" in printed
+    assert len(found.members) == 1
+    assert len(begun) == len(set(begun)) == 2
+    left = {path.name.rsplit(".", 1)[-1] for path in (unhealed / "healed").glob(".*")}
+    assert left == {"healing", "exported"}
+    steps, step = [], Healing._tell
+    monkeypatch.setattr(Healing, "_tell", lambda *given: steps.append(given[1]) or step(*given))
+    assert launch(unhealed, capsys, members=2)[0] == 0
+    found = Study.open(unhealed).read().healed
+    assert number in found.members
+    assert not found.failed
+    assert set(steps) == {"logits"}
+    assert not list((unhealed / "healed").glob(".*"))
+
+
+def test_a_full_disk_ends_the_launch_and_is_of_no_plan(unhealed, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        spoilt(patch, full_disk, keeper.Keeper, "save")
+        code, printed = launch(unhealed, capsys, tokens=2_000)
+    assert code == 1
+    assert "free some space" in printed
+    assert not Study.open(unhealed).read().healed.failed
+    assert launch(unhealed, capsys, tokens=2_000)[0] == 0
+    assert len(Study.open(unhealed).read().healed.members) == 2
 
 
 # -- what is shown

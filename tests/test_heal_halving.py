@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from healing import healing, healing_data, interrupt
+from healing import healing, healing_data, interrupt, launch, spoilt, too_large, wrong_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import make_run, quiet, started, verify_here, wait_for, write_study
@@ -17,6 +17,7 @@ from rankfront.objectives import score, teach
 from rankfront.search.__main__ import run as command_line
 from rankfront.search.config import make_config
 from rankfront.search.errors import Interrupted
+from rankfront.search.heal import fit
 from rankfront.search.heal.healing import split_held_out
 from rankfront.search.output import front_healing
 from rankfront.search.output.halving import check_healing
@@ -257,6 +258,41 @@ def test_what_is_halved_is_not_halved_again_and_a_folder_that_is_gone_is_made_ag
     healing(run, "halving").launch(quiet())
     assert [plan for plan, *_ in made] == [member.row.plan_key] * len(PLANS)  # none of the others
     assert only(Study.open(run).read()).record["folder"] == member.record["folder"]
+
+
+# -- what fails
+
+
+def test_an_entrant_that_fails_is_out_and_the_others_go_on(unhealed, monkeypatch, capsys):
+    begun = spoilt(monkeypatch, wrong_shapes, fit.Fit, "step")
+    assert launch(unhealed, capsys, "halving")[0] == 0
+    found = Study.open(unhealed).read()
+    ((number, record),) = found.healed.failed.items()
+    assert record["failure"].startswith("RuntimeError")
+    assert record["place"].startswith("tests/")
+    rungs = only(found).record["halving"]["rungs"]
+    assert rungs[0]["scores"][str(number)] is None
+    assert [len(rung["scores"]) for rung in rungs] == list(PLANS[:-1])
+    assert len(begun) == sum(PLANS)
+    assert len(list((unhealed / "healed").iterdir())) == 1
+
+
+def test_a_rung_that_memory_was_short_for_is_tried_again_by_the_next_launch(unhealed, monkeypatch, capsys):
+    """And so is the last one, of the plan that is left."""
+    with monkeypatch.context() as patch:
+        begun = spoilt(patch, too_large, fit.Fit, "step", plans=PLANS[0])
+        assert launch(unhealed, capsys, "halving")[0] == 0
+    assert len(begun) == PLANS[0]
+    found = Study.open(unhealed).read()
+    assert all(record["lost"] for record in found.healed.failed.values())
+    assert not found.healed.members
+    with monkeypatch.context() as patch:
+        patch.setattr(front_healing.FrontHealing, "_scored", too_large)
+        assert launch(unhealed, capsys, "halving")[0] == 0
+    assert not Study.open(unhealed).read().healed.members
+    monkeypatch.setattr(front_healing, "export_healed", None)  # which would fail
+    assert launch(unhealed, capsys, "halving")[0] == 0
+    assert only(Study.open(unhealed).read()).record["halving"]["size"] == SIZE
 
 
 # -- what cannot be

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+from typing import Any
 
 import torch
 
 from rankfront.methods import InputError
+from rankfront.search import attributes as keys
+from rankfront.search.errors import place_of, reason_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,9 +53,22 @@ def out_of_memory(error: BaseException) -> bool:
     return short or "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch raises a plain RuntimeError
 
 
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """The record of what failed by ``error``: why, and ``lost`` where memory was short, else the place in the code."""
+    found: dict[str, Any] = {keys.FAILURE: reason_of(error)}
+    return found | ({keys.LOST: True} if out_of_memory(error) else {keys.PLACE: place_of(error)})
+
+
 def set_threads(cpus: float) -> None:
     """torch's intra-op threads for a worker that was given ``cpus`` CPUs."""
     torch.set_num_threads(max(1, min(int(cpus), os.cpu_count() or 1)))
+
+
+def drop_unreachable() -> None:
+    """Free what a failure has left, on the device too; called outside its handler, whose traceback holds on to it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def give_back_memory() -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
-import torch
 from torch import nn
 
 from rankfront.methods import InputError, Option, Site
 from rankfront.objectives import Clock, Subject, Teacher, make_objective, score, teach
 from rankfront.objectives._running import note_running
 from rankfront.search.attributes import SLOPE_TOKENS, STORED
-from rankfront.search.errors import place_of, reason_of
+from rankfront.search.errors import reason_of
 from rankfront.search.factors.store import Unfactored
-from rankfront.search.inputs.device import DTYPES, give_back_memory, out_of_memory
+from rankfront.search.inputs.device import DTYPES, drop_unreachable, failure_of, give_back_memory
 from rankfront.search.inputs.own_text import Progress
 from rankfront.search.inputs.text import hash_tokens
 from rankfront.search.measure.compressed_model import CompressedModel
@@ -68,11 +67,9 @@ class JobRunner:
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs this trial
-            record = {"failure": reason_of(error)}
-            if out_of_memory(error):
-                record["lost"] = True
-            elif not isinstance(error, Unfactored):  # which says itself what it is
-                record["place"] = place_of(error)
+            record = cast(Record, failure_of(error))
+            if isinstance(error, Unfactored):  # which says itself what it is
+                del record["place"]
         self._recover()  # outside the handler, whose traceback holds on to the failed trial's tensors
         store.check()
         return record
@@ -80,9 +77,7 @@ class JobRunner:
     def _recover(self) -> None:
         """Back to dense, with whatever the failed trial still held given back."""
         self.compressed.apply(Plan(()))
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        drop_unreachable()
 
     def refitted_perplexity(self, plan: Plan, clock: Clock) -> Record:
         """Perplexity on the report split after a refit, or why there is none: what was measured without it counts."""

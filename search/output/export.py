@@ -28,7 +28,7 @@ from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
 from rankfront.search.attributes import Report
 from rankfront.search.choices import AS_FACTORS, Format, Refit
-from rankfront.search.errors import ExportError
+from rankfront.search.errors import ExportError, Unwritable
 from rankfront.search.inputs.model import quiet, read_config
 from rankfront.search.inputs.source import Source
 from rankfront.search.inputs.tasks import LOADING
@@ -75,7 +75,7 @@ def export(
             reports = _reported(compressed, None, dense)
             return _write_verified(compressed, row, out, form, measured, refit, reports)
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
 
 
 def check_origin(setup: Setup, row: Row) -> None:

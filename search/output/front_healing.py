@@ -15,7 +15,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,10 @@ from rankfront.methods import InputError
 from rankfront.objectives import Teacher, score, teach
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
-from rankfront.search.errors import ExportError, Interrupted
+from rankfront.search.errors import ExportError, Interrupted, Unwritable
 from rankfront.search.heal.settings import HealSettings
 from rankfront.search.heal.trainable import NothingToHeal
-from rankfront.search.inputs.device import DTYPES
+from rankfront.search.inputs.device import DTYPES, drop_unreachable, failure_of
 from rankfront.search.inputs.model import count_bytes, load_model, load_tokenizer, use_attention
 from rankfront.search.inputs.resolve import resolve
 from rankfront.search.inputs.source import Source
@@ -68,6 +68,7 @@ class FrontHealing:
         self, run: Run, setup: Setup, windows: torch.Tensor, read: Callable[[], Results], line: Line, say: Say
     ) -> None:
         self.run, self.setup, self.windows, self.read, self.line, self.say = run, setup, windows, read, line, say
+        self.failed: dict[str | None, dict[str, Any]] = {}  # plans of this launch that were not healed
         self.settings, refit = settings_of(setup.config)
         told = {**_chosen(self.settings), "refit": refit}
         about = {"settings": told, "windows": hash_tokens(windows), "dense": setup.fingerprint, **self._about()}
@@ -84,26 +85,58 @@ class FrontHealing:
         return {}
 
     def heal(self) -> None:
-        """Heal the members that are due. Those that are done are kept, whatever happens.
+        """Heal the members that are due. Those that are done are kept, whatever happens; one that fails is recorded so,
+        and the next one is healed.
 
-        Raises `InputError` for what the user can mend, `ExportError` where writing or verifying fails, `Interrupted` on
-        Ctrl-C or SIGTERM.
+        Raises `InputError` for what the user can mend, `Unwritable` where the disk is full, `Interrupted` on Ctrl-C or
+        SIGTERM.
         """
         if self.read().state.known.get(keys.HEALING) != self.healing:
             self._keep(keys.HEALING, self.healing)
         try:
             while (row := self._next()) is not None:
-                self._keep(keys.healed_of(row.plan.key, self.healing["key"]), self._healed(row))
+                record = self._sparing(row, partial(self._healed, row))
+                if keys.FAILURE not in record:
+                    self._keep(keys.healed_of(row.plan.key, self.healing["key"]), record)
         except KeyboardInterrupt as error:
             raise Interrupted("stopped: healed members and the last checkpoint are kept") from error
+        due = tuple(f".{plan}-" for plan, record in self.failed.items() if keys.LOST in record)
         for left in folder_of(self.run).glob(f".*-{self.healing['key']}.*"):  # of plans that left the front meanwhile
-            shutil.rmtree(left, ignore_errors=True)
+            if not left.name.startswith(due):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _sparing(self, row: Row, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``make`` gives of ``row``. Where that fails, the record of the failure, which is kept and said: it is of
+        this plan alone, whatever it is, but for what the user can mend and what the disk does not take."""
+        try:
+            record = make()
+        except NothingToHeal as error:
+            record = {keys.FAILURE: str(error)}
+        except (InputError, Interrupted, Unwritable):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's, and not a library's
+                raise
+            record = failure_of(error)
+        if keys.FAILURE in record:
+            drop_unreachable()
+            if keys.LOST not in record:
+                shutil.rmtree(self._folder(row), ignore_errors=True)
+            self.failed[row.plan_key] = record
+            self._keep(keys.healed_of(row.plan.key, self.healing["key"]), record)
+            place = f" at {record[keys.PLACE]}" if keys.PLACE in record else ""
+            self.say(f"trial {row.number} was not healed: {record[keys.FAILURE]}{place}")
+        return record
+
+    def _is_out(self, row: Row, found: Results) -> bool:
+        """Whether ``row`` could not be healed: what memory was short for, in this launch alone."""
+        record = found.healed.failed.get(row.number)
+        return record is not None and (keys.LOST not in record or row.plan_key in self.failed)
 
     def _next(self) -> Row | None:
         """The trial whose plan is due, or None."""
         config, found = self.setup.config.heal, self.read()
-        failed = found.healed.failures
-        front = [row for row in found.front(*config.where) if row.plan.choices and row.number not in failed]
+        front = [row for row in found.front(*config.where) if row.plan.choices and not self._is_out(row, found)]
         done = {row.number for row in front if row.number in found.healed.members and self._folder(row).is_dir()}
         row = next_to_heal(front, done, config.members)
         if row is not None:
@@ -123,15 +156,10 @@ class FrontHealing:
 
     def _healed(self, row: Row) -> dict[str, Any]:
         """The record of ``row``, healed where its folder is not there yet."""
-        folder = self._folder(row)
-        try:
-            stages = self._made(row)
-        except NothingToHeal as error:
-            return {keys.FAILURE: str(error)}
+        folder, stages = self._folder(row), self._made(row)
         source = resolve(str(folder), self.setup.source.trust_remote_code)
         measured = self._scored(row, source)
         if keys.FAILURE in measured:
-            shutil.rmtree(folder)
             return measured
         tokens = sum(stage["tokens"] for stage in stages)
         return {"folder": folder.name, "weights": source.fingerprint, "tokens": tokens, "stages": stages, **measured}
@@ -231,5 +259,5 @@ def export_stored(run: Run, setup: Setup, healed: Healed, out: Path) -> Verified
             line = f"Healed, its perplexity on the search split is {verified.perplexity:.6g}, reloaded."
             card.write_text(before_section(card.read_text(encoding="utf-8"), line), encoding="utf-8")
     except OSError as error:
-        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
     return replace(verified, parameters=healed.row.attributes[keys.PARAMETER_COUNT])  # integers and index bits too

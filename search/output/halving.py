@@ -23,7 +23,6 @@ from rankfront.search import attributes as keys
 from rankfront.search.config import StudyConfig, quality_of
 from rankfront.search.constraint import Constraint
 from rankfront.search.heal.settings import HealSettings
-from rankfront.search.heal.trainable import NothingToHeal
 from rankfront.search.output.front_healing import FrontHealing, folder_of, stages_in
 from rankfront.search.output.healed import settings_of
 from rankfront.search.output.results import Results
@@ -103,7 +102,7 @@ class Halving(FrontHealing):
         for limit in self.setup.config.heal.sizes:
             found = self.read()
             row = self._winner(found, limit)
-            if row is None or row.number in found.healed.failures:
+            if row is None or self._is_out(row, found):
                 continue
             if row.number not in found.healed.members or not self._folder(row).is_dir():
                 return row
@@ -126,7 +125,11 @@ class Halving(FrontHealing):
         self.sizes |= dict.fromkeys(alive, _Size(limit, planned, windows))
         for number in range(len(planned) - 1):
             if number == len(record["scores"]):
-                record["scores"].append({key: self._score(rows[key], number) for key in alive})
+                tried = {key: None if key in self.failed else self._score(rows[key], number) for key in alive}
+                lost = any(keys.LOST in self.failed.get(key, {}) for key in alive)
+                if lost and set(tried.values()) == {None}:
+                    return None  # memory was short for all: the next launch tries the rung again
+                record["scores"].append(tried)
                 self._keep(name, record)
             scores = record["scores"][number]
             alive = self._survivors(scores, planned[number + 1].plans)
@@ -144,12 +147,9 @@ class Halving(FrontHealing):
         return entrants_of(rows, front, Constraint.parse(limit), quality_of(config), weights, config.heal.entrants)
 
     def _score(self, row: Row, number: int) -> float | None:
-        """Held-out divergence after a rung; None where nothing of the plan can be healed."""
-        try:
-            return float(stages_in(self._state(row, number))[-1]["after"])
-        except NothingToHeal as error:
-            self._keep(keys.healed_of(row.plan.key, self.healing["key"]), {keys.FAILURE: str(error)})
-            return None
+        """Held-out divergence after a rung; None where the plan could not be healed."""
+        record = self._sparing(row, lambda: {"after": stages_in(self._state(row, number))[-1]["after"]})
+        return float(record["after"]) if keys.FAILURE not in record else None
 
     def _survivors(self, scores: Mapping[str, float | None], most: int) -> list[str]:
         """The plans of the best scores; what others became goes."""

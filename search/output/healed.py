@@ -20,7 +20,7 @@ from rankfront.search.atomic import new_folder
 from rankfront.search.attributes import Report
 from rankfront.search.choices import Refit
 from rankfront.search.config import StudyConfig
-from rankfront.search.errors import ExportError, Interrupted
+from rankfront.search.errors import Interrupted, Unwritable
 from rankfront.search.heal.adapter import adapt
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.healing import Healing, Show
@@ -118,7 +118,7 @@ def heal_folder(
     except KeyboardInterrupt as error:
         raise Interrupted("stopped: the last checkpoint is kept") from error
     except (OSError, SafetensorError) as error:
-        raise ExportError(
+        raise Unwritable(
             f"writing failed ({error}): free some space and run the same command again, which goes on from the last"
             " checkpoint"
         ) from error

@@ -18,7 +18,7 @@ from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
 from rankfront.search.choices import AS_FACTORS, Format, Refit
-from rankfront.search.errors import ExportError
+from rankfront.search.errors import ExportError, Unwritable
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
 from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer
@@ -144,7 +144,7 @@ def _write(
             (folder / "README.md").write_text(_card(source, title, form, verified), encoding="utf-8")
             return verified
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
 
 
 def _original(source: Source, plan: Plan) -> Path | None:

@@ -23,7 +23,7 @@ from rankfront.methods.checkpoint import contents
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.objectives import score
 from rankfront.search.atomic import new_folder
-from rankfront.search.errors import ExportError
+from rankfront.search.errors import Unwritable
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.coverage import coverage_of
@@ -115,7 +115,7 @@ def slice_folder(
     try:
         _write(model, source, sliced, text, result, held, out)
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
     return result
 
 

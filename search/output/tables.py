@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rankfront.methods import DENSE_OPTION, InputError
 from rankfront.objectives import make_objective
-from rankfront.search.attributes import SECONDS, task_scores_of
+from rankfront.search.attributes import FAILURE, PLACE, SECONDS, task_scores_of
 from rankfront.search.config import QUALITY
 from rankfront.search.constraint import Constraint
 from rankfront.search.output.results import Results
@@ -79,7 +79,8 @@ def healed_json(found: Results) -> dict[int, dict[str, Any]]:
         }
         for number, healed in found.healed.members.items()
     }
-    return records | {number: {"failure": why} for number, why in found.healed.failures.items()}
+    failed = found.healed.failed.items()
+    return records | {number: {name: record.get(name) for name in (FAILURE, PLACE)} for number, record in failed}
 
 
 def closed(found: Results, healed: Healed) -> float | None:

@@ -36,16 +36,22 @@ class HealedFront:
     Attributes:
         healing: its ``key``, ``settings`` and ``text``; nothing where nothing was healed.
         members: trial -> its plan after healing.
-        failures: trial -> why its plan was not healed.
+        failed: trial -> why its plan was not healed, as ``failure``; and as ``place`` where in the code that was, or
+            ``lost`` where memory was short, so that it is due again.
         others: how many trials were healed otherwise alone, with other settings or on another text.
         rung: the fidelity of the front, see `front_rung`.
     """
 
     healing: Mapping[str, Any]
     members: Mapping[int, Healed]
-    failures: Mapping[int, str]
+    failed: Mapping[int, Mapping[str, Any]]
     others: int
     rung: int
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """Trial -> why its plan was not healed."""
+        return {number: record[keys.FAILURE] for number, record in self.failed.items()}
 
     @cached_property
     def front(self) -> list[Row]:
@@ -69,7 +75,7 @@ def healed_front(state: StudyState) -> HealedFront:
     """What ``state`` holds of healing."""
     healing = state.known.get(keys.HEALING, {})
     key = healing.get("key", "")
-    members, failures, others = {}, {}, 0
+    members, failed, others = {}, {}, 0
     for row in state.rows:
         if row.state != "complete" or row.plan_key is None:
             continue
@@ -77,10 +83,10 @@ def healed_front(state: StudyState) -> HealedFront:
         if record is None:
             others += any(name.startswith(keys.healed_of(row.plan_key, "")) for name in state.known)
         elif keys.FAILURE in record:
-            failures[row.number] = record[keys.FAILURE]
+            failed[row.number] = record
         else:
             members[row.number] = Healed(_healed(row, record), record)
-    return HealedFront(healing, members, failures, others, front_rung(state.rows))
+    return HealedFront(healing, members, failed, others, front_rung(state.rows))
 
 
 def _healed(row: Row, record: Mapping[str, Any]) -> Row:
