@@ -5,8 +5,10 @@
 
 The large plan is svd-llm at every site at 0.95 of its weights, healed end to end by each of ``methods``. It is cut to
 the ranks that svd-llm has at each of ``keeps``, levels that nothing was trained at, and compared with the plan of these
-ranks from the start, not healed (``raw``) and healed by ``factors`` on as many tokens (``apart``). Texts are those of
-heal.py. Finished cells are kept in studies/results/heal_slices.jsonl: stop it at any time and start it again.
+ranks from the start, not healed (``raw``) and healed by ``factors`` on as many tokens (``apart``). Rows "by worth" are
+of the same size each, and have the ranks that the Fisher quadratic gives it, as `rankfront slice` does: they are
+compared with the large plan cut so before healing, not after. Texts are those of heal.py; of its windows a fiftieth is
+held out. Finished cells are kept in studies/results/heal_slices.jsonl: stop it at any time and start it again.
 """
 
 from __future__ import annotations
@@ -18,61 +20,91 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
 import torch
 from common import RESULTS, Cell, finish, read_cells, sources
 from heal import Bench
 
+from rankfront.methods import get_method, undo_prepack
 from rankfront.objectives import score
 from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.settings import HealSettings, parse_tokens
+from rankfront.search.heal.worth import widths_at
 from rankfront.search.inputs.model import load_model
+from rankfront.search.measure.joining import separate
 from rankfront.search.output.sliced import narrow
 
 LARGE, FAMILY = 0.95, "svd-llm"
-RAW, APART = "raw", "apart"
+RAW, APART, BY_WORTH = "raw", "apart", ", by worth"
+HELD_OUT = 0.02  # of the windows
 
 
 def healed(bench: Bench, method: str, tokens: int, seed: int) -> float:
     """Heal what the bench's model runs; seconds."""
     teacher = load_model(bench.setup.source, "auto", bench.setup.device)
     folder = RESULTS / "runs" / f"healing-{os.getpid()}"
-    settings, start = HealSettings(tokens, ("logits",), method, seed=seed), time.monotonic()
+    settings = HealSettings(tokens, ("logits",), method, seed=seed, held_out=HELD_OUT)
+    start = time.monotonic()
     Healing(bench.compressed.model, teacher, bench.windows, settings, Keeper(folder, {})).run()
     shutil.rmtree(folder)
     return time.monotonic() - start
 
 
-def slices(text: str, keeps: Sequence[float], method: str, tokens: int, seed: int) -> Iterator[Cell]:
-    """One healing, and a cell for each of its slices."""
+def large(text: str, seed: int) -> Bench:
+    """The bench whose model runs the large plan, every factor by itself."""
     bench = Bench(text, FAMILY, LARGE, seed)
     bench.compressed.apply(bench.plan)
+    undo_prepack(bench.compressed.model)
+    separate(bench.compressed.model.modules())
+    return bench
+
+
+def cut(bench: Bench, model: Any, text: str, keep: float, seed: int, by_worth: bool) -> None:
+    """Narrow ``model``, which runs the large plan, to the ranks of the plan at ``keep``, or to as many by worth."""
+    sites, small = bench.compressed.sites, Bench(text, FAMILY, keep, seed).plan
+    treated = [site for site in sites if site.name in small.by_site]
+    ranks = [int(small.by_site[site.name]["rank"]) for site in treated]
+    if by_worth:
+        modules = [[model.get_submodule(p) for weight in s.weights for p in weight.paths] for s in treated]
+        values, wanted = (
+            sum(get_method(FAMILY).storage(site, plan.by_site[site.name]).parameters for site in treated)
+            for plan in (bench.plan, small)
+        )
+        (ranks,) = widths_at(model, modules, bench.windows, [wanted / values], seed)
+    for site, rank in zip(treated, ranks, strict=True):
+        narrow(model, site, rank)
+
+
+def slices(text: str, keeps: Sequence[float], method: str, tokens: int, seed: int) -> Iterator[Cell]:
+    """One healing, and a cell for each of its slices."""
+    bench = large(text, seed)
     seconds = healed(bench, method, tokens, seed)
-    for keep in keeps:
-        model, plan = copy.deepcopy(bench.compressed.model), Bench(text, FAMILY, keep, seed).plan
-        for site in bench.compressed.sites:
-            if site.name in plan.by_site:
-                narrow(model, site, int(plan.by_site[site.name]["rank"]))
+    for keep, ending in product(keeps, ("", BY_WORTH)):
+        model = copy.deepcopy(bench.compressed.model)
+        cut(bench, model, text, keep, seed, bool(ending))
         losses = {name: score(model, windows).loss for name, windows in bench.texts.items()}
-        yield {"keep": keep, "losses": losses, "seconds": seconds}
+        yield {"row": method + ending, "keep": keep, "losses": losses, "seconds": seconds}
 
 
 def by_itself(text: str, keep: float, tokens: int, seed: int, row: str) -> Cell:
     """The plan at ``keep``, not healed or healed at its own ranks."""
-    bench = Bench(text, FAMILY, keep, seed)
-    bench.compressed.apply(bench.plan)
-    seconds = healed(bench, "factors", tokens, seed) if row == APART else 0.0
-    return {"keep": keep, "losses": bench.losses(), "seconds": seconds}
+    bench = large(text, seed)
+    cut(bench, bench.compressed.model, text, keep, seed, row.endswith(BY_WORTH))
+    seconds = healed(bench, "factors", tokens, seed) if row.startswith(APART) else 0.0
+    return {"row": row, "keep": keep, "losses": bench.losses(), "seconds": seconds}
 
 
 def table(cells: Sequence[Cell]) -> Iterator[str]:
-    """Perplexities, and in brackets how much they are above those of the plan healed by itself."""
+    """Perplexities, and in brackets how much they are above those of the same ranks, or as many, healed apart."""
     yield "| keep | seed | tokens | row | wikitext | pydoc |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for cell in sorted(cells, key=lambda c: (-c["keep"], c["seed"], c["tokens"], c["row"])):
         key = {name: cell[name] for name in ("keep", "seed", "tokens")}
-        apart = next((c for c in cells if key.items() <= c.items() and c["row"] == APART), cell)
+        key["row"] = APART + (BY_WORTH if cell["row"].endswith(BY_WORTH) else "")
+        apart = next((c for c in cells if key.items() <= c.items()), cell)
         figures = [
             f"{math.exp(loss):.1f} ({math.expm1(loss - apart['losses'][text]):+.1%})"
             for text, loss in cell["losses"].items()
@@ -83,7 +115,7 @@ def table(cells: Sequence[Cell]) -> Iterator[str]:
 PAGE = """# Slices of a healed plan
 
 SmolLM2-135M-Instruct, WikiText-2 validation text. Rows are said at the top of `studies/heal_slices.py`. Perplexities;
-in brackets, relative to the plan of the same ranks that was healed by itself.
+in brackets, relative to the plan that was cut in the same way before healing and healed by itself.
 
 {tables}
 
@@ -112,11 +144,11 @@ def main() -> None:
         (RESULTS / "heal_slices.md").write_text(PAGE.format(tables="\n".join(table(cells)), sources=made), "utf-8")
 
     for seed in map(int, asked.seeds.split(",")):
-        for row in (RAW, APART, *asked.methods.split(",")):
+        for row in (RAW, APART, *asked.methods.split(","), RAW + BY_WORTH, APART + BY_WORTH):
             key = {"row": row, "tokens": tokens, "seed": seed}
             known = {cell["keep"] for cell in read_cells(file) if key.items() <= cell.items()}
             missing = [keep for keep in keeps if keep not in known]
-            if row in (RAW, APART):
+            if row.startswith((RAW, APART)):
                 for keep in missing:
                     kept(key, by_itself(asked.text, keep, tokens, seed, row))
             elif missing:
