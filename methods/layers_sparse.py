@@ -51,7 +51,7 @@ class DictionaryLinear(SparseRows):
 
     def coded(self, codes: Tensor, x: Tensor) -> Tensor:
         """What the module makes of x (..., n) with ``codes`` (m, k) in the place of A."""
-        return nn.functional.linear(nn.functional.linear(x, self.right), codes, self.bias)
+        return nn.functional.linear(multiply(self, "right", x), codes, self.bias)
 
     def largest(self, codes: Tensor) -> Tensor:
         """The places of the entries of ``codes`` of largest size, as many in each row as are stored: bool (m, k)."""

@@ -40,6 +40,7 @@ from rankfront.search.choices import Stage
 from rankfront.search.heal.healing import Healing
 from rankfront.search.heal.keeper import Keeper
 from rankfront.search.heal.settings import HealSettings, parse_tokens
+from rankfront.search.heal.trainable import RATES
 from rankfront.search.inputs.model import load_model, load_tokenizer
 from rankfront.search.inputs.text import cut
 from rankfront.search.measure.compressed_model import CompressedModel
@@ -49,6 +50,8 @@ from rankfront.search.splits import Split
 LENGTH, HALF = 256, (0.0, 0.5)
 SEARCH_TOKENS, CONTROL_WINDOWS = 100_000, 24
 SEARCHED = "searched"
+SCALE_RATE = RATES["scale"]
+INTEGERS = "integers"  # in a row: the rate of scales of integers, times that of factors; 0 leaves them as they are
 Stages = tuple[Literal["refit"] | Stage, ...]
 ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what it changes of `HealSettings`
     "logits": (("logits",), {}),
@@ -63,6 +66,7 @@ ROWS: dict[str, tuple[Stages, Mapping[str, Any]]] = {  # row -> stages, and what
     "scales": (("logits",), {"method": "scales"}),
     "scales, rate 5e-3": (("logits",), {"method": "scales", "rate": 5e-3}),
     "scales, rate 2e-2": (("logits",), {"method": "scales", "rate": 2e-2}),
+    **{f"logits, integers at {times:g}": (("logits",), {INTEGERS: times}) for times in (0, 1, 5, 20)},
     "lora": (("logits",), {"method": "lora"}),
     "stf": (("logits",), {"method": "stf"}),
     "trp": (("logits",), {"method": "trp"}),
@@ -119,6 +123,8 @@ def heal(model: Any, teacher: Any, windows: torch.Tensor, settings: HealSettings
 def measure(bench: Bench, row: str, tokens: int, seed: int) -> Cell:
     """One plan healed, looked at after every stage."""
     (first, *later), changed = ROWS[row]
+    changed = dict(changed)
+    RATES["scale"] = changed.pop(INTEGERS, SCALE_RATE)
     compressed, windows = bench.compressed, bench.windows
     teacher = load_model(bench.setup.source, "auto", bench.setup.device)
     dense = bench.losses()

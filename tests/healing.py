@@ -42,10 +42,10 @@ def settings(tokens: int = LENGTH * 4 * 16, **more: Any) -> HealSettings:
 class Zoo:
     """Models compressed by one method each, kept for all tests of a file."""
 
-    def __init__(self, folder: Path, text: Path, architecture: str = "llama-tied") -> None:
+    def __init__(self, folder: Path, text: Path, architecture: str = "llama-tied", **space: Any) -> None:
         self.folder = common.save_folder(architecture, folder / architecture)
         data = small_data(self.folder, text)
-        data["space"] = {"include": ["*"], "methods": list(FAMILIES), "keep": [0.5], "rank_multiple": 2}
+        data["space"] = {"include": ["*"], "methods": list(FAMILIES), "keep": [0.5], "rank_multiple": 2, **space}
         self.compressed = CompressedModel(Study(data).setup())
         self.dense = AutoModelForCausalLM.from_pretrained(self.folder).eval().requires_grad_(False)
 

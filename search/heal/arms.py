@@ -112,7 +112,7 @@ class _Put:
 
 
 class Scales(Beside):
-    """Gains of every factor's components, and norms and biases: the fewest parameters of all.
+    """Gains of every factor's components, scales of integers, norms and biases: the fewest parameters of all.
 
     Of a low rank L diag(g) R, r gains; source: Tiny-WaRA (2506.24092), and PERP (2312.15230) for norms and biases.
     """
@@ -122,7 +122,7 @@ class Scales(Beside):
     def chosen(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         found = []
         for parameter in parameters:
-            if parameter.kind == "small":
+            if parameter.kind in ("small", "scale"):
                 found.append(parameter)
             elif self.gains(parameter):
                 found += self.put(parameter, _Gain(parameter.tensor))
@@ -144,7 +144,7 @@ class Lora(Beside):
         found = []
         for parameter in parameters:
             tensor = parameter.tensor
-            if parameter.kind == "small" or tensor.ndim != 2 or min(tensor.shape) <= LORA_RANK:
+            if parameter.kind in ("small", "scale") or tensor.ndim != 2 or min(tensor.shape) <= LORA_RANK:
                 found.append(parameter)  # as small as an update of it would be
             else:
                 found += self.put(parameter, _Update(tensor, LORA_RANK, generator))

@@ -12,6 +12,7 @@ Source: AA-SVD (2604.02119) for the window and its two streams; BRECQ (2102.0542
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -250,4 +251,4 @@ class BlockWise:
 def _inside(own: list[Parameter], block: nn.Module) -> list[Parameter]:
     """The same parameters under the names that they have in ``block``."""
     names = {id(tensor): name for name, tensor in block.named_parameters()}
-    return [Parameter(names[id(p.tensor)], p.tensor, p.kind) for p in own]
+    return [replace(p, name=names[id(p.tensor)]) for p in own]

@@ -31,25 +31,29 @@ class NotFinite(Exception):
 
 
 class Fit:
-    """Steps of AdamW over ``parameters``, without weight decay, which on factors is a nuclear-norm penalty."""
+    """Steps of AdamW over ``parameters``, without weight decay, which on factors is a nuclear-norm penalty.
+
+    A tensor with a unit u trains as u t does with t in its place.
+    """
 
     def __init__(self, parameters: Sequence[Parameter], rate: float, steps: int) -> None:
         self.parameters, self.rate, self.steps, self.done = list(parameters), rate, steps, 0
-        groups = [
-            {"params": [p.tensor for p in self.parameters if p.kind == kind], "kind": kind, "lr": rate * scale}
-            for kind, scale in RATES.items()
-        ]
-        self.optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=rate, betas=BETAS, weight_decay=0.0
-        )
+        alike: dict[tuple[Kind, float], list[Tensor]] = {}
+        for p in self.parameters:
+            alike.setdefault((p.kind, p.unit), []).append(p.tensor)
+        groups = [{"params": tensors, "kind": kind, "unit": unit} for (kind, unit), tensors in alike.items()]
+        self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0)
 
     def step(self) -> None:
         """One step with the gradients that are there; raises `NotFinite` before it would spoil anything."""
+        for p in self.parameters:
+            if p.unit != 1 and p.tensor.grad is not None:
+                p.tensor.grad.mul_(p.unit)
         norm = torch.nn.utils.clip_grad_norm_([p.tensor for p in self.parameters], CLIP)
         if not bool(torch.isfinite(norm)):
             raise NotFinite(f"the gradient's norm is {float(norm)} at step {self.done + 1} of {self.steps}")
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate_of(group["kind"])
+            group["lr"] = self.rate_of(group["kind"]) * group["unit"]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from rankfront.methods import InputError, Unpacked
+from rankfront.methods.integer_matrix import IntegerMatrix
 from rankfront.search.heal.arms import ARMS
 from rankfront.search.heal.logits import AT_ONCE
 from rankfront.search.heal.settings import HealSettings
@@ -16,6 +17,7 @@ from rankfront.search.heal.trainable import Parameter
 
 STATE = 24  # bytes of a value that trains: fp32 master, gradient, two moments, the best state, and the first
 PLACE = 8  # bytes of where a value of a sparse factor stands
+RESTORED = 8  # bytes of a weight in integers that a backward pass keeps: its codes and itself, in fp32
 KEPT = 2.0  # times the inputs and outputs of all linear layers that a backward pass keeps; guess
 
 
@@ -63,10 +65,11 @@ def need_of(
         training = max(training_of(most), sum(chosen.values())) if by_factors else training_of(student)
         at_once, modules = max(AT_ONCE[device], length), list(student.modules())
     kept = _features(modules) * at_once
+    restored = RESTORED * sum(module.numel() for module in modules if isinstance(module, IntegerMatrix))
     if settings.error == "fisher" and "blocks" in settings.stages:
         kept = max(kept, _features(teacher.modules()) * length)  # one window through all blocks
     streams = 3 * tokens * width * 4 if "blocks" in settings.stages else 0
-    return Need(models, STATE * training + PLACE * places, round(KEPT * 4 * kept) + streams)
+    return Need(models, STATE * training + PLACE * places, round(KEPT * 4 * kept) + restored + streams)
 
 
 def _features(modules: Iterable[Any]) -> int:

@@ -1,4 +1,5 @@
-"""What of a compressed model trains: the factors as they are stored, smaller dense weights, norms and biases."""
+"""What of a compressed model trains: the factors as they are stored, smaller dense weights, scales of integers, norms
+and biases."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import InputError
+from rankfront.methods.integer_matrix import IntegerMatrix
 from rankfront.methods.layers import Trained, layers
 
-Kind = Literal["factor", "sparse", "weight", "small"]
+Kind = Literal["factor", "sparse", "weight", "scale", "small"]
 BUFFER = "buffer:"  # before the names of buffers in a snapshot
 # Times the rate. Of factors with a sparse one among them a tenth closed 43% and 47% of the excess of `dsformer` and
 # `oats` at keep 0.6, the whole rate nothing (studies/results/healing.md); the others are guesses, training.md 6.1.
-RATES: dict[Kind, float] = {"factor": 1.0, "sparse": 0.1, "weight": 0.2, "small": 1.0}
+RATES: dict[Kind, float] = {"factor": 1.0, "sparse": 0.1, "weight": 0.2, "scale": 1.0, "small": 1.0}
 SPARSE = "values"  # the name of a sparse factor
 
 
@@ -28,11 +30,12 @@ class NothingToHeal(InputError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor that trains: its name in the model, itself, and what it is."""
+    """One tensor that trains: its name in the model, itself, what it is, and the unit that steps of it are taken in."""
 
     name: str
     tensor: nn.Parameter
     kind: Kind
+    unit: float = 1.0
 
 
 def factored_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -44,8 +47,9 @@ def factored_modules(model: nn.Module) -> dict[str, nn.Module]:
 def trainable(model: nn.Module) -> list[Parameter]:
     """Every tensor of ``model`` that may train, each once, in the order of the module tree.
 
-    Factors and smaller dense weights of compressed modules; norms and biases of all. Embedding tables and heads train
-    where they are factored. Untouched dense weights stay as they are. Raises `NothingToHeal` where nothing is left.
+    Factors and smaller dense weights of compressed modules; of matrices in integers the scales, and the zeros of four
+    bits, in units of a typical scale; norms and biases of all. Embedding tables and heads train where they are
+    compressed. Untouched dense weights stay as they are. Raises `NothingToHeal` where nothing is left.
     """
     found: dict[int, Parameter] = {}
     modules = factored_modules(model)
@@ -56,6 +60,11 @@ def trainable(model: nn.Module) -> list[Parameter]:
             for name in names:
                 tensor = cast(nn.Parameter, getattr(module, name))
                 found.setdefault(id(tensor), Parameter(f"{path}.{name}", tensor, cast(Kind, kind)))
+    for path, module in model.named_modules():
+        if isinstance(module, IntegerMatrix):
+            scales = module.scales if module.bits == 8 else module.scales[..., 0]
+            unit = float(scales.abs().median())
+            found.setdefault(id(module.scales), Parameter(f"{path}.scales", module.scales, "scale", unit))
     tables = {
         id(parameter)
         for module in model.modules()
@@ -63,13 +72,12 @@ def trainable(model: nn.Module) -> list[Parameter]:
         for parameter in module.parameters()
     }
     for name, parameter in model.named_parameters():
-        fixed = name.endswith(".scales") or id(parameter) in tables or not parameter.is_floating_point()
-        if parameter.ndim <= 1 and not fixed:
+        if parameter.ndim <= 1 and parameter.is_floating_point() and id(parameter) not in tables:
             found.setdefault(id(parameter), Parameter(name, parameter, "small"))
     if not any(parameter.kind != "small" for parameter in found.values()):
         raise NothingToHeal(
-            "the plan has nothing to heal: no factors and no smaller dense weights (integers and absent blocks are"
-            " fixed); choose a plan with another method"
+            "the plan has nothing to heal: no factors, no integers and no smaller dense weights (absent blocks stay"
+            " absent); choose a plan with another method"
         )
     order = {name: place for place, (name, _) in enumerate(model.named_parameters())}
     return sorted(found.values(), key=lambda parameter: order.get(parameter.name, len(order)))
