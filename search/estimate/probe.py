@@ -115,20 +115,11 @@ def _calibrate(model: Any, ids: Tensor, wanted: Wanted) -> tuple[float, dict[str
         return 0.0, {}
     sampled = {sites[0] for sites in _samples(wanted).values()} & set(needy)
     statistics: dict[str, dict[str, Statistics]] = {}
-    first, passes = 0.0, 1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal passes
-        passes = total // len(ids)
-
     with _timed() as seconds:
-        for site, found in calibrate(model, ids, needy, needs, progress):
-            first = first or seconds()  # sites come once the pass that they belong to is run
+        for site, found in calibrate(model, ids, needy, needs, lambda done, total: None):
             if site in sampled:
                 statistics[site.name] = found
-            if len(statistics) == len(sampled):
-                break
-    return passes * first / ids.numel(), statistics
+        return seconds() / ids.numel(), statistics
 
 
 def _samples(wanted: Wanted) -> dict[tuple[str, tuple[tuple[int, int], ...]], list[Site]]:

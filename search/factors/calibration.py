@@ -15,6 +15,7 @@ from rankfront.methods import Gram, Site, Statistics, Weight, narrow_outputs
 from rankfront.methods.unfused_experts import routed_at, seeing
 from rankfront.objectives import CAUSAL, Task
 from rankfront.search.factors.failures import Failures
+from rankfront.search.factors.stretch import Span, Stretches
 from rankfront.search.inputs.reached import UNREACHED, differentiated
 
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
@@ -194,17 +195,18 @@ def calibrate(
     """
     device = next(model.parameters()).device
     sites = [site for site in sites if all(weight.kind == "linear" for weight in site.weights)]
+    if not sites:
+        return
     paths = [weight.path for site in sites for weight in site.measured]
     groups = shared_inputs(model, paths, windows[:1, :8].to(device), task)
     passes = _passes(sites, groups, needs, limit)
-    total = len(windows) * len(passes)
-    for number, chosen in enumerate(passes):
+    runs = _Runs(model, windows, task, passes, gradients=bool(needs & GRADIENTS), progress=progress)
+    for chosen in runs.order:
         recorder = _Recorder(needs, _leaders_within(chosen, groups), Failures())
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.measured])
         try:
             with seeing(model, _least(windows)):
-                for done in _run(model, windows, task, recorder, gradients=bool(needs & GRADIENTS)):
-                    progress(number * len(windows) + done, total)
+                runs.next(recorder)
         finally:
             for handle in handles:
                 handle.remove()
@@ -289,16 +291,106 @@ def _pool_gradients(needs: frozenset[str], sums: _Sums, weight: Weight) -> None:
         sums.gradient = own + (share * float(own.diagonal().mean()) or 1.0) * torch.eye(m, device=own.device)
 
 
-def _run(model: Any, windows: Tensor, task: Task, recorder: _Recorder, gradients: bool) -> Iterator[int]:
-    """Run the windows through the model, with a backward pass where asked; yields how many are done."""
-    device = next(model.parameters()).device
-    step = max(1, BATCH_TOKENS // windows.shape[1])
-    with differentiated(model, gradients=gradients):
-        for start in range(0, len(windows), step):
-            ids = windows[start : start + step].to(device)
-            recorder.attended = task.attended(ids)
-            logits = task.logits(model, ids)[:, : task.predicted(windows.shape[1])]
-            if gradients:
-                targets = task.targets(ids).flatten()
-                nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").backward()
-            yield min(start + step, len(windows))
+class _Runs:
+    """Runs windows through a model once for each of ``passes``, sites that are measured together.
+
+    Where the model can be run by stretches of its blocks, a pass runs those alone that its sites are in, on the hidden
+    states that the pass before has left. With ``gradients`` the last pass comes first: each leaves the gradients at
+    its first block to the next one, after a run without gradients that leaves the hidden states of all.
+
+    Attributes:
+        order: of the passes, as they have to be run.
+    """
+
+    def __init__(
+        self, model: Any, windows: Tensor, task: Task, passes: list[list[Site]], gradients: bool, progress: Progress
+    ) -> None:
+        self.model, self.task, self.gradients, self.progress = model, task, gradients, progress
+        step = max(1, BATCH_TOKENS // windows.shape[1])
+        self.batches = [windows[start : start + step] for start in range(0, len(windows), step)]
+        self.order = passes[::-1] if gradients else passes
+        self.stretches = Stretches(model, task)
+        self.spans = _spans([self.stretches.span(sites) for sites in self.order], self.stretches.end, gradients)
+        starts = sorted({span.start for span in self.spans} - {0})
+        first = windows[:1, :8].to(next(model.parameters()).device)
+        if len(passes) == 1 or not self.stretches.resumes(first, starts):
+            self.spans, starts = [Span(0, self.stretches.end)] * len(passes), []
+        self.hidden: dict[int, list[Tensor]] = {}  # block -> what enters it, of every batch
+        self.slopes: dict[int, list[Tensor]] = {}  # block -> the loss's gradient there, of every batch
+        self.done, self.total = 0, len(windows) * (len(passes) + bool(gradients and starts))
+        if gradients and starts:
+            self._through(Span(0, starts[-1]), starts)
+
+    def next(self, recorder: _Recorder) -> None:
+        """The next pass, of which ``recorder`` has hooks in the model."""
+        span, *later = self.spans
+        self.spans = later
+        with differentiated(self.model, gradients=self.gradients):
+            if self.gradients:
+                self._back(span, later[0].stop if later else 0, recorder)
+            else:
+                self._through(span, [later[0].start] if later and later[0].start else [], recorder)
+
+    def _through(self, span: Span, kept: list[int], recorder: _Recorder | None = None) -> None:
+        """Run the blocks of a ``span``, keeping what enters those ``kept``, and nothing else."""
+        found: dict[int, list[Tensor]] = {number: [] for number in kept}
+
+        def kept_in(own: list[Tensor]) -> Callable[[Tensor], None]:
+            return lambda hidden: own.append(hidden.detach().to("cpu", copy=True))  # which may be added to in place
+
+        seen = {number: kept_in(own) for number, own in found.items()}
+        with torch.no_grad():
+            for number, ids in self._batches(recorder):
+                self.stretches.run(ids, span, self._entering(span, number), seen)
+        self.hidden = found
+
+    def _back(self, span: Span, before: int, recorder: _Recorder) -> None:
+        """Run the blocks of a ``span`` and back, keeping the gradients at the block ``before`` which the next ends."""
+        slopes = self.slopes.pop(span.stop, [])
+        found: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> None:
+            hidden.register_hook(lambda gradient: found.append(gradient.cpu()))
+
+        seen = {before: keep} if 0 < before < self.stretches.end else {}
+        for number, ids in self._batches(recorder):
+            entering = self._entering(span, number)
+            if entering is not None:
+                entering = entering.detach().requires_grad_().clone()  # a leaf cannot be scaled in place
+            made = self.stretches.run(ids, span, entering, seen)
+            if span.stop < self.stretches.end:
+                made.backward(slopes[number].to(made.device))
+            else:
+                predicted = made[:, : self.task.predicted(ids.shape[1])].flatten(0, 1).float()
+                targets = self.task.targets(ids).flatten()
+                nn.functional.cross_entropy(predicted, targets, reduction="sum").backward()
+        self.slopes[before] = found
+
+    def _entering(self, span: Span, batch: int) -> Tensor | None:
+        return self.hidden[span.start][batch].to(next(self.model.parameters()).device) if span.start else None
+
+    def _batches(self, recorder: _Recorder | None) -> Iterator[tuple[int, Tensor]]:
+        """Number and ids of every batch; progress hears of it once it was run."""
+        device = next(self.model.parameters()).device
+        for number, batch in enumerate(self.batches):
+            ids = batch.to(device)
+            if recorder is not None:
+                recorder.attended = self.task.attended(ids)
+            yield number, ids
+            self.done += len(ids)
+            self.progress(self.done, self.total)
+
+
+def _spans(wanted: Sequence[Span], end: int, gradients: bool) -> list[Span]:
+    """What each pass has to run, of what the passes want in their order: with ``gradients`` down from the last block's
+    to its own first one, else up to where the next begins."""
+    found: list[Span] = []
+    for number, span in enumerate(wanted):
+        rest, later = wanted[number:], wanted[number + 1 :]
+        if gradients:
+            stop = max(each.stop for each in rest) if found else end
+            found.append(Span(min(span.start, max((each.stop for each in later), default=stop)), stop))
+        else:
+            start = min(each.start for each in rest) if found else 0
+            found.append(Span(start, max(span.stop, min((each.start for each in later), default=0))))
+    return found
