@@ -29,6 +29,7 @@ from rankfront.search.inputs.reached import ROUNDING, UNFELT, UNREACHED
 from rankfront.search.inputs.sites import weights_at
 
 TOKENS = 24  # that are run: far enough for most positions to turn by a radian
+TOGETHER = 2**29  # values of weights that are halved at once, of which a copy is held
 AHEAD = 22  # of them before the cache is used
 Weights = Mapping[str, Tensor]
 Halved = tuple[dict[str, Factors], Factors]  # by role; and of the anchor alone
@@ -40,14 +41,27 @@ def refused(model: Any, sites: Iterable[Site], windows: Tensor, task: Task = CAU
     look = _Look(model, windows[:1, :TOKENS].to(next(model.parameters()).device), task)
     whole = [site for site in joint if HALVES[site.roles] is _nothing]  # which others of a block are parts of
     reasons: dict[str, str] = {}
-    for apart in (whole, [site for site in joint if site not in whole]):
-        if apart and look.at(apart) is not None:
+    for apart in (*_runs(whole), *_runs([site for site in joint if site not in whole])):
+        if look.at(apart) is not None:
             kinds: dict[tuple[tuple[str, ...], str], list[Site]] = {}
             for site in apart:
                 kinds.setdefault((site.roles, _kind(site.name)), []).append(site)
             for alike in kinds.values():
                 reasons |= _wrong(look, alike)
     return reasons
+
+
+def _runs(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """``sites`` in runs of `TOGETHER` values at most, or of one site."""
+    run, held = list[Site](), 0
+    for site in sites:
+        held += site.storage.values
+        if run and held > TOGETHER:
+            yield run
+            run, held = [], site.storage.values
+        run.append(site)
+    if run:
+        yield run
 
 
 def _wrong(look: _Look, alike: Sequence[Site]) -> dict[str, str]:

@@ -66,6 +66,19 @@ def _named(what: str, keys: list[str], ending: str = "") -> list[str]:
     return [f"{what} {keys[0]!r}{more}{ending}"] if keys else []
 
 
+def tensor_files(location: str, **arguments: Any) -> list[Path]:
+    """The safetensors files of the checkpoint at ``location``; none where its weights are in others.
+
+    ``arguments`` are those of ``cached_file``.
+    """
+    found = partial(cached_file, location, _raise_exceptions_for_missing_entries=False, **arguments)
+    whole, index = (found(file) for file in WEIGHTS[:2])
+    if whole or not index:
+        return [Path(whole)] if whole else []
+    where = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return [Path(found(file)) for file in dict.fromkeys(where.values())]
+
+
 def hold_two(location: str, first: Sequence[str], second: Sequence[str], rows: int, **arguments: Any) -> bool:
     """Whether the checkpoint at ``location`` holds two tensors of ``rows`` rows whose values differ.
 

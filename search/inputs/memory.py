@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+AMPLE = 0.25  # of what is free, that weights may take beside what they are read from; guess
 CGROUP = Path("/sys/fs/cgroup")  # of this process's own limit, where it has a namespace of its own: a container's
 
 
@@ -23,6 +24,13 @@ def free_bytes(device: torch.device) -> int | None:
         return min(free, most - taken + _field(CGROUP / "memory.stat", "inactive_file"))
     except (OSError, StopIteration, ValueError):  # there is no limit
         return free
+
+
+def ample(size: float, device: torch.device) -> bool:
+    """Whether ``size`` bytes of weights may be held; else they are better mapped from a file, whose pages the system
+    takes back where it is short. A GPU maps nothing."""
+    free = None if device.type != "cpu" else free_bytes(device)
+    return free is None or size <= AMPLE * free
 
 
 def _field(file: Path, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from rankfront.methods.layers import set_module
 from rankfront.methods.loading import KEY, Replacements
 from rankfront.methods.unfused import unfuse
 from rankfront.search.inputs.apart import take_apart
-from rankfront.search.inputs.checkpoint import check_whole, hold_two
+from rankfront.search.inputs.checkpoint import check_whole, hold_two, tensor_files
+from rankfront.search.inputs.converted import bytes_to_convert, converted
 from rankfront.search.inputs.device import out_of_memory
+from rankfront.search.inputs.memory import ample
 from rankfront.search.inputs.source import WEIGHT_FILES, Source, check_unpacked
 from rankfront.search.inputs.tasks import LOADING, check_task
 from rankfront.search.names import BUNDLED
@@ -37,7 +40,10 @@ MOST_LAYERS = 10_000  # above any published model, below what takes minutes to c
 def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str, apart: bool = True) -> Any:
     """The model in evaluation mode, weights in ``dtype`` on ``device``, no gradients.
 
-    ``auto`` is the dtype of the checkpoint. Modules that hold several matrices in one tensor are taken ``apart``."""
+    ``auto`` is the dtype of the checkpoint. Modules that hold several matrices in one tensor are taken ``apart``.
+
+    On a CPU weights are mapped from the checkpoint where they are loaded as they are there; in another dtype they are
+    held, or where there is no room for that, mapped from a copy in the cache."""
     if source.gguf:
         check_unpacked(source)
     config = read_config(source)
@@ -45,12 +51,26 @@ def load_model(source: Source, dtype: torch.dtype | Literal["auto"], device: str
     _check_size(source, config)
     method = quantisation(config)
     quantised = None if method == QUANT_METHOD else method
+    if dtype != "auto" and method is None:
+        source = _as_mapped(source, config, dtype, torch.device(device))
     model = load_whole(source, source.location, quantised, dtype=dtype, **source.arguments)
     model = model.to(device).eval().requires_grad_(False)
     if apart:
         _share_modules(model)
         take_apart(model)
     return model
+
+
+def _as_mapped(source: Source, config: Any, dtype: torch.dtype, device: torch.device) -> Source:
+    """``source``, or where its weights are of another dtype and there is no room for them, its copy in ``dtype``."""
+    with loading(source, "weights"):
+        files = tensor_files(source.location, **source.hub_arguments)
+        if ample(bytes_to_convert(files, dtype), device):
+            return source
+        model = _empty(source, copy.deepcopy(config), dtype=dtype)
+        own = [".".join(name.split(".")[-2:]) for name, tensor in model.named_parameters() if tensor.dtype != dtype]
+        kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
+        return converted(source, files, dtype, {*own, *(name for names in kept for name in names or ())})
 
 
 def _share_modules(model: nn.Module) -> None:
@@ -173,13 +193,13 @@ def _check_size(source: Source, config: Any) -> None:
         )
 
 
-def _empty(source: Source, config: Any) -> Any:
+def _empty(source: Source, config: Any, **more: Any) -> Any:
     wanted = LOADING[source.task]
     of_part = None if type(config) in wanted.mapping else whole_class(type(config), wanted.auto.__name__)
     with loading(source, "configuration"), torch.device("meta"):
         if of_part is not None:
-            return of_part._from_config(config)
-        return wanted.auto.from_config(config, trust_remote_code=source.trust_remote_code)
+            return of_part._from_config(config, **more)
+        return wanted.auto.from_config(config, trust_remote_code=source.trust_remote_code, **more)
 
 
 def _saved_names(model: Any, name: str) -> tuple[str, str]:

@@ -102,7 +102,7 @@ def hash_folder(folder: Path) -> str:
 
 
 def check_unpacked(source: Source) -> None:
-    """Raise `InputError` where what a GGUF was unpacked to is no longer what it was."""
+    """Raise `InputError` where what a GGUF was unpacked to, or a checkpoint converted to, is no longer what it was."""
     folder = Path(source.location)
     try:
         intact = read_checked(folder / CHECKSUM) == hash_folder(folder)
@@ -110,5 +110,5 @@ def check_unpacked(source: Source) -> None:
         intact = False
     if not intact:
         raise InputError(
-            f"{folder}, which {source.name!r} was unpacked to, is damaged: delete it, and it is made again"
+            f"{folder}, which {source.name!r} was unpacked or converted to, is damaged: delete it, and it is made again"
         )

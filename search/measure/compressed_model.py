@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rankfront.methods import DENSE, DENSE_OPTION, Factors, InputError, Option, Site, get_method, measured_as
 from rankfront.methods.layers import replacement, row_scale, set_module
 from rankfront.search.inputs.device import DTYPES
+from rankfront.search.inputs.memory import ample
 from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer, use_attention
 from rankfront.search.inputs.own_text import Progress
 from rankfront.search.inputs.sites import find_sites
@@ -31,6 +33,8 @@ class CompressedModel:
         current: site name -> option that runs there.
         modules: path -> what runs in the place of the dense module.
         layers: path -> kind and settings of that module, as an export names them.
+        copies: whether memory is ample, and what runs are copies of factors: a process that runs what is mapped dies
+            when the file is cut short. Else they stay mapped.
     """
 
     def __init__(self, setup: Setup, progress: Progress = lambda phase, done, total: None) -> None:
@@ -45,6 +49,7 @@ class CompressedModel:
         _check_same_sites(self.space.sites, self.sites)
         self.names = {site.name for site in self.sites}
         self.dense_values = count_parameters(self.model)
+        self.copies = ample(self.dense_values * DTYPES[setup.dtype].itemsize, torch.device(setup.device))
         self.dense_modules = {
             path: self.model.get_submodule(path)
             for site in self.sites
@@ -117,16 +122,10 @@ class CompressedModel:
         """Modules that run each role's ``factors`` in the place of the dense ones at its ``paths``.
 
         A tensor that several of them have stays one. All are made before any is put in place: a site is treated whole
-        or not at all. All are copies: a process that runs what is mapped dies when the file is cut short.
+        or not at all.
         """
-        device, dtype = self.setup.device, DTYPES[self.setup.dtype]
         distinct = {id(tensor): tensor for role in paths for tensor in factors[role].tensors.values()}
-        held = {
-            number: nn.Parameter(tensor.to(device, dtype, copy=True).contiguous(), requires_grad=False)
-            if tensor.is_floating_point()
-            else tensor.to(device, copy=True)
-            for number, tensor in distinct.items()
-        }
+        held = {number: self._held(tensor) for number, tensor in distinct.items()}
         modules: dict[str, nn.Module] = {}
         for role, own in paths.items():
             chosen = factors[role]
@@ -136,6 +135,14 @@ class CompressedModel:
                 same = next((modules[p] for p in own if p in modules and self.dense_modules[p] is dense), None)
                 modules[path] = same or replacement(dense, chosen.kind, tensors, chosen.settings)
         return modules
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """``tensor`` of some factors as it runs, see `copies`."""
+        if not tensor.is_floating_point():
+            return tensor.to(self.setup.device, copy=self.copies)
+        own = tensor.to(self.setup.device, DTYPES[self.setup.dtype], copy=self.copies)
+        transposed = own.ndim == 2 and own.T.is_contiguous()  # runs as well, and to lay it out would be a copy
+        return nn.Parameter(own if transposed and not self.copies else own.contiguous(), requires_grad=False)
 
     @contextmanager
     def anchored(self) -> Iterator[None]:

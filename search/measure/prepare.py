@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from rankfront.methods import Site, get_method
@@ -31,7 +30,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress, anew: bool = F
     weights_from = load_model(setup.source, "auto", setup.device)
     dtype = DTYPES[setup.dtype]
     same = next(weights_from.parameters()).dtype == dtype
-    model = weights_from if same else copy.deepcopy(weights_from).to(dtype)
+    model = weights_from if same else load_model(setup.source, dtype, setup.device).to(dtype)
     progress("load", 1, 1)
 
     done = 0

@@ -52,9 +52,9 @@ class TimedModel:
     def join(self) -> list[dict[str, Any]]:
         """Run right factors that read the same input as one product where that is faster; what is joined.
 
-        Nothing where weights are prepacked, each by itself.
+        Nothing where weights are prepacked, each by itself, or factors are mapped: together they need memory.
         """
-        if self.prepacks:
+        if self.prepacks or not self.compressed.copies:
             return []
         lengths = next(iter(self.objectives.values()), Latency())
         return join_faster(self.compressed.modules, self._inputs, lengths, self.watches)

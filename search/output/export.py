@@ -46,6 +46,7 @@ from rankfront.search.plain import without_folders
 from rankfront.search.serve.vllm_plugin import check_export
 from rankfront.search.storage.front import Row
 
+AT_ONCE = "2GB"  # of a file where memory is short: what lies transposed is copied, a file at a time
 TOLERANCE = 0.005  # relative difference in perplexity between the trial and the reloaded export
 
 
@@ -178,7 +179,8 @@ def write_factored(compressed: CompressedModel, folder: Path) -> Replacements:
     inside = tuple(f"{path}." for path in wanted.unfused)
     state = {name: _whole(own) if name.startswith(inside) else own for name, own in model.state_dict().items()}
     with quiet():  # names of tensors are those of modules
-        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        size = {} if compressed.copies else {"max_shard_size": AT_ONCE}
+        model.save_pretrained(folder, state_dict=state, save_original_format=False, **size)
     for path, module in untouched.items():
         set_module(model, path, module)
     describe(folder, model, wanted, compressed.setup.task.auto)
