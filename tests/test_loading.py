@@ -165,6 +165,17 @@ def test_a_gguf_file_with_a_tensor_that_nothing_runs_is_refused(tmp_path, monkey
     assert "holds" in refusal(resolve, str(tmp_path / "m.gguf"))
 
 
+def test_a_gguf_file_is_read_once(tmp_path, monkeypatch):
+    """For its configuration, its weights, and what nothing runs of it; the library is left as it was."""
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    reader, read, files = gguf.GGUFReader, gguf.GGUFReader.__init__, []
+    monkeypatch.setattr(reader, "__init__", lambda self, file: files.append(file) or read(self, file))
+    write_gguf(tmp_path / "m.gguf", extra="blk.0.attn_q.bias")
+    refusal(resolve, str(tmp_path / "m.gguf"))
+    assert files == [str(tmp_path / "m.gguf")]
+    assert gguf.GGUFReader is reader
+
+
 @pytest.mark.parametrize("spoiled", ["model.safetensors", "config.json", "checksum.json"])
 def test_an_unpacked_gguf_of_which_a_byte_changed_is_refused(tmp_path, monkeypatch, spoiled):
     monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))

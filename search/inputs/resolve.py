@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import gguf
 import torch
 import transformers
 from filelock import FileLock
-from gguf import GGUFReader
 from torch import nn
 from transformers import AutoTokenizer
 
 from rankfront.methods import InputError
 from rankfront.objectives import CAUSAL
 from rankfront.search.atomic import staged, write_checked
+from rankfront.search.inputs.gguf_reading import read_once
 from rankfront.search.inputs.model import count_parameters, load_whole, loading, quiet
 from rankfront.search.inputs.source import CHECKSUM, Source, cache_folder, hash_files, hash_folder
 from rankfront.search.names import BUNDLED
@@ -61,10 +62,11 @@ def _unpacked(name: str, file: Path) -> Source:
         if folder.is_dir():
             return source
         arguments = {"gguf_file": file.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
-        model = load_whole(source, file.parent, dtype=torch.float32, trust_remote_code=False, **arguments)
-        _check_none_dropped(source, file, model)
-        with loading(source, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        with read_once():
+            model = load_whole(source, file.parent, dtype=torch.float32, trust_remote_code=False, **arguments)
+            _check_none_dropped(source, file, model)
+            with loading(source, "tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         with staged(folder) as staging, quiet():
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
@@ -75,7 +77,8 @@ def _unpacked(name: str, file: Path) -> Source:
 def _check_none_dropped(source: Source, file: Path, model: nn.Module) -> None:
     """Raise `InputError` where a GGUF holds more than its ``model`` runs: transformers passes over tensors that it has
     no place for without a word. Frequencies of rotary positions are computed instead."""
-    held = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors if not tensor.name.startswith("rope_"))
+    tensors = gguf.GGUFReader(str(file)).tensors  # as transformers names it
+    held = sum(int(tensor.n_elements) for tensor in tensors if not tensor.name.startswith("rope_"))
     run = count_parameters(model)
     if held > run:
         raise InputError(
