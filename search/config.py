@@ -381,6 +381,9 @@ class HealConfig(Strict):
     window: Window = "block"
     teacher: TeacherChoice = "auto"
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
+    batch: Count | Literal["auto"] = "auto"
+    lasso: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    adapter: Annotated[int, Field(ge=0, le=MOST)] = 0
     device: str = "auto"
     members: Count = 4  # guess
     where: tuple[str, ...] = ()
@@ -466,6 +469,11 @@ class StudyConfig(Strict):
             raise ValueError(
                 f"search.heal is {self.search.heal!r} and the objectives are {list(self.objectives)}, none of which"
                 f" healing changes: add {' or '.join(QUALITY)}"
+            )
+        if self.heal.adapter:
+            raise ValueError(
+                f"search.heal is {self.search.heal!r} and heal.adapter {self.heal.adapter}, and a plan with adapters is"
+                " larger than what its trial measured: leave one of them out, and export with --heal"
             )
         if self.data.heal is None:
             raise ValueError(

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import shutil
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 from healing import TOKENS, healing, healing_data, interrupt, launch, spoilt, too_large, wrong_shapes
@@ -13,11 +15,14 @@ from transformers import AutoModelForCausalLM
 from rankfront.methods import InputError
 from rankfront.objectives import Scores, score
 from rankfront.search.__main__ import run as command_line
+from rankfront.search.commands import training
 from rankfront.search.config import make_config
 from rankfront.search.errors import ExportError, Interrupted
 from rankfront.search.heal import fit, keeper, logits
 from rankfront.search.heal.healing import Healing
+from rankfront.search.heal.settings import HealSettings
 from rankfront.search.output import derived, front_healing
+from rankfront.search.output.healed import settings_of
 from rankfront.search.study import Study
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -198,6 +203,10 @@ def test_other_settings_heal_anew_and_what_was_healed_before_is_kept(launched, t
         ({"heal": {"where": ["seconds<=1"]}}, "figure in heal.where"),
         ({"heal": {"where": ["parameters"]}}, "does not read as"),
         ({"heal": {"members": 0}}, "heal.members"),
+        ({"heal": {"batch": 0}}, "heal.batch"),
+        ({"heal": {"lasso": -1.0}}, "heal.lasso"),
+        ({"heal": {"adapter": 4}}, "larger than what its trial measured"),
+        ({"heal": {"from_scratch": True}}, "from_scratch"),
     ],
     ids=str,
 )
@@ -217,13 +226,38 @@ def test_too_little_text_is_said_before_anything_is_measured(model_folder, text_
 
 
 @pytest.mark.parametrize(
-    ("heal", "said"), [({"method": "magic"}, "heal method"), ({"method": "lod", "stages": ["blocks"]}, "lod")], ids=str
+    ("heal", "said"),
+    [
+        ({"method": "magic"}, "heal method"),
+        ({"method": "lod", "stages": ["blocks"]}, "lod"),
+        ({"lasso": 0.1}, "heal lasso is 0.1 with method factors"),
+    ],
+    ids=str,
 )
 def test_settings_that_heal_nothing_are_refused_before_the_search(model_folder, text_file, tmp_path, heal, said):
     study = Study(healing_data(model_folder, text_file, **heal), tmp_path / "run")
     with pytest.raises(InputError, match=said):
         study.launch(quiet())
     assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_of_the_command_has_a_key_in_the_study_file():
+    """But for training from scratch; and what the key says is what heals."""
+    given = {
+        "tokens": 5, "stages": ["logits"], "method": "fjord", "loss": "both", "error": "fisher", "window": "half",
+        "teacher": "cached", "rate": 0.1, "batch": 32, "lasso": 0.2,
+    }  # fmt: skip
+    settings, refit = settings_of(make_config({"heal": given}))
+    assert refit == "none"
+    assert {name: getattr(settings, name) for name in given} == given | {"stages": ("logits",)}
+    assert settings_of(make_config({"heal": {"adapter": 3}}))[0].adapter == 3
+    asked = {parameter.name for command in training.app.registered_commands for parameter in _options(command)}
+    told = {field.name for field in fields(HealSettings)} & asked
+    assert told - {"seed", "from_scratch"} == given.keys() | {"adapter"}
+
+
+def _options(command):
+    return signature(command.callback).parameters.values() if command.name == "heal" else ()
 
 
 # -- what cannot be healed

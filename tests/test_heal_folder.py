@@ -236,7 +236,7 @@ def healing_run(model_folder, text_file, tmp_path_factory):
     make_run(data, run)
     before = Study.open(run).rows()
     data["data"]["heal"] = {"text": str(text_file), "windows": 40}
-    data["heal"] = {"tokens": 4_000, "rate": 0.003}
+    data["heal"] = {"tokens": 4_000, "rate": 0.003, "batch": 64, "adapter": 2}
     make_run(data, run)
     assert Study.open(run).rows() == before
     return run
@@ -248,7 +248,8 @@ def test_export_and_healing_in_one_go(healing_run, tmp_path, verified_here):
     out = tmp_path / "small"
     assert command_line(["export", str(healing_run), "--trial", str(number), "--heal", "2k", "--out", str(out)]) == 0
     record = json.loads((out / "healing.json").read_text())
-    assert record["settings"]["tokens"] == 2_000
+    assert [record["settings"][name] for name in ("tokens", "batch", "adapter")] == [2_000, 64, 2]
+    assert "AdaptedLinear" in {type(m).__name__ for m in AutoModelForCausalLM.from_pretrained(out).modules()}
     assert record["stages"][-1]["after"] < record["stages"][0]["before"]
     assert not list(tmp_path.glob(".*"))
 

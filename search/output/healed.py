@@ -142,6 +142,9 @@ def settings_of(study: StudyConfig, tokens: int | None = None) -> tuple[HealSett
         window=config.window,
         teacher=config.teacher,
         rate=None if config.rate == "auto" else config.rate,
+        batch=None if config.batch == "auto" else config.batch,
+        lasso=config.lasso,
+        adapter=config.adapter,
         seed=study.search.seed,
     )
     return settings, "sequential" if config.stages[0] == "refit" else "none"
