@@ -12,10 +12,10 @@ from rankfront.methods import InputError
 from rankfront.search import compress as compressing
 from rankfront.search.__main__ import run
 from rankfront.search.config import make_config
-from rankfront.search.estimate import estimate as estimates
 from rankfront.search.estimate.draft import EFFORTS, Subject, draft
 from rankfront.search.estimate.request import Request
 from rankfront.search.inputs.model import count_parameters
+from rankfront.search.measure import footprint
 from rankfront.search.measure.runner import MEASURES
 from rankfront.search.quantities import parse_bytes, parse_count, said_bytes, said_time
 from rankfront.search.study import Study
@@ -178,8 +178,8 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 def test_what_does_not_fit_the_machine_is_refused(model_folder, monkeypatch):
     request = Request(str(model_folder), keep=0.7, effort="quick", overrides=SMALL)
     lines = []
-    monkeypatch.setattr(estimates, "free_bytes", lambda device: 1000)
-    with pytest.raises(InputError, match=r"the models alone take \d+ kB of memory and cpu has 1 kB free"):
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"takes about \d+ MB of memory and cpu has 1 kB free: "):
         compressing.propose(request, lines.append)
 
 

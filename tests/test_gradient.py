@@ -16,6 +16,7 @@ from rankfront.methods import Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.search.factors.gradient import BATCH_TOKENS, drawn_loss, quadratic_divergence
 from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs import memory
 
 WINDOWS, LENGTH, SEED = 3, 16, 5
 
@@ -259,3 +260,16 @@ def test_after_an_error_no_hook_is_left(windows, stored, monkeypatch):
     with pytest.raises(MemoryError):
         quadratic_divergence(model, windows, wanted, store, SEED)
     assert traces(model) == (0, 0)
+
+
+def test_blocks_run_again_where_a_pass_has_no_room_and_the_numbers_stay(
+    architecture, model, windows, stored, monkeypatch
+):
+    wanted, store = stored(model)
+    held = quadratic_divergence(model, windows, wanted, store, SEED)
+    monkeypatch.setattr(memory, "AMPLE", 0.0)
+    seen = []
+    first = model.get_submodule(next(iter(architecture.linears)))
+    first.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    assert quadratic_divergence(model, windows, wanted, store, SEED) == held
+    assert seen == [False, True]

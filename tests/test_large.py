@@ -2,8 +2,10 @@
 
 import ctypes
 import multiprocessing
+import re
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -15,9 +17,11 @@ from tiny import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfront.methods import InputError
+from rankfront.search.config import make_config, overridden
 from rankfront.search.inputs import memory
 from rankfront.search.inputs.model import load_model
 from rankfront.search.inputs.resolve import resolve
+from rankfront.search.measure import footprint
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.study import Study
 
@@ -145,3 +149,31 @@ def test_a_plan_runs_from_mapped_factors_as_from_copies(setup, monkeypatch):
     for modules, owned in ((resident.compressed.modules, True), (lean.compressed.modules, False)):
         tensors = [tensor for module in modules.values() for tensor in (module.left, module.right)]
         assert {is_held(tensor) for tensor in tensors} == {owned}
+
+
+def test_a_launch_says_what_it_takes_and_is_refused_where_that_is_not_there(
+    model_folder, text_file, tmp_path, monkeypatch
+):
+    study, console = Study(launching.small_data(model_folder, text_file, trials=1), tmp_path / "run"), launching.quiet()
+    with monkeypatch.context() as patch:
+        patch.setattr(footprint, "free_bytes", lambda device: 10_000_000)
+        with pytest.raises(InputError, match=r"takes about \d+ MB of memory and cpu has 10 MB free: "):
+            study.launch(console)
+    assert not study.run.resolved()
+    study.launch(console)
+    assert re.search(r"about \d+ MB of memory of .* free, most of it while \w+", console.file.getvalue())
+
+
+def test_the_footprint_follows_what_is_asked_for(setup):
+    def of(**more):
+        config = make_config(overridden(setup.config.model_dump(mode="json"), [f"{k}={v}" for k, v in more.items()]))
+        return {phase.name: phase.bytes for phase in footprint.footprint_of(replace(setup, config=config)).phases()}
+
+    before = of()
+    gradients = of(**{"space.methods": '["svd"]'})
+    assert gradients["calibrating and factoring"] < before["calibrating and factoring"]
+    assert gradients["measuring trials"] == before["measuring trials"]
+    named = of(**{"data.control.text": setup.config.data.search.label})
+    assert named["sampling text"] < before["sampling text"]  # the control text is sampled by default
+    longer = of(**{"data.length": 4096})
+    assert longer["predicting"] > before["predicting"]

@@ -12,6 +12,7 @@ from rankfront.methods import DENSE_OPTION, Grid, get_method
 from rankfront.methods.layers import replacement, set_module, weight_of
 from rankfront.objectives import score, teach
 from rankfront.search.factors.store import FactorStore
+from rankfront.search.inputs import memory
 from rankfront.search.inputs.sites import find_sites
 from rankfront.search.measure.slopes import measure_slopes
 from rankfront.search.plans.job import PASSES
@@ -328,3 +329,11 @@ def test_late_slopes_read_more():
     assert slope_tokens(0, "perplexity") == TUNING.slope_tokens
     for quality, passes in PASSES.items():
         assert slope_tokens(4_000_000, quality) == 200_000 // passes
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_blocks_run_again_where_a_pass_has_no_room_and_slopes_stay(world, teaches, monkeypatch):
+    teacher = world.teacher if teaches else None
+    held = world.slopes(teacher)
+    monkeypatch.setattr(memory, "AMPLE", 0.0)
+    assert world.slopes(teacher) == held

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rankfront.search.inputs.reached import UNREACHED, differentiated
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
 STATISTIC_BYTES = 4  # sums are kept in fp32
-GRAM_BYTES = 20  # the sum, and while its sites are factored its regularised form and root in fp64
+FORM_BYTES = 16  # of an entry of a Gram while its sites are factored: its regularised form and root in fp64
 BATCH_TOKENS = 2048  # tokens a forward pass takes at once
 LEAST_TOKENS = 256  # that each expert of a mixture sees in all, further ones of its layer among them: a guess
 GRADIENTS = frozenset({"fisher", "gradient"})  # statistics that a backward pass brings
@@ -147,28 +148,62 @@ def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor, task: Tas
     return groups
 
 
-def _passes(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[str], limit: int) -> list[list[Site]]:
-    """Cut ``sites`` into runs whose statistics stay under ``limit`` bytes, at least one site each."""
-    passes: list[list[Site]] = [[]]
-    held = 0
-    counted: set[str] = set()
+@dataclass(frozen=True)
+class Held:
+    """Bytes of statistics: the sums of all sites, and at most what Grams take while their sites are factored."""
 
-    def size_of(site: Site, counted: set[str]) -> int:
-        new = {groups.get(w.path, w.path): w.in_features for w in site.measured}
-        grams = sum(n * n for lead, n in new.items() if lead not in counted) if "gram" in needs else 0
-        if "gradient" in needs:
-            grams += sum(w.out_features**2 for w in site.measured if narrow_outputs(w.out_features, w.in_features))
-        return GRAM_BYTES * grams + STATISTIC_BYTES * sum(w.in_features for w in site.measured)
+    sums: int
+    forms: int
 
-    for site in sites:
-        size = size_of(site, counted)
-        if passes[-1] and held + size > limit:
-            passes.append([])
-            held, counted = 0, set()  # a Gram shared with the last pass is summed again in this one
-            size = size_of(site, counted)
-        counted |= {groups.get(w.path, w.path) for w in site.measured}
-        passes[-1].append(site)
-        held += size
+    @property
+    def total(self) -> int:
+        return self.sums + self.forms
+
+
+def held_by(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[str]) -> Held:
+    """What ``sites`` that are measured together take, from what `_hand_over` does with it. ``groups`` as of
+    `shared_inputs`; a weight that it lacks shares with none."""
+    inputs = {groups.get(w.path, w.path): w.in_features for site in sites for w in site.measured}
+    weights = {w.path: w for site in sites for w in site.measured}.values()
+    sums = sum(n * n for n in inputs.values()) if "gram" in needs else 0
+    if "gradient" in needs:
+        sums += sum(w.out_features**2 for w in weights if narrow_outputs(w.out_features, w.in_features))
+    vectors = sum(inputs.values()) if "absolute" in needs else 0
+    if "fisher" in needs:
+        vectors += sum(weight.in_features for weight in weights)
+    forms = 0
+    if "gram" in needs:
+        left = Counter(groups.get(w.path, w.path) for site in sites for w in site.measured)
+        now: set[str] = set()
+        for site in sites:
+            own = [groups.get(w.path, w.path) for w in site.measured]
+            now |= set(own)
+            forms = max(forms, sum(FORM_BYTES * inputs[lead] ** 2 for lead in now))
+            left.subtract(own)
+            now -= {lead for lead in own if not left[lead]}
+    return Held(STATISTIC_BYTES * (sums + vectors), forms)
+
+
+def passes_of(
+    sites: Sequence[Site],
+    groups: Mapping[str, str],
+    needs: frozenset[str],
+    limit: int,
+    block: Callable[[Site], Any],
+) -> list[list[Site]]:
+    """Cut ``sites`` into runs whose statistics stay under ``limit`` bytes, those of one ``block`` at least."""
+    passes: list[list[Site]] = []
+    held = Held(0, 0)
+    for _, own in groupby(sites, key=block):
+        run = list(own)
+        more = held_by(run, groups, needs)
+        together = Held(held.sums + more.sums, max(held.forms, more.forms))
+        if passes and together.total <= limit:
+            passes[-1] += run
+            held = together
+        else:
+            passes.append(run)
+            held = more
     return passes
 
 
@@ -182,14 +217,15 @@ def calibrate(
     failures: Failures | None = None,
     task: Task = CAUSAL,
 ) -> Iterator[tuple[Site, dict[str, Statistics]]]:
-    """(site, statistics by role) for every site that has inputs to measure, in order.
+    """(site, statistics by role) for every site that has inputs to measure: in order, or where gradients are needed,
+    groups of them from the last on.
 
     Of the others, ``failures`` has the reason by the site's name; where none are given, RuntimeError.
 
-    Runs ``windows`` (W, L) through the dense model once for each group of sites whose statistics fit under
-    ``limit`` bytes, and drops a group's statistics before the next pass. An expert of a mixture that is given fewer
-    than `LEAST_TOKENS` sees other tokens of its layer too; its gradients, which these have none of, are pooled with
-    equal ones. Gradients, where one of `GRADIENTS` is needed,
+    Runs ``windows`` (W, L) through the blocks of the dense model that a group of sites lies in whose statistics fit
+    under ``limit`` bytes, and drops a group's statistics before the next pass; see `_Runs`. An expert of a mixture that
+    is given fewer than `LEAST_TOKENS` sees other tokens of its layer too; its gradients, which these have none of, are
+    pooled with equal ones. Gradients, where one of `GRADIENTS` is needed,
     are those of the summed cross-entropy of predicted tokens with respect to each weight's output; no weight gradient
     is ever formed. ``progress`` hears (windows done, windows in all).
     """
@@ -199,8 +235,9 @@ def calibrate(
         return
     paths = [weight.path for site in sites for weight in site.measured]
     groups = shared_inputs(model, paths, windows[:1, :8].to(device), task)
-    passes = _passes(sites, groups, needs, limit)
-    runs = _Runs(model, windows, task, passes, gradients=bool(needs & GRADIENTS), progress=progress)
+    stretches = Stretches(model, task)
+    passes = passes_of(sites, groups, needs, limit, lambda site: stretches.span([site]).start)
+    runs = _Runs(stretches, windows, passes, gradients=bool(needs & GRADIENTS), progress=progress)
     for chosen in runs.order:
         recorder = _Recorder(needs, _leaders_within(chosen, groups), Failures())
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.measured])
@@ -303,17 +340,17 @@ class _Runs:
     """
 
     def __init__(
-        self, model: Any, windows: Tensor, task: Task, passes: list[list[Site]], gradients: bool, progress: Progress
+        self, stretches: Stretches, windows: Tensor, passes: list[list[Site]], gradients: bool, progress: Progress
     ) -> None:
-        self.model, self.task, self.gradients, self.progress = model, task, gradients, progress
+        self.stretches, self.gradients, self.progress = stretches, gradients, progress
+        self.model, self.task = stretches.model, stretches.task
         step = max(1, BATCH_TOKENS // windows.shape[1])
         self.batches = [windows[start : start + step] for start in range(0, len(windows), step)]
         self.order = passes[::-1] if gradients else passes
-        self.stretches = Stretches(model, task)
         self.spans = _spans([self.stretches.span(sites) for sites in self.order], self.stretches.end, gradients)
         starts = sorted({span.start for span in self.spans} - {0})
-        first = windows[:1, :8].to(next(model.parameters()).device)
-        if len(passes) == 1 or not self.stretches.resumes(first, starts):
+        first = windows[:1, :8].to(next(self.model.parameters()).device)
+        if not stretches.resumes(first, starts):
             self.spans, starts = [Span(0, self.stretches.end)] * len(passes), []
         self.hidden: dict[int, list[Tensor]] = {}  # block -> what enters it, of every batch
         self.slopes: dict[int, list[Tensor]] = {}  # block -> the loss's gradient there, of every batch

@@ -28,6 +28,7 @@ from rankfront.search.factors.calibration import Progress
 from rankfront.search.factors.failures import Failures
 from rankfront.search.factors.joint_rounding import add_rounding
 from rankfront.search.inputs.reached import UNREACHED, differentiated
+from rankfront.search.inputs.recomputed import recomputed
 
 BATCH_TOKENS = 1024  # tokens of one backward pass
 PASS_TOKENS = 3  # a backward pass costs about two forward passes: tokens count threefold
@@ -62,7 +63,8 @@ def quadratic_divergence(
     predicted = 0
     scored = [_Scored(model, site, options, store, failed) for site, options in wanted.items()]
     step = max(1, BATCH_TOKENS // windows.shape[1])
-    with differentiated(model, [hook for s in scored for hook in s.hooks()]):
+    hooks = [hook for s in scored for hook in s.hooks()]
+    with recomputed(model, step * windows.shape[1]), differentiated(model, hooks):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
             logits = task.logits(model, ids).flatten(0, 1).float()  # (predicted, V); of causal models all tokens

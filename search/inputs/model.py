@@ -73,6 +73,12 @@ def _as_mapped(source: Source, config: Any, dtype: torch.dtype, device: torch.de
         return converted(source, files, dtype, {*own, *(name for names in kept for name in names or ())})
 
 
+def converts(source: Source, dtype: torch.dtype) -> bool:
+    """Whether the checkpoint has weights of another dtype than ``dtype``."""
+    with loading(source, "weights"):
+        return bytes_to_convert(tensor_files(source.location, **source.hub_arguments), dtype) > 0
+
+
 def _share_modules(model: nn.Module) -> None:
     """Let linears with the very same weight, in several blocks (Zamba's), be one module: who looks at it sees all of
     its uses."""

@@ -38,6 +38,7 @@ from rankfront.search.factors.gradient import (
 from rankfront.search.factors.joint_rounding import add_rounding
 from rankfront.search.factors.store import FactorStore
 from rankfront.search.inputs.reached import differentiated
+from rankfront.search.inputs.recomputed import recomputed
 from rankfront.search.tuning import TUNING
 
 
@@ -64,7 +65,8 @@ def measure_slopes(
     failures = Failures()  # those sites are left out: the menu has said why, or will
     probes = [_Probe(model, site, options, current, dense, store, failures) for site, options in wanted.items()]
     step, each = max(1, BATCH_TOKENS // windows.shape[1]), task.predicted(windows.shape[1])
-    with differentiated(model, [hook for probe in probes for hook in probe.hooks()]):
+    hooks = [hook for probe in probes for hook in probe.hooks()]
+    with recomputed(model, step * windows.shape[1]), differentiated(model, hooks):
         for start in range(0, len(windows), step):
             ids = windows[start : start + step].to(next(model.parameters()).device)
             logits = task.logits(model, ids)[:, :each].float()  # (b, P, V)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from rich.console import Console
 
 from rankfront.search import attributes as keys
@@ -19,6 +20,7 @@ from rankfront.search.inputs.acceptance import refusals
 from rankfront.search.inputs.device import DTYPES, set_threads
 from rankfront.search.inputs.known_sites import pack_sites
 from rankfront.search.inputs.own_text import Progress
+from rankfront.search.measure.footprint import footprint_of
 from rankfront.search.measure.prepare import prepare_store
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.measure.setup import Setup, make_space
@@ -104,6 +106,9 @@ class Launch:
             display.say(line)
         space = make_space(setup)
         check_limits(setup, space)
+        takes = footprint_of(setup).peak
+        if not self.run.resolved():  # before its settings are those of a run
+            takes.check(torch.device(setup.device))
         if self.config.search.heal != "none":  # a text that is too short is refused before anything is measured
             heal_windows(self.run, self.config, setup, progress, drawn)
         if drawn.keys() != known:
@@ -117,6 +122,7 @@ class Launch:
             listener, origin = display.search, setup.origin()
             scheduler = Scheduler(storage, config, space, origin, listener, self.report, stop, self.only)
             if self.rebuild or not scheduler.done:
+                display.say(takes.line(torch.device(setup.device)))
                 prepared = _prepared(setup, space, progress, display, self.rebuild)
                 display.search(scheduler.status())
                 scheduler.begin()
