@@ -173,8 +173,8 @@ class Rounded(Fitted):
         return found
 
     def refit_roles(self, site: Site) -> tuple[str, ...]:
-        """Those of the base at single weights; of joint ones other matrices read what the refit does not measure."""
-        return self.base.refit_roles(site) if len(site.weights) == 1 else ()
+        """Those of the base. What other matrices of a joint treatment read is measured for their rounding alone."""
+        return cast(tuple[str, ...], self.base.refit_roles(site))
 
     def equivalent(self, site: Site, prepared: Prepared, option: Option) -> Factors:
         return self.truncate(prepared, option)[site.anchor.role]

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rankfront.methods import DENSE_OPTION, get_method
+from rankfront.methods._fitted import matrix_of
+from rankfront.methods._rounded import Rounded
 from rankfront.methods.layers import weight_of
 from rankfront.search.measure import refit
 from rankfront.search.measure.refit import refitted
@@ -23,21 +25,25 @@ METHODS = {  # architectures differ in biases, positions, Conv1D, and in what bl
     "gemma3": ["svd-llm", "vo-svd", "nystrom"],
     "gpt-neox": ["svd-llm"],
 }
+NARROW = ["svd-llm", "cospadi", "vo-svd", "nystrom"]  # in 8 and 4 bits, and the dense weight
 
 
 @pytest.fixture(scope="module")
 def residents(tmp_path_factory, text_file):
-    """Name of an architecture -> its resident model with `METHODS` in its space."""
+    """Name of an architecture -> its resident model with `METHODS` in its space, or `NARROW` ones alone."""
     made = {}
 
-    def make(name):
-        if name not in made:
+    def make(name, narrow=False):
+        key = name, narrow
+        if key not in made:
             folder = tmp_path_factory.mktemp(name) / "model"
             data = small_data(common.save_folder(name, folder), text_file)
             data["space"] = {"methods": METHODS[name], "keep": [0.3, 0.6], "rank_multiple": 2}
-            made[name] = JobRunner(Study(data).setup())
-        common.restore(made[name])
-        return made[name]
+            if narrow:
+                data["space"] |= {"methods": NARROW, "bits": [8, 4]}
+            made[key] = JobRunner(Study(data).setup())
+        common.restore(made[key])
+        return made[key]
 
     return make
 
@@ -182,13 +188,18 @@ def test_what_has_no_gram_to_replace_stays(residents, method):
         ("opt", "vo-svd"),
         ("opt", "nystrom"),
         ("gpt2", "nystrom"),
+        ("llama", "vo-svd-int8"),
+        ("llama", "vo-svd-int4"),
+        ("llama", "nystrom-int8"),
+        ("opt", "nystrom-int4"),
+        ("gpt2", "nystrom-int4"),
     ],
 )
 def test_joint_treatments_come_nearer_to_the_dense_outputs(residents, name, method):
     """At the weight that the refitted Gram belongs to, or what reads its outputs, summed over the blocks."""
-    resident = residents(name)
+    resident = residents(name, "-int" in method)
     ids = resident.setup.tokens["calibrate"]
-    plan = plan_of(resident, [method, "svd-llm"])
+    plan = plan_of(resident, [method, "svd-llm", "svd-llm-int8"])
     paths = [site.anchor.path for site in resident.compressed.sites if plan.option(site.name).method == method]
     assert paths
 
@@ -212,6 +223,45 @@ def test_joint_treatments_come_nearer_to_the_dense_outputs(residents, name, meth
     plain = (outputs() - dense).square().sum()
     with refitted(resident.compressed, plan):
         assert (outputs() - dense).square().sum() < plain
+
+
+@pytest.mark.parametrize("method", [f"{base}-int{bits}" for base in ("svd-llm", "cospadi", "gptq") for bits in (8, 4)])
+def test_what_is_in_fewer_bits_leaves_no_more_of_the_dense_outputs(residents, method, monkeypatch):
+    """Σ ‖W x − Ŵ x'‖² of every weight, on the inputs that it now reads, against the factors of the dense inputs."""
+    monkeypatch.setattr(refit, "RIDGE", 1e-7)
+    monkeypatch.setattr(refit, "ANCHOR", 1.0)
+    resident = residents("llama", narrow=True)
+    ids, plan = resident.setup.tokens["calibrate"], plan_of(resident, [method])
+    treated = [site for site in resident.compressed.sites if site.name in plan.by_site]
+    assert treated
+    with resident.compressed.dense():
+        wanted = {
+            site: without_bias(resident.compressed.model.get_submodule(site.name), inputs(resident, site.name, ids))
+            for site in treated
+        }
+    with refitted(resident.compressed, plan):
+        for site in treated:
+            now = inputs(resident, site.name, ids)
+            factors = resident.compressed.store.factors(site, plan.option(site.name))["weight"]
+            plain = now @ matrix_of(factors, *wanted[site].shape[1:], now.shape[1]).T
+            fitted = without_bias(resident.compressed.model.get_submodule(site.name), now)
+            left, before = ((wanted[site] - found).double().square().sum() for found in (fitted, plain))
+            assert float(left) <= float(before) * 1.001, site.name
+
+
+def test_what_is_rounded_beside_is_rounded_under_what_it_reads(residents, monkeypatch):
+    """Of an MLP the down projection alone is fitted; the Gram of the others is of inputs of the compressed model."""
+    resident = residents("llama", narrow=True)
+    seen, prepare = [], Rounded.prepare
+    monkeypatch.setattr(Rounded, "prepare", lambda *given: seen.append((given[1], given[3])) or prepare(*given))
+    with refitted(resident.compressed, plan_of(resident, ["nystrom-int4", "vo-svd-int4"])):
+        for site, statistics in seen:
+            assert statistics.keys() == set(site.roles)
+            for weight in site.weights:
+                if weight.role in ("gate", "up"):
+                    now = inputs(resident, weight.path, resident.setup.tokens["calibrate"]).double()
+                    torch.testing.assert_close(statistics[weight.role].gram.raw.double(), now.T @ now)
+    assert len(seen) > 1
 
 
 def test_options_keep_their_levels_and_storage(residents):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfront.methods import DENSE_OPTION, Gram, InputError, Option, Site, Statistics, get_method
+from rankfront.methods._rounded import Rounded
 from rankfront.methods.layers import set_module
 from rankfront.methods.unfused_experts import Routed, routed_at
 from rankfront.search.factors.calibration import shared_inputs
@@ -96,7 +97,9 @@ def _refit(compressed: CompressedModel, windows: Tensor, progress: Progress) -> 
                     if met is not None and stage in inputs:
                         sums.add(*_same_tokens(*inputs[stage], met, routed_at(model, stage)))
             for site, option in sites.items() if sums.tokens else ():
-                _fit(compressed, site, option, sums)
+                with _in_place(model, treated, own):
+                    beside = _beside(model, site, option, run, shifted)
+                _fit(compressed, site, option, sums, beside)
                 own |= {weight.path: compressed.modules[weight.path] for weight in site.weights}
         shifted = [run(hidden) for hidden in shifted]
         progress(number + 1, len(found))
@@ -136,6 +139,22 @@ def _same_tokens(x: Tensor, routed: Routed | None, other: Tensor, others: Routed
     return x[both] * scale, other[ours] * scale
 
 
+def _beside(
+    model: Any, site: Site, option: Option, run: Callable[[Tensor], Tensor], shifted: Sequence[Tensor]
+) -> dict[str, Statistics]:
+    """Statistics of what matrices of ``site`` read that are not fitted again but rounded, of the dense ones in their
+    place: a joint treatment in fewer bits has them."""
+    method = get_method(option.method)
+    if not isinstance(method, Rounded):
+        return {}
+    roles = {w.path: w.role for w in site.weights if w.role not in method.refit_roles(site)}
+    sums = {role: _Sums() for role in roles.values()}
+    for hidden in shifted if roles else ():
+        for path, (x, _) in _inputs(model, list(roles), run, hidden)[1].items():
+            sums[roles[path]].add(x, x)
+    return {role: own.statistics for role, own in sums.items() if own.tokens}
+
+
 @contextmanager
 def _in_place(model: nn.Module, modules: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within, ``modules`` stand in the model; after, those of ``after`` at the same paths."""
@@ -166,6 +185,12 @@ class _Sums:
         self.own = own if self.own is None else self.own.add_(own)
         self.cross = cross if self.cross is None else self.cross.add_(cross)
 
+    @property
+    def statistics(self) -> Statistics:
+        """Of x'."""
+        assert self.own is not None
+        return Statistics(self.tokens, gram=Gram(self.own))
+
     def target(self, weight: Tensor) -> Tensor:
         """W + β (M − W), M = W (C_xx' + ε I)(C' + ε I)⁻¹, (m, n), for W (m, n)."""
         assert self.own is not None
@@ -177,15 +202,15 @@ class _Sums:
         return torch.lerp(weight.double(), weight.double() @ moved.T, ANCHOR)
 
 
-def _fit(compressed: CompressedModel, site: Site, option: Option, sums: _Sums) -> None:
-    """Fit ``option`` again at ``site`` and run it."""
+def _fit(
+    compressed: CompressedModel, site: Site, option: Option, sums: _Sums, beside: Mapping[str, Statistics]
+) -> None:
+    """Fit ``option`` again at ``site`` and run it; ``beside`` are the statistics of roles that are not fitted."""
     method = get_method(option.method)
     dense = {weight.path: compressed.dense_modules[weight.path] for weight in site.weights}
     with _in_place(compressed.model, dense, compressed.modules):
         weights = weights_at(compressed.model, site)
-    assert sums.own is not None
-    statistics = Statistics(sums.tokens, gram=Gram(sums.own))
     roles = method.refit_roles(site)
     weights |= {role: sums.target(weights[role]) for role in roles}
-    prepared = method.prepare(site, weights, dict.fromkeys(roles, statistics), [option])
+    prepared = method.prepare(site, weights, {**beside, **dict.fromkeys(roles, sums.statistics)}, [option])
     compressed.replace(site, method.truncate(prepared, option))
