@@ -15,15 +15,17 @@ from rankfront.methods._sizes import INTEGER_BITS, group_size, padded_width
 TensorShapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # dtype unless the model's
 ROWS = 16  # that torch's kernel for four bits takes at a time
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # which torch 2.6 does not have
-FEW_TOKENS = 16  # up to which the packed kernels of a CPU beat a product with the matrix restored
+# By bits: up to which torch's packed kernels beat a product with the matrix restored, in bf16 on an AMD EPYC. In other
+# dtypes they are plain loops, at most eight times as slow with one token and a hundred times with sixteen.
+FEW_TOKENS = {8: 24, 4: 96}
 
 
 class IntegerMatrix(nn.Module):
     """W (m, n) as `Integers`: ``integers`` a buffer, ``scales`` a parameter; x (..., n) to x Wᵀ + bias (..., m).
 
-    A few tokens at a time, as in decoding, on a CPU: torch's packed kernels, that for four bits on a copy in its own
-    order, made at the first use and not saved, as large as the integers again. Otherwise, and where gradients are
-    wanted, a product with W restored.
+    A few tokens at a time, as in decoding, in bf16 on a CPU: torch's packed kernels, that for four bits on a copy in
+    its own order, made at the first use and not saved, as large as the integers again. Otherwise, and where gradients
+    are wanted, a product with W restored.
     """
 
     integers: Tensor
@@ -85,9 +87,9 @@ class IntegerMatrix(nn.Module):
     def _packable(self, x: Tensor) -> bool:
         if exporting():  # to engines without such kernels, and for any number of tokens
             return False
-        few = 0 < x.numel() <= FEW_TOKENS * self.columns
+        few = 0 < x.numel() <= FEW_TOKENS[self.bits] * self.columns
         grads = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
-        return few and not grads and x.device.type == "cpu" and x.dtype == self.scales.dtype
+        return few and not grads and x.device.type == "cpu" and x.dtype == self.scales.dtype == torch.bfloat16
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self) -> Tensor:

@@ -141,7 +141,7 @@ def test_packed_kernels_give_what_the_restored_matrix_does(bits, shape, dtype, l
     option = Option.of(f"svd-llm-int{bits}", rank=5, bits=bits) if low_rank else None
     layer = layer_of(f"svd-llm-int{bits}" if low_rank else f"rtn-int{bits}", shape, option).to(dtype)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1):
+    for tokens in (1, FEW_TOKENS[bits], FEW_TOKENS[bits] + 1):
         x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
         expected = nn.functional.linear(x.float(), layer.matrix(), layer.bias.float())
         with torch.no_grad():
@@ -186,7 +186,7 @@ def test_long_inputs_do_not_overflow_in_half_precision():
     weight = 0.02 * make_weight((16, 4096)) / make_weight((16, 4096)).std()
     found = rounded(weight, 8)
     matrix = IntegerMatrix(found.integers, found.scales.half(), 8, 4096)
-    x = 32 * torch.randn(FEW_TOKENS + 1, 4096, generator=torch.Generator().manual_seed(0))
+    x = 32 * torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, y = x @ matrix.matrix().T, matrix(x.half())
     assert (x @ found.integers[:, :4096].float().T).abs().max() > torch.finfo(torch.float16).max
@@ -202,7 +202,7 @@ def test_compiled_products_are_the_eager_ones(bits, columns):
     found = rounded(make_weight((48, columns)), bits)
     matrix = IntegerMatrix(found.integers, found.scales.bfloat16(), bits, columns)
     with torch.inference_mode():
-        for tokens in (2, FEW_TOKENS + 1):
+        for tokens in (2, FEW_TOKENS[bits] + 1):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
             compiled = torch.compile(matrix)(x)
             torch.testing.assert_close(compiled, matrix(x), rtol=3e-2, atol=3e-2)

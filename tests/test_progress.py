@@ -14,7 +14,7 @@ GOOD = Calibration(trials=20, spearman=0.987, kendall=0.92, at_size=0.61, front_
 
 def line(calibrated):
     config = SimpleNamespace(objectives={"perplexity": {}}, search=SimpleNamespace(time=None, where=()))
-    return line_of(Status(config, [], 0, 0.0, False), calibrated)
+    return line_of(Status(config, [], 0, 0, 0.0, False), calibrated)
 
 
 def test_the_line_has_all_figures_of_the_calibration():
@@ -51,12 +51,27 @@ def test_a_log_says_how_many_predictions_are_made():
     console = quiet()
     display = Display(console)
     config = SimpleNamespace(
-        objectives={"perplexity": {}}, search=SimpleNamespace(time=None, where=(), trials=4, sampler="tpe")
+        objectives={"perplexity": {}}, search=SimpleNamespace(time=None, where=(), trials=4, tokens=None, sampler="tpe")
     )
     for preparing in (("menu", 0, 1), ("menu", 1, 22), None):
-        display.search(Status(config, [], 0, 0.0, False, preparing))
+        display.search(Status(config, [], 0, 0, 0.0, False, preparing))
     assert console.file.getvalue().splitlines() == ["predict (jobs) ..."]
     assert (display.phases["menu"].done, display.phases["menu"].total) == (22, 22)
+
+
+def test_the_time_that_is_left_goes_by_the_limit_that_comes_first():
+    """Ten trials of a hundred have taken half of the tokens."""
+    now, console = [0.0], quiet()
+    display = Display(console, lambda: now[0])
+    search = SimpleNamespace(time=None, where=(), trials=100, tokens=2_000, sampler="tpe")
+    config = SimpleNamespace(
+        objectives={"perplexity": {}}, search=search, trial_windows=2, data=SimpleNamespace(length=50)
+    )
+    for done in (0, 5, 10):
+        now[0] += 60
+        display.search(Status(config, [], done, 100 * done, 0.0, False))
+    assert console.file.getvalue().splitlines()[-1].startswith("trial 10, 1,000 of 2,000 tokens")
+    assert console.file.getvalue().splitlines()[-1].endswith("2 min left")
 
 
 def test_reasons_and_names_are_printed_as_they_are():

@@ -27,7 +27,7 @@ BUDGETS = (
     0.6,
     0.5,
 )  # kept fractions of the blocks at which the live line names the best so far
-TRIALS = "search (trials)"
+TRIALS, TOKENS = "search (trials)", "search (tokens)"
 PHASES = {
     "sample": "sample own text",
     "load": "load the model",
@@ -148,15 +148,25 @@ class Display:
             return
         limits = status.config.search
         line = line_of(status, calibration_of(status.config, status.rows))
-        self.phase(TRIALS, status.spent, limits.trials, line)
+        name, done, total = _nearest_limit(status)
+        self.phase(name, done, total, line)
         if status.closed:
             front = front_of(status.rows)
             self.phase("report", sum(row.report is not None for row in front), len(front))
         if not self.console.is_terminal and status.spent > self.reported:
             self.reported = status.spent
-            left = self.phases[TRIALS].left(self.clock())
+            left = self.phases[name].left(self.clock())
             line = line if left is None or limits.time is not None else f"{line} · {said_time(left)} left"
-            self.console.print(f"trial {status.spent}/{limits.trials}  {line}", soft_wrap=True)
+            far = f"{status.spent}/{total}" if name == TRIALS else f"{status.spent}, {done:,} of {total:,} tokens"
+            self.console.print(f"trial {far}  {line}", soft_wrap=True)
+
+
+def _nearest_limit(status: Status) -> tuple[str, int, int]:
+    """(Its name, what is done of it, itself) of trials or tokens: that which ends a study of trials alone first."""
+    config, limits = status.config, status.config.search
+    if limits.tokens is None or limits.trials * config.trial_windows * config.data.length <= limits.tokens:
+        return TRIALS, status.spent, limits.trials
+    return TOKENS, min(status.tokens, limits.tokens), limits.tokens
 
 
 def _left(status: Status) -> str:

@@ -49,13 +49,14 @@ class Stop:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a launch has come: the study's rows, trials that count against the limit, seconds since the launch began
-    to measure, whether it only measures reports from now on, and what is measured before anything is proposed: its
-    kind, how many of those jobs are done, and how many there are as far as is known."""
+    """How far a launch has come: the study's rows, trials and tokens that count against the limits, seconds since the
+    launch began to measure, whether it only measures reports from now on, and what is measured before anything is
+    proposed: its kind, how many of those jobs are done, and how many there are as far as is known."""
 
     config: StudyConfig
     rows: Sequence[Row]
     spent: int
+    tokens: int
     elapsed: float
     closed: bool
     preparing: tuple[str, int, int] | None = None
@@ -133,7 +134,8 @@ class Scheduler:
         phase = self._phase()
         closed = not self.in_flight.trials and not phase.searching
         preparing = None if closed else self.preparation.progress(phase.state)
-        return Status(self.config, phase.state.rows, phase.state.spent, self.elapsed, closed, preparing)
+        state = phase.state
+        return Status(self.config, state.rows, state.spent, state.tokens, self.elapsed, closed, preparing)
 
     def begin(self) -> None:
         """Start the clock of this launch's time limit."""
