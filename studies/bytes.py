@@ -83,6 +83,11 @@ class Bench:
             self.known[plan.key, split] = math.log(perplexity)
         return self.known[plan.key, split]
 
+    def everywhere(self) -> Plan:
+        """The first option of every site."""
+        wanted = self.compressed.space.wanted()
+        return Plan.of({site.name: options[0] for site, options in wanted.items()}, self.setup.origin())
+
     def rounded(self, plan: Plan, bits: int) -> Plan:
         """All of ``plan`` in fewer bits, and what it leaves dense."""
         taken = {weight.path for name in plan.by_site for weight in self.sites[name].weights}
@@ -127,16 +132,23 @@ def main() -> None:
     found["in sequence"] = [bench.rounded(plan, bits) for plan in found[STRUCTURE] for bits in (8, 4) if plan.choices]
     for bits in (8, 4):
         found[f"uniform, {bits} bits (gptq)"] = [bench.rounded(dense, bits)]
-    lines = []
-    for row, own in found.items():
-        cells = [cell(bench, own, budget) for budget in BUDGETS]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+    rows = [line(bench, row, own) for row, own in found.items()]
+    for bits in (8, 4):
+        space = {"methods": [f"rtn-int{bits}"], "bits": [16]}
+        nearest = Bench(Study(settings(arguments.text, arguments.tokens, space)))
+        rows.append(line(nearest, f"uniform, {bits} bits (to the nearest)", [nearest.everywhere()]))
     perplexity = math.exp(bench.loss(dense, "report"))
     write_page(
-        "bytes", PAGE, lines, dense=f"{bench.dense / 1e6:.0f}", perplexity=f"{perplexity:.1f}",
+        "bytes", PAGE, rows, dense=f"{bench.dense / 1e6:.0f}", perplexity=f"{perplexity:.1f}",
         budgets=" | ".join(map(str, BUDGETS)), rule=" | ".join("---" for _ in BUDGETS),
     )  # fmt: skip
+
+
+def line(bench: Bench, row: str, plans: list[Plan]) -> str:
+    """A row of the table."""
+    cells = [cell(bench, plans, budget) for budget in BUDGETS]
+    print(found := f"| {row} | {' | '.join(cells)} |", flush=True)
+    return found
 
 
 def cell(bench: Bench, plans: list[Plan], budget: float) -> str:
