@@ -298,6 +298,25 @@ def test_a_loss_that_is_no_number_ends_the_stage_at_its_best_state(zoo, tmp_path
     assert results[0].after == pytest.approx(start, rel=1e-4)
 
 
+TOO_HIGH = {"stages": ("logits",), "tokens": LENGTH * 4 * 24, "rate": 10.0}
+
+
+def test_a_rate_that_is_too_high_becomes_lower_and_training_gains(zoo, tmp_path):
+    (result,) = heal(zoo, zoo.student("svd-llm"), tmp_path / "work", settings(**TOO_HIGH))
+    assert result.note is None
+    assert result.after < 0.9 * result.before
+
+
+def test_a_rate_that_became_lower_is_that_of_a_training_gone_on_with(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "KEEP_EVERY", 0.0)
+    asked = settings(**TOO_HIGH)
+    whole = zoo.student("svd-llm")
+    heal(zoo, whole, tmp_path / "whole", asked)
+    again, *_ = stopped_and_gone_on_with(zoo, "svd-llm", asked, tmp_path / "stopped", 12)
+    for (name, one), other in zip(again.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+
+
 def test_a_gradient_that_is_no_number_changes_nothing():
     module = low_rank(6, 5, 2)
     own = [Parameter(name, tensor, "factor") for name, tensor in module.named_parameters()]

@@ -23,10 +23,12 @@ class Arm:
         fit: takes the steps, once there is one.
         lasso: the strength of a penalty that the user sets, where there is one.
         first_alone: whether the first stage is trained so and a second one by its factors.
+        goes_back: whether training that has become worse than its start goes on from its best state.
     """
 
     name: ClassVar[str] = "factors"
     first_alone: ClassVar[bool] = False
+    goes_back: ClassVar[bool] = True
     lasso: float = 0.0
     fit: Fit
 

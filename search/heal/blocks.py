@@ -218,7 +218,8 @@ class BlockWise:
                     arm.after(step, self.steps)
                     due = (step + 1) % max(1, self.steps // EVALUATIONS) == 0 or step + 1 == self.steps
                     if due and arm.storable:
-                        best.offer(self._held_out(number, until, target, measure))
+                        error = self._held_out(number, until, target, measure)
+                        best.judge(error, fit if arm.goes_back else None)
             except NotFinite as failure:
                 note = f"{failure}: ended at its best state"
                 fit.optimiser.zero_grad(set_to_none=True)

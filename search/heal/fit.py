@@ -15,6 +15,7 @@ BETAS = (0.9, 0.95)
 WARM_UP, LEAST_WARM_UP = 0.1, 4  # share of the steps, and steps; Adam's first steps have full size in every entry
 FINAL = 0.1  # of the rate, at the end of the cosine
 CLIP = 1.0  # norm of the gradient
+EASE = 4.0  # what the rate is divided by where training leaves more than it began with; guess
 
 
 def schedule(step: int, steps: int) -> float:
@@ -57,6 +58,11 @@ class Fit:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
+
+    def ease(self) -> None:
+        """Go on at a lower rate, without what was learned of the steps before."""
+        self.rate /= EASE
+        self.optimiser.state.clear()
 
     def rate_of(self, kind: Kind) -> float:
         """The learning rate of the coming step."""
@@ -101,6 +107,13 @@ class Best:
         """Keep the parameters as they are now, if ``error`` is less."""
         if error < self.error:  # of NaN, never
             self.error, self.values = error, copied(self.parameters)
+
+    def judge(self, error: float, fit: Fit | None) -> None:
+        """`offer`; where ``error`` is more than at the start, ``fit`` goes on from the best ones at a lower rate."""
+        self.offer(error)
+        if fit is not None and error > self.start:
+            self.take()
+            fit.ease()
 
     def take(self) -> None:
         """Put the best ones in place."""

@@ -80,13 +80,14 @@ class EndToEnd:
         self.best = Best(self.arm.parameters, error + self.arm.cost())
         if where:
             self.fit.load(tensors, int(where["step"]))
+            self.fit.rate = where.get("rate", self.fit.rate)
             self.best.error = where["best"]
             self.best.values = {p.name: tensors[f"{BEST}{p.name}"] for p in self.arm.parameters}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `begin` goes on from."""
         best = {f"{BEST}{name}": value for name, value in self.best.values.items()}
-        return {"step": self.fit.done, "best": self.best.error}, self.fit.state() | best
+        return {"step": self.fit.done, "best": self.best.error, "rate": self.fit.rate}, self.fit.state() | best
 
     def run(self, evaluate: Callable[[], float], after_step: Callable[[float], None]) -> str | None:
         """All steps that are left; the best state is in place after. What went wrong, in one line."""
@@ -96,7 +97,7 @@ class EndToEnd:
                 loss = self.step()
                 due = self.fit.done % max(1, self.steps // EVALUATIONS) == 0 or self.fit.done == self.steps
                 if due and self.arm.storable:
-                    self.best.offer(evaluate() + self.arm.cost())
+                    self.best.judge(evaluate() + self.arm.cost(), self.fit if self.arm.goes_back else None)
                 after_step(loss)
         except NotFinite as error:
             note = f"{error}: ended at its best state"

@@ -48,6 +48,7 @@ class RankPruning(Arm):
 
     name = "trp"
     first_alone = True
+    goes_back = False  # the best state so far may be the start, which is of no dense weight
 
     @classmethod
     def added(cls, model: nn.Module) -> int:
