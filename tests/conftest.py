@@ -17,11 +17,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of commands too: tiny matrices run fastes
 # What `make quick` leaves out: files that launch studies again and again, or end processes, or build wheels, all of
 # healing, and laws over fitted methods but for one of each family.
 SLOW = {
-    "test_answer", "test_cache_faults", "test_cluster", "test_compress", "test_end_to_end", "test_export",
-    "test_faults", "test_fidelity", "test_folder", "test_front_healing", "test_hf", "test_hostile", "test_integers",
-    "test_joined", "test_kill", "test_large", "test_latency", "test_limits", "test_opening", "test_rankfront_sampler",
-    "test_rankfront_study", "test_ray", "test_refit", "test_retries", "test_samplers", "test_slice", "test_startup",
-    "test_storage_faults", "test_timing", "test_wheel",
+    "test_answer", "test_cache_faults", "test_cluster", "test_compiled", "test_compress", "test_end_to_end",
+    "test_export", "test_faults", "test_fidelity", "test_folder", "test_front_healing", "test_hf", "test_hostile",
+    "test_integers", "test_joined", "test_kill", "test_large", "test_latency", "test_limits", "test_opening",
+    "test_rankfront_sampler", "test_rankfront_study", "test_ray", "test_refit", "test_retries", "test_samplers",
+    "test_slice", "test_startup", "test_storage_faults", "test_timing", "test_wheel",
 }  # fmt: skip
 ONE_OF_A_FAMILY = {"lrt-snmf", "wara", "tensor-train", "compot", "dsformer", "oats", "rtn-int8", "lqer-int4"}
 

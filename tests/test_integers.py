@@ -193,22 +193,6 @@ def test_long_inputs_do_not_overflow_in_half_precision():
     assert (y.float() - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("columns", [64, 72])
-@each_bits
-def test_compiled_products_are_the_eager_ones(bits, columns):
-    """By the platform's compiler, which puts a kernel of its own in the place of what it recognises."""
-    torch.compiler.reset()
-    found = rounded(make_weight((48, columns)), bits)
-    matrix = IntegerMatrix(found.integers, found.scales.bfloat16(), bits, columns)
-    with torch.inference_mode():
-        for tokens in (2, FEW_TOKENS[bits] + 1):
-            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-            compiled = torch.compile(matrix)(x)
-            torch.testing.assert_close(compiled, matrix(x), rtol=3e-2, atol=3e-2)
-    torch.compiler.reset()
-
-
 @each_bits
 @pytest.mark.parametrize("shape", [(48, 192), (33, 130)])
 def test_what_was_just_rounded_can_be_run(bits, shape):

@@ -6,10 +6,9 @@ from functools import partial
 import common
 import pytest
 import torch
-from transformers import StaticCache
 
 from rankfront.methods import Cost, InputError
-from rankfront.objectives import Clock, Subject, compiled, generate, make_objective
+from rankfront.objectives import Clock, Subject, generate, make_objective
 from rankfront.objectives.latency import STEADY, Latency
 from rankfront.search.plans.plan import Plan
 
@@ -111,31 +110,6 @@ def test_both_models_run_compiled(resident, monkeypatch):
     assert len(graphs) == made
     make_objective("latency", SMALL).value(subject)
     assert subject.timings.keys() == {(1, 6, 2, True, False, None), (1, 6, 2, False, False, None)}
-    torch.compiler.reset()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's compiler loads it itself
-@pytest.mark.parametrize("kind", ["dense", "ours"])
-def test_a_compiled_model_says_what_it_says_eagerly(resident, kind):
-    """By the compiler of the platform, token by token, with a static cache and a growing one."""
-    torch.compiler.reset()
-    resident.compressed.apply(a_plan(resident) if kind == "ours" else Plan(()))
-    ids, said = common.tokens(2, 5), {}
-    for name, forward in (("eager", resident.compressed.model), ("compiled", compiled(resident.compressed.model))):
-        calls = []
-
-        def recorded(forward=forward, calls=calls, **inputs):
-            out = forward(**inputs)
-            calls.append(out.logits.clone())
-            return out
-
-        cache = None if name == "eager" else StaticCache(config=resident.compressed.model.config, max_cache_len=8)
-        generate(recorded, ids, 3, cache)
-        said[name] = calls
-    assert len(said["eager"]) == 4
-    for ours, theirs in zip(said["compiled"], said["eager"], strict=True):
-        torch.testing.assert_close(ours, theirs)
-    resident.compressed.apply(Plan(()))
     torch.compiler.reset()
 
 
