@@ -3,7 +3,7 @@
 import common
 import pytest
 import torch
-from healing import FAMILIES, heal, settings, windows
+from healing import FAMILIES, Zoo, heal, settings, windows
 from healing import zoo as zoo  # a fixture
 from rows import JOINT_METHODS
 from torch import nn
@@ -96,6 +96,19 @@ def counted(function, made):
         return function(*arguments)
 
     return call
+
+
+def test_a_factored_table_trains_though_no_head_shares_it(tmp_path, text_file):
+    untied = Zoo(tmp_path / "model", text_file, "llama", include=["*embed_tokens"], methods=["svd"])
+    student = untied.student("svd")
+    table = student.get_input_embeddings()
+    before = logits(student)
+    balance(student)
+    assert torch.allclose(logits(student), before, atol=1e-5)
+    factors = [tensor.clone() for tensor in (table.left, table.right)]
+    results = heal(untied, student, tmp_path / "work", settings(stages=("logits",)))
+    assert results[-1].after < results[0].before
+    assert not any(torch.equal(*pair) for pair in zip(factors, (table.left, table.right), strict=True))
 
 
 def test_balanced_factors_have_components_of_equal_norms(zoo):

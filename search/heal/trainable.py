@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rankfront.methods import InputError
 from rankfront.methods.integer_matrix import IntegerMatrix
 from rankfront.methods.layers import Trained, layers
+from rankfront.methods.layers_low_rank import LowRankEmbedding
 
 Kind = Literal["factor", "sparse", "weight", "scale", "small"]
 BUFFER = "buffer:"  # before the names of buffers in a snapshot
@@ -40,7 +41,7 @@ class Parameter:
 
 def factored_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module of every weight that is stored compressed."""
-    known: Any = tuple(layers().values())
+    known: Any = (*layers().values(), LowRankEmbedding)
     return {path: module for path, module in model.named_modules() if isinstance(module, known)}
 
 
