@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RESULTS, on_text, write_page
 
 from rankfront.methods import DENSE, InputError, Option, Site, narrowed, rounding_whole
@@ -56,7 +57,7 @@ def settings(text: str, tokens: int, space: dict[str, Any]) -> dict[str, Any]:
     for split in ("calibrate", "search", "report"):
         study["data"][split]["text"] = text
     study["space"] |= space
-    study["search"] |= {"tokens": tokens}
+    study["search"] |= {"tokens": tokens, "resources": {"cpu": torch.get_num_threads()}}
     return study
 
 
