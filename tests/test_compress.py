@@ -136,7 +136,7 @@ def test_what_is_asked_for_becomes_limits_of_a_study(model_folder):
     on_disk = drafted(bytes="35kB", overrides=("model.dtype=bfloat16",))
     assert on_disk["search"]["where"] == ["bytes<=35000"]
     assert "gptq-int8" in on_disk["space"]["methods"]
-    assert "gptq-int8" not in drafted(bytes="70kB", heal=100, overrides=("model.dtype=float32",))["space"]["methods"]
+    assert "gptq-int8" in drafted(bytes="70kB", heal=100, overrides=("model.dtype=float32",))["space"]["methods"]
     served = drafted(bytes="35kB", serve="gguf")
     assert served["search"]["where"] == ["parameters<=0.791425"]  # two bytes a value
     assert served["space"] == {

@@ -145,7 +145,7 @@ def _space(request: Request, subject: Subject, limits: Mapping[str, float]) -> d
     methods = list(default.methods)
     if request.serve is not None:
         methods = [name for name in methods if holds(request.serve, name)]
-    elif "bytes" in limits and not request.heal:  # which integers hardly take part in
+    elif "bytes" in limits:
         methods.append(INTEGERS)
     least = (share_of_blocks(subject, limits) or 0.0) - DEEPER
     space: dict[str, Any] = {"methods": methods, "keep": [level for level in default.keep if level >= least]}
