@@ -20,9 +20,11 @@ from rankfront.search.study import Study
 
 @pytest.fixture(scope="session", autouse=True)
 def _session():
-    """One thread: tiny matrices run fastest on it, and its sums have one order. No database waits for the disk, and
-    none has the history of Optuna's tables read again: to do so takes longer than a trial."""
+    """One thread, whatever a launch asks for: tiny matrices run fastest on it, its sums have one order, and two wait
+    for each other where cores are busy. No database waits for the disk, and none has the history of Optuna's tables
+    read again: to do so takes longer than a trial."""
     torch.set_num_threads(1)
+    torch.set_num_threads = lambda _: None
     read, history = _VersionManager._create_alembic_script, []
 
     def once(manager):

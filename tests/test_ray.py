@@ -67,7 +67,7 @@ def callers_ray(address):
 
 def test_a_callers_ray_that_has_too_little_is_refused(data, tmp_path, callers_ray):
     with pytest.raises(InputError, match=r"search\.resources\.cpu"):
-        again(Study(data, tmp_path / "run"), resources={"cpu": 64}).launch(quiet())
+        again(Study(data, tmp_path / "run"), resources={"cpu": 3}).launch(quiet())
 
 
 def test_one_worker_lives_through_every_trial(data, model_folder, tmp_path, monkeypatch, spoil, address):
