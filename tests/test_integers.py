@@ -1,8 +1,7 @@
 """Weights and factors in 8 or 4 bits: rounding, packing, kernels, export, and a search that counts bytes."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
 
 import common
 import pytest
@@ -151,34 +150,34 @@ def test_packed_kernels_give_what_the_restored_matrix_does(bits, shape, dtype, l
             assert layer(x[:0]).shape == (0, shape[0])
 
 
-MISALIGNED = """
-import torch
-from rankfront.methods._integers import rounded
-from rankfront.methods.integer_matrix import IntegerMatrix
-
 def shifted(tensor):
+    """A copy that begins 8 bytes after where kernels may read."""
     room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
     start = 8 + -room.data_ptr() % 64
     return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-for bits in (8, 4):
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found = rounded(torch.randn(48, 64), bits)
-        built = IntegerMatrix(shifted(found.integers), found.scales.to(dtype), bits, 64)
-        loaded = IntegerMatrix(found.integers, found.scales.to(dtype), bits, 64)
-        loaded.integers = shifted(found.integers)  # as loading puts it in place
-        for tokens in (1, 3, 4, 5, 16):
-            x = torch.randn(tokens, 64).to(dtype)
-            for matrix in (built, loaded):
-                with torch.inference_mode():
-                    torch.testing.assert_close(matrix(shifted(x)), matrix(x))
-"""
+
+def multiply_misaligned():
+    for bits in (8, 4):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            found = rounded(torch.randn(48, 64), bits)
+            built = IntegerMatrix(shifted(found.integers), found.scales.to(dtype), bits, 64)
+            loaded = IntegerMatrix(found.integers, found.scales.to(dtype), bits, 64)
+            loaded.integers = shifted(found.integers)  # as loading puts it in place
+            for tokens in (1, 3, 4, 5, 16):
+                x = torch.randn(tokens, 64).to(dtype)
+                for matrix in (built, loaded):
+                    with torch.inference_mode():
+                        torch.testing.assert_close(matrix(shifted(x)), matrix(x))
 
 
 def test_memory_that_is_not_aligned_is_read_all_the_same():
-    """As tensors of a safetensors file are, mapped into memory. Without a copy the kernel ends the process."""
-    done = subprocess.run([sys.executable, "-c", MISALIGNED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """As tensors of a safetensors file are, mapped into memory. Without a copy the kernel ends the process, so this
+    runs in a fork."""
+    process = multiprocessing.get_context("fork").Process(target=multiply_misaligned)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_long_inputs_do_not_overflow_in_half_precision():
