@@ -105,7 +105,7 @@ def zoo(tmp_path_factory, text_file):
 
 # -- studies that heal
 
-TOKENS = 24_000
+TOKENS = 12_000
 
 
 def healing_data(folder: Path, text: Path, **heal: Any) -> dict[str, Any]:
