@@ -232,15 +232,15 @@ class Study:
             kind = Halving if self.config.search.heal == "halving" else FrontHealing
             kind(self.run, setup, windows, self.read, *lines_on(console)).heal()
 
-    def solve(self, *constraints: str, console: Console | None = None) -> Row:
+    def solve(self, *constraints: str, console: Console | None = None, report: bool = True) -> Row:
         """The plan expected to be best within ``constraints``, measured: one more trial, unless it was measured before.
 
         A plan may turn out worse than a trial that meets the limits too: what is returned is the best of all (see
-        `best`).
+        `best`). ``report`` is as of `launch`.
         """
         from rankfront.search.run.solving import solve
 
-        solve(self.run, self.config, constraints, lambda: self.answer(*constraints), console)
+        solve(self.run, self.config, constraints, lambda: self.answer(*constraints), console, report)
         return self.best(*constraints)
 
     def export(

@@ -119,7 +119,7 @@ def plans(text: str, tokens: int, row: str) -> Iterator[Plan]:
     dense = next(r.values["bytes"] for r in study.rows() if r.state == "complete" and not r.plan.choices)
     for budget in BUDGETS:
         try:
-            study.solve(f"bytes<={budget * dense:.0f}")
+            study.solve(f"bytes<={budget * dense:.0f}", report=False)
         except InputError as error:
             print(f"{row}, {budget}: {error}", flush=True)
     yield from (each.plan for each in study.rows() if each.state == "complete")

@@ -133,7 +133,9 @@ def test_a_plan_that_is_solved_for_queues_nothing_else(data, tmp_path):
     menu, trial = menu_record(optuna_study(study).user_attrs)["tokens"], study.setup().tokens["search"].numel()
     data["search"]["tokens"] = menu + 2 * trial
     study = make_run(data, tmp_path / "run")
-    study.solve("block_parameters<=0.55", console=quiet())
+    study.solve("block_parameters<=0.55", console=quiet(), report=False)
+    solved = next(row for row in study.front() if row.origin.startswith("solve"))
+    assert solved.report is None
     assert not any("slopes_of" in one.user_attrs for one in optuna_study(study).trials)
 
 

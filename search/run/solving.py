@@ -23,7 +23,12 @@ SOLVES = 3  # plans measured for an answer at most, where tables predict a laten
 
 
 def solve(
-    run: Run, config: StudyConfig, constraints: Sequence[str], expected: Callable[[], Answer], console: Console | None
+    run: Run,
+    config: StudyConfig,
+    constraints: Sequence[str],
+    expected: Callable[[], Answer],
+    console: Console | None,
+    report: bool = True,
 ) -> None:
     """Measure the plan that is ``expected`` to be best, unless it was measured before. Where a latency turns out above
     its limit though its table predicted otherwise, what is expected then is measured too, `SOLVES` plans in all at
@@ -32,7 +37,7 @@ def solve(
     timed = [limit for limit in every if limit.figure in timed_objectives(config.objectives)]
     found = expected()
     for tries_left in reversed(range(SOLVES)):
-        row = _measure(run, config, found, constraints, console)
+        row = _measure(run, config, found, constraints, console, report)
         if found.trial is not None or row is None or all(holds(row, limit) for limit in timed) or not tries_left:
             return
         try:
@@ -42,7 +47,7 @@ def solve(
 
 
 def _measure(
-    run: Run, config: StudyConfig, found: Answer, constraints: Sequence[str], console: Console | None
+    run: Run, config: StudyConfig, found: Answer, constraints: Sequence[str], console: Console | None, report: bool
 ) -> Row | None:
     """The trial that measured what was found for ``constraints``; None where it failed.
 
@@ -58,6 +63,7 @@ def _measure(
         trials = run.read(config)[0].spent + 1
         limits = {"trials": trials, "tokens": None, "time": None, "workers": 0}
         search = config.search.model_copy(update=limits)
-        Launch(run, config.model_copy(update={"search": search}), only=number).measure(console)
+        config = config.model_copy(update={"search": search})
+        Launch(run, config, report=report, only=number).measure(console)
     measured = (row for row in run.read(config)[0].rows if row.plan_key == found.plan.key and row.state == "complete")
     return next(measured, None)
