@@ -13,6 +13,7 @@ from rankfront.search.factors.calibration import (
     passes_of,
     shared_inputs,
 )
+from rankfront.search.inputs import memory
 
 NEEDS = frozenset({"gram", "absolute", "fisher", "gradient"})
 WINDOWS, LENGTH = 3, 12
@@ -166,6 +167,17 @@ def test_a_pass_runs_the_blocks_of_its_sites_alone(architecture, model, windows,
         model.get_submodule(own[block][0]).register_forward_hook(count)
     collect(model, windows, sites, frozenset(needs), limit=1)
     assert counts == dict.fromkeys(blocks, 1 + ("fisher" in needs))
+
+
+def test_hidden_states_without_room_wait_in_files(windows, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANKFRONT_CACHE", str(tmp_path / "cache"))
+    model = common.architecture("llama").build()
+    once = collect(model, windows)
+    monkeypatch.setattr(memory, "AMPLE", 0.0)
+    for path, statistics in collect(model, windows, limit=1).items():
+        assert torch.equal(statistics.gram.raw, once[path].gram.raw)
+        assert torch.equal(statistics.gradient, once[path].gradient)
+    assert list((tmp_path / "cache").iterdir()) == []  # which have no name
 
 
 def test_a_model_whose_blocks_read_more_than_hidden_states_is_run_whole(windows):

@@ -16,7 +16,7 @@ from rankfront.methods import Gram, Site, Statistics, Weight, narrow_outputs
 from rankfront.methods.unfused_experts import routed_at, seeing
 from rankfront.objectives import CAUSAL, Task
 from rankfront.search.factors.failures import Failures
-from rankfront.search.factors.stretch import Span, Stretches
+from rankfront.search.factors.stretch import Span, Stretches, parked
 from rankfront.search.inputs.reached import UNREACHED, differentiated
 
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
@@ -373,7 +373,7 @@ class _Runs:
         found: dict[int, list[Tensor]] = {number: [] for number in kept}
 
         def kept_in(own: list[Tensor]) -> Callable[[Tensor], None]:
-            return lambda hidden: own.append(hidden.detach().to("cpu", copy=True))  # which may be added to in place
+            return lambda hidden: own.append(parked(hidden, hidden.nbytes * len(self.batches) * len(kept)))
 
         seen = {number: kept_in(own) for number, own in found.items()}
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from rankfront.methods import Site
 from rankfront.objectives import Task
+from rankfront.search.inputs.memory import ample
 from rankfront.search.inputs.sites import blocks
+from rankfront.search.inputs.source import cache_folder
 
 
 class _Ended(Exception):
@@ -128,6 +131,18 @@ class Stretches:
 def _copy_to(entered: dict[int, Tensor], number: int, hidden: Tensor) -> None:
     """Copied, for the model may add to it in place."""
     entered[number] = hidden.clone()
+
+
+def parked(hidden: Tensor, together: int) -> Tensor:
+    """A copy of ``hidden`` on the CPU, one of several that are ``together`` bytes: in a file that has no name where
+    these have no room, from which the system takes the memory back."""
+    if ample(together, torch.device("cpu")):
+        return hidden.detach().to("cpu", copy=True)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache_folder()) as file:
+        name = f"/proc/self/fd/{file.fileno()}"
+        own = torch.from_file(name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    return own.view(hidden.shape).copy_(hidden.detach())
 
 
 @contextmanager

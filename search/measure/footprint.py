@@ -12,6 +12,7 @@ import torch
 
 from rankfront.methods import InputError, Option, Site, Weight, get_method
 from rankfront.objectives._scores import LOGITS_AT_ONCE, TEACHER_TOP_K
+from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors import calibration, gradient
 from rankfront.search.inputs import acceptance
@@ -150,7 +151,7 @@ class Footprint:
             if any(method.needs for method in own) and all(w.kind == "linear" for w in site.weights)
         ]
         data = self.config.data
-        tokens = max(1, calibration.BATCH_TOKENS // data.length) * data.length
+        tokens = self._at_once(calibration.BATCH_TOKENS, data.calibrate.windows)
         passes = calibration.passes_of(
             sites, self._groups(), needs, calibration.MEMORY_LIMIT, lambda site: self.outline.sites[site].block
         )
@@ -168,12 +169,15 @@ class Footprint:
             running += KEPT * tokens * self.dtype.itemsize * self.features * blocks / max(1, self.blocks)
             running += LOGITS * tokens * self.outline.capacity.rows
             waiting *= 1 + len(passes)
+        waiting = waiting if ample(waiting, self.device) else 0
         remedy = "lower data.calibrate.windows, or take methods without gradients (not kfac-svd, fwsvd)"
         return self.phase("calibrating and factoring", statistics + waiting + max(running, factored), remedy)
 
     def _predicting(self) -> Phase:
         """A backward pass: of blocks one by one where all of them have no room."""
-        tokens = max(1, gradient.BATCH_TOKENS // self.config.data.length) * self.config.data.length
+        if self.config.search.sampler != OURS:
+            return self.phase("predicting", 0.0, "")
+        tokens = self._at_once(gradient.BATCH_TOKENS, self.config.data.search.windows)
         graph = KEPT * tokens * self.dtype.itemsize * self.features
         if not ample(graph, self.device):
             graph = graph / self.blocks + tokens * self._width * self.dtype.itemsize * self.blocks
@@ -188,11 +192,18 @@ class Footprint:
         teacher = 8 * min(TEACHER_TOP_K, rows) * self.config.trial_windows * data.length * taught
         return self.phase("measuring trials", self._factors + logits + teacher, "lower search.trial_tokens")
 
+    def _at_once(self, most: int, windows: int) -> int:
+        """Tokens of a batch of ``most``, of so many windows."""
+        length = self.config.data.length
+        return length * min(windows, max(1, most // length))
+
     @property
     def _factors(self) -> float:
         """Copies of a plan's, where there is room for them."""
-        kept = max(self.config.space.every_keep, default=0.0)
-        return kept * self.in_blocks if ample(self.weights, self.device) else 0.0
+        if not ample(self.weights, self.device):
+            return 0.0
+        treated = {weight.path: weight.storage.values for site in self.wanted for weight in site.weights}
+        return max(self.config.space.every_keep, default=0.0) * self.dtype.itemsize * sum(treated.values())
 
     @property
     def _width(self) -> int:
