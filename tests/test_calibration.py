@@ -5,14 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankfront.search.factors.calibration import (
-    BATCH_TOKENS,
-    STATISTIC_BYTES,
-    calibrate,
-    held_by,
-    passes_of,
-    shared_inputs,
-)
+from rankfront.search.factors.calibration import BATCH_TOKENS, calibrate, shared_inputs
+from rankfront.search.factors.held import STATISTIC_BYTES, held_by, passes_of
 from rankfront.search.inputs import memory
 
 NEEDS = frozenset({"gram", "absolute", "fisher", "gradient"})

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from rankfront.methods import Gram, Site, Statistics, Weight, narrow_outputs
 from rankfront.methods.unfused_experts import routed_at, seeing
 from rankfront.objectives import CAUSAL, Task
 from rankfront.search.factors.failures import Failures
-from rankfront.search.factors.stretch import Span, Stretches, parked
-from rankfront.search.inputs.reached import UNREACHED, differentiated
+from rankfront.search.factors.held import passes_of
+from rankfront.search.factors.runs import Runs
+from rankfront.search.factors.stretch import Stretches
+from rankfront.search.inputs.reached import UNREACHED
 
 VERSION = 1  # of the statistics: raised by whoever changes their numbers, so that no factors of others are used
 MEMORY_LIMIT = 4 * 2**30  # bytes of statistics held at once
-STATISTIC_BYTES = 4  # sums are kept in fp32
-FORM_BYTES = 16  # of an entry of a Gram while its sites are factored: its regularised form and root in fp64
 BATCH_TOKENS = 2048  # tokens a forward pass takes at once
 LEAST_TOKENS = 256  # that each expert of a mixture sees in all, further ones of its layer among them: a guess
 GRADIENTS = frozenset({"fisher", "gradient"})  # statistics that a backward pass brings
@@ -148,65 +148,6 @@ def shared_inputs(model: nn.Module, paths: Sequence[str], ids: Tensor, task: Tas
     return groups
 
 
-@dataclass(frozen=True)
-class Held:
-    """Bytes of statistics: the sums of all sites, and at most what Grams take while their sites are factored."""
-
-    sums: int
-    forms: int
-
-    @property
-    def total(self) -> int:
-        return self.sums + self.forms
-
-
-def held_by(sites: Sequence[Site], groups: Mapping[str, str], needs: frozenset[str]) -> Held:
-    """What ``sites`` that are measured together take, from what `_hand_over` does with it. ``groups`` as of
-    `shared_inputs`; a weight that it lacks shares with none."""
-    inputs = {groups.get(w.path, w.path): w.in_features for site in sites for w in site.measured}
-    weights = {w.path: w for site in sites for w in site.measured}.values()
-    sums = sum(n * n for n in inputs.values()) if "gram" in needs else 0
-    if "gradient" in needs:
-        sums += sum(w.out_features**2 for w in weights if narrow_outputs(w.out_features, w.in_features))
-    vectors = sum(inputs.values()) if "absolute" in needs else 0
-    if "fisher" in needs:
-        vectors += sum(weight.in_features for weight in weights)
-    forms = 0
-    if "gram" in needs:
-        left = Counter(groups.get(w.path, w.path) for site in sites for w in site.measured)
-        now: set[str] = set()
-        for site in sites:
-            own = [groups.get(w.path, w.path) for w in site.measured]
-            now |= set(own)
-            forms = max(forms, sum(FORM_BYTES * inputs[lead] ** 2 for lead in now))
-            left.subtract(own)
-            now -= {lead for lead in own if not left[lead]}
-    return Held(STATISTIC_BYTES * (sums + vectors), forms)
-
-
-def passes_of(
-    sites: Sequence[Site],
-    groups: Mapping[str, str],
-    needs: frozenset[str],
-    limit: int,
-    block: Callable[[Site], Any],
-) -> list[list[Site]]:
-    """Cut ``sites`` into runs whose statistics stay under ``limit`` bytes, those of one ``block`` at least."""
-    passes: list[list[Site]] = []
-    held = Held(0, 0)
-    for _, own in groupby(sites, key=block):
-        run = list(own)
-        more = held_by(run, groups, needs)
-        together = Held(held.sums + more.sums, max(held.forms, more.forms))
-        if passes and together.total <= limit:
-            passes[-1] += run
-            held = together
-        else:
-            passes.append(run)
-            held = more
-    return passes
-
-
 def calibrate(
     model: Any,
     windows: Tensor,
@@ -223,7 +164,7 @@ def calibrate(
     Of the others, ``failures`` has the reason by the site's name; where none are given, RuntimeError.
 
     Runs ``windows`` (W, L) through the blocks of the dense model that a group of sites lies in whose statistics fit
-    under ``limit`` bytes, and drops a group's statistics before the next pass; see `_Runs`. An expert of a mixture that
+    under ``limit`` bytes, and drops a group's statistics before the next pass; see `Runs`. An expert of a mixture that
     is given fewer than `LEAST_TOKENS` sees other tokens of its layer too; its gradients, which these have none of, are
     pooled with equal ones. Gradients, where one of `GRADIENTS` is needed,
     are those of the summed cross-entropy of predicted tokens with respect to each weight's output; no weight gradient
@@ -237,13 +178,14 @@ def calibrate(
     groups = shared_inputs(model, paths, windows[:1, :8].to(device), task)
     stretches = Stretches(model, task)
     passes = passes_of(sites, groups, needs, limit, lambda site: stretches.span([site]).start)
-    runs = _Runs(stretches, windows, passes, gradients=bool(needs & GRADIENTS), progress=progress)
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    runs = Runs(stretches, windows, size, passes, bool(needs & GRADIENTS), progress)
     for chosen in runs.order:
         recorder = _Recorder(needs, _leaders_within(chosen, groups), Failures())
         handles = recorder.attach(model, [weight.path for site in chosen for weight in site.measured])
         try:
             with seeing(model, _least(windows)):
-                runs.next(recorder)
+                runs.next(partial(setattr, recorder, "attended"))
         finally:
             for handle in handles:
                 handle.remove()
@@ -326,108 +268,3 @@ def _pool_gradients(needs: frozenset[str], sums: _Sums, weight: Weight) -> None:
     if "gradient" in needs and narrow_outputs(m, n):
         own = torch.zeros(m, m) if sums.gradient is None else sums.gradient
         sums.gradient = own + (share * float(own.diagonal().mean()) or 1.0) * torch.eye(m, device=own.device)
-
-
-class _Runs:
-    """Runs windows through a model once for each of ``passes``, sites that are measured together.
-
-    Where the model can be run by stretches of its blocks, a pass runs those alone that its sites are in, on the hidden
-    states that the pass before has left. With ``gradients`` the last pass comes first: each leaves the gradients at
-    its first block to the next one, after a run without gradients that leaves the hidden states of all.
-
-    Attributes:
-        order: of the passes, as they have to be run.
-    """
-
-    def __init__(
-        self, stretches: Stretches, windows: Tensor, passes: list[list[Site]], gradients: bool, progress: Progress
-    ) -> None:
-        self.stretches, self.gradients, self.progress = stretches, gradients, progress
-        self.model, self.task = stretches.model, stretches.task
-        step = max(1, BATCH_TOKENS // windows.shape[1])
-        self.batches = [windows[start : start + step] for start in range(0, len(windows), step)]
-        self.order = passes[::-1] if gradients else passes
-        self.spans = _spans([self.stretches.span(sites) for sites in self.order], self.stretches.end, gradients)
-        starts = sorted({span.start for span in self.spans} - {0})
-        first = windows[:1, :8].to(next(self.model.parameters()).device)
-        if not stretches.resumes(first, starts):
-            self.spans, starts = [Span(0, self.stretches.end)] * len(passes), []
-        self.hidden: dict[int, list[Tensor]] = {}  # block -> what enters it, of every batch
-        self.slopes: dict[int, list[Tensor]] = {}  # block -> the loss's gradient there, of every batch
-        self.done, self.total = 0, len(windows) * (len(passes) + bool(gradients and starts))
-        if gradients and starts:
-            self._through(Span(0, starts[-1]), starts)
-
-    def next(self, recorder: _Recorder) -> None:
-        """The next pass, of which ``recorder`` has hooks in the model."""
-        span, *later = self.spans
-        self.spans = later
-        with differentiated(self.model, gradients=self.gradients):
-            if self.gradients:
-                self._back(span, later[0].stop if later else 0, recorder)
-            else:
-                self._through(span, [later[0].start] if later and later[0].start else [], recorder)
-
-    def _through(self, span: Span, kept: list[int], recorder: _Recorder | None = None) -> None:
-        """Run the blocks of a ``span``, keeping what enters those ``kept``, and nothing else."""
-        found: dict[int, list[Tensor]] = {number: [] for number in kept}
-
-        def kept_in(own: list[Tensor]) -> Callable[[Tensor], None]:
-            return lambda hidden: own.append(parked(hidden, hidden.nbytes * len(self.batches) * len(kept)))
-
-        seen = {number: kept_in(own) for number, own in found.items()}
-        with torch.no_grad():
-            for number, ids in self._batches(recorder):
-                self.stretches.run(ids, span, self._entering(span, number), seen)
-        self.hidden = found
-
-    def _back(self, span: Span, before: int, recorder: _Recorder) -> None:
-        """Run the blocks of a ``span`` and back, keeping the gradients at the block ``before`` which the next ends."""
-        slopes = self.slopes.pop(span.stop, [])
-        found: list[Tensor] = []
-
-        def keep(hidden: Tensor) -> None:
-            hidden.register_hook(lambda gradient: found.append(gradient.cpu()))
-
-        seen = {before: keep} if 0 < before < self.stretches.end else {}
-        for number, ids in self._batches(recorder):
-            entering = self._entering(span, number)
-            if entering is not None:
-                entering = entering.detach().requires_grad_().clone()  # a leaf cannot be scaled in place
-            made = self.stretches.run(ids, span, entering, seen)
-            if span.stop < self.stretches.end:
-                made.backward(slopes[number].to(made.device))
-            else:
-                predicted = made[:, : self.task.predicted(ids.shape[1])].flatten(0, 1).float()
-                targets = self.task.targets(ids).flatten()
-                nn.functional.cross_entropy(predicted, targets, reduction="sum").backward()
-        self.slopes[before] = found
-
-    def _entering(self, span: Span, batch: int) -> Tensor | None:
-        return self.hidden[span.start][batch].to(next(self.model.parameters()).device) if span.start else None
-
-    def _batches(self, recorder: _Recorder | None) -> Iterator[tuple[int, Tensor]]:
-        """Number and ids of every batch; progress hears of it once it was run."""
-        device = next(self.model.parameters()).device
-        for number, batch in enumerate(self.batches):
-            ids = batch.to(device)
-            if recorder is not None:
-                recorder.attended = self.task.attended(ids)
-            yield number, ids
-            self.done += len(ids)
-            self.progress(self.done, self.total)
-
-
-def _spans(wanted: Sequence[Span], end: int, gradients: bool) -> list[Span]:
-    """What each pass has to run, of what the passes want in their order: with ``gradients`` down from the last block's
-    to its own first one, else up to where the next begins."""
-    found: list[Span] = []
-    for number, span in enumerate(wanted):
-        rest, later = wanted[number:], wanted[number + 1 :]
-        if gradients:
-            stop = max(each.stop for each in rest) if found else end
-            found.append(Span(min(span.start, max((each.stop for each in later), default=stop)), stop))
-        else:
-            start = min(each.start for each in rest) if found else 0
-            found.append(Span(start, max(span.stop, min((each.start for each in later), default=0))))
-    return found

@@ -15,6 +15,7 @@ from rankfront.objectives._scores import LOGITS_AT_ONCE, TEACHER_TOP_K
 from rankfront.search.choices import OURS
 from rankfront.search.config import StudyConfig
 from rankfront.search.factors import calibration, gradient
+from rankfront.search.factors.held import held_by, passes_of
 from rankfront.search.inputs import acceptance
 from rankfront.search.inputs.device import DTYPES
 from rankfront.search.inputs.memory import ample, free_bytes
@@ -152,10 +153,10 @@ class Footprint:
         ]
         data = self.config.data
         tokens = self._at_once(calibration.BATCH_TOKENS, data.calibrate.windows)
-        passes = calibration.passes_of(
+        passes = passes_of(
             sites, self._groups(), needs, calibration.MEMORY_LIMIT, lambda site: self.outline.sites[site].block
         )
-        statistics = max((calibration.held_by(run, self._groups(), needs).total for run in passes), default=0)
+        statistics = max((held_by(run, self._groups(), needs).total for run in passes), default=0)
         widest = max((weight.in_features for site in sites for weight in site.measured), default=0)
         running = tokens * (self.features / max(1, self.blocks) / 2 * self.dtype.itemsize + 4 * widest)
         factored = FACTORING * max((site.storage.values for site in self.wanted if len(site.weights) == 1), default=0)
