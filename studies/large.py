@@ -219,8 +219,8 @@ def seconds(name: str, what: str, cells: Mapping[tuple[str, str], Cell]) -> floa
     one took, by `work`."""
     if (name, what) in cells:
         cell = cells[name, what]
-        return float(cell["seconds"]) * 1000 / cell.get("tokens", 1000)
-    base = next(known for known in reversed(SHAPES) if (known, what) in cells)
+        return float(cell["seconds"]) * 1000 / int(cell.get("tokens", 1000))
+    base = next(known for known in reversed(list(SHAPES)) if (known, what) in cells)
     ours, theirs = work(name), work(base)
     below = {"gram": "forward", "gradient": "gram"}.get(what)  # which it runs too
     if below is None:
