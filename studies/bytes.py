@@ -29,6 +29,7 @@ from rankfront.search.names import inside_blocks
 from rankfront.search.plans.plan import cost_of
 
 BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)  # of the dense model's bytes
+WINDOWS = {"search": 32, "report": 64}  # by which plans are chosen, and reported
 TOGETHER, STRUCTURE, BITS = "structure and bits together", "structure alone", "mixed bits alone"
 ROWS: dict[str, dict[str, Any]] = {
     TOGETHER: {},
@@ -80,7 +81,8 @@ class Bench:
         """Log perplexity."""
         if (plan.key, split) not in self.known:
             self.compressed.apply(plan)
-            perplexity = score(self.compressed.model, self.setup.tokens[split]).perplexity
+            windows = self.setup.tokens[split][: WINDOWS[split]]
+            perplexity = score(self.compressed.model, windows).perplexity
             self.known[plan.key, split] = math.log(perplexity)
         return self.known[plan.key, split]
 
