@@ -3,11 +3,15 @@
 import common
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
 
 from rankfront.search.factors.calibration import BATCH_TOKENS, calibrate, shared_inputs
+from rankfront.search.factors.failures import Failures
 from rankfront.search.factors.held import STATISTIC_BYTES, held_by, passes_of
 from rankfront.search.inputs import memory
+from rankfront.search.inputs.apart import take_apart
+from rankfront.search.inputs.model import _share_modules
 
 NEEDS = frozenset({"gram", "absolute", "fisher", "gradient"})
 WINDOWS, LENGTH = 3, 12
@@ -161,6 +165,27 @@ def test_a_pass_runs_the_blocks_of_its_sites_alone(architecture, model, windows,
         model.get_submodule(own[block][0]).register_forward_hook(count)
     collect(model, windows, sites, frozenset(needs), limit=1)
     assert counts == dict.fromkeys(blocks, 1 + ("fisher" in needs))
+
+
+@pytest.mark.parametrize("name", ["zamba2", "rwkv", "mixtral"])
+def test_passes_give_the_statistics_of_one_in_models_of_other_structure(name, windows):
+    """Blocks that share linears, blocks that read more than hidden states, and experts."""
+    model = tiny_model(name).requires_grad_(False)
+    _share_modules(model)
+    take_apart(model)
+    found = [
+        {
+            site.name: statistics["weight"]
+            for site, statistics in calibrate(
+                model, windows % 40, linear_sites(model), NEEDS, lambda *_: None, limit, Failures()
+            )
+        }
+        for limit in (2**32, 1)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for path, statistics in found[0].items():
+        assert torch.equal(found[1][path].gram.raw, statistics.gram.raw), path
+        assert torch.equal(found[1][path].fisher, statistics.fisher), path
 
 
 def test_hidden_states_without_room_wait_in_files(windows, monkeypatch, tmp_path):

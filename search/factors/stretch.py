@@ -50,7 +50,7 @@ class Stretches:
         """What has to run for the inputs of ``sites``: all of it where one is neither in a block nor the head."""
         head = self.model.get_output_embeddings()
         places = []
-        for path in (weight.path for site in sites for weight in site.measured):
+        for path in (path for site in sites for weight in site.measured for path in (weight.path, *weight.shared)):
             if path.startswith(f"{self.prefix}."):
                 places.append(int(path.removeprefix(f"{self.prefix}.").partition(".")[0]))
             elif self.model.get_submodule(path) is head:
@@ -76,16 +76,16 @@ class Stretches:
             self.tuples = not isinstance(output, Tensor)
 
         entered: dict[int, Tensor] = {}
-        with torch.no_grad(), ExitStack() as stack:
-            for block in self.blocks:
-                stack.callback(block.register_forward_hook(leave).remove)
-            seen = {start: partial(_copy_to, entered, start) for start in starts}
-            wanted = self.run(ids, Span(0, self.end), seen=seen)
-        if called != self.blocks:
-            return False
+        seen = {start: partial(_copy_to, entered, start) for start in starts}
         try:
             with torch.no_grad():
-                return all(torch.equal(self.run(ids, Span(at, self.end), entered[at]), wanted) for at in starts)
+                with ExitStack() as stack:
+                    for block in self.blocks:
+                        stack.callback(block.register_forward_hook(leave).remove)
+                    wanted = self.run(ids, Span(0, self.end), seen=seen)
+                return called == self.blocks and all(
+                    torch.equal(self.run(ids, Span(at, self.end), entered[at]), wanted) for at in starts
+                )
         except Exception:  # noqa: BLE001 - a model's own code fails in ways of its own without what its blocks note
             return False
 
