@@ -11,6 +11,8 @@ from rankfront.methods import InputError
 from rankfront.objectives import Clock, make_objective
 from rankfront.search import Plan, Study
 from rankfront.search.constraint import Constraint
+from rankfront.search.factors.calibration import calibrate
+from rankfront.search.measure import prepare
 from rankfront.search.measure.runner import JobRunner
 from rankfront.search.plans.job import Job
 from rankfront.search.storage.front import Row, box_of, hypervolume
@@ -26,12 +28,13 @@ def residents(tmp_path_factory, text_file):
     """Architecture -> a resident model with single and joint methods, made when first asked for."""
     made = {}
 
-    def resident(name, methods=tuple(JOINT)):
-        if (name, methods) not in made:
+    def resident(name, methods=tuple(JOINT), dtype="float32"):
+        if (name, methods, dtype) not in made:
             data = small_data(save_folder(name, tmp_path_factory.mktemp(name) / "model"), text_file)
             data["space"] = {"methods": list(methods), "keep": [0.4, 0.7], "rank_multiple": 2}
-            made[name, methods] = JobRunner(Study(data).setup())
-        return made[name, methods]
+            data["model"]["dtype"] = dtype
+            made[name, methods, dtype] = JobRunner(Study(data).setup())
+        return made[name, methods, dtype]
 
     return resident
 
@@ -124,9 +127,10 @@ def test_what_is_held_is_what_is_stored_where_nothing_is_unpacked(residents, nam
 
 
 def test_copies_that_layers_run_with_count_as_held(residents):
-    """Four bits keep a second copy in the kernel's order; a sparse factor its indices, or itself made dense."""
-    for method, factor in (("rtn-int4", 0.5), ("cospadi", 0.0), ("oats", 0.0)):
-        resident = residents("llama", (method,))
+    """Four bits keep a second copy in the order of their kernel, which takes bf16 alone; a sparse factor its indices,
+    or itself made dense."""
+    for method, factor, dtype in (("rtn-int4", 0.5, "bfloat16"), ("cospadi", 0.0, "float32"), ("oats", 0.0, "float32")):
+        resident = residents("llama", (method,), dtype)
         chosen = {site.name: options[-1] for site, options in resident.compressed.space.wanted().items()}
         plan = Plan.of(chosen)
         dense = value(resident, Plan(()), "resident_bytes") - value(resident, Plan(()), "bytes")
@@ -135,6 +139,25 @@ def test_copies_that_layers_run_with_count_as_held(residents):
         assert more > 0
         if factor:
             assert integers <= more <= 2 * integers  # rows are filled up to what the kernel takes at a time
+
+
+def test_calibration_runs_the_very_model_that_trials_do(model_folder, text_file, monkeypatch):
+    """In bf16 from weights in fp32: what positions are made of stays in fp32, where all else is rounded."""
+    data, seen = small_data(model_folder, text_file), {}
+    data["space"]["methods"] = ["svd-llm"]
+    data["model"]["dtype"] = "bfloat16"
+
+    def watched(model, *rest, **named):
+        seen.update(model.state_dict(keep_vars=True) | dict(model.named_buffers()))
+        return calibrate(model, *rest, **named)
+
+    monkeypatch.setattr(prepare, "calibrate", watched)
+    resident = JobRunner(Study(data).setup())
+    model = resident.compressed.model
+    expected = model.state_dict(keep_vars=True) | dict(model.named_buffers())
+    assert any(tensor.dtype == torch.float32 for tensor in expected.values())
+    assert {name: each.dtype for name, each in seen.items()} == {name: each.dtype for name, each in expected.items()}
+    assert all(torch.equal(seen[name], each) for name, each in expected.items())
 
 
 @pytest.mark.parametrize("method", ["oats", "svd"])

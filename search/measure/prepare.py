@@ -30,7 +30,7 @@ def prepare_store(setup: Setup, space: Space, progress: Progress, anew: bool = F
     weights_from = load_model(setup.source, "auto", setup.device)
     dtype = DTYPES[setup.dtype]
     same = next(weights_from.parameters()).dtype == dtype
-    model = weights_from if same else load_model(setup.source, dtype, setup.device).to(dtype)
+    model = weights_from if same else load_model(setup.source, dtype, setup.device)
     progress("load", 1, 1)
 
     done = 0
