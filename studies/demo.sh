@@ -2,8 +2,8 @@
 # Launch the demo study, look at its front, go on with it, export a plan, and generate a sentence with the exported model.
 set -eu
 cd "$(dirname "$0")/.."
-echo "a first front of 5 trials:"
-rankfront launch studies/demo.toml --trials 5
+echo "a first front of 3 trials:"
+rankfront launch studies/demo.toml --trials 3
 echo "the same study, gone on with where it stopped (with --workers 2, two trials would run at once in Ray workers):"
 rankfront launch studies/demo.toml
 rankfront report runs/demo
