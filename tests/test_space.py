@@ -251,6 +251,15 @@ def test_an_anchor_between_levels_is_the_nearest_once():
     assert labels == ["dense", "svd keep=0.8", "svd keep=0.3"]
 
 
+def test_anchors_are_no_more_with_several_numbers_of_bits():
+    """But for the dense weight in each. What is offered in fewer bits alone has its anchors in these."""
+    methods, sites = ["svd-llm"], deep_sites(3)
+    plain, both, narrow = (make_space(sites, methods=methods, bits=bits) for bits in ([16], [16, 4], [4]))
+    assert {anchor.method for anchor in plain.anchors([0.5])} == {"dense", "svd-llm"}
+    assert {anchor.method for anchor in both.anchors([0.5])} == {"dense", "svd-llm", "gptq-int4"}
+    assert {anchor.method for anchor in narrow.anchors([0.5])} == {"dense", "svd-llm-int4", "gptq-int4"}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_encoding_a_plan_and_decoding_it_are_each_others_inverse(seed):
     space = make_space(groups=0)

@@ -38,9 +38,10 @@ def warm_start(predictor: Predictor, budgets: Iterable[float]) -> Iterator[tuple
 
 
 def anchors_to_beat(menu: Menu, space: Space, fractions: Sequence[float]) -> list[Anchor]:
-    """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as."""
-    anchors = space.anchors(fractions)
+    """The anchors that ``menu`` knows nothing of, or predicts no other to be as small and as good as, all costs weighed
+    alike: by each cost apart, few would be."""
+    anchors, menu = space.anchors(fractions), menu.even
     found = [menu.encode(space.decode(space.anchor_parameters(anchor))) for anchor in anchors]
-    known = np.array([(*menu.costs(places), menu.divergence(places)) for places in found if places is not None])
+    known = np.array([(menu.size(places), menu.divergence(places)) for places in found if places is not None])
     kept = iter(moocore.is_nondominated(known, keep_weakly=False))
     return [anchor for anchor, places in zip(anchors, found, strict=True) if places is None or next(kept)]

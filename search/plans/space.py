@@ -10,7 +10,17 @@ from typing import Any
 
 import optuna
 
-from rankfront.methods import DENSE, InputError, Option, Site, get_method, narrowed, rounding_whole
+from rankfront.methods import (
+    DENSE,
+    INTEGER_BITS,
+    InputError,
+    Option,
+    Site,
+    get_method,
+    narrow_name,
+    narrowed,
+    rounding_whole,
+)
 from rankfront.search.config import FULL_BITS, SpaceConfig
 from rankfront.search.names import Place
 from rankfront.search.plans.alike import Groups, alike
@@ -194,10 +204,13 @@ class Space:
         return found
 
     def anchors(self, budgets: Iterable[float]) -> list[Anchor]:
-        """Dense, then every method at every budget, each level of the space's grid once."""
+        """Dense, then every method at every budget, each level of the space's grid once; of what is offered in several
+        numbers of bits, that in most."""
         found = [Anchor("dense", DENSE_KEEP)]
         levels = sorted({min(self.config.keep, key=lambda k: abs(k - budget)) for budget in budgets}, reverse=True)
-        return found + [Anchor(method, keep) for keep in levels for method in self.methods]
+        narrow = {narrow_name(method, bits) for method in self.methods for bits in INTEGER_BITS}
+        methods = [method for method in self.methods if method not in narrow]
+        return found + [Anchor(method, keep) for keep in levels for method in methods]
 
 
 def _choices(sites: Mapping[Site, Place], config: SpaceConfig) -> tuple[dict[Site, Choices], list[Linked]]:
