@@ -284,7 +284,7 @@ def test_a_layer_without_some_experts_routes_among_the_others(name):
 
 def test_a_mixture_of_fewer_experts_goes_from_study_to_export(folder, text_file, tmp_path, verified_here):
     data = small_data(folder, text_file, sampler="rankfront", trials=5)
-    data["space"] = {"methods": ["expert-prune", "svd-llm"], "keep": [0.5, 0.8], "rank_multiple": 2}
+    data["space"] = {"methods": ["expert-prune"], "keep": [0.5, 0.8], "rank_multiple": 2}
     data["objectives"] |= {"active_parameters": {}}
     study = make_run(data, tmp_path / "run")
     rows = [row for row in study.rows() if row.state != "waiting"]
