@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankfront.methods import Site
 from rankfront.objectives import Task
+from rankfront.search.inputs.forwards import running_as
 from rankfront.search.inputs.memory import ample
 from rankfront.search.inputs.sites import blocks
 from rankfront.search.inputs.source import cache_folder
@@ -105,8 +106,9 @@ class Stretches:
 
         with ExitStack() as stack:
             if hidden is not None:
+                given = (hidden,) if self.tuples else hidden
                 for block in self.blocks[: span.start]:
-                    stack.enter_context(_giving(block, (hidden,) if self.tuples else hidden))
+                    stack.enter_context(running_as(block, lambda *_, **__: given))
             for number, show in [*seen.items(), *([] if span.stop == self.end else [(span.stop, end)])]:
                 stack.callback(self._entering(number, show))
             try:
@@ -143,17 +145,3 @@ def parked(hidden: Tensor, together: int) -> Tensor:
         name = f"/proc/self/fd/{file.fileno()}"
         own = torch.from_file(name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
     return own.view(hidden.shape).copy_(hidden.detach())
-
-
-@contextmanager
-def _giving(block: nn.Module, output: Any) -> Iterator[None]:
-    """Within, ``block`` does nothing and gives ``output``."""
-    own = vars(block).get("forward")
-    vars(block)["forward"] = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(block)["forward"]
-        else:
-            vars(block)["forward"] = own

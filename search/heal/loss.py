@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from rankfront.methods import InputError
 from rankfront.objectives import Teacher, divergence_from
 from rankfront.search.choices import Loss
+from rankfront.search.inputs.forwards import running_as
 
 AT_ONCE = {"cuda": 2**26, "cpu": 2**24}  # logits that exist at once, of each model: 64 MiB in fp32 on a CPU; guess
 EPSILON = 1e-6  # of the mean square of a target, below which its error counts no more; guess
@@ -78,11 +79,8 @@ class Head:
         """(B, L, V) from (B, L, d)."""
         given = _Given(last_hidden_state=hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        vars(self.body)["forward"] = lambda *_, **__: given
-        try:
+        with running_as(self.body, lambda *_, **__: given):
             found: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            del vars(self.body)["forward"]
         return found
 
     @torch.no_grad()

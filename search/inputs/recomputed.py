@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rankfront.methods.layers import weight_of
+from rankfront.search.inputs.forwards import running_as
 from rankfront.search.inputs.memory import ample
 from rankfront.search.inputs.sites import blocks, is_linear
 
@@ -38,12 +39,12 @@ def recomputed(model: Any, tokens: int) -> Iterator[None]:
     with ExitStack() as stack:
         if not ample(kept_bytes(model, tokens), next(model.parameters()).device):
             for block in blocks(model)[1]:
-                stack.enter_context(_again(block))
+                stack.enter_context(running_as(block, _again(block)))
         yield
 
 
-@contextmanager
-def _again(block: nn.Module) -> Iterator[None]:
+def _again(block: nn.Module) -> Callable[..., Any]:
+    """The forward of ``block``, run again on the way back."""
     own: Callable[..., Any] = block.forward
 
     def forward(*given: Any, **named: Any) -> Any:
@@ -58,12 +59,4 @@ def _again(block: nn.Module) -> Iterator[None]:
 
         return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
 
-    before = vars(block).get("forward")
-    vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(block)["forward"]
-        else:
-            vars(block)["forward"] = before
+    return forward

@@ -120,7 +120,7 @@ class Footprint:
         """In the order in which a launch comes to them."""
         return [self._sampling(), self._accepting(), self._calibrating(), self._predicting(), self._trials()]
 
-    @property
+    @cached_property
     def peak(self) -> Phase:
         """The phase that needs most."""
         return max(self.phases(), key=lambda phase: phase.bytes)

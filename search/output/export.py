@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,7 @@ def export(
     out = new_folder(out)
     check_origin(setup, row)
     compressed = CompressedModel(setup)
-    try:
+    with writing(out):
         if refit == "none":
             compressed.apply(row.plan)
             reports = _reported(compressed, row.report, dense)
@@ -75,6 +76,13 @@ def export(
             measured = score(compressed.model, windows, task=setup.task).perplexity
             reports = _reported(compressed, None, dense)
             return _write_verified(compressed, row, out, form, measured, refit, reports)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Within, what fails of writing the folder ``out`` is `Unwritable`, in one line."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
 

@@ -37,7 +37,7 @@ from rankfront.search.measure.control import reported
 from rankfront.search.measure.setup import Setup
 from rankfront.search.output.card import Verified
 from rankfront.search.output.derived import RECORD
-from rankfront.search.output.export import check_same, verify_folder
+from rankfront.search.output.export import check_same, verify_folder, writing
 from rankfront.search.output.healed import export_healed, settings_of
 from rankfront.search.output.healing_progress import Line, Say
 from rankfront.search.output.results import Results
@@ -245,19 +245,16 @@ def export_stored(run: Run, setup: Setup, healed: Healed, out: Path) -> Verified
             f" {healed.row.number} again"
         )
     perplexity = healed.row.figure("perplexity")
-    try:
-        with staged(out) as staging:
-            shutil.copytree(folder, staging, dirs_exist_ok=True)
-            if resolve(str(staging), trusted).fingerprint != healed.record["weights"]:
-                raise ExportError(f"the copy of {str(folder)!r} differs: not kept")
-            windows = setup.tokens["search"][: setup.config.trial_windows]
-            verified = verify_folder(staging, windows, setup.device, trusted)
-            check_same("healed export", verified, perplexity)
-            if verified.bytes != healed.row.figure("bytes"):
-                raise ExportError(f"the export has {verified.bytes:,} bytes and the plan another number: not kept")
-            card = staging / "README.md"
-            line = f"Healed, its perplexity on the search split is {verified.perplexity:.6g}, reloaded."
-            card.write_text(before_section(card.read_text(encoding="utf-8"), line), encoding="utf-8")
-    except OSError as error:
-        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+    with writing(out), staged(out) as staging:
+        shutil.copytree(folder, staging, dirs_exist_ok=True)
+        if resolve(str(staging), trusted).fingerprint != healed.record["weights"]:
+            raise ExportError(f"the copy of {str(folder)!r} differs: not kept")
+        windows = setup.tokens["search"][: setup.config.trial_windows]
+        verified = verify_folder(staging, windows, setup.device, trusted)
+        check_same("healed export", verified, perplexity)
+        if verified.bytes != healed.row.figure("bytes"):
+            raise ExportError(f"the export has {verified.bytes:,} bytes and the plan another number: not kept")
+        card = staging / "README.md"
+        line = f"Healed, its perplexity on the search split is {verified.perplexity:.6g}, reloaded."
+        card.write_text(before_section(card.read_text(encoding="utf-8"), line), encoding="utf-8")
     return replace(verified, parameters=healed.row.attributes[keys.PARAMETER_COUNT])  # integers and index bits too

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rankfront.methods import InputError
@@ -18,7 +17,7 @@ from rankfront.objectives import score
 from rankfront.search import attributes as keys
 from rankfront.search.atomic import new_folder, staged
 from rankfront.search.choices import AS_FACTORS, Format, Refit
-from rankfront.search.errors import ExportError, Unwritable
+from rankfront.search.errors import ExportError
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.device import pick_device
 from rankfront.search.inputs.model import count_parameters, load_model, load_tokenizer
@@ -30,7 +29,7 @@ from rankfront.search.measure.refit import refitted
 from rankfront.search.measure.setup import Setup
 from rankfront.search.names import BUNDLED
 from rankfront.search.output.card import Verified
-from rankfront.search.output.export import check_origin, check_same, save_tokenizer, verify_folder
+from rankfront.search.output.export import check_origin, check_same, save_tokenizer, verify_folder, writing
 from rankfront.search.plain import markdown
 from rankfront.search.plans.plan import Plan
 from rankfront.search.serve import llama_cpp
@@ -117,34 +116,31 @@ def _write(
 ) -> Verified:
     """Write ``model``, which stores so many values and has ``measured`` as its perplexity on ``windows`` (W, L)."""
     tokenizer = load_tokenizer(source)
-    try:
-        with staged(out) as folder:
-            written = write(model, form, folder, kind, tokenizer, _original(source, plan))
-            sizes = f"the plan stores {stored:,} values as factors and this folder {written.values:,}"
-            lost = multiplied_out(plan.by_site, form)
-            notes = (*([sizes] if stored != written.values else []), *([lost] if lost else []), *written.notes)
-            if form == "gguf":
-                check = _in_llama_cpp(folder / GGUF, model, windows, kind)
-                size = (folder / GGUF).stat().st_size
-                verified = Verified(measured, written.values, size, notes=(*notes, check), reloaded=False)
-            elif form == "openvino":
-                save_tokenizer(tokenizer, folder)
-                check = _in_openvino(folder, model, windows[:1])
-                size = sum(file.stat().st_size for file in folder.glob("openvino_model.*"))
-                verified = Verified(measured, written.values, size, notes=(*notes, check), reloaded=False)
-            else:
-                save_tokenizer(tokenizer, folder)
-                trusted = source.trust_remote_code or form == "nemotron-nas"
-                found = verify_folder(folder, windows, str(next(model.parameters()).device), trusted)
-                check_same("export", found, measured)
-                if found.parameters != written.values:
-                    raise ExportError(f"the export has {found.parameters:,} parameters: not kept")
-                verified = Verified(found.perplexity, found.parameters, found.bytes, notes=notes)
-            (folder / "plan.json").write_text(plan.portable.to_json() + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(_card(source, title, form, verified), encoding="utf-8")
-            return verified
-    except (OSError, SafetensorError) as error:
-        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
+    with writing(out), staged(out) as folder:
+        written = write(model, form, folder, kind, tokenizer, _original(source, plan))
+        sizes = f"the plan stores {stored:,} values as factors and this folder {written.values:,}"
+        lost = multiplied_out(plan.by_site, form)
+        notes = (*([sizes] if stored != written.values else []), *([lost] if lost else []), *written.notes)
+        if form == "gguf":
+            check = _in_llama_cpp(folder / GGUF, model, windows, kind)
+            size = (folder / GGUF).stat().st_size
+            verified = Verified(measured, written.values, size, notes=(*notes, check), reloaded=False)
+        elif form == "openvino":
+            save_tokenizer(tokenizer, folder)
+            check = _in_openvino(folder, model, windows[:1])
+            size = sum(file.stat().st_size for file in folder.glob("openvino_model.*"))
+            verified = Verified(measured, written.values, size, notes=(*notes, check), reloaded=False)
+        else:
+            save_tokenizer(tokenizer, folder)
+            trusted = source.trust_remote_code or form == "nemotron-nas"
+            found = verify_folder(folder, windows, str(next(model.parameters()).device), trusted)
+            check_same("export", found, measured)
+            if found.parameters != written.values:
+                raise ExportError(f"the export has {found.parameters:,} parameters: not kept")
+            verified = Verified(found.perplexity, found.parameters, found.bytes, notes=notes)
+        (folder / "plan.json").write_text(plan.portable.to_json() + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, title, form, verified), encoding="utf-8")
+        return verified
 
 
 def _original(source: Source, plan: Plan) -> Path | None:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rankfront.methods import Factors, InputError, Option, Prepared, Site, get_method
@@ -23,7 +22,6 @@ from rankfront.methods.checkpoint import contents
 from rankfront.methods.layers_low_rank import LowRankEmbedding, LowRankLinear
 from rankfront.objectives import score
 from rankfront.search.atomic import new_folder
-from rankfront.search.errors import Unwritable
 from rankfront.search.factors.gradient import quadratic_divergence
 from rankfront.search.inputs.capacity import capacity_of
 from rankfront.search.inputs.coverage import coverage_of
@@ -36,6 +34,7 @@ from rankfront.search.inputs.text import cut
 from rankfront.search.measure.joining import separate
 from rankfront.search.names import inside_blocks
 from rankfront.search.output.derived import RECORD, write_derived
+from rankfront.search.output.export import writing
 from rankfront.search.output.healed import plan_of
 from rankfront.search.output.healing_card import HealText
 from rankfront.search.plain import markdown, without_folders
@@ -112,10 +111,8 @@ def slice_folder(
     result = Sliced(
         before.parameters, after.parameters, perplexity, score(model, held).perplexity, after.values, len(changed)
     )
-    try:
+    with writing(out):
         _write(model, source, sliced, text, result, held, out)
-    except (OSError, SafetensorError) as error:
-        raise Unwritable(f"writing {str(out)!r} failed ({error}): free some space or name another folder") from error
     return result
 
 

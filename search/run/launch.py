@@ -106,9 +106,9 @@ class Launch:
             display.say(line)
         space = make_space(setup)
         check_limits(setup, space)
-        takes = footprint_of(setup).peak
+        takes = footprint_of(setup)
         if not self.run.resolved():  # before its settings are those of a run
-            takes.check(torch.device(setup.device))
+            takes.peak.check(torch.device(setup.device))
         if self.config.search.heal != "none":  # a text that is too short is refused before anything is measured
             heal_windows(self.run, self.config, setup, progress, drawn)
         if drawn.keys() != known:
@@ -122,7 +122,7 @@ class Launch:
             listener, origin = display.search, setup.origin()
             scheduler = Scheduler(storage, config, space, origin, listener, self.report, stop, self.only)
             if self.rebuild or not scheduler.done:
-                display.say(takes.line(torch.device(setup.device)))
+                display.say(takes.peak.line(torch.device(setup.device)))
                 prepared = _prepared(setup, space, progress, display, self.rebuild)
                 display.search(scheduler.status())
                 scheduler.begin()
